@@ -1,0 +1,52 @@
+"""Losses for 3D segmentation, value and gradient, fused into two passes over the logits."""
+
+from fastloss.backends import use_backend
+from fastloss.functional import (
+    cross_entropy_loss,
+    dice_ce_loss,
+    dice_focal_loss,
+    dice_loss,
+    focal_loss,
+    generalized_dice_loss,
+    jaccard_loss,
+    tversky_loss,
+)
+from fastloss.loss import Loss
+from fastloss.statistics import Statistics
+from fastloss.terms import (
+    CrossEntropy,
+    Dice,
+    Focal,
+    GeneralizedDice,
+    Jaccard,
+    RegionTerm,
+    Term,
+    Tversky,
+)
+from fastloss.threads import get_num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossEntropy",
+    "Dice",
+    "Focal",
+    "GeneralizedDice",
+    "Jaccard",
+    "Loss",
+    "RegionTerm",
+    "Statistics",
+    "Term",
+    "Tversky",
+    "cross_entropy_loss",
+    "dice_ce_loss",
+    "dice_focal_loss",
+    "dice_loss",
+    "focal_loss",
+    "generalized_dice_loss",
+    "get_num_threads",
+    "jaccard_loss",
+    "set_num_threads",
+    "tversky_loss",
+    "use_backend",
+]

@@ -1,0 +1,159 @@
+"""The caller's arrays, checked and brought to one shape: what a kernel is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastloss.frameworks import Borrowed
+
+FLOATS = frozenset({"float32", "float16", "bfloat16", "float64"})
+INTEGERS = frozenset(
+    {"bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"}
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """Views of the caller's memory, in any strides.
+
+    Attributes:
+        logits: (B, C, *spatial).
+        target: a label map (B, *spatial), or dense (B, C, *spatial).
+        voxel_weight: (B, *spatial) or None.
+        logits_dtype, target_dtype, weight_dtype: dtype names; bfloat16 is stored as uint16.
+        dense: whether the target is dense.
+    """
+
+    logits: np.ndarray
+    logits_dtype: str
+    target: np.ndarray
+    target_dtype: str
+    dense: bool
+    voxel_weight: np.ndarray | None
+    weight_dtype: str
+
+    @property
+    def value_dtype(self) -> np.dtype:
+        return _FLOAT64 if self.logits_dtype == "float64" else _FLOAT32
+
+
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+
+
+def arrange(
+    logits: Borrowed,
+    target: Borrowed,
+    voxel_weight: Borrowed | None,
+    *,
+    activation: str,
+    channel_axis: int,
+) -> Arrays:
+    """Check the arrays against each other and move the channel axis to 1, without a copy.
+
+    Raises:
+        TypeError: a dtype that has no meaning for its argument.
+        ValueError: a rank or shape that does not fit.
+    """
+    x, y = logits.array, target.array
+    if logits.dtype not in FLOATS:
+        raise TypeError(
+            "logits: expected float16, bfloat16, float32 or float64, got " + logits.dtype
+        )
+    if target.dtype not in FLOATS and target.dtype not in INTEGERS:
+        raise TypeError(f"target: expected integers, bool or floating numbers, got {target.dtype}")
+    ndim = x.ndim
+    if ndim < 2:
+        raise ValueError(
+            f"logits: expected (batch, channels, *spatial) with a channel axis, got shape {x.shape}"
+        )
+    if channel_axis != 1:
+        x = channels_second(x, channel_axis, "logits")
+        y = channels_second(y, channel_axis, "target") if y.ndim == ndim else y
+    batch, classes = x.shape[:2]
+    spatial = x.shape[2:]
+    if classes == 0:
+        raise ValueError(f"logits: expected at least one channel, got shape {logits.array.shape}")
+
+    single = classes == 1 and activation != "softmax"
+    if y.ndim == ndim and y.shape == x.shape and (classes > 1 or single):
+        dense = True
+    elif y.ndim == ndim and y.shape[1] == 1 and y.shape[0] == batch and y.shape[2:] == spatial:
+        y, dense = y[:, 0], False
+    elif y.shape == (batch, *spatial):
+        # The mask of a single channel is that channel's own target.
+        y, dense = (y[:, None], True) if single else (y, False)
+    else:
+        raise ValueError(
+            f"target: for logits {logits.array.shape} expected a label map "
+            f"{(batch, *spatial)} or {_with_channel(batch, 1, spatial, channel_axis)}, or a dense "
+            f"target {logits.array.shape}, got shape {target.array.shape}"
+        )
+
+    w = None
+    if voxel_weight is not None:
+        w = voxel_weight.array
+        if voxel_weight.dtype not in FLOATS and voxel_weight.dtype not in INTEGERS:
+            raise TypeError(
+                f"voxel_weight: expected floating numbers, integers or bool, got "
+                f"{voxel_weight.dtype}"
+            )
+        if w.ndim == ndim:
+            w = channels_second(w, channel_axis, "voxel_weight")
+            w = w[:, 0] if w.shape[1] == 1 else w
+        if w.shape != (batch, *spatial):
+            raise ValueError(
+                f"voxel_weight: expected {(batch, *spatial)} or "
+                f"{_with_channel(batch, 1, spatial, channel_axis)}, got shape "
+                f"{voxel_weight.array.shape}"
+            )
+    return Arrays(
+        x,
+        logits.dtype,
+        y,
+        target.dtype,
+        dense,
+        w,
+        "" if voxel_weight is None else voxel_weight.dtype,
+    )
+
+
+def check_out(out: Borrowed, logits: Borrowed, others: list[tuple[str, Borrowed]]) -> None:
+    """Check that the gradient can be written to ``out``; it may be the logits themselves."""
+    a, x = out.array, logits.array
+    if a.shape != x.shape:
+        raise ValueError(f"out: expected the logits' shape {x.shape}, got {a.shape}")
+    if out.dtype != logits.dtype:
+        raise TypeError(f"out: expected the logits' dtype {logits.dtype}, got {out.dtype}")
+    if a.size and any(s == 0 and n > 1 for s, n in zip(a.strides, a.shape, strict=True)):
+        raise ValueError("out: expected an array whose elements do not share memory")
+    same = (
+        a.__array_interface__["data"][0] == x.__array_interface__["data"][0]
+        and a.strides == x.strides
+    )
+    if not same and np.may_share_memory(a, x) and np.shares_memory(a, x):
+        raise ValueError("out: overlaps the logits without being the same array")
+    for name, other in others:
+        if np.may_share_memory(a, other.array) and np.shares_memory(a, other.array):
+            raise ValueError(f"out: overlaps the {name}, which the gradient would overwrite")
+
+
+def channels_second(array: np.ndarray, channel_axis: int, name: str) -> np.ndarray:
+    """The view with the channel axis moved to position 1."""
+    axis = channel_axis + array.ndim if channel_axis < 0 else channel_axis
+    if not 1 <= axis < array.ndim:
+        raise ValueError(
+            f"channel_axis: {channel_axis} is no axis of {name} after the batch axis, whose shape "
+            f"is {array.shape}"
+        )
+    return array if axis == 1 else np.moveaxis(array, axis, 1)
+
+
+def _with_channel(
+    batch: int, channels: int, spatial: tuple[int, ...], channel_axis: int
+) -> tuple[int, ...]:
+    shape = [batch, *spatial]
+    position = channel_axis if channel_axis >= 0 else len(shape) + 1 + channel_axis
+    shape.insert(position, channels)
+    return tuple(shape)

@@ -1,0 +1,80 @@
+"""Who computes the two passes: C++, Numba or NumPy."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+
+from fastloss.backends.base import Backend
+
+__all__ = ["BACKENDS", "Backend", "current_backend", "load_backend", "use_backend"]
+
+BACKENDS = ("cpu", "numba", "reference")
+"""The names of the backends, fastest first."""
+
+_REMEDY = {
+    "cpu": "its C++ kernels are not there; install a C++ compiler and then fastloss again",
+    "numba": "pip install 'fastloss[numba]'",
+}
+_loaded: dict[str, Backend] = {}
+_chosen: ContextVar[Backend | None] = ContextVar("fastloss_backend", default=None)
+_default: dict[str, Backend] = {}
+
+
+def load_backend(name: str) -> Backend:
+    """The backend of this name. ValueError: no such name; ImportError: it cannot run here."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    if name not in _loaded:
+        _loaded[name] = import_module(f"fastloss.backends.{name}").BACKEND
+    return _loaded[name]
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Compute with this backend inside the ``with`` block, in this thread.
+
+    Args:
+        name: "cpu" (C++), "numba" or "reference" (NumPy, float64).
+
+    Raises:
+        ValueError: no backend has this name.
+        ImportError: it cannot run here; the message says why.
+    """
+    token = _chosen.set(load_backend(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def current_backend() -> Backend:
+    """The backend chosen by `use_backend`, else ``FASTLOSS_BACKEND``, else the fastest there is."""
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
+    name = os.environ.get("FASTLOSS_BACKEND", "")
+    if name not in _default:
+        _default[name] = load_backend(name) if name else _fastest()
+    return _default[name]
+
+
+def _fastest() -> Backend:
+    missing = []
+    for name in BACKENDS:
+        try:
+            backend = load_backend(name)
+        except ImportError:
+            missing.append(name)
+            continue
+        if missing:
+            remedies = "; ".join(_REMEDY[m] for m in missing)
+            warnings.warn(
+                f"fastloss computes with the slower {name!r} backend: {remedies}", stacklevel=2
+            )
+        return backend
+    raise AssertionError("the reference backend needs NumPy alone")

@@ -1,0 +1,56 @@
+"""What a backend is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastloss.arrays import Arrays
+from fastloss.request import Request
+
+
+class Backend:
+    """The two passes over the voxels. It knows the request, never a framework or a term."""
+
+    name = ""
+
+    def reduce(
+        self, request: Request, arrays: Arrays, sums: np.ndarray, voxels: np.ndarray
+    ) -> None:
+        """Write the sums of ``request.slots``, (S, B, C), and of the voxel weights, (B,).
+
+        Raises:
+            ValueError: a label outside [0, C) that is not ignored, or a negative voxel weight.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define reduce")
+
+    def apply(
+        self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Write the gradient by the logits, given the derivative by each sum, (S, B, C).
+
+        ``out`` has the shape and dtype of ``arrays.logits`` and may be the same memory. The
+        arrays are those of an earlier `reduce`, which checked them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define apply")
+
+
+def bad_labels(count: int, first: Any, request: Request, classes: int) -> ValueError:
+    """The error for labels that are no class."""
+    ignored = "" if request.ignore_index is None else f" or ignore_index={request.ignore_index}"
+    shown = int(first) if float(first).is_integer() else float(first)
+    plural = "label is" if count == 1 else "labels are"
+    return ValueError(
+        f"target: expected labels in [0, {classes}){ignored}, but {count} {plural} not; the first "
+        f"is {shown}"
+    )
+
+
+def bad_weights(count: int, first: Any) -> ValueError:
+    """The error for negative or undefined voxel weights."""
+    plural = "number is" if count == 1 else "numbers are"
+    return ValueError(
+        f"voxel_weight: expected finite numbers of at least 0, but {count} {plural} not; the first "
+        f"is {float(first):g}"
+    )

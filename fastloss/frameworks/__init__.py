@@ -1,0 +1,39 @@
+"""Whose arrays: one small adapter per framework, not imported before an array of its own arrives."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from fastloss.frameworks.base import Adapter, Borrowed
+from fastloss.frameworks.dlpack import DlpackAdapter
+from fastloss.frameworks.numpy import NumpyAdapter
+
+__all__ = ["Adapter", "Borrowed", "adapter_of", "borrow"]
+
+_NUMPY = NumpyAdapter()
+_DLPACK = DlpackAdapter()
+
+# From the root package of an array's type to the module whose `ADAPTER` serves it. Frameworks
+# that are not listed are borrowed by DLPack.
+_SPECIAL: dict[str, str] = {}
+
+
+def adapter_of(array: Any, name: str) -> Adapter:
+    """The adapter for an array; TypeError naming the argument if it is of no known kind."""
+    if _NUMPY.serves(array):
+        return _NUMPY
+    module = _SPECIAL.get(type(array).__module__.partition(".")[0])
+    if module is not None:
+        adapter: Adapter = import_module(module).ADAPTER
+        return adapter
+    if _DLPACK.serves(array):
+        return _DLPACK
+    raise TypeError(
+        f"{name}: expected a NumPy array or an array with __dlpack__, got {type(array).__name__}"
+    )
+
+
+def borrow(array: Any, name: str, *, write: bool = False) -> Borrowed:
+    """A NumPy view of anybody's array, sharing its memory."""
+    return adapter_of(array, name).borrow(array, name, write=write)

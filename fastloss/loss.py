@@ -1,0 +1,333 @@
+"""A loss: a weighted sum of terms, computed together in two passes over the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastloss.arrays import Arrays, arrange, channels_second, check_out
+from fastloss.backends import current_backend
+from fastloss.frameworks import Borrowed, adapter_of, borrow
+from fastloss.request import ACTIVATIONS, Request, make_request
+from fastloss.statistics import Statistics
+from fastloss.terms.base import Term, check_choice
+
+
+class Loss:
+    """A weighted sum of terms, fused: it costs what its dearest term costs alone.
+
+    Args:
+        *terms: terms, or losses, whose terms and weights are taken over.
+        activation: "softmax" over the channels, "sigmoid" of each channel, or "none" where
+            probabilities are passed in place of logits.
+        ignore_index: voxels of this label count for nothing: not in sums, means or gradient. In
+            a dense target, voxels of more than half this class; where it is no class (255, -1)
+            or there is one channel, voxels that hold this number.
+        channel_axis: the axis of the channels in logits and dense targets, 1 or for instance
+            -1; any axis but the first.
+
+    Every method takes
+
+    - logits: (B, C, *spatial), float16, bfloat16, float32 or float64, in any strides; or
+      probabilities in [0, 1] with ``activation="none"``. NumPy, or anything with ``__dlpack__``
+      in CPU memory, which is read without a copy.
+    - target: a label map (B, *spatial) or (B, 1, *spatial) of integers in [0, C), in any integer,
+      bool or floating dtype; or a dense target (B, C, *spatial): one-hot, multi-label or soft.
+      With one channel and no softmax the target is that channel's mask.
+    - voxel_weight: None, or (B, *spatial) or (B, 1, *spatial), non-negative: a mask or weights. A
+      voxel of weight 0 counts for nothing, whatever its logits hold.
+
+    and raises ValueError or TypeError, naming the argument, for arrays that do not fit each
+    other, for labels outside [0, C) that are not ``ignore_index``, and for negative weights.
+
+    >>> import numpy as np, fastloss as fl
+    >>> logits = np.zeros((1, 2, 4, 4, 4), np.float32)
+    >>> labels = np.zeros((1, 4, 4, 4), np.uint8)
+    >>> loss = fl.Dice() + 0.5 * fl.CrossEntropy()
+    >>> value, grad = loss.value_and_grad(logits, labels)
+    >>> print(grad.shape, grad.dtype)
+    (1, 2, 4, 4, 4) float32
+    """
+
+    def __init__(
+        self,
+        *terms: Term | Loss,
+        activation: str | None = None,
+        ignore_index: int | None = None,
+        channel_axis: int | None = None,
+    ) -> None:
+        if not terms:
+            raise ValueError("terms: expected at least one term")
+        given = {
+            "activation": activation, "ignore_index": ignore_index, "channel_axis": channel_axis
+        }
+        if activation is not None:
+            check_choice("activation", activation, ACTIVATIONS)
+        for name in ("ignore_index", "channel_axis"):
+            number = given[name]
+            if number is not None and not (
+                isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+            ):
+                raise TypeError(f"{name}: expected an integer, got {number!r}")
+        if channel_axis == 0:
+            raise ValueError("channel_axis: axis 0 is the batch's, got 0")
+
+        weighted: list[tuple[float, Term]] = []
+        options = {k: v for k, v in given.items() if v is not None}
+        for term in terms:
+            if isinstance(term, Loss):
+                weighted += term.terms
+                for name, value in term._options.items():
+                    if options.setdefault(name, value) != value:
+                        raise ValueError(
+                            f"{name}: the parts of a loss must agree, got {options[name]!r} and "
+                            f"{value!r}"
+                        )
+            elif isinstance(term, Term):
+                weighted.append((1.0, term))
+            else:
+                raise TypeError(f"terms: expected terms or losses, got {term!r}")
+        self.terms: tuple[tuple[float, Term], ...] = tuple(weighted)
+        self._options: dict[str, Any] = options
+        self._needs = frozenset().union(*(term.requires for _, term in self.terms))
+        self._checked: set[int] = set()
+
+    @property
+    def activation(self) -> str:
+        return str(self._options.get("activation", "softmax"))
+
+    @property
+    def ignore_index(self) -> int | None:
+        return self._options.get("ignore_index")
+
+    @property
+    def channel_axis(self) -> int:
+        return int(self._options.get("channel_axis", 1))
+
+    # ------------------------------------------------------------------ what a user calls
+
+    def __call__(self, logits: Any, target: Any, voxel_weight: Any = None) -> Any:
+        """The value of the loss: a float32 scalar (float64 for float64 logits).
+
+        An array where a term has ``reduction="none"``: see the terms for its shape.
+        """
+        return self._inputs(logits, target, voxel_weight).value()
+
+    def value_and_grad(
+        self,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any = None,
+        *,
+        out: Any = None,
+        upstream: Any = None,
+    ) -> tuple[Any, Any]:
+        """The value, and its gradient by the logits in the logits' shape and dtype.
+
+        Args:
+            out: a writable array of the logits' shape and dtype that takes the gradient and is
+                returned; the logits themselves are allowed, and are then overwritten.
+            upstream: the gradient of the final result by this value, of the value's shape; 1 if
+                not given. With ``reduction="none"`` the weights of its entries.
+
+        Raises:
+            ValueError: ``out`` is read-only, or overlaps an input other than as the logits.
+        """
+        inputs = self._inputs(logits, target, voxel_weight)
+        out, view = inputs.output(out)
+        value, pullback = self._combine(inputs.reduce())
+        inputs.apply(pullback(upstream), view)
+        return value, out
+
+    def statistics(self, logits: Any, target: Any, voxel_weight: Any = None) -> Statistics:
+        """The sums that the loss is a function of. They add: over chunks of a volume, over ranks.
+
+        >>> import numpy as np, fastloss as fl
+        >>> rng, loss = np.random.default_rng(0), fl.Dice() + fl.CrossEntropy()
+        >>> x = rng.normal(size=(1, 3, 8, 4, 4)); y = rng.integers(0, 3, (1, 8, 4, 4))
+        >>> total = sum(loss.statistics(x[:, :, i:i+2], y[:, i:i+2]) for i in range(0, 8, 2))
+        >>> bool(np.isclose(loss.value(total), loss(x, y)))
+        True
+        """
+        return self._inputs(logits, target, voxel_weight).reduce()
+
+    def value(self, statistics: Statistics) -> Any:
+        """The value of the loss from the sums over all its chunks."""
+        self._check_statistics(statistics)
+        return self._combine(statistics)[0]
+
+    def gradient(
+        self,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any = None,
+        *,
+        statistics: Statistics | None = None,
+        out: Any = None,
+        upstream: Any = None,
+    ) -> Any:
+        """The gradient by the logits; of one chunk, given the ``statistics`` of all of them.
+
+        Other arguments as in `value_and_grad`.
+        """
+        inputs = self._inputs(logits, target, voxel_weight)
+        out, view = inputs.output(out)
+        own = inputs.reduce()  # also checks the labels
+        if statistics is None:
+            statistics = own
+        else:
+            self._check_statistics(statistics)
+            if statistics.sums.shape != own.sums.shape or statistics.request != own.request:
+                raise ValueError(
+                    "statistics: expected the sums of this loss over chunks like these arrays, got "
+                    f"{statistics._describe()}"
+                )
+        inputs.apply(self._combine(statistics)[1](upstream), view)
+        return out
+
+    # ------------------------------------------------------------------ how it is done
+
+    def _inputs(self, logits: Any, target: Any, voxel_weight: Any) -> _Inputs:
+        return _Inputs(self, logits, target, voxel_weight)
+
+    def _request(self, arrays: Arrays) -> Request:
+        classes = arrays.logits.shape[1]
+        if classes not in self._checked:
+            for _, term in self.terms:
+                term.check(self.activation, classes)
+            self._checked.add(classes)
+        return make_request(self.activation, arrays.dense, self.ignore_index, self._needs)
+
+    def _check_statistics(self, statistics: Statistics) -> None:
+        if not isinstance(statistics, Statistics):
+            raise TypeError(f"statistics: expected Statistics, got {type(statistics).__name__}")
+        request = statistics.request
+        if (request.activation, request.ignore_index, request.needs) != (
+            self.activation, self.ignore_index, self._needs
+        ):
+            raise ValueError("statistics: these are the sums of another loss")
+        for _, term in self.terms:
+            term.check(self.activation, statistics.classes)
+
+    def _combine(self, statistics: Statistics) -> tuple[Any, Callable[[Any], np.ndarray]]:
+        parts = [(weight, *term.combine(statistics)) for weight, term in self.terms]
+        total = parts[0][1] if parts[0][0] == 1.0 else parts[0][0] * parts[0][1]
+        for weight, value, _ in parts[1:]:
+            total = total + (value if weight == 1.0 else weight * value)
+        shape = np.shape(total)
+
+        def pullback(upstream: Any) -> np.ndarray:
+            """(S, B, C): the derivative by every sum."""
+            if upstream is None:
+                upstream = 1.0
+            else:
+                upstream = np.asarray(upstream, np.float64)
+                if upstream.shape != shape:
+                    raise ValueError(
+                        f"upstream: expected the value's shape {shape}, got {upstream.shape}"
+                    )
+            coefficients = np.zeros_like(statistics.sums)
+            for weight, value, pull in parts:
+                own = _reduce_to(upstream, shape, np.shape(value)) * weight
+                for slot, derivative in pull(own).items():
+                    coefficients[statistics.request.index[slot]] += derivative
+            return coefficients
+
+        return statistics.dtype.type(total), pullback
+
+    def __add__(self, other: object) -> Loss:
+        return Loss(self, other) if isinstance(other, (Term, Loss)) else NotImplemented
+
+    def __radd__(self, other: object) -> Loss:
+        if isinstance(other, Term):
+            return Loss(other, self)
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __mul__(self, factor: object) -> Loss:
+        if isinstance(factor, bool) or not isinstance(
+            factor, (int, float, np.integer, np.floating)
+        ):
+            return NotImplemented
+        if not np.isfinite(factor):
+            raise ValueError(f"factor: expected a finite number, got {factor!r}")
+        scaled = Loss(self)
+        scaled.terms = tuple((float(factor) * weight, term) for weight, term in self.terms)
+        return scaled
+
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        parts = [repr(t) if w == 1.0 else f"{w!r} * {t!r}" for w, t in self.terms]
+        parts += [f"{name}={value!r}" for name, value in self._options.items()]
+        return f"Loss({', '.join(parts)})"
+
+
+class _Inputs:
+    """One call's arrays, and the two passes over them."""
+
+    def __init__(self, loss: Loss, logits: Any, target: Any, voxel_weight: Any) -> None:
+        self.loss = loss
+        self.adapter = adapter_of(logits, "logits")
+        self.caller_logits = logits
+        self.logits = self.adapter.borrow(logits, "logits")
+        self.target = borrow(target, "target")
+        self.voxel_weight = None if voxel_weight is None else borrow(voxel_weight, "voxel_weight")
+        self.arrays = arrange(
+            self.logits,
+            self.target,
+            self.voxel_weight,
+            activation=loss.activation,
+            channel_axis=loss.channel_axis,
+        )
+        self.request = loss._request(self.arrays)
+        self.backend = current_backend()
+
+    def reduce(self) -> Statistics:
+        batch, classes = self.arrays.logits.shape[:2]
+        sums = np.empty((len(self.request.slots), batch, classes))
+        voxels = np.empty(batch)
+        self.backend.reduce(self.request, self.arrays, sums, voxels)
+        return Statistics(self.request, sums, voxels, self.arrays.value_dtype)
+
+    def value(self) -> Any:
+        def forward() -> tuple[Any, Any]:
+            return self.loss._combine(self.reduce())
+
+        def backward(pullback: Any, upstream: np.ndarray) -> Any:
+            out, view = self.output(None)
+            self.apply(pullback(upstream), view)
+            return out
+
+        return self.adapter.differentiable(forward, backward, self.caller_logits)
+
+    def output(self, out: Any) -> tuple[Any, Borrowed]:
+        """The array that takes the gradient, as the caller sees it, and its view."""
+        if out is None:
+            return self.adapter.empty_like(self.caller_logits, self.logits)
+        view = borrow(out, "out", write=True)
+        others = [("target", self.target)]
+        if self.voxel_weight is not None:
+            others.append(("voxel_weight", self.voxel_weight))
+        check_out(view, self.logits, others)
+        return out, view
+
+    def apply(self, coefficients: np.ndarray, out: Borrowed) -> None:
+        view = out.array
+        if self.loss.channel_axis != 1:
+            view = channels_second(view, self.loss.channel_axis, "out")
+        self.backend.apply(self.request, self.arrays, coefficients, view)
+
+
+def _reduce_to(upstream: Any, shape: tuple[int, ...], own: tuple[int, ...]) -> Any:
+    """The upstream gradient of one term whose value was broadcast to the total's shape."""
+    if not isinstance(upstream, np.ndarray):
+        upstream = np.full(shape, upstream) if own != shape else upstream
+    if own == shape:
+        return upstream
+    axes = tuple(range(len(shape) - len(own)))
+    axes += tuple(
+        i + len(axes) for i, n in enumerate(own) if n == 1 and shape[i + len(axes)] != 1
+    )
+    return upstream.sum(axis=axes, keepdims=True).reshape(own)

@@ -1,0 +1,123 @@
+"""What every term of a loss has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastloss.statistics import Statistics
+
+if TYPE_CHECKING:
+    from fastloss.loss import Loss
+
+Derivatives = dict[str, np.ndarray]
+"""Per slot, the derivative of the loss by that sum: anything that broadcasts to (B, C)."""
+Pullback = Callable[[np.ndarray], Derivatives]
+"""From the gradient of the term's value to the derivative by each sum."""
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Term:
+    """One loss, defined on the sums over voxels; terms add and scale into a `fastloss.Loss`."""
+
+    requires: frozenset[str] = frozenset()
+    """The families of sums that the term reads, see `fastloss.request.Request`."""
+
+    def check(self, activation: str, classes: int) -> None:
+        """Raise ValueError if the term has no meaning for this activation and class count."""
+
+    def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
+        """The term's value and its pullback, from the sums alone."""
+        raise NotImplementedError(f"{type(self).__name__} must define combine")
+
+    def __repr__(self) -> str:
+        hidden = ("requires", "_loss")
+        shown = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if k not in hidden)
+        return f"{type(self).__name__}({shown})"
+
+    # A term alone is a loss too. Losses are built on terms, hence the late imports.
+
+    @cached_property
+    def _loss(self) -> Loss:
+        from fastloss.loss import Loss
+
+        return Loss(self)
+
+    def __call__(self, logits: Any, target: Any, voxel_weight: Any = None) -> Any:
+        """As `fastloss.Loss.__call__`, with the default options."""
+        return self._loss(logits, target, voxel_weight)
+
+    def value_and_grad(
+        self, logits: Any, target: Any, voxel_weight: Any = None, **options: Any
+    ) -> tuple[Any, Any]:
+        """As `fastloss.Loss.value_and_grad`, with the default options."""
+        return self._loss.value_and_grad(logits, target, voxel_weight, **options)
+
+    def gradient(self, logits: Any, target: Any, voxel_weight: Any = None, **options: Any) -> Any:
+        """As `fastloss.Loss.gradient`, with the default options."""
+        return self._loss.gradient(logits, target, voxel_weight, **options)
+
+    def statistics(self, logits: Any, target: Any, voxel_weight: Any = None) -> Statistics:
+        """As `fastloss.Loss.statistics`, with the default options."""
+        return self._loss.statistics(logits, target, voxel_weight)
+
+    def value(self, statistics: Statistics) -> Any:
+        """As `fastloss.Loss.value`."""
+        return self._loss.value(statistics)
+
+    def __add__(self, other: Any) -> Loss:
+        return self._loss + other
+
+    def __radd__(self, other: Any) -> Loss:
+        return self._loss.__radd__(other)
+
+    def __mul__(self, factor: Any) -> Loss:
+        return self._loss * factor
+
+    __rmul__ = __mul__
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    return str(value)
+
+
+def check_number(name: str, value: Any, low: float = 0.0, high: float = np.inf) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    if not (low <= number <= high) or number == np.inf:
+        bounds = f"of at least {low:g}" if high == np.inf else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}: expected a finite number {bounds}, got {value!r}")
+    return number
+
+
+def check_class_weight(name: str, value: Any) -> np.ndarray | float | None:
+    """A weight per class: None, one number, or a 1-D array of non-negative finite numbers."""
+    if value is None:
+        return None
+    try:
+        weight = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name}: expected a number or a sequence of one per class, got {value!r}"
+        ) from None
+    if weight.ndim > 1:
+        raise ValueError(f"{name}: expected one number per class, got shape {weight.shape}")
+    if weight.size and not (np.isfinite(weight).all() and weight.min() >= 0):
+        raise ValueError(f"{name}: expected finite numbers of at least 0, got {value!r}")
+    if weight.ndim == 0:
+        return float(weight)
+    weight.flags.writeable = False
+    return weight
+
+
+def check_class_count(name: str, weight: np.ndarray | float | None, classes: int) -> None:
+    if isinstance(weight, np.ndarray) and weight.size != classes:
+        raise ValueError(f"{name}: expected {classes} numbers, one per class, got {weight.size}")

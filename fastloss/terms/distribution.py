@@ -1,0 +1,152 @@
+"""Losses that compare distributions: sums of a function of each voxel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastloss.statistics import Statistics
+from fastloss.terms.base import (
+    REDUCTIONS,
+    Derivatives,
+    Pullback,
+    Term,
+    check_choice,
+    check_class_count,
+    check_class_weight,
+    check_number,
+)
+
+
+class VoxelwiseTerm(Term):
+    """A loss that is linear in its sums: Σ coefficient · sum, divided by a normaliser."""
+
+    reduction: str
+
+    def linear(self, statistics: Statistics) -> tuple[dict[str, Any], np.ndarray]:
+        """Per slot, the coefficient of each class; and each sample's normaliser, (B,)."""
+        raise NotImplementedError(f"{type(self).__name__} must define linear")
+
+    def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
+        coefficients, normaliser = self.linear(statistics)
+        per_sample = np.zeros(statistics.batch_size)
+        for slot, coefficient in coefficients.items():
+            if isinstance(coefficient, np.ndarray):
+                # A class of weight 0 counts for nothing, even where its sum is infinite.
+                sums = np.where(coefficient == 0, 0.0, statistics[slot]) * coefficient
+                per_sample += sums.sum(axis=1)
+            elif coefficient != 0:
+                per_sample += coefficient * statistics[slot].sum(axis=1)
+
+        if self.reduction == "none":
+            scale = inverse(normaliser)[:, None]
+            value = per_sample[:, None] * scale
+        else:
+            scale = inverse(normaliser.sum()) if self.reduction == "mean" else 1.0
+            value = per_sample.sum() * scale
+
+        def pullback(upstream: np.ndarray) -> Derivatives:
+            factor = upstream * scale
+            return {slot: factor * c for slot, c in coefficients.items()}
+
+        return value, pullback
+
+
+def inverse(normaliser: Any) -> Any:
+    """1 / normaliser, and 0 where nothing was counted: the mean over no voxel is 0."""
+    if isinstance(normaliser, np.ndarray) and normaliser.ndim:
+        return np.divide(1.0, normaliser, out=np.zeros_like(normaliser), where=normaliser > 0)
+    return 1.0 / normaliser if normaliser > 0 else 0.0
+
+
+class CrossEntropy(VoxelwiseTerm):
+    """Cross-entropy, with the conventions of ``torch.nn.CrossEntropyLoss``.
+
+    softmax, label map y: −[(1−ε) w_y log p_y + (ε/C) Σ_c w_c log p_c], its mean over Σ w_y.
+    softmax, dense target g: −Σ_c w_c [(1−ε) g_c + ε/C] log p_c, its mean over the voxels.
+    sigmoid: binary cross-entropy of every channel, the mean over voxels and channels; smoothing
+    moves each target towards ½. No activation: the softmax formulas on the given probabilities.
+    Voxel weights multiply both the sum and what it is divided by; the mean over no voxel is 0.
+
+    Args:
+        weight: a weight per class, (C,), or one number; non-negative.
+        label_smoothing: ε in [0, 1] (Szegedy et al. 2016, "Rethinking the Inception
+            Architecture").
+        reduction: "mean", "sum", or "none": the mean of each sample, (B, 1).
+
+    Raises:
+        ValueError, TypeError: an option out of its range.
+
+    >>> import numpy as np, fastloss as fl
+    >>> loss = fl.Loss(fl.CrossEntropy(), activation="none")
+    >>> print(round(float(loss(np.array([[0.8, 0.2]]), np.array([[1.0, 0.0]]))), 3))
+    0.223
+    """
+
+    def __init__(
+        self, *, weight: Any = None, label_smoothing: float = 0.0, reduction: str = "mean"
+    ) -> None:
+        self.weight = check_class_weight("weight", weight)
+        self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        smoothing = {"uniform"} if self.label_smoothing else set()
+        self.requires = frozenset({"cross_entropy"} | smoothing)
+
+    def check(self, activation: str, classes: int) -> None:
+        check_class_count("weight", self.weight, classes)
+
+    def linear(self, statistics: Statistics) -> tuple[dict[str, Any], np.ndarray]:
+        weight = 1.0 if self.weight is None else self.weight
+        epsilon, request = self.label_smoothing, statistics.request
+        if request.activation == "sigmoid":
+            hard, smooth = (1 - epsilon) * weight, epsilon / 2 * weight
+            coefficients = {"cross_entropy": hard, "cross_entropy_rest": hard}
+            normaliser = statistics.voxels * statistics.classes
+        else:
+            smooth = epsilon / statistics.classes * weight
+            coefficients = {"cross_entropy": (1 - epsilon) * weight}
+            if request.dense:
+                normaliser = statistics.voxels
+            else:
+                normaliser = (weight * statistics["reference"]).sum(axis=1)
+        if epsilon:
+            coefficients["uniform"] = smooth
+        return coefficients, normaliser
+
+
+class Focal(VoxelwiseTerm):
+    """Focal loss (Lin et al. 2017, "Focal Loss for Dense Object Detection").
+
+    softmax: −α_y (1−p_y)^γ log p_y, the mean over voxels. sigmoid, every channel:
+    −[α g (1−p)^γ log p + (1−α) (1−g) p^γ log(1−p)], the mean over voxels and channels. Both are
+    linear in g, which is how soft targets are understood. No activation: as softmax.
+
+    Args:
+        gamma: the focusing exponent γ, at least 0; 0 is cross-entropy.
+        alpha: α, one number or one per class. None: no weighting (α and 1−α are both 1).
+            For sigmoid in [0, 1].
+        reduction: "mean", "sum", or "none": the mean of each sample, (B, 1).
+
+    Raises:
+        ValueError, TypeError: an option out of its range.
+    """
+
+    def __init__(self, *, gamma: float = 2.0, alpha: Any = None, reduction: str = "mean") -> None:
+        self.gamma = check_number("gamma", gamma)
+        self.alpha = check_class_weight("alpha", alpha)
+        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        self.requires = frozenset({f"focal:{self.gamma!r}"})
+
+    def check(self, activation: str, classes: int) -> None:
+        check_class_count("alpha", self.alpha, classes)
+        if activation == "sigmoid" and self.alpha is not None and np.max(self.alpha) > 1:
+            raise ValueError(f"alpha: with sigmoid expected numbers in [0, 1], got {self.alpha!r}")
+
+    def linear(self, statistics: Statistics) -> tuple[dict[str, Any], np.ndarray]:
+        alpha, slot = self.alpha, f"focal:{self.gamma!r}"
+        coefficients: dict[str, Any] = {slot: 1.0 if alpha is None else alpha}
+        if statistics.request.activation != "sigmoid":
+            return coefficients, statistics.voxels
+        coefficients[f"focal_rest:{self.gamma!r}"] = 1.0 if alpha is None else 1.0 - alpha
+        return coefficients, statistics.voxels * statistics.classes
