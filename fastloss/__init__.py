@@ -24,8 +24,9 @@ from fastloss.terms import (
     Tversky,
 )
 from fastloss.threads import get_num_threads, set_num_threads
+from fastloss.version import __version__
 
-__version__ = "0.1.0"
+
 
 __all__ = [
     "CrossEntropy",
@@ -38,6 +39,7 @@ __all__ = [
     "Statistics",
     "Term",
     "Tversky",
+    "__version__",
     "cross_entropy_loss",
     "dice_ce_loss",
     "dice_focal_loss",

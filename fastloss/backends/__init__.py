@@ -11,7 +11,7 @@ from importlib import import_module
 
 from fastloss.backends.base import Backend
 
-__all__ = ["BACKENDS", "Backend", "current_backend", "load_backend", "use_backend"]
+__all__ = ["BACKENDS", "Backend", "current_backend", "limit_threads", "load_backend", "use_backend"]
 
 BACKENDS = ("cpu", "numba", "reference")
 """The names of the backends, fastest first."""
@@ -21,6 +21,7 @@ _REMEDY = {
     "numba": "pip install 'fastloss[numba]'",
 }
 _loaded: dict[str, Backend] = {}
+_threads = 0  # set by limit_threads; 0: not set
 _chosen: ContextVar[Backend | None] = ContextVar("fastloss_backend", default=None)
 _default: dict[str, Backend] = {}
 
@@ -30,8 +31,19 @@ def load_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     if name not in _loaded:
-        _loaded[name] = import_module(f"fastloss.backends.{name}").BACKEND
+        backend: Backend = import_module(f"fastloss.backends.{name}").BACKEND
+        if _threads:
+            backend.set_num_threads(_threads)
+        _loaded[name] = backend
     return _loaded[name]
+
+
+def limit_threads(number: int) -> None:
+    """Pass a number of threads on to every backend, now or once it is loaded."""
+    global _threads
+    _threads = number
+    for backend in _loaded.values():
+        backend.set_num_threads(number)
 
 
 @contextmanager

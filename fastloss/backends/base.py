@@ -35,6 +35,13 @@ class Backend:
         """
         raise NotImplementedError(f"{type(self).__name__} must define apply")
 
+    def get_num_threads(self) -> int:
+        """The number of threads that compute."""
+        return 1
+
+    def set_num_threads(self, number: int) -> None:
+        """Let at most this many threads compute, where the backend has threads."""
+
 
 def bad_labels(count: int, first: Any, request: Request, classes: int) -> ValueError:
     """The error for labels that are no class."""

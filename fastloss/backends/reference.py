@@ -110,7 +110,9 @@ def _focal_slope(p: np.ndarray, log_p: np.ndarray, q: np.ndarray, gamma: float) 
     """The derivative of q^γ log p by log p, with q = 1−p."""
     if gamma == 0:
         return np.ones_like(p)
-    return q**gamma - gamma * _product(_product(p, log_p), q ** (gamma - 1))
+    # Near p = 1 it is like −q^γ, which below γ = 1 is no longer seen from its factors.
+    product = np.where(q == 0, 0.0, _product(_product(p, log_p), q ** (gamma - 1)))
+    return q**gamma - gamma * product
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -122,11 +122,12 @@ def ratio(
     perfect agreement, and the derivative 0.
     """
     if denominator.all():
-        inverse = 1.0 / denominator
-        return numerator * inverse, inverse
+        # Divided rather than multiplied by the inverse: equal numbers then give exactly 1.
+        return numerator / denominator, 1.0 / denominator
     there = denominator != 0
     inverse = np.divide(1.0, denominator, out=np.zeros_like(denominator), where=there)
-    return np.where(there, numerator * inverse, 1.0), inverse
+    quotient = np.divide(numerator, denominator, out=np.ones_like(denominator), where=there)
+    return quotient, inverse
 
 
 class Dice(RegionTerm):

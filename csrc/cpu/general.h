@@ -1,0 +1,229 @@
+// Every other case: dense targets, sigmoid, or given probabilities, row by row.
+#pragma once
+
+#include "softmax_labels.h"
+#include "tile.h"
+#include "voxel.h"
+
+namespace {
+
+// p, −log p and −log(1−p) of one row of a tile.
+template <class T>
+struct Fields {
+  T *p, *loss, *loss_rest, *q;
+};
+
+// Softmax: x holds e^(x−largest) and second the x−largest, where logarithms are wanted.
+template <class T>
+void begin_general(Tile<T>& t, bool logs) {
+  constexpr int L = lanes<T>;
+  if (t.job.activation != Activation::softmax) {
+    t.load_logits();
+    return;
+  }
+  load_and_maximum(t);
+  if (logs)
+    for (int64_t c = 0; c < t.job.classes; ++c)
+      for (int v = 0; v < t.padded; v += L)
+        store<T>(t.second + c * t.stride + v,
+                 load<T>(t.row(kLargest) + v) - load<T>(t.x + c * t.stride + v));
+  exponentials<T, false>(t, nullptr, nullptr, false);
+  // The largest logit is not needed any more; its row takes log Σ e^(x−largest).
+  if (logs)
+    for (int v = 0; v < t.padded; v += L)
+      store<T>(t.row(kLargest) + v, log_one_plus<T>(load<T>(t.row(kRest) + v)));
+}
+
+template <class T>
+Fields<T> activate_row(Tile<T>& t, int64_t c, bool logs) {
+  constexpr int L = lanes<T>;
+  Fields<T> f{t.row(kA), t.row(kB), t.row(kC), t.row(kD)};
+  const T* x = t.x + c * t.stride;
+  if (t.job.activation == Activation::softmax) {
+    const T *inverse = t.row(kInverse), *rest = t.row(kRest), *log_sum = t.row(kLargest);
+    const T* gap = t.second + c * t.stride;
+    for (int v = 0; v < t.padded; v += L) {
+      Vec<T> e = load<T>(x + v), i = load<T>(inverse + v), r = load<T>(rest + v);
+      store<T>(f.p + v, e * i);
+      if (logs) {
+        store<T>(f.loss + v, load<T>(gap + v) + load<T>(log_sum + v));
+        store<T>(f.q + v, label_complement<T>(e, load<T>(gap + v), r, i));
+      }
+    }
+  } else if (t.job.activation == Activation::sigmoid) {
+    for (int v = 0; v < t.padded; v += L) {
+      Vec<T> a = load<T>(x + v), e = exponential<T>(-absolute<T>(a));
+      Vec<T> big = T(1) / (e + T(1)), little = e * big;
+      IVec<T> positive = a > T(0);
+      store<T>(f.p + v, select<T>(positive, big, little));
+      store<T>(f.q + v, select<T>(positive, little, big));
+      if (logs) {
+        Vec<T> l = log_one_plus_small(e);
+        store<T>(f.loss + v, larger(splat<T>(0), -a) + l);
+        store<T>(f.loss_rest + v, larger(splat<T>(0), a) + l);
+      }
+    }
+  } else {
+    for (int v = 0; v < t.padded; v += L) {
+      Vec<T> p = load<T>(x + v);
+      store<T>(f.p + v, p);
+      store<T>(f.q + v, T(1) - p);
+      if (logs) store<T>(f.loss + v, -logarithm<T>(p));
+    }
+  }
+  return f;
+}
+
+// a b, and 0 where a is 0 though b be infinite: the limit of x log x.
+template <class T>
+FL_INLINE Vec<T> product(Vec<T> a, Vec<T> b) {
+  IVec<T> zero = (a == T(0)) & (b == b);
+  return drop<T>(zero, a * b);
+}
+
+template <class T, class F>
+FL_INLINE double sum_row(int padded, F term) {
+  Vec<T> a{};
+  for (int v = 0; v < padded; v += lanes<T>) a += term(v);
+  return total<T>(a);
+}
+
+template <class T>
+void reduce_general(Tile<T>& t, double* sums, double* weight) {
+  const auto& s = t.job.slots;
+  int64_t classes = t.job.classes;
+  bool sigmoid = t.job.activation == Activation::sigmoid;
+  bool logs = s.cross_entropy >= 0 || s.uniform >= 0 || s.gammas > 0;
+  begin_general(t, logs);
+  T *m = t.row(kWeight), *g = t.row(kE);
+  int n = t.padded;
+  *weight += sum_row<T>(n, [&](int v) { return load<T>(m + v); });
+  for (int64_t c = 0; c < classes; ++c) {
+    Fields<T> f = activate_row(t, c, logs);
+    t.load_target(c, g);
+    auto add = [&](int slot, auto term) { sums[slot * classes + c] += sum_row<T>(n, term); };
+    auto at = [&](const T* r, int v) { return load<T>(r + v); };
+    add(s.reference, [&](int v) { return at(m, v) * at(g, v); });
+    if (s.overlap >= 0)
+      add(s.overlap, [&](int v) { return at(m, v) * at(f.p, v) * at(g, v); });
+    if (s.predicted >= 0) add(s.predicted, [&](int v) { return at(m, v) * at(f.p, v); });
+    if (s.predicted_squared >= 0) {
+      add(s.predicted_squared, [&](int v) { return at(m, v) * (at(f.p, v) * at(f.p, v)); });
+      add(s.reference_squared, [&](int v) { return at(m, v) * (at(g, v) * at(g, v)); });
+    }
+    if (s.cross_entropy >= 0)
+      add(s.cross_entropy,
+          [&](int v) { return product<T>(at(m, v) * at(g, v), at(f.loss, v)); });
+    if (s.cross_entropy_rest >= 0)
+      add(s.cross_entropy_rest, [&](int v) {
+        return product<T>(at(m, v) * (T(1) - at(g, v)), at(f.loss_rest, v));
+      });
+    if (s.uniform >= 0)
+      add(s.uniform, [&](int v) {
+        Vec<T> loss = at(f.loss, v);
+        if (sigmoid) loss += at(f.loss_rest, v);
+        return product<T>(at(m, v), loss);
+      });
+    for (int i = 0; i < s.gammas; ++i) {
+      T gamma = T(s.gamma[i]);
+      add(s.focal[i], [&](int v) {
+        Vec<T> scale = at(m, v) * at(g, v) * power<T>(at(f.q, v), gamma);
+        return product<T>(scale, at(f.loss, v));
+      });
+      if (sigmoid)
+        add(s.focal_rest[i], [&](int v) {
+          Vec<T> scale = at(m, v) * (T(1) - at(g, v)) * power<T>(at(f.p, v), gamma);
+          return product<T>(scale, at(f.loss_rest, v));
+        });
+    }
+  }
+}
+
+// The derivative of q^γ log p by log p.
+template <class T>
+FL_INLINE Vec<T> slope_of_focal(Vec<T> p, Vec<T> minus_log, Vec<T> q, T gamma) {
+  if (gamma == 0) return splat<T>(1);
+  Vec<T> p_log_p = -product<T>(p, minus_log);
+  Vec<T> less = product<T>(p_log_p, power<T>(q, gamma - 1));
+  return focal_slope<Vec<T>, T>(power<T>(q, gamma), less, splat<T>(1), gamma);
+}
+
+template <class T>
+void apply_general(Tile<T>& t) {
+  constexpr int L = lanes<T>;
+  const auto& s = t.job.slots;
+  int64_t classes = t.job.classes;
+  bool softmax = t.job.activation == Activation::softmax;
+  bool sigmoid = t.job.activation == Activation::sigmoid;
+  bool logs = s.gammas > 0;
+  begin_general(t, logs);
+  T *m = t.row(kWeight), *g = t.row(kE), *by_p = t.row(kF);
+  T *by_log = t.row(kLabelExp), *by_rest = t.row(kLabelGap), *sum = t.row(kLabel);
+  // With a label map kLabel is still read by load_target, and softmax is elsewhere.
+  if (softmax) std::memset(sum, 0, sizeof(T) * kMaxTile);
+  auto k = [&](int slot, int64_t c) { return slot >= 0 ? t.table[slot * classes + c] : T(0); };
+  auto at = [&](const T* r, int v) { return load<T>(r + v); };
+
+  for (int64_t c = 0; c < classes; ++c) {
+    Fields<T> f = activate_row(t, c, logs);
+    t.load_target(c, g);
+    T overlap = k(s.overlap, c), predicted = k(s.predicted, c);
+    T squared = 2 * k(s.predicted_squared, c);
+    T loss = k(s.cross_entropy, c), loss_rest = k(s.cross_entropy_rest, c);
+    T uniform = k(s.uniform, c);
+    for (int v = 0; v < t.padded; v += L) {
+      Vec<T> y = at(g, v), w = at(m, v);
+      store<T>(by_p + v, w * (overlap * y + predicted + squared * at(f.p, v)));
+      store<T>(by_log + v, -(w * (loss * y + uniform)));
+      store<T>(by_rest + v, -(w * (loss_rest * (T(1) - y) + (sigmoid ? uniform : T(0)))));
+    }
+    for (int i = 0; i < s.gammas; ++i) {
+      T gamma = T(s.gamma[i]), here = k(s.focal[i], c);
+      T there = sigmoid ? k(s.focal_rest[i], c) : T(0);
+      for (int v = 0; v < t.padded; v += L) {
+        Vec<T> y = at(g, v), w = at(m, v), p = at(f.p, v), q = at(f.q, v);
+        store<T>(by_log + v, at(by_log, v) - w * here * y * slope_of_focal<T>(
+                                                                p, at(f.loss, v), q, gamma));
+        if (sigmoid)
+          store<T>(by_rest + v,
+                   at(by_rest, v) - w * there * (T(1) - y) *
+                                        slope_of_focal<T>(q, at(f.loss_rest, v), p, gamma));
+      }
+    }
+    T* x = t.x + c * t.stride;
+    if (softmax) {
+      // t_c, the derivative by log p_c, takes the place of x − largest in `second`.
+      T* turn = t.second + c * t.stride;
+      for (int v = 0; v < t.padded; v += L) {
+        Vec<T> value = at(by_p, v) * at(f.p, v) + at(by_log, v);
+        store<T>(turn + v, value);
+        store<T>(sum + v, at(sum, v) + value);
+        store<T>(x + v, at(f.p, v));
+      }
+    } else if (sigmoid) {
+      for (int v = 0; v < t.padded; v += L) {
+        Vec<T> p = at(f.p, v), q = at(f.q, v);
+        store<T>(x + v, at(by_p, v) * p * q + at(by_log, v) * q - at(by_rest, v) * p);
+      }
+    } else {
+      for (int v = 0; v < t.padded; v += L) {
+        Vec<T> h = at(by_log, v);
+        store<T>(x + v, at(by_p, v) + drop<T>(h == T(0), h / at(f.p, v)));
+      }
+    }
+  }
+  Writer<T> writer(t, t.x);
+  for (int64_t c = 0; c < classes; ++c) {
+    const T* x = t.x + c * t.stride;
+    const T* turn = t.second + c * t.stride;
+    T* to = writer.row(c);
+    if (softmax)
+      for (int v = 0; v < t.padded; v += L)
+        writer.put(to + v, at(turn, v) - at(x, v) * at(sum, v));
+    else
+      for (int v = 0; v < t.padded; v += L) writer.put(to + v, at(x, v));
+  }
+  writer.finish(t.second);
+}
+
+}  // namespace

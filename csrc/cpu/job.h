@@ -1,0 +1,117 @@
+// What one call of a pass is given. Plain data: compiled alike for every instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastloss {
+
+enum class DType : int32_t {
+  f32, f16, bf16, f64, u8, i8, u16, i16, u32, i32, u64, i64
+};
+
+inline int item_size(DType dtype) {
+  switch (dtype) {
+    case DType::u8: case DType::i8: return 1;
+    case DType::f16: case DType::bf16: case DType::u16: case DType::i16: return 2;
+    case DType::f32: case DType::u32: case DType::i32: return 4;
+    default: return 8;
+  }
+}
+
+constexpr int kMaxAxes = 64;
+constexpr int kMaxGammas = 8;
+constexpr int kMaxSlots = 8 + 2 * kMaxGammas;
+
+// An array (B, C, *spatial) or (B, *spatial) in somebody's memory. Strides in bytes. Spatial axes
+// that step through memory evenly are merged, so a contiguous or channels-last array has one.
+struct Array {
+  char* data = nullptr;
+  DType dtype = DType::f32;
+  int32_t axes = 0;
+  int64_t batch_stride = 0;
+  int64_t channel_stride = 0;
+  int64_t shape[kMaxAxes];
+  int64_t stride[kMaxAxes];
+};
+
+enum class Activation : int32_t { softmax, sigmoid, none };
+
+// Positions of the sums in the (S, B, C) arrays; -1 where a sum is not wanted.
+struct Slots {
+  int32_t reference = 0;
+  int32_t overlap = -1;
+  int32_t predicted = -1;
+  int32_t predicted_squared = -1;
+  int32_t reference_squared = -1;
+  int32_t cross_entropy = -1;
+  int32_t cross_entropy_rest = -1;
+  int32_t uniform = -1;
+  int32_t focal[kMaxGammas];
+  int32_t focal_rest[kMaxGammas];
+  double gamma[kMaxGammas];
+  int32_t gammas = 0;
+  int32_t count = 1;
+};
+
+struct Job {
+  Activation activation = Activation::softmax;
+  bool dense = false;
+  bool has_ignore = false;
+  int64_t ignore = 0;
+  Slots slots;
+  int64_t batch = 0;
+  int64_t classes = 0;
+  int64_t voxels = 0;  // of one sample
+  Array logits, target, weight, out;
+  bool weighted = false;  // `weight` is there
+  bool stream = false;    // write the gradient past the caches
+  const double* coefficients = nullptr;  // (S, B, C), apply only
+};
+
+// What was wrong in the caller's data, in voxel order.
+struct Faults {
+  int64_t labels = 0;
+  double first_label = 0;
+  int64_t weights = 0;
+  double first_weight = 0;
+
+  void add(const Faults& other) {
+    if (labels == 0) first_label = other.first_label;
+    if (weights == 0) first_weight = other.first_weight;
+    labels += other.labels;
+    weights += other.weights;
+  }
+};
+
+// The voxels of a tile, which is computed at once; few enough that its rows stay in the caches.
+inline int tile_voxels(int64_t classes) {
+  int64_t most = 65536 / (classes > 0 ? classes : 1) / 16 * 16;
+  return int(most < 16 ? 16 : most > 256 ? 256 : most);
+}
+
+// The voxels of a block, which has sums of its own: a number that no thread count changes, so
+// that sums added in block order have the same bits however many threads there are.
+inline int64_t block_voxels(int64_t classes, int64_t voxels) {
+  int64_t tile = tile_voxels(classes);
+  int64_t wanted = 16384 / (classes > 0 ? classes : 1);
+  if (wanted < voxels / 512) wanted = voxels / 512;  // bounds the memory of the sums
+  wanted = (wanted + tile - 1) / tile * tile;
+  return wanted < tile ? tile : wanted;
+}
+
+// Bytes of working memory that a thread needs for one block.
+using ScratchSize = size_t (*)(const Job&);
+// Adds nothing: writes the block's sums (S, C) and its sum of voxel weights.
+using Reduce = void (*)(const Job&, int64_t sample, int64_t first, int64_t last, void* scratch,
+                        double* sums, double* weight, Faults* faults);
+using Apply = void (*)(const Job&, int64_t sample, int64_t first, int64_t last, void* scratch);
+
+struct Kernels {
+  const char* name;
+  ScratchSize scratch_size;
+  Reduce reduce;
+  Apply apply;
+};
+
+}  // namespace fastloss

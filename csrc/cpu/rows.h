@@ -1,0 +1,300 @@
+// Rows of a tile between memory and working buffers: the only place that knows dtypes and strides.
+#pragma once
+
+#include <type_traits>
+
+#include "job.h"
+#include "vec.h"
+
+namespace {
+
+using fastloss::Array;
+using fastloss::DType;
+
+constexpr int kMaxTile = 256;
+
+// A tile's voxels in memory: stretches at an even stride.
+struct Runs {
+  struct Run {
+    int64_t offset;  // bytes
+    int32_t first, count;
+  };
+  Run run[kMaxTile];
+  int count = 0;
+  int64_t stride = 0;  // bytes from voxel to voxel
+
+  void find(const Array& a, int64_t voxel, int voxels) {
+    int last = a.axes - 1;
+    count = 0;
+    if (last < 0) {  // no spatial axis: one voxel
+      stride = 0;
+      run[count++] = {0, 0, voxels};
+      return;
+    }
+    stride = a.stride[last];
+    for (int done = 0; done < voxels;) {
+      int64_t rest = voxel + done, inner = rest % a.shape[last], offset = inner * stride;
+      rest /= a.shape[last];
+      for (int axis = last - 1; axis >= 0; --axis) {
+        offset += rest % a.shape[axis] * a.stride[axis];
+        rest /= a.shape[axis];
+      }
+      int64_t length = a.shape[last] - inner;
+      if (length > voxels - done) length = voxels - done;
+      run[count++] = {offset, done, int32_t(length)};
+      done += int(length);
+    }
+  }
+};
+
+template <class S>
+FL_INLINE S read(const char* p) {
+  S value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+
+struct Half {
+  uint16_t bits;
+};
+struct Brain {
+  uint16_t bits;
+};
+
+FL_INLINE float widen(Brain value) {
+  uint32_t wide = uint32_t(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &wide, sizeof result);
+  return result;
+}
+FL_INLINE float widen(Half value) {
+  // Shifted into place the exponent is 112 too small, which a product with 2^112 mends, for
+  // subnormal numbers as well; infinities and NaN get the full exponent.
+  uint32_t magnitude = uint32_t(value.bits & 0x7fff) << 13;
+  uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
+  float scaled;
+  std::memcpy(&scaled, &magnitude, sizeof scaled);
+  scaled *= 5.192296858534828e33f;
+  uint32_t result;
+  std::memcpy(&result, &scaled, sizeof result);
+  uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+  result |= special | sign;
+  std::memcpy(&scaled, &result, sizeof scaled);
+  return scaled;
+}
+template <class S>
+FL_INLINE S widen(S value) {
+  return value;
+}
+
+FL_INLINE Brain narrow_brain(float value) {
+  uint32_t wide;
+  std::memcpy(&wide, &value, sizeof wide);
+  uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;  // to nearest, ties to even
+  uint32_t result = (wide & 0x7fffffff) > 0x7f800000u ? 0x7fc0u : rounded;
+  return {uint16_t(result)};
+}
+FL_INLINE Half narrow_half(float value) {
+  uint32_t wide;
+  std::memcpy(&wide, &value, sizeof wide);
+  uint32_t sign = (wide >> 16) & 0x8000, magnitude = wide & 0x7fffffff;
+  // Normal results: rebias the exponent and round to nearest even.
+  uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13;
+  // Subnormal results: adding ½ leaves the rounded mantissa in the low bits.
+  float small, half = 0.5f;
+  std::memcpy(&small, &magnitude, sizeof small);
+  small += half;
+  uint32_t subnormal, half_bits = 0x3f000000u;
+  std::memcpy(&subnormal, &small, sizeof subnormal);
+  subnormal -= half_bits;
+  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
+  result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // rounds to infinity
+  result = magnitude > 0x7f800000u ? 0x7e00u : result;
+  return {uint16_t(result | sign)};
+}
+
+template <class S, class T>
+void load_run(const char* p, int64_t stride, int count, T* row) {
+  if (stride == int64_t(sizeof(S))) {
+    int i = 0;
+#if defined(__F16C__)
+    if constexpr (sizeof(T) == 4 && std::is_same<S, Half>::value)
+      for (; i + 8 <= count; i += 8)
+        _mm256_storeu_ps((float*)row + i,
+                         _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 2 * i))));
+#endif
+    for (; i < count; ++i) row[i] = T(widen(read<S>(p + i * int64_t(sizeof(S)))));
+  } else {
+    for (int i = 0; i < count; ++i) row[i] = T(widen(read<S>(p + i * stride)));
+  }
+}
+
+template <class S, class T>
+void load_runs(const char* base, const Runs& runs, T* row) {
+  for (int r = 0; r < runs.count; ++r) {
+    const auto& run = runs.run[r];
+    load_run<S, T>(base + run.offset, runs.stride, run.count, row + run.first);
+  }
+}
+
+// Reads one row of a tile as T; `base` is the row's sample and channel.
+template <class T>
+void load_row(const char* base, DType dtype, const Runs& runs, T* row) {
+  switch (dtype) {
+    case DType::f32: return load_runs<float, T>(base, runs, row);
+    case DType::f16: return load_runs<Half, T>(base, runs, row);
+    case DType::bf16: return load_runs<Brain, T>(base, runs, row);
+    case DType::f64: return load_runs<double, T>(base, runs, row);
+    case DType::u8: return load_runs<uint8_t, T>(base, runs, row);
+    case DType::i8: return load_runs<int8_t, T>(base, runs, row);
+    case DType::u16: return load_runs<uint16_t, T>(base, runs, row);
+    case DType::i16: return load_runs<int16_t, T>(base, runs, row);
+    case DType::u32: return load_runs<uint32_t, T>(base, runs, row);
+    case DType::i32: return load_runs<int32_t, T>(base, runs, row);
+    case DType::u64: return load_runs<uint64_t, T>(base, runs, row);
+    case DType::i64: return load_runs<int64_t, T>(base, runs, row);
+  }
+}
+
+FL_INLINE void narrow(float v, float* p) { std::memcpy(p, &v, sizeof v); }
+FL_INLINE void narrow(float v, Half* p) { *p = narrow_half(v); }
+FL_INLINE void narrow(float v, Brain* p) { *p = narrow_brain(v); }
+FL_INLINE void narrow(double v, double* p) { std::memcpy(p, &v, sizeof v); }
+
+template <class S, class T>
+void store_runs(char* base, const Runs& runs, const T* row, bool past_caches) {
+  for (int r = 0; r < runs.count; ++r) {
+    const auto& run = runs.run[r];
+    char* p = base + run.offset;
+    const T* from = row + run.first;
+    if (runs.stride == int64_t(sizeof(S))) {
+      alignas(64) S converted[kMaxTile];
+      int i = 0;
+#if defined(__F16C__)
+      if constexpr (std::is_same<S, Half>::value)
+        for (; i + 8 <= run.count; i += 8)
+          _mm_store_si128((__m128i*)(converted + i),
+                          _mm256_cvtps_ph(_mm256_loadu_ps((const float*)from + i), 0));
+#endif
+      for (; i < run.count; ++i) narrow(from[i], converted + i);
+      int64_t bytes = int64_t(run.count) * int64_t(sizeof(S)), b = 0;
+      const float* words = (const float*)converted;
+      if (past_caches && uintptr_t(p) % kVectorBytes == 0)
+        for (; b + kVectorBytes <= bytes; b += kVectorBytes)
+          stream<float>((float*)(p + b), load<float>(words + b / 4));
+      std::memcpy(p + b, (const char*)converted + b, size_t(bytes - b));
+    } else {
+      for (int i = 0; i < run.count; ++i) {
+        S value;
+        narrow(from[i], &value);
+        std::memcpy(p + i * runs.stride, &value, sizeof value);
+      }
+    }
+  }
+}
+
+template <class T>
+void store_row(char* base, DType dtype, const Runs& runs, const T* row, bool past_caches) {
+  if constexpr (sizeof(T) == 8) {
+    store_runs<double, T>(base, runs, row, past_caches);
+  } else {
+    if (dtype == DType::f32) return store_runs<float, T>(base, runs, row, past_caches);
+    if (dtype == DType::f16) return store_runs<Half, T>(base, runs, row, past_caches);
+    store_runs<Brain, T>(base, runs, row, past_caches);
+  }
+}
+
+// Reads labels: y in [0, classes), −2 where ignored, −1 where it is no class.
+template <class S, class I>
+void load_labels_as(const char* base, const Runs& runs, I classes, bool has_ignore, I ignore,
+                    int32_t* y) {
+  for (int r = 0; r < runs.count; ++r) {
+    const auto& run = runs.run[r];
+    const char* p = base + run.offset;
+    int32_t* to = y + run.first;
+    auto label = [&](const char* q) {
+      S raw = S(widen(read<S>(q)));
+      I value = I(raw);
+      bool good = value >= 0 && value < classes;
+      if constexpr (std::is_floating_point<I>::value)
+        good = good && value == I(int32_t(good ? value : I(0)));
+      int32_t result = good ? int32_t(value) : -1;
+      return has_ignore && value == ignore ? -2 : result;
+    };
+    if (runs.stride == int64_t(sizeof(S)))
+      for (int i = 0; i < run.count; ++i) to[i] = label(p + i * int64_t(sizeof(S)));
+    else
+      for (int i = 0; i < run.count; ++i) to[i] = label(p + i * runs.stride);
+  }
+}
+
+template <class S>
+void load_labels_int32(const char* base, const Runs& runs, int64_t classes, bool has_ignore,
+                       int64_t ignore, int32_t* y) {
+  bool fits = ignore >= INT32_MIN && ignore <= INT32_MAX;
+  load_labels_as<S, int32_t>(base, runs, int32_t(classes), has_ignore && fits, int32_t(ignore), y);
+}
+
+inline void load_labels(const char* base, DType dtype, const Runs& runs, int64_t classes,
+                        bool has_ignore, int64_t ignore, int32_t* y) {
+  switch (dtype) {
+    case DType::u8:
+      return load_labels_int32<uint8_t>(base, runs, classes, has_ignore, ignore, y);
+    case DType::i8: return load_labels_int32<int8_t>(base, runs, classes, has_ignore, ignore, y);
+    case DType::u16:
+      return load_labels_int32<uint16_t>(base, runs, classes, has_ignore, ignore, y);
+    case DType::i16: return load_labels_int32<int16_t>(base, runs, classes, has_ignore, ignore, y);
+    case DType::i32: return load_labels_int32<int32_t>(base, runs, classes, has_ignore, ignore, y);
+    case DType::u32:
+      return load_labels_as<uint32_t, int64_t>(base, runs, classes, has_ignore, ignore, y);
+    case DType::i64:
+      return load_labels_as<int64_t, int64_t>(base, runs, classes, has_ignore, ignore, y);
+    case DType::u64:  // what int64 cannot hold becomes negative: no class either
+      return load_labels_as<int64_t, int64_t>(base, runs, classes, has_ignore && ignore >= 0,
+                                              ignore, y);
+    default: {
+      double row[kMaxTile];
+      load_row<double>(base, dtype, runs, row);
+      Runs packed;
+      packed.count = 1;
+      packed.stride = sizeof(double);
+      int last = runs.count - 1;
+      packed.run[0] = {0, 0, runs.run[last].first + runs.run[last].count};
+      return load_labels_as<double, double>((const char*)row, packed, double(classes), has_ignore,
+                                            double(ignore), y);
+    }
+  }
+}
+
+// A 4×4 block between rows and columns.
+FL_INLINE void transpose4(const float* from, int64_t from_step, float* to, int64_t to_step) {
+#if defined(__SSE2__)
+  __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_step);
+  __m128 c = _mm_loadu_ps(from + 2 * from_step), d = _mm_loadu_ps(from + 3 * from_step);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to, a);
+  _mm_storeu_ps(to + to_step, b);
+  _mm_storeu_ps(to + 2 * to_step, c);
+  _mm_storeu_ps(to + 3 * to_step, d);
+#else
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) to[j * to_step + i] = from[i * from_step + j];
+#endif
+}
+
+// to[j][i] = from[i][j] for `rows` i and `columns` j.
+inline void transpose(const float* from, int64_t from_step, float* to, int64_t to_step,
+                      int64_t rows, int64_t columns) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    int64_t j = 0;
+    for (; j + 4 <= columns; j += 4)
+      transpose4(from + i * from_step + j, from_step, to + j * to_step + i, to_step);
+    for (; j < columns; ++j)
+      for (int64_t k = 0; k < 4; ++k) to[j * to_step + i + k] = from[(i + k) * from_step + j];
+  }
+  for (; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) to[j * to_step + i] = from[i * from_step + j];
+}
+
+}  // namespace

@@ -1,0 +1,312 @@
+// Softmax with a label map: the case that training mostly is.
+//
+// All that a voxel's label decides is computed once per voxel, not once per class, and added to the
+// sums of that class alone.
+#pragma once
+
+#include "tile.h"
+#include "voxel.h"
+
+namespace {
+
+// Loads the logits to x and their maximum to a row; turns them into x − largest where infinite.
+template <class T>
+void load_and_maximum(Tile<T>& t) {
+  constexpr int L = lanes<T>;
+  T* largest = t.row(kLargest);
+  int64_t classes = t.job.classes;
+  if (t.direct()) {
+    for (int64_t c = 0; c < classes; ++c) {
+      const T* from = t.direct_row(c);
+      T* to = t.x + c * t.stride;
+      if (c == 0) {
+        for (int v = 0; v < t.padded; v += L) {
+          Vec<T> x = load<T>(from + v);
+          store<T>(to + v, x);
+          store<T>(largest + v, x);
+        }
+      } else {
+        for (int v = 0; v < t.padded; v += L) {
+          Vec<T> x = load<T>(from + v);
+          store<T>(to + v, x);
+          store<T>(largest + v, larger(x, load<T>(largest + v)));
+        }
+      }
+    }
+  } else {
+    t.load_logits();
+    std::memcpy(largest, t.x, sizeof(T) * size_t(t.padded));
+    for (int64_t c = 1; c < classes; ++c)
+      for (int v = 0; v < t.padded; v += L)
+        store<T>(largest + v, larger(load<T>(t.x + c * t.stride + v), load<T>(largest + v)));
+  }
+  IVec<T> infinite{};
+  for (int v = 0; v < t.padded; v += L)
+    infinite |= absolute<T>(load<T>(largest + v)) == T(INFINITY);
+  if (any<T>(infinite)) {
+    // Classes that share an infinite maximum share the probability; the others have none.
+    for (int v = 0; v < t.padded; ++v) {
+      T most = largest[v];
+      if (!(std::fabs(most) == T(INFINITY))) continue;
+      for (int64_t c = 0; c < classes; ++c) {
+        T& x = t.x[c * t.stride + v];
+        x = x == most ? T(0) : x == x ? T(-INFINITY) : x;
+      }
+      largest[v] = T(0);
+    }
+  }
+}
+
+// x becomes e^(x−largest); rest, the sum below the largest, and 1 / sum. The label's e^(x−largest)
+// and its gap to the largest are kept. With `slope`, row `dot` gets Σ_c slope_c e^(x−largest).
+template <class T, bool kDot>
+void exponentials(Tile<T>& t, const T* slope, T* dot, bool labels) {
+  constexpr int L = lanes<T>;
+  T *largest = t.row(kLargest), *rest = t.row(kRest), *inverse = t.row(kInverse);
+  if (labels) {
+    T* gap = t.row(kLabelGap);
+    for (int v = 0; v < t.padded; ++v) gap[v] = largest[v] - t.x[t.y[v] * t.stride + v];
+  }
+  for (int v = 0; v < t.padded; ++v) rest[v] = T(0);
+  T* ties = inverse;  // holds −(number of classes at the maximum) as an integer, for now
+  std::memset(inverse, 0, sizeof(T) * kMaxTile);
+  if (kDot) std::memset(dot, 0, sizeof(T) * kMaxTile);
+  for (int64_t c = 0; c < t.job.classes; ++c) {
+    T* x = t.x + c * t.stride;
+    Vec<T> k = splat<T>(kDot ? slope[c] : T(0));
+    for (int v = 0; v < t.padded; v += L) {
+      Vec<T> d = load<T>(x + v) - load<T>(largest + v);
+      Vec<T> e = exponential<T>(d);
+      IVec<T> top = d == T(0);
+      store<T>(x + v, e);
+      // The sum without its largest member is exact to the last bit where one class dominates,
+      // and with it 1−p and log p are.
+      store<T>(rest + v, load<T>(rest + v) + drop<T>(top, e));
+      store<T>(ties + v, from_bits<T>(bits<T>(load<T>(ties + v)) + top));
+      if (kDot) store<T>(dot + v, load<T>(dot + v) + e * k);
+    }
+  }
+  for (int v = 0; v < t.padded; v += L) {
+    IVec<T> count = -bits<T>(load<T>(ties + v));
+    Vec<T> tied = from_bits<T>(count + Numbers<T>::round_bits) - Numbers<T>::round;
+    Vec<T> below = load<T>(rest + v);
+    Vec<T> all = below + tied;
+    store<T>(inverse + v, T(1) / all);
+    store<T>(rest + v, below + (tied - T(1)));
+  }
+  if (labels) {
+    T* e = t.row(kLabelExp);
+    for (int v = 0; v < t.padded; ++v) e[v] = t.x[t.y[v] * t.stride + v];
+  }
+}
+
+// 1 − p of the label.
+template <class T>
+FL_INLINE Vec<T> label_complement(Vec<T> e, Vec<T> gap, Vec<T> rest, Vec<T> inverse) {
+  return select<T>(gap == T(0), rest, (rest + T(1)) - e) * inverse;
+}
+
+// Adds value[v] to sums[y[v]]: several sets of sums, so that equal labels in a row do not wait.
+template <class T>
+void scatter(const Tile<T>& t, const T* value, double* sums) {
+  for (int v = 0; v < t.n; ++v) sums[t.y[v]] += double(value[v]);
+}
+
+template <class T>
+void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
+  constexpr int L = lanes<T>;
+  const auto& s = t.job.slots;
+  int64_t classes = t.job.classes;
+  load_and_maximum(t);
+  exponentials<T, false>(t, nullptr, nullptr, true);
+  T *m = t.row(kWeight), *rest = t.row(kRest), *inverse = t.row(kInverse);
+  T *label_e = t.row(kLabelExp), *gap = t.row(kLabelGap);
+
+  if (s.predicted >= 0 || s.predicted_squared >= 0) {
+    T* scale = t.row(kA);
+    for (int v = 0; v < t.padded; v += L)
+      store<T>(scale + v, load<T>(m + v) * load<T>(inverse + v));
+    for (int64_t c = 0; c < classes; ++c) {
+      const T* e = t.x + c * t.stride;
+      if (s.predicted >= 0) {
+        Vec<T> a{}, b{};
+        int v = 0;
+        for (; v + 2 * L <= t.padded; v += 2 * L) {
+          a += load<T>(e + v) * load<T>(scale + v);
+          b += load<T>(e + v + L) * load<T>(scale + v + L);
+        }
+        for (; v < t.padded; v += L) a += load<T>(e + v) * load<T>(scale + v);
+        sums[s.predicted * classes + c] += total<T>(a + b);
+      }
+      if (s.predicted_squared >= 0) {
+        Vec<T> a{};
+        for (int v = 0; v < t.padded; v += L) {
+          Vec<T> x = load<T>(e + v);
+          a += (x * load<T>(scale + v)) * (x * load<T>(inverse + v));
+        }
+        sums[s.predicted_squared * classes + c] += total<T>(a);
+      }
+    }
+  }
+  T *overlap = t.row(kB), *loss = t.row(kC), *lse = t.row(kE);  // lse: log Σ e^(x−largest)
+  bool voxelwise = s.cross_entropy >= 0 || s.gammas > 0 || s.uniform >= 0;
+  if (voxelwise)
+    for (int v = 0; v < t.padded; v += L) {
+      Vec<T> log_sum = log_one_plus<T>(load<T>(rest + v));
+      store<T>(lse + v, log_sum);
+      store<T>(loss + v, load<T>(gap + v) + log_sum);
+    }
+
+  // Per voxel, to the sums of the label's class.
+  double* by_class = sums + s.reference * classes;
+  if (s.overlap >= 0)
+    for (int v = 0; v < t.padded; v += L)
+      store<T>(overlap + v,
+               load<T>(label_e + v) * load<T>(inverse + v) * load<T>(m + v));
+  T* weighted_loss = t.row(kD);
+  if (s.cross_entropy >= 0)
+    for (int v = 0; v < t.padded; v += L) {
+      // A voxel without weight has finite logits, so this product is never 0 · ∞.
+      store<T>(weighted_loss + v, load<T>(m + v) * load<T>(loss + v));
+    }
+  double* to_overlap = s.overlap >= 0 ? sums + s.overlap * classes : nullptr;
+  double* to_loss = s.cross_entropy >= 0 ? sums + s.cross_entropy * classes : nullptr;
+  const int32_t* y = t.y;
+  double all = 0;
+  for (int v = 0; v < t.n; ++v) {
+    double w = double(m[v]);
+    by_class[y[v]] += w;
+    all += w;
+    if (to_overlap) to_overlap[y[v]] += double(overlap[v]);
+    if (to_loss) to_loss[y[v]] += double(weighted_loss[v]);
+  }
+  *weight += all;
+  if (s.reference_squared >= 0) scatter(t, m, sums + s.reference_squared * classes);
+
+  for (int f = 0; f < s.gammas; ++f) {
+    T* value = t.row(kD);
+    for (int v = 0; v < t.padded; v += L) {
+      Vec<T> q = label_complement<T>(load<T>(label_e + v), load<T>(gap + v), load<T>(rest + v),
+                                     load<T>(inverse + v));
+      Vec<T> focal =
+          focal_value<Vec<T>>(power<T>(q, T(s.gamma[f])), load<T>(loss + v)) * load<T>(m + v);
+      store<T>(value + v, focal);
+    }
+    scatter(t, value, sums + s.focal[f] * classes);
+  }
+  if (s.uniform >= 0) {
+    // −log p_c = log Σe − (x_c − largest); the exponentials have replaced x, so it is loaded again.
+    load_and_maximum(t);
+    T* largest = t.row(kLargest);
+    for (int64_t c = 0; c < classes; ++c) {
+      const T* x = t.x + c * t.stride;
+      Vec<T> a{};
+      for (int v = 0; v < t.padded; v += L)
+        a += load<T>(m + v) *
+             (load<T>(lse + v) + (load<T>(largest + v) - load<T>(x + v)));
+      sums[s.uniform * classes + c] += total<T>(a);
+    }
+  }
+}
+
+template <class T>
+void apply_softmax_labels(Tile<T>& t) {
+  constexpr int L = lanes<T>;
+  const auto& s = t.job.slots;
+  int64_t classes = t.job.classes;
+  auto coefficients = [&](int slot) { return slot >= 0 ? t.table + slot * classes : nullptr; };
+  const T *by_overlap = coefficients(s.overlap), *by_predicted = coefficients(s.predicted);
+  const T *by_squared = coefficients(s.predicted_squared);
+  const T *by_loss = coefficients(s.cross_entropy), *by_uniform = coefficients(s.uniform);
+
+  T *m = t.row(kWeight), *label = t.row(kLabel), *rest = t.row(kRest), *inverse = t.row(kInverse);
+  T *label_e = t.row(kLabelExp), *gap = t.row(kLabelGap);
+  T* base = t.row(kA);  // Σ_c p_c · (derivative by p_c), without the overlap's, without m
+  load_and_maximum(t);
+  if (by_predicted) {
+    exponentials<T, true>(t, by_predicted, base, true);
+  } else {
+    exponentials<T, false>(t, nullptr, nullptr, true);
+    std::memset(base, 0, sizeof(T) * kMaxTile);
+  }
+  for (int v = 0; v < t.padded; v += L)
+    store<T>(base + v, load<T>(base + v) * load<T>(inverse + v));
+  if (by_squared)
+    for (int64_t c = 0; c < classes; ++c) {
+      Vec<T> k = splat<T>(2 * by_squared[c]);
+      for (int v = 0; v < t.padded; v += L) {
+        Vec<T> p = load<T>(t.x + c * t.stride + v) * load<T>(inverse + v);
+        store<T>(base + v, load<T>(base + v) + k * (p * p));
+      }
+    }
+  T uniform_total = 0;
+  if (by_uniform)
+    for (int64_t c = 0; c < classes; ++c) uniform_total += by_uniform[c];
+
+  // What the label decides: the whole gradient at the label's class, and for the other classes
+  // Σ_j t_j, where t_j is the derivative by log p_j.
+  T *at_label = t.row(kB), *slope = t.row(kC), *turn = t.row(kD);
+  T *label_overlap = t.row(kE), *label_rest = t.row(kF), *label_loss = t.row(kLargest);
+  const int32_t* y = t.y;
+  for (int v = 0; v < t.padded; ++v) label_overlap[v] = by_overlap ? by_overlap[y[v]] : T(0);
+  for (int v = 0; v < t.padded; ++v) label_loss[v] = by_loss ? by_loss[y[v]] : T(0);
+  for (int v = 0; v < t.padded; ++v) label_rest[v] = by_predicted ? by_predicted[y[v]] : T(0);
+  // Focal slopes replace the row of the cross-entropy's coefficient by its sum with theirs.
+  for (int f = 0; f < s.gammas; ++f) {
+    const T* k = t.table + s.focal[f] * classes;
+    T gamma = T(s.gamma[f]);
+    for (int v = 0; v < t.padded; ++v) turn[v] = k[y[v]];
+    for (int v = 0; v < t.padded; v += L) {
+      Vec<T> e = load<T>(label_e + v), r = load<T>(rest + v), i = load<T>(inverse + v);
+      Vec<T> q = label_complement<T>(e, load<T>(gap + v), r, i), p = e * i;
+      Vec<T> minus_log = load<T>(gap + v) + log_one_plus<T>(r);
+      // p log p → 0 as p → 0, and (1−p)^(γ−1) log p → 0 as p → 1.
+      Vec<T> p_log_p = drop<T>(p == T(0), -(p * minus_log));
+      Vec<T> less = gamma == 0 ? Vec<T>{} : drop<T>(q == T(0), power<T>(q, gamma - 1));
+      Vec<T> change = focal_slope<Vec<T>, T>(power<T>(q, gamma), less, p_log_p, gamma);
+      store<T>(label_loss + v, load<T>(label_loss + v) + load<T>(turn + v) * change);
+    }
+  }
+  T two = 2;
+  if (by_squared)
+    for (int v = 0; v < t.padded; ++v)
+      label_rest[v] += two * by_squared[y[v]] * label_e[v] * inverse[v];
+  for (int v = 0; v < t.padded; v += L) {
+    Vec<T> i = load<T>(inverse + v), w = load<T>(m + v), e = load<T>(label_e + v);
+    Vec<T> q = label_complement<T>(e, load<T>(gap + v), load<T>(rest + v), i), p = e * i;
+    Vec<T> own = p * load<T>(label_overlap + v) - load<T>(label_loss + v);
+    Vec<T> others = load<T>(base + v) - uniform_total;
+    store<T>(at_label + v, w * (p * (load<T>(label_rest + v) - others) + own * q));
+    store<T>(turn + v, w * i * (others + own));
+    store<T>(slope + v, w * i);
+  }
+  if (by_uniform)
+    for (int v = 0; v < t.padded; ++v) at_label[v] -= m[v] * by_uniform[y[v]];
+
+  Writer<T> writer(t, t.x);
+  for (int64_t c = 0; c < classes; ++c) {
+    const T* e = t.x + c * t.stride;
+    T* to = writer.row(c);
+    Vec<T> k = splat<T>(by_predicted ? by_predicted[c] : T(0)), number = splat<T>(T(c));
+    if (!by_squared && !by_uniform) {
+      for (int v = 0; v < t.padded; v += L) {
+        Vec<T> g = load<T>(e + v) * (load<T>(slope + v) * k - load<T>(turn + v));
+        g = select<T>(load<T>(label + v) == number, load<T>(at_label + v), g);
+        writer.put(to + v, g);
+      }
+    } else {
+      Vec<T> k2 = splat<T>(by_squared ? two * by_squared[c] : T(0));
+      Vec<T> u = splat<T>(by_uniform ? by_uniform[c] : T(0));
+      for (int v = 0; v < t.padded; v += L) {
+        Vec<T> x = load<T>(e + v), p = x * load<T>(inverse + v);
+        Vec<T> g = x * (load<T>(slope + v) * (k + k2 * p) - load<T>(turn + v));
+        g -= load<T>(m + v) * u;
+        g = select<T>(load<T>(label + v) == number, load<T>(at_label + v), g);
+        writer.put(to + v, g);
+      }
+    }
+  }
+  writer.finish(t.second);
+}
+
+}  // namespace

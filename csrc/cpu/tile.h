@@ -1,0 +1,309 @@
+// A tile: some hundred voxels with all their classes, loaded and brought to working form.
+#pragma once
+
+#include "job.h"
+#include "rows.h"
+#include "vec.h"
+
+namespace {
+
+using fastloss::Activation;
+using fastloss::Faults;
+using fastloss::Job;
+
+// Named rows of one number per voxel.
+enum Row {
+  kWeight,    // m; 0 for voxels that do not count and for padding
+  kLabel,     // the label as a number of the working type
+  kLargest,   // largest logit
+  kRest,      // Σ e^(x−largest) over the classes below the largest
+  kInverse,   // 1 / Σ e^(x−largest)
+  kLabelExp,  // e^(x−largest) of the label
+  kLabelGap,  // largest − x of the label
+  kA, kB, kC, kD, kE, kF,
+  kRows
+};
+
+template <class T>
+struct Tile {
+  const Job& job;
+  int64_t sample;
+  int stride;        // voxels from row to row of the buffers
+  T* x;              // logits, later what is made of them: (C, stride)
+  T* second;         // another buffer like it, or null
+  T* rows;           // (kRows, 256)
+  T* table;          // coefficients of the sample: (S, C)
+  int32_t* y;        // labels
+  Runs logit_runs, target_runs, weight_runs, out_runs;
+  int64_t voxel = 0;  // the first one
+  int n = 0;          // voxels
+  int padded = 0;     // n up to whole vectors
+  bool even = true;   // every m is 1 and there is no padding
+  bool ones = false;  // the row of m holds ones
+  bool holes = false; // some voxel has m = 0
+  bool small_label;   // the labels' row of T is wanted
+
+  T* row(int which) { return rows + which * kMaxTile; }
+  const char* logits() const { return job.logits.data + sample * job.logits.batch_stride; }
+
+  static bool needs_second(const Job& job) {
+    if (job.activation != Activation::softmax) return false;
+    return job.dense || job.slots.uniform >= 0;
+  }
+  static size_t bytes(const Job& job) {
+    size_t tile = size_t(fastloss::tile_voxels(job.classes)) * size_t(job.classes);
+    size_t numbers = tile * 2 + kRows * kMaxTile + size_t(job.slots.count) * size_t(job.classes);
+    return numbers * sizeof(T) + kMaxTile * sizeof(int32_t) + 256;
+  }
+
+  Tile(const Job& j, int64_t b, void* scratch) : job(j), sample(b) {
+    stride = fastloss::tile_voxels(j.classes);
+    T* p = (T*)(((uintptr_t)scratch + 63) / 64 * 64);
+    int64_t size = int64_t(stride) * j.classes;
+    x = p;
+    second = x + size;
+    rows = second + size;
+    y = (int32_t*)(rows + kRows * kMaxTile);
+    table = (T*)(y + kMaxTile);
+    if (j.coefficients)
+      for (int32_t s = 0; s < j.slots.count; ++s)
+        for (int64_t c = 0; c < j.classes; ++c)
+          table[s * j.classes + c] = T(j.coefficients[(s * j.batch + b) * j.classes + c]);
+  }
+
+  // Moves to the tile that starts at a voxel: weights, labels, and where everything lies.
+  void move(int64_t first, int voxels, Faults* faults) {
+    constexpr int L = lanes<T>;
+    voxel = first;
+    n = voxels;
+    padded = (n + L - 1) / L * L;
+    logit_runs.find(job.logits, first, n);
+    target_runs.find(job.target, first, n);
+    load_weights(faults);
+    if (!job.dense) {
+      load_labels_of_tile(faults);
+    } else if (job.has_ignore) {
+      find_ignored();
+    }
+  }
+
+  void load_weights(Faults* faults) {
+    T* m = row(kWeight);
+    holes = false;
+    even = n == padded;
+    if (!job.weighted) {
+      if (!ones)
+        for (int v = 0; v < kMaxTile; ++v) m[v] = T(1);
+      ones = true;
+    } else {
+      weight_runs.find(job.weight, voxel, n);
+      load_row<T>(job.weight.data + sample * job.weight.batch_stride, job.weight.dtype,
+                  weight_runs, m);
+      ones = even = false;
+      int bad = 0, zero = 0;
+      for (int v = 0; v < n; ++v) {
+        bad += !(m[v] >= T(0) && m[v] < T(INFINITY));
+        zero += m[v] == T(0);
+      }
+      holes = zero > 0;
+      if (bad)
+        for (int v = 0; v < n; ++v)
+          if (!(m[v] >= T(0) && m[v] < T(INFINITY))) {
+            if (faults && faults->weights++ == 0) faults->first_weight = double(m[v]);
+            m[v] = T(0);
+            holes = true;
+          }
+    }
+    if (n < padded) {
+      for (int v = n; v < padded; ++v) m[v] = T(0);
+      ones = false;
+    }
+  }
+
+  void load_labels_of_tile(Faults* faults) {
+    load_labels(job.target.data + sample * job.target.batch_stride, job.target.dtype, target_runs,
+                job.classes, job.has_ignore, job.ignore, y);
+    int32_t lowest = 0;
+    for (int v = 0; v < n; ++v) lowest = y[v] < lowest ? y[v] : lowest;
+    if (lowest < 0) {
+      T* m = row(kWeight);
+      for (int v = 0; v < n; ++v)
+        if (y[v] < 0) {
+          if (y[v] == -1 && faults && faults->labels++ == 0) faults->first_label = raw_label(v);
+          m[v] = T(0);
+          y[v] = 0;
+        }
+      even = ones = false;
+      holes = true;
+    }
+    for (int v = n; v < padded; ++v) y[v] = 0;
+    T* label = row(kLabel);
+    for (int v = 0; v < padded; ++v) label[v] = T(y[v]);
+  }
+
+  double raw_label(int v) {
+    double values[kMaxTile];
+    load_row<double>(job.target.data + sample * job.target.batch_stride, job.target.dtype,
+                     target_runs, values);
+    return values[v];
+  }
+
+  const char* target_row(int64_t c) const {
+    return job.target.data + sample * job.target.batch_stride + c * job.target.channel_stride;
+  }
+
+  // In a dense target: more than half of the ignored class, or the ignored number anywhere.
+  void find_ignored() {
+    T* m = row(kWeight);
+    T* g = row(kA);
+    bool is_class = job.classes > 1 && job.ignore >= 0 && job.ignore < job.classes;
+    int found = 0;
+    for (int64_t c = is_class ? job.ignore : 0; c < (is_class ? job.ignore + 1 : job.classes);
+         ++c) {
+      load_row<T>(target_row(c), job.target.dtype, target_runs, g);
+      for (int v = 0; v < n; ++v) {
+        bool ignored = is_class ? g[v] > T(0.5) : g[v] == T(job.ignore);
+        found += ignored;
+        m[v] = ignored ? T(0) : m[v];
+      }
+    }
+    if (found) {
+      even = ones = false;
+      holes = true;
+    }
+  }
+
+  // Row c of the target as numbers: dense, or 1 where the label is c.
+  void load_target(int64_t c, T* g) {
+    if (job.dense) {
+      load_row<T>(target_row(c), job.target.dtype, target_runs, g);
+      for (int v = n; v < padded; ++v) g[v] = T(0);
+      if (holes) clear_holes(g);
+    } else {
+      const T* label = row(kLabel);
+      for (int v = 0; v < padded; v += lanes<T>)
+        store<T>(g + v, keep<T>(load<T>(label + v) == T(c), splat<T>(1)));
+    }
+  }
+
+  // What a voxel that does not count holds is no matter, NaN included.
+  void clear_holes(T* r) {
+    const T* m = row(kWeight);
+    for (int v = 0; v < padded; v += lanes<T>)
+      store<T>(r + v, drop<T>(load<T>(m + v) == T(0), load<T>(r + v)));
+  }
+
+  // Whether the rows of the logits can be used where they lie.
+  bool direct() const {
+    return logit_runs.count == 1 && logit_runs.stride == int64_t(sizeof(T)) && n == padded &&
+           !holes && job.logits.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64);
+  }
+  const T* direct_row(int64_t c) const {
+    return (const T*)(logits() + c * job.logits.channel_stride + logit_runs.run[0].offset);
+  }
+
+  bool channels_last(const Array& a, const Runs& runs) const {
+    return runs.count == 1 && job.classes > 1 && a.channel_stride == item_size(a.dtype) &&
+           runs.stride == a.channel_stride * job.classes;
+  }
+
+  // Loads all rows of logits into x.
+  void load_logits() {
+    const Array& a = job.logits;
+    const char* base = logits();
+    if (sizeof(T) == 4 && channels_last(a, logit_runs)) {
+      const char* from = base + logit_runs.run[0].offset;
+      int64_t count = int64_t(n) * job.classes;
+      if (a.dtype != DType::f32) {
+        load_flat(from, a.dtype, count, second);
+        from = (const char*)second;
+      }
+      transpose((const float*)from, job.classes, (float*)x, stride, n, job.classes);
+    } else {
+      for (int64_t c = 0; c < job.classes; ++c)
+        load_row<T>(base + c * a.channel_stride, a.dtype, logit_runs, x + c * stride);
+    }
+    finish_logits();
+  }
+
+  void finish_logits() {
+    if (n < padded)
+      for (int64_t c = 0; c < job.classes; ++c)
+        for (int v = n; v < padded; ++v) x[c * stride + v] = T(0);
+    if (holes)
+      for (int64_t c = 0; c < job.classes; ++c) clear_holes(x + c * stride);
+  }
+
+  void load_flat(const char* from, DType dtype, int64_t count, T* to) {
+    int size = item_size(dtype);
+    Runs packed;
+    packed.count = 1;
+    packed.stride = size;
+    for (int64_t i = 0; i < count; i += kMaxTile) {
+      packed.run[0] = {0, 0, int32_t(count - i < kMaxTile ? count - i : kMaxTile)};
+      load_row<T>(from + i * size, dtype, packed, to + i);
+    }
+  }
+
+  // Prepares for store_gradient_row.
+  void find_out() { out_runs.find(job.out, voxel, n); }
+  bool out_direct() const {
+    return out_runs.count == 1 && out_runs.stride == int64_t(sizeof(T)) && n == padded &&
+           job.out.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64);
+  }
+  char* out_base(int64_t c) const {
+    return job.out.data + sample * job.out.batch_stride + c * job.out.channel_stride;
+  }
+  T* out_row(int64_t c) const { return (T*)(out_base(c) + out_runs.run[0].offset); }
+
+  // Writes all rows of `from` (C, stride) to the gradient; `spare` is a buffer of that size.
+  void store_gradient(const T* from, T* spare) {
+    const Array& a = job.out;
+    if (sizeof(T) == 4 && channels_last(a, out_runs)) {
+      char* to = out_base(0) + out_runs.run[0].offset;
+      transpose((const float*)from, stride, (float*)spare, job.classes, job.classes, n);
+      int64_t count = int64_t(n) * job.classes;
+      int size = item_size(a.dtype);
+      Runs packed;
+      packed.count = 1;
+      packed.stride = size;
+      for (int64_t i = 0; i < count; i += kMaxTile) {
+        packed.run[0] = {0, 0, int32_t(count - i < kMaxTile ? count - i : kMaxTile)};
+        store_row<T>(to + i * size, a.dtype, packed, spare + i, job.stream);
+      }
+    } else {
+      for (int64_t c = 0; c < job.classes; ++c)
+        store_row<T>(out_base(c), a.dtype, out_runs, from + c * stride, job.stream);
+    }
+  }
+};
+
+// Writes the rows of a gradient one after the other: straight to memory where that is possible.
+template <class T>
+struct Writer {
+  Tile<T>& tile;
+  bool straight, past_caches;
+  T* buffer;
+
+  // `buffer` takes the rows that cannot be written straight.
+  Writer(Tile<T>& t, T* b) : tile(t), buffer(b) {
+    t.find_out();
+    straight = t.out_direct();
+    past_caches = straight && t.job.stream;
+    if (past_caches)
+      for (int64_t c = 0; c < t.job.classes; ++c)
+        past_caches = past_caches && uintptr_t(t.out_row(c)) % kVectorBytes == 0;
+  }
+  T* row(int64_t c) const { return straight ? tile.out_row(c) : buffer + c * tile.stride; }
+  FL_INLINE void put(T* p, Vec<T> v) const {
+    if (past_caches)
+      stream<T>(p, v);
+    else
+      store<T>(p, v);
+  }
+  void finish(T* spare) {
+    if (!straight) tile.store_gradient(buffer, spare);
+  }
+};
+
+}  // namespace

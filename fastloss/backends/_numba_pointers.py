@@ -1,0 +1,140 @@
+"""Pointers for the Numba kernels: one compiled kernel serves every dtype, layout and rank.
+
+Numba compiles a function anew for every dtype, layout and read-only flag of its arrays. The
+kernels therefore take addresses, and leave the caller's dtypes to small row functions that they
+call by address.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def data(typingctx: Any, array: Any) -> Any:
+    """The pointer to an array's first element. The caller keeps the array alive."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.make_array(signature.args[0])(context, builder, args[0]).data
+
+    return types.CPointer(array.dtype)(array), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def shift(typingctx: Any, pointer: Any, count: Any) -> Any:
+    """The pointer ``count`` elements on."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def shift_bytes(typingctx: Any, pointer: Any, count: Any) -> Any:
+    """The pointer ``count`` bytes on."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = builder.bitcast(args[0], ir.IntType(8).as_pointer())
+        return builder.bitcast(builder.gep(byte, [args[1]]), args[0].type)
+
+    return pointer(pointer, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def address(typingctx: Any, pointer: Any) -> Any:
+    """The pointer as an integer."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ptrtoint(args[0], context.get_value_type(types.intp))
+
+    return types.intp(pointer), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def item_size(typingctx: Any, pointer: Any) -> Any:
+    """Bytes of an element."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_constant(types.intp, signature.args[0].dtype.bitwidth // 8)
+
+    return types.intp(pointer), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def like(typingctx: Any, pointer: Any, number: Any) -> Any:
+    """The number in the pointer's dtype: a bare literal would turn the arithmetic to float64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.cast(builder, args[1], signature.args[1], signature.return_type)
+
+    return pointer.dtype(pointer, number), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def call_row(
+    typingctx: Any, function: Any, source: Any, stride: Any, count: Any, target: Any
+) -> Any:
+    """Call a row function, see `fastloss.backends._numba_rows`, by its address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        intp = context.get_value_type(types.intp)
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, intp, intp, pointer])
+        builder.call(
+            builder.inttoptr(args[0], kind.as_pointer()),
+            [
+                builder.inttoptr(args[1], pointer), args[2], args[3],
+                builder.inttoptr(args[4], pointer),
+            ],
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def to_bits(typingctx: Any, number: Any) -> Any:
+    """The bits of a float32 as int32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def from_bits(typingctx: Any, bits: Any) -> Any:
+    """The float32 with these bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def stream(typingctx: Any, source: Any, target: Any, count: Any) -> Any:
+    """Copy ``count`` lines of 64 bytes to an address divisible by 64, past the caches.
+
+    An ordinary store first reads the line that it overwrites.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        line = ir.VectorType(ir.FloatType(), 16)
+        module = builder.module
+        mark = module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        first = builder.bitcast(args[0], line.as_pointer())
+        out = builder.bitcast(args[1], line.as_pointer())
+        with cgutils.for_range(builder, args[2]) as loop:
+            value = builder.load(builder.gep(first, [loop.index]), align=4)
+            store = builder.store(value, builder.gep(out, [loop.index]), align=64)
+            store.set_metadata("nontemporal", mark)
+        return context.get_dummy_value()
+
+    pointer = types.CPointer(types.float32)
+    return types.void(pointer, pointer, types.intp), codegen

@@ -1,0 +1,420 @@
+"""The two passes for a softmax over the channels and a label map, in Numba.
+
+Each voxel's own class y is taken out of the rows: the others' exponentials are summed without it,
+so that 1 − p_y keeps its precision where p_y is nearly 1, and so does the gradient there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastloss.backends._numba_math import exp, log1p
+from fastloss.backends._numba_pointers import data, like, shift
+from fastloss.backends._numba_tile import (
+    BATCH,
+    BLOCK,
+    BLOCKS,
+    CHANNELS,
+    COUNTS,
+    CROSS_ENTROPY,
+    FEW,
+    FOCAL,
+    LOGITS,
+    OUT,
+    OVERLAP,
+    PREDICTED,
+    PREDICTED_SQUARED,
+    REFERENCE,
+    REFERENCE_SQUARED,
+    TILE,
+    UNDEFINED,
+    UNIFORM,
+    VOXELS,
+    WEIGHT_SUM,
+    WIDTH,
+    add_by_label,
+    any_infinite,
+    below_largest,
+    blank,
+    by_label,
+    dot,
+    dot3,
+    fill,
+    inner,
+    kernel,
+    load,
+    load_labels,
+    load_weights,
+    power,
+    product,
+    raise_to,
+    store,
+    summing,
+    total,
+)
+
+# Rows of numbers per voxel, in units of elements.
+_M = 0 * WIDTH  # the weight m
+_MAX = 1 * WIDTH  # the largest logit
+_D = 2 * WIDTH  # x_y less the largest
+_E = 3 * WIDTH  # its exponential
+_REST = 4 * WIDTH  # the sum of the other exponentials
+_LOG = 5 * WIDTH  # log of the sum of all
+_INVERSE = 6 * WIDTH  # 1 / sum
+_MI = 7 * WIDTH  # m / sum
+_P = 8 * WIDTH  # p_y
+_Q = 9 * WIDTH  # 1 − p_y
+_NLL = 10 * WIDTH  # −log p_y
+_V = 11 * WIDTH  # a summand; the derivative by −log p_y
+_A = 12 * WIDTH  # Σ of the others' exponentials times their derivatives by p
+_H = 13 * WIDTH  # the derivative by p_y
+_U = 14 * WIDTH  # the coefficient of uniform
+_SHARED = 15 * WIDTH  # what the gradient of the other classes has in common
+_OWN = 16 * WIDTH  # the gradient of the own class
+_W1 = 17 * WIDTH
+_W2 = 18 * WIDTH
+ROWS = 19
+
+
+@summing
+def _uniform_row(x, voxel, count):  # type: ignore
+    """Σ m (largest − x)."""
+    s = like(x, 0)
+    for i in range(count):
+        s += voxel[_M + i] * (voxel[_MAX + i] - x[i])
+    return np.float64(s)
+
+
+@inner
+def _take_label(x, labels, c, own, count):  # type: ignore
+    """Move the logits of the voxels with this label out of the row."""
+    gone = like(x, -np.inf)
+    for i in range(count):
+        here = labels[i] == c
+        own[i] = x[i] if here else own[i]
+        x[i] = gone if here else x[i]
+
+
+@inner
+def _exp_row(x, voxel, count):  # type: ignore
+    for i in range(count):
+        e = exp(x[i] - voxel[_MAX + i])
+        x[i] = e
+        voxel[_REST + i] += e
+
+
+@inner
+def _exp_row_weighted(x, voxel, weight, count):  # type: ignore
+    for i in range(count):
+        e = exp(x[i] - voxel[_MAX + i])
+        x[i] = e
+        voxel[_REST + i] += e
+        voxel[_A + i] += e * weight
+
+
+@inner
+def _load_tile(  # type: ignore
+    plan, operands, ignore, sample, first, count, voxel, tile, labels, wide, counts
+):
+    """Logits, labels and weights, and the largest logit. An infinite one is taken out at once."""
+    channels = plan[CHANNELS]
+    width = plan[TILE]
+    weights = shift(voxel, _M)
+    zeros = load_weights(plan, operands, sample, first, count, weights, wide, counts)
+    zeros |= load_labels(
+        plan, operands, ignore, sample, first, count, labels, weights, wide, counts
+    )
+    largest = shift(voxel, _MAX)
+    operand = operands[LOGITS]
+    for c in range(channels):
+        x = shift(tile, c * width)
+        load(plan, operand, sample, c, first, count, x)
+        if zeros:
+            blank(x, weights, count)
+        if c == 0:
+            for i in range(count):
+                largest[i] = x[i]
+        else:
+            raise_to(largest, x, count)
+    if any_infinite(largest, count):
+        for c in range(channels):
+            below_largest(shift(tile, c * width), largest, count)
+        fill(largest, 0, count)
+
+
+@inner
+def _activate(plan, voxel, tile, labels, count, weights, weighted):  # type: ignore
+    """Exponentials of the other classes, and all that is known of the own class."""
+    channels = plan[CHANNELS]
+    width = plan[TILE]
+    own = shift(voxel, _D)
+    if channels <= FEW:
+        for c in range(channels):
+            _take_label(shift(tile, c * width), labels, c, own, count)
+    else:
+        gone = like(tile, -np.inf)
+        for i in range(count):
+            place = labels[i] * width + i
+            own[i] = tile[place]
+            tile[place] = gone
+    fill(shift(voxel, _REST), 0, count)
+    if weighted:
+        fill(shift(voxel, _A), 0, count)
+        for c in range(channels):
+            _exp_row_weighted(shift(tile, c * width), voxel, weights[c], count)
+    else:
+        for c in range(channels):
+            _exp_row(shift(tile, c * width), voxel, count)
+    one = like(voxel, 1)
+    for i in range(count):
+        d = voxel[_D + i] - voxel[_MAX + i]
+        e = exp(d)
+        rest = voxel[_REST + i]
+        inverse = one / (rest + e)
+        voxel[_D + i] = d
+        voxel[_E + i] = e
+        voxel[_INVERSE + i] = inverse
+        voxel[_MI + i] = inverse * voxel[_M + i]
+        voxel[_P + i] = e * inverse
+        voxel[_Q + i] = rest * inverse
+
+
+@inner
+def _logarithms(voxel, count):  # type: ignore
+    one = like(voxel, 1)
+    for i in range(count):
+        # The exponential of the largest logit is exactly 1, so nothing small is lost here.
+        log = log1p(voxel[_REST + i] + (voxel[_E + i] - one))
+        voxel[_LOG + i] = log
+        voxel[_NLL + i] = log - voxel[_D + i]
+
+
+@kernel
+def reduce(  # type: ignore
+    begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, sums, counts
+):
+    """The sums of the blocks from ``begin`` to ``end``."""
+    channels = plan[CHANNELS]
+    width = plan[TILE]
+    voxel = data(scratch)
+    tile = shift(voxel, ROWS * WIDTH)
+    labels = data(label_scratch)
+    wide = data(wide_scratch)
+    gammas = numbers.size - 1
+    predicted = slots[PREDICTED]
+    squared = slots[PREDICTED_SQUARED]
+    logs = (slots[CROSS_ENTROPY] >= 0) | (slots[UNIFORM] >= 0) | (gammas > 0)
+    m, v = shift(voxel, _M), shift(voxel, _V)
+    for block in range(begin, end):
+        sample = block // plan[BLOCKS]
+        start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
+        stop = min(start + plan[BLOCK], plan[VOXELS])
+        out = shift(data(sums), block * sums.shape[1] * channels)
+        count_of = shift(data(counts), block * COUNTS)
+        for first in range(start, stop, width):
+            n = min(width, stop - first)
+            _load_tile(
+                plan, operands, numbers[0], sample, first, n, voxel, tile, labels, wide, count_of
+            )
+            count_of[WEIGHT_SUM] += total(m, n)
+            add_by_label(m, labels, n, channels, shift(out, slots[REFERENCE] * channels))
+            if slots[UNIFORM] >= 0:
+                row = shift(out, slots[UNIFORM] * channels)
+                for c in range(channels):
+                    row[c] += _uniform_row(shift(tile, c * width), voxel, n)
+            _activate(plan, voxel, tile, labels, n, tile, False)
+            undefined = 0
+            for i in range(n):
+                undefined += 0 if voxel[_REST + i] == voxel[_REST + i] else 1
+                undefined += 0 if voxel[_E + i] == voxel[_E + i] else 1
+            count_of[UNDEFINED] += undefined
+            if slots[OVERLAP] >= 0:
+                for i in range(n):
+                    voxel[_V + i] = voxel[_M + i] * voxel[_P + i]
+                add_by_label(v, labels, n, channels, shift(out, slots[OVERLAP] * channels))
+            if predicted >= 0:
+                # The own class is the overlap, which is added at the end.
+                row = shift(out, predicted * channels)
+                for c in range(channels):
+                    row[c] += dot(shift(tile, c * width), shift(voxel, _MI), n)
+            if squared >= 0:
+                row = shift(out, squared * channels)
+                for i in range(n):
+                    voxel[_V + i] = voxel[_MI + i] * voxel[_INVERSE + i]
+                for c in range(channels):
+                    x = shift(tile, c * width)
+                    row[c] += dot3(x, x, v, n)
+                for i in range(n):
+                    voxel[_V + i] = voxel[_M + i] * (voxel[_P + i] * voxel[_P + i])
+                add_by_label(v, labels, n, channels, row)
+            if logs:
+                _logarithms(voxel, n)
+            if slots[CROSS_ENTROPY] >= 0:
+                for i in range(n):
+                    voxel[_V + i] = product(voxel, voxel[_M + i], voxel[_NLL + i])
+                add_by_label(v, labels, n, channels, shift(out, slots[CROSS_ENTROPY] * channels))
+            if slots[UNIFORM] >= 0:
+                row = shift(out, slots[UNIFORM] * channels)
+                shared = dot(m, shift(voxel, _LOG), n)
+                for c in range(channels):
+                    row[c] += shared
+            for j in range(gammas):
+                power(shift(voxel, _Q), numbers[1 + j], n, shift(voxel, _W1))
+                for i in range(n):
+                    factor = voxel[_M + i] * voxel[_W1 + i]
+                    voxel[_V + i] = product(voxel, factor, voxel[_NLL + i])
+                add_by_label(v, labels, n, channels, shift(out, slots[FOCAL + 2 * j] * channels))
+        if predicted >= 0:
+            for c in range(channels):
+                out[predicted * channels + c] += out[slots[OVERLAP] * channels + c]
+        if slots[REFERENCE_SQUARED] >= 0:
+            for c in range(channels):
+                out[slots[REFERENCE_SQUARED] * channels + c] = out[
+                    slots[REFERENCE] * channels + c
+                ]
+
+
+@inner
+def _gradient_row(x, voxel, a, u, count):  # type: ignore
+    for i in range(count):
+        x[i] = x[i] * (voxel[_MI + i] * a + voxel[_SHARED + i])
+    if u != 0:
+        for i in range(count):
+            x[i] = x[i] - voxel[_M + i] * u
+
+
+@inner
+def _gradient_row_squared(x, voxel, a, a2, u, count):  # type: ignore
+    for i in range(count):
+        p = x[i] * voxel[_INVERSE + i]
+        slope = voxel[_M + i] * (a + a2 * p)
+        x[i] = p * slope + (x[i] * voxel[_SHARED + i] - voxel[_M + i] * u)
+
+
+@inner
+def _put_label(x, labels, c, own, count):  # type: ignore
+    for i in range(count):
+        x[i] = own[i] if labels[i] == c else x[i]
+
+
+@kernel
+def apply(  # type: ignore
+    begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, coefficients
+):
+    """The gradient of the blocks from ``begin`` to ``end``."""
+    channels = plan[CHANNELS]
+    width = plan[TILE]
+    voxel = data(scratch)
+    tile = shift(voxel, ROWS * WIDTH)
+    labels = data(label_scratch)
+    wide = data(wide_scratch)
+    gammas = numbers.size - 1
+    unused = np.zeros(COUNTS)
+    h, v, w1, w2 = shift(voxel, _H), shift(voxel, _V), shift(voxel, _W1), shift(voxel, _W2)
+    zero, two = like(voxel, 0), like(voxel, 2)
+    for block in range(begin, end):
+        sample = block // plan[BLOCKS]
+        start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
+        stop = min(start + plan[BLOCK], plan[VOXELS])
+        here = shift(data(coefficients), sample * channels)
+        step = plan[BATCH] * channels
+        by_overlap = shift(here, max(slots[OVERLAP], 0) * step)
+        by_predicted = shift(here, max(slots[PREDICTED], 0) * step)
+        by_squared = shift(here, max(slots[PREDICTED_SQUARED], 0) * step)
+        by_uniform = shift(here, max(slots[UNIFORM], 0) * step)
+        predicted = slots[PREDICTED] >= 0
+        squared = slots[PREDICTED_SQUARED] >= 0
+        uniform = slots[UNIFORM] >= 0
+        all_uniform = zero
+        if uniform:
+            for c in range(channels):
+                all_uniform += by_uniform[c]
+        for first in range(start, stop, width):
+            n = min(width, stop - first)
+            _load_tile(
+                plan, operands, numbers[0], sample, first, n, voxel, tile, labels, wide,
+                data(unused),
+            )
+            _activate(plan, voxel, tile, labels, n, by_predicted, predicted)
+
+            # The derivative by p_y, and with it Σ_c p_c (the derivative by p_c − that by p_y).
+            fill(h, 0, n)
+            if predicted:
+                by_label(by_predicted, labels, n, channels, h)
+            if slots[OVERLAP] >= 0:
+                by_label(by_overlap, labels, n, channels, w1)
+                for i in range(n):
+                    voxel[_H + i] += voxel[_W1 + i]
+            if predicted:
+                for i in range(n):
+                    voxel[_A + i] *= voxel[_INVERSE + i]
+            else:
+                fill(shift(voxel, _A), 0, n)
+            if squared:
+                by_label(by_squared, labels, n, channels, w1)
+                for i in range(n):
+                    voxel[_H + i] += two * voxel[_W1 + i] * voxel[_P + i]
+                fill(w2, 0, n)
+                for c in range(channels):
+                    x = shift(tile, c * width)
+                    a2 = two * by_squared[c]
+                    for i in range(n):
+                        p = x[i] * voxel[_INVERSE + i]
+                        voxel[_W2 + i] += p * p * a2
+                for i in range(n):
+                    voxel[_A + i] += voxel[_W2 + i]
+
+            # The derivative by −log p_y, at first without the voxel weight.
+            fill(v, 0, n)
+            if slots[CROSS_ENTROPY] >= 0:
+                by_label(shift(here, slots[CROSS_ENTROPY] * step), labels, n, channels, v)
+            if gammas > 0:
+                _logarithms(voxel, n)
+                for j in range(gammas):
+                    _focal_slope(voxel, numbers[1 + j], n)
+                    by_label(
+                        shift(here, slots[FOCAL + 2 * j] * step), labels, n, channels, w2
+                    )
+                    for i in range(n):
+                        voxel[_V + i] += voxel[_W2 + i] * voxel[_W1 + i]
+            fill(shift(voxel, _U), 0, n)
+            if uniform:
+                by_label(by_uniform, labels, n, channels, shift(voxel, _U))
+
+            for i in range(n):
+                weight = voxel[_M + i]
+                excess = voxel[_A + i] - voxel[_H + i] * voxel[_Q + i]
+                slope = weight * voxel[_V + i]
+                shared = weight * (all_uniform - voxel[_H + i] - excess) + slope
+                voxel[_SHARED + i] = shared * voxel[_INVERSE + i]
+                own = weight * (voxel[_P + i] * (all_uniform - excess) - voxel[_U + i])
+                voxel[_OWN + i] = own - slope * voxel[_Q + i]
+            own = shift(voxel, _OWN)
+            for c in range(channels):
+                x = shift(tile, c * width)
+                a = by_predicted[c] if predicted else zero
+                u = by_uniform[c] if uniform else zero
+                if squared:
+                    _gradient_row_squared(x, voxel, a, two * by_squared[c], u, n)
+                else:
+                    _gradient_row(x, voxel, a, u, n)
+                if channels <= FEW:
+                    _put_label(x, labels, c, own, n)
+                    store(plan, operands[OUT], sample, c, first, n, x)
+            if channels > FEW:
+                for i in range(n):
+                    tile[labels[i] * width + i] = own[i]
+                for c in range(channels):
+                    store(plan, operands[OUT], sample, c, first, n, shift(tile, c * width))
+
+
+@inner
+def _focal_slope(voxel, gamma, count):  # type: ignore
+    """Into W1: the derivative of q^γ log p by log p."""
+    power(shift(voxel, _Q), gamma, count, shift(voxel, _W1))
+    if gamma != 0:
+        power(shift(voxel, _Q), gamma - 1.0, count, shift(voxel, _W2))
+        factor = like(voxel, gamma)
+        for i in range(count):
+            plogp = product(voxel, voxel[_P + i], voxel[_NLL + i])
+            voxel[_W1 + i] += factor * product(voxel, plogp, voxel[_W2 + i])

@@ -1,0 +1,299 @@
+"""A tile of voxels for the Numba kernels: rows of memory, labels and weights, and their sums.
+
+A tile is up to ``WIDTH`` voxels, held as rows of scratch memory: one row per channel, and a few
+rows of numbers per voxel, ``WIDTH`` apart from each other at fixed places, by which LLVM sees
+that they do not overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from fastloss.backends._numba_math import exp, log
+from fastloss.backends._numba_pointers import address, call_row, item_size, like
+
+WIDTH = 256
+FEW = 32
+"""Up to so many classes a pass over the voxels for each is faster than to index by the label."""
+
+# The numbers of a kernel's ``plan``, then the sizes of the spatial axes.
+CHANNELS, VOXELS, TILE, BLOCK, BLOCKS, BATCH, IGNORE, AXES, SIZES = range(9)
+"""IGNORE: 0 nothing, 1 the voxels that hold the number, 2 those of more than half that class."""
+# The rows of ``operands``, and what each says of its array: then the strides of the spatial axes.
+LOGITS, TARGET, WEIGHT, OUT = range(4)
+ADDRESS, BY_SAMPLE, BY_CHANNEL, ROW, ROW64, STRIDES = range(6)
+"""ROW, ROW64: the addresses of the row functions, to the dtype of computation and to float64."""
+# What a block counts besides its sums.
+WEIGHT_SUM, BAD_LABELS, BAD_WEIGHTS, UNDEFINED, COUNTS = range(5)
+# The indices of the slots of the sums, −1 where not asked for; a pair for each gamma at the end.
+(
+    REFERENCE, OVERLAP, PREDICTED, PREDICTED_SQUARED, REFERENCE_SQUARED, CROSS_ENTROPY,
+    CROSS_ENTROPY_REST, UNIFORM, FOCAL,
+) = range(9)
+
+inner = njit(error_model="numpy", nogil=True, fastmath={"contract"})
+summing = njit(error_model="numpy", nogil=True, fastmath={"contract", "reassoc", "nsz"})
+"""For sums alone: their order is left to LLVM, which fixes it when it compiles."""
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile on first use; keep the result on disk where there is a place for it."""
+    options = {"error_model": "numpy", "nogil": True, "fastmath": {"contract"}}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:
+        return njit(**options)(function)
+
+
+@inner
+def move(plan, operand, function, sample, channel, first, count, row, store):  # type: ignore
+    """Load the voxels from ``first`` on into a row, or store them from it."""
+    base = operand[ADDRESS] + sample * operand[BY_SAMPLE] + channel * operand[BY_CHANNEL]
+    size = item_size(row)
+    here = address(row)
+    axes = plan[AXES]
+    last = axes - 1
+    length = plan[SIZES + last]
+    stride = operand[STRIDES + last]
+    while count > 0:
+        run = count
+        there = base
+        if axes == 1:
+            there += first * stride
+        else:
+            rest = first // length
+            place = first - rest * length
+            run = min(count, length - place)
+            there += place * stride
+            for axis in range(last - 1, -1, -1):
+                outer = rest // plan[SIZES + axis]
+                there += (rest - outer * plan[SIZES + axis]) * operand[STRIDES + axis]
+                rest = outer
+        if store:
+            call_row(function, here, stride, run, there)
+        else:
+            call_row(function, there, stride, run, here)
+        here += run * size
+        first += run
+        count -= run
+
+
+@inner
+def load(plan, operand, sample, channel, first, count, row):  # type: ignore
+    move(plan, operand, operand[ROW], sample, channel, first, count, row, False)
+
+
+@inner
+def store(plan, operand, sample, channel, first, count, row):  # type: ignore
+    move(plan, operand, operand[ROW], sample, channel, first, count, row, True)
+
+
+@inner
+def load_weights(plan, operands, sample, first, count, weights, wide, counts):  # type: ignore
+    """Fill the weights; return whether any is 0."""
+    zeros = 0
+    if operands[WEIGHT, ADDRESS] == 0:
+        for i in range(count):
+            weights[i] = like(weights, 1)
+        return False
+    operand = operands[WEIGHT]
+    move(plan, operand, operand[ROW64], sample, 0, first, count, wide, False)
+    bad = 0
+    for i in range(count):
+        w = wide[i]
+        bad += 0 if (w >= 0) & (w < np.inf) else 1
+        weights[i] = w
+    for i in range(count):
+        zeros += 1 if weights[i] == 0 else 0
+    counts[BAD_WEIGHTS] += bad
+    return zeros > 0
+
+
+@inner
+def load_labels(  # type: ignore
+    plan, operands, ignore, sample, first, count, labels, weights, wide, counts
+):
+    """Fill the labels, and weights of 0 where they are ignored; return whether any is."""
+    operand = operands[TARGET]
+    move(plan, operand, operand[ROW64], sample, 0, first, count, wide, False)
+    classes = np.float64(plan[CHANNELS])
+    if plan[IGNORE] == 0:
+        ignore = np.nan
+    zeros = 0
+    bad = 0
+    for i in range(count):
+        y = wide[i]
+        inside = (y >= 0) & (y < classes)
+        label = np.int32(y if inside else 0.0)
+        good = inside & (np.float64(label) == y)
+        ignored = y == ignore
+        bad += 0 if good | ignored else 1
+        labels[i] = label
+        zeros += 1 if ignored else 0
+    if zeros:
+        for i in range(count):
+            weights[i] = like(weights, 0) if wide[i] == ignore else weights[i]
+    counts[BAD_LABELS] += bad
+    return zeros > 0
+
+
+@inner
+def ignore_dense(plan, operands, ignore, sample, first, count, weights, wide):  # type: ignore
+    """Weights of 0 where a dense target is ignored; return whether any is."""
+    operand = operands[TARGET]
+    zeros = 0
+    if plan[IGNORE] == 2:
+        channel = np.int64(ignore)
+        move(plan, operand, operand[ROW64], sample, channel, first, count, wide, False)
+        for i in range(count):
+            zeros += 1 if wide[i] > 0.5 else 0
+            weights[i] = like(weights, 0) if wide[i] > 0.5 else weights[i]
+    elif plan[IGNORE] == 1:
+        for c in range(plan[CHANNELS]):
+            move(plan, operand, operand[ROW64], sample, c, first, count, wide, False)
+            for i in range(count):
+                zeros += 1 if wide[i] == ignore else 0
+                weights[i] = like(weights, 0) if wide[i] == ignore else weights[i]
+    return zeros > 0
+
+
+@inner
+def blank(row, weights, count):  # type: ignore
+    """0 where the voxel counts for nothing, whatever it holds."""
+    for i in range(count):
+        row[i] = like(row, 0) if weights[i] == 0 else row[i]
+
+
+@inner
+def fill(row, value, count):  # type: ignore
+    for i in range(count):
+        row[i] = like(row, value)
+
+
+@inner
+def raise_to(row, x, count):  # type: ignore
+    for i in range(count):
+        row[i] = x[i] if x[i] > row[i] else row[i]
+
+
+@inner
+def any_infinite(row, count):  # type: ignore
+    infinity = like(row, np.inf)
+    found = 0
+    for i in range(count):
+        found += 1 if (row[i] == infinity) | (row[i] == -infinity) else 0
+    return found > 0
+
+
+@inner
+def below_largest(x, largest, count):  # type: ignore
+    """x − largest, and 0 for all that equal the largest though it be infinite."""
+    for i in range(count):
+        x[i] = like(x, 0) if x[i] == largest[i] else x[i] - largest[i]
+
+
+@summing
+def total(a, count):  # type: ignore
+    s = like(a, 0)
+    for i in range(count):
+        s += a[i]
+    return np.float64(s)
+
+
+@summing
+def dot(a, b, count):  # type: ignore
+    s = like(a, 0)
+    for i in range(count):
+        s += a[i] * b[i]
+    return np.float64(s)
+
+
+@summing
+def dot3(a, b, c, count):  # type: ignore
+    s = like(a, 0)
+    for i in range(count):
+        s += a[i] * b[i] * c[i]
+    return np.float64(s)
+
+
+@summing
+def dot_square(a, b, count):  # type: ignore
+    """Σ a b²."""
+    s = like(a, 0)
+    for i in range(count):
+        s += a[i] * (b[i] * b[i])
+    return np.float64(s)
+
+
+@summing
+def dot_log(a, b, count):  # type: ignore
+    """Σ a b, where 0 times infinity is 0."""
+    s = like(a, 0)
+    for i in range(count):
+        s += product(a, a[i], b[i])
+    return np.float64(s)
+
+
+@inner
+def product(row, a, b):  # type: ignore
+    """a b, and 0 where a factor is 0 though the other be infinite: the limit of x log x."""
+    vanishes = ((a == 0) & (b == b)) | ((b == 0) & (a == a))
+    return like(row, 0) if vanishes else a * b
+
+
+@summing
+def add_by_label(values, labels, count, classes, sums):  # type: ignore
+    """Add every voxel's value to the sum of its label."""
+    if classes <= FEW:
+        for c in range(classes):
+            s = like(values, 0)
+            for i in range(count):
+                s += values[i] if labels[i] == c else like(values, 0)
+            sums[c] += s
+    else:
+        for i in range(count):
+            sums[labels[i]] += values[i]
+
+
+@inner
+def by_label(table, labels, count, classes, row):  # type: ignore
+    """Fill a row with the table's number for each voxel's label."""
+    if classes <= FEW:
+        for c in range(classes):
+            number = table[c]
+            for i in range(count):
+                row[i] = number if labels[i] == c else row[i]
+    else:
+        for i in range(count):
+            row[i] = table[labels[i]]
+
+
+@inner
+def power(base, gamma, count, row):  # type: ignore
+    """base^γ."""
+    whole = gamma == np.floor(gamma)
+    if whole & (gamma >= 0) & (gamma <= 8):
+        fill(row, 1, count)
+        for _ in range(np.int64(gamma)):
+            for i in range(count):
+                row[i] = row[i] * base[i]
+    elif gamma == 0.5:
+        for i in range(count):
+            row[i] = np.sqrt(base[i])
+    else:
+        exponent = like(row, gamma)
+        infinity = like(row, np.inf)
+        at_zero = like(row, 0.0 if gamma > 0 else np.inf)
+        for i in range(count):
+            q = abs(base[i]) if whole else base[i]
+            r = exp(exponent * log(q))
+            r = at_zero if q == 0 else r
+            # The float32 exponential ends early; what follows is 0 or infinite anyway.
+            row[i] = r if q < infinity else q
+        if whole & (gamma % 2 == 1):
+            for i in range(count):
+                row[i] = -row[i] if base[i] < 0 else row[i]

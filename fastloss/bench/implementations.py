@@ -1,0 +1,124 @@
+"""What is measured: one call of one implementation, ready to run, and where to get one."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import numpy as np
+
+import fastloss as fl
+from fastloss.backends import BACKENDS, load_backend
+from fastloss.bench.errors import Unavailable
+from fastloss.bench.inputs import Case
+from fastloss.bench.losses import make_loss
+
+PEERS = ("monai", "monai-compile", "nnunet", "nnunet-compile", "jax")
+
+TITLES = {
+    "cpu": "fastloss (C++)",
+    "numba": "fastloss (Numba)",
+    "reference": "fastloss (reference)",
+    "monai": "MONAI",
+    "monai-compile": "MONAI, compiled",
+    "nnunet": "nnU-Net formula",
+    "nnunet-compile": "nnU-Net, compiled",
+    "jax": "JAX, jit",
+}
+
+
+class Call:
+    """An implementation with its inputs in the form that it wants them."""
+
+    def forward(self) -> object:
+        """Compute the value alone."""
+        raise NotImplementedError
+
+    def forward_backward(self) -> object:
+        """Compute value and gradient, as a training loop would."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Drop what the last call left behind; not timed."""
+
+    def active(self) -> AbstractContextManager[None]:
+        """Surrounds the calls; not timed."""
+        raise NotImplementedError
+
+    def result(self) -> tuple[float, np.ndarray]:
+        """Value and gradient; the gradient in any floating dtype."""
+        raise NotImplementedError
+
+    def with_new_gradient(self) -> object:
+        """As `forward_backward`, where the gradient's memory is new."""
+        return self.forward_backward()
+
+
+class FastlossCall(Call):
+    """This library, writing the gradient into a buffer that is used again."""
+
+    def __init__(self, backend: str, case: Case, loss: str) -> None:
+        self.backend, self.loss = backend, make_loss(loss)
+        self.logits, self.target = case.logits, case.target
+        self.out = np.empty_like(case.logits)
+
+    def forward(self) -> object:
+        return self.loss(self.logits, self.target)
+
+    def forward_backward(self) -> object:
+        return self.loss.value_and_grad(self.logits, self.target, out=self.out)
+
+    def active(self) -> AbstractContextManager[None]:
+        return fl.use_backend(self.backend)
+
+    def result(self) -> tuple[float, np.ndarray]:
+        with self.active():
+            value, gradient = self.loss.value_and_grad(self.logits, self.target, out=self.out)
+        return float(value), gradient
+
+    def with_new_gradient(self) -> object:
+        # Before the new one is made, or the old one would count as well.
+        self.out = self.out[:0]
+        return self.loss.value_and_grad(self.logits, self.target)
+
+
+def make_call(name: str, case: Case, loss: str, threads: int) -> Call:
+    """The call of a backend or peer by name.
+
+    Raises:
+        Unavailable: it is not installed, cannot run here, or lacks this loss.
+    """
+    if name in BACKENDS:
+        try:
+            load_backend(name)
+        except ImportError as error:
+            raise Unavailable(backend_remedy(name, error)) from None
+        return FastlossCall(name, case, loss)
+    if name == "jax":
+        from fastloss.bench.jax_peer import JaxCall
+
+        return JaxCall(case, loss, threads)
+    from fastloss.bench.torch_peers import TorchCall
+
+    kind, _, compiled = name.partition("-")
+    return TorchCall(kind, case, loss, threads, compiled=bool(compiled))
+
+
+def backend_remedy(name: str, error: ImportError) -> str:
+    """Why a backend is not there, and how to get it."""
+    remedy = {
+        "cpu": "install a C++ compiler and then fastloss again",
+        "numba": "pip install 'fastloss[numba]'",
+    }
+    return f"{error}; {remedy[name]}" if name in remedy else str(error)
+
+
+def backends_that_run() -> list[str]:
+    """The names of the backends that can be loaded, fastest first."""
+    found = []
+    for name in BACKENDS:
+        try:
+            load_backend(name)
+        except ImportError:
+            continue
+        found.append(name)
+    return found

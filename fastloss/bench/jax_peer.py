@@ -1,0 +1,87 @@
+"""The plain formulas under jax.jit, as one would write them down."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+
+from fastloss.bench.errors import Unavailable
+from fastloss.bench.implementations import Call
+from fastloss.bench.inputs import Case
+from fastloss.bench.losses import GAMMA, SMOOTH, TVERSKY_ALPHA, TVERSKY_BETA
+
+
+class JaxCall(Call):
+    def __init__(self, case: Case, loss: str, threads: int) -> None:
+        # XLA reads these once, when it starts.
+        for name in ("NPROC", "PJRT_NPROC"):
+            os.environ.setdefault(name, str(threads))
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        try:
+            import jax
+        except ImportError as error:
+            raise Unavailable(
+                f"JAX is not there ({error}); pip install 'fastloss[peers]'"
+            ) from None
+        if case.dtype == "float64":
+            jax.config.update("jax_enable_x64", True)
+        self.jax = jax
+
+        def function(logits: Any, target: Any) -> Any:
+            return _formula(loss, logits, target)
+
+        self.value = jax.jit(function)
+        self.value_and_grad = jax.jit(jax.value_and_grad(function))
+        device = jax.devices("cpu")[0]
+        self.logits = jax.device_put(case.logits, device)
+        self.target = jax.device_put(case.target.astype(np.int32), device)
+
+    def forward(self) -> object:
+        return self.jax.block_until_ready(self.value(self.logits, self.target))
+
+    def forward_backward(self) -> object:
+        return self.jax.block_until_ready(self.value_and_grad(self.logits, self.target))
+
+    def active(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def result(self) -> tuple[float, np.ndarray]:
+        value, gradient = self.value_and_grad(self.logits, self.target)
+        return float(value), np.asarray(gradient)
+
+
+def _formula(loss: str, logits: Any, target: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    log_p = jax.nn.log_softmax(logits, axis=1)
+    p = jnp.exp(log_p)
+    g = jax.nn.one_hot(target, logits.shape[1], axis=1, dtype=logits.dtype)
+    axes = tuple(range(2, logits.ndim))
+    overlap = (p * g).sum(axes)
+    predicted, reference = p.sum(axes), g.sum(axes)
+
+    if loss == "jaccard":
+        union = predicted + reference - overlap
+        return (1 - (overlap + SMOOTH) / (union + SMOOTH)).mean()
+    if loss == "tversky":
+        false_positive, false_negative = predicted - overlap, reference - overlap
+        total = overlap + TVERSKY_ALPHA * false_positive + TVERSKY_BETA * false_negative
+        return (1 - (overlap + SMOOTH) / (total + SMOOTH)).mean()
+    if loss == "generalized_dice":
+        weight = jnp.where(reference > 0, 1 / jnp.maximum(reference, 1) ** 2, 0)
+        largest = weight.max(axis=1, keepdims=True)
+        weight = jnp.where(reference > 0, weight, largest)
+        both = (weight * (predicted + reference)).sum(axis=1)
+        return (1 - (2 * (weight * overlap).sum(axis=1) + SMOOTH) / (both + SMOOTH)).mean()
+    value: Any = 0.0
+    if "dice" in loss:
+        value += (1 - (2 * overlap + SMOOTH) / (predicted + reference + SMOOTH)).mean()
+    if "ce" in loss or loss == "cross_entropy":
+        value -= (g * log_p).sum(axis=1).mean()
+    if "focal" in loss:
+        value -= (g * (1 - p) ** GAMMA * log_p).sum(axis=1).mean()
+    return value

@@ -1,0 +1,30 @@
+"""The losses that can be measured, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import fastloss as fl
+
+# Options that all implementations are given alike.
+GAMMA = 2.0
+TVERSKY_ALPHA, TVERSKY_BETA = 0.3, 0.7
+SMOOTH = 1e-5
+
+_LOSSES: dict[str, Callable[[], fl.Loss]] = {
+    "dice_ce": lambda: fl.Dice() + fl.CrossEntropy(),
+    "dice": lambda: fl.Loss(fl.Dice()),
+    "cross_entropy": lambda: fl.Loss(fl.CrossEntropy()),
+    "focal": lambda: fl.Loss(fl.Focal(gamma=GAMMA)),
+    "dice_focal": lambda: fl.Dice() + fl.Focal(gamma=GAMMA),
+    "tversky": lambda: fl.Loss(fl.Tversky(alpha=TVERSKY_ALPHA, beta=TVERSKY_BETA)),
+    "jaccard": lambda: fl.Loss(fl.Jaccard()),
+    "generalized_dice": lambda: fl.Loss(fl.GeneralizedDice()),
+}
+
+LOSSES = tuple(_LOSSES)
+
+
+def make_loss(name: str) -> fl.Loss:
+    """The loss of this name, on softmax logits, with smoothing 1e-5 where there is any."""
+    return _LOSSES[name]()

@@ -1,0 +1,85 @@
+"""Times of several implementations, measured in turn."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter, sleep
+from typing import TypeVar
+
+from fastloss.bench.implementations import Call
+
+K = TypeVar("K", bound=Hashable)
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A function to time; ``reset`` and ``active`` surround it and are not timed."""
+
+    run: Callable[[], object]
+    reset: Callable[[], None] = _nothing
+    active: Callable[[], AbstractContextManager[None]] = nullcontext
+    number: int = 1
+    """Calls in a row that make one sample, for functions that take microseconds."""
+
+    def sample(self) -> float:
+        """Seconds per call."""
+        self.reset()
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with self.active():
+                start = perf_counter()
+                for _ in range(self.number):
+                    self.run()
+                return (perf_counter() - start) / self.number
+        finally:
+            if collecting:
+                gc.enable()
+
+
+def forward(call: Call, number: int = 1) -> Timed:
+    return Timed(call.forward, call.reset, call.active, number)
+
+
+def forward_backward(call: Call, number: int = 1) -> Timed:
+    return Timed(call.forward_backward, call.reset, call.active, number)
+
+
+def interleave(
+    timed: Mapping[K, Timed],
+    repeats: int,
+    *,
+    budget: float = 10.0,
+    also: Callable[[], None] = _nothing,
+) -> dict[K, float]:
+    """Median seconds of each, one sample of each in turn, so that drift of the machine hits all.
+
+    Args:
+        timed: what to time; each is called once before, which does not count.
+        repeats: samples of each.
+        budget: seconds after which one is sampled no more, once it has 3 samples.
+        also: called once per round.
+    """
+    for one in timed.values():
+        one.sample()
+        one.reset()
+    samples: dict[K, list[float]] = {name: [] for name in timed}
+    for _ in range(repeats):
+        also()
+        for name, one in timed.items():
+            seen = samples[name]
+            if len(seen) >= 3 and sum(seen) * one.number > budget:
+                continue
+            # Threads of the one before may still spin, waiting for work.
+            sleep(0.005)
+            seen.append(one.sample())
+            one.reset()
+    return {name: median(seen) for name, seen in samples.items()}

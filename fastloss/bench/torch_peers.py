@@ -1,0 +1,130 @@
+"""The implementations that run in PyTorch: MONAI, and nnU-Net's formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+
+from fastloss.bench.errors import Unavailable
+from fastloss.bench.implementations import Call
+from fastloss.bench.inputs import Case
+from fastloss.bench.losses import GAMMA, SMOOTH, TVERSKY_ALPHA, TVERSKY_BETA
+
+INSTALL = "pip install 'fastloss[peers]'"
+
+Function = Callable[[Any, Any], Any]
+
+
+class TorchCall(Call):
+    """A loss module: forward under no_grad, or forward and .backward() into a new .grad."""
+
+    def __init__(self, kind: str, case: Case, loss: str, threads: int, *, compiled: bool) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise Unavailable(f"PyTorch is not there ({error}); {INSTALL}") from None
+        self.torch = torch
+        make = {"monai": _monai, "nnunet": _nnunet}[kind]
+        function = make(loss, case.classes)
+        torch.set_num_threads(threads)
+        if compiled:
+            # One process may measure more shapes than the limit, past which calls run uncompiled.
+            for limit in ("recompile_limit", "cache_size_limit"):
+                if hasattr(torch._dynamo.config, limit):
+                    setattr(torch._dynamo.config, limit, 256)
+            function = torch.compile(function, dynamic=False)
+        self.function: Function = function
+        memory = case.logits
+        if case.dtype == "bfloat16":
+            self.logits = torch.from_numpy(memory.view(np.int16)).view(torch.bfloat16)
+        else:
+            self.logits = torch.from_numpy(memory)
+        self.logits.requires_grad_(True)
+        self.target = torch.from_numpy(case.target.astype(np.int64)[:, None])
+
+    def forward(self) -> object:
+        with self.torch.no_grad():
+            return self.function(self.logits, self.target)
+
+    def forward_backward(self) -> object:
+        value = self.function(self.logits, self.target)
+        value.backward()
+        return value
+
+    def reset(self) -> None:
+        self.logits.grad = None
+
+    def active(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def result(self) -> tuple[float, np.ndarray]:
+        self.reset()
+        value: Any = self.forward_backward()
+        gradient = self.logits.grad
+        assert gradient is not None
+        if gradient.dtype == self.torch.bfloat16:
+            gradient = gradient.float()  # exact, and NumPy has no bfloat16 of its own
+        return float(value.detach()), gradient.numpy()
+
+
+def _monai(loss: str, classes: int) -> Function:
+    try:
+        from monai import losses
+    except ImportError as error:
+        raise Unavailable(f"MONAI is not there ({error}); {INSTALL}") from None
+    shared: dict[str, Any] = {"to_onehot_y": True, "softmax": True}
+    smooth: dict[str, Any] = {"smooth_nr": SMOOTH, "smooth_dr": SMOOTH}
+    if loss == "dice_ce":
+        return losses.DiceCELoss(**shared, **smooth)
+    if loss == "dice":
+        return losses.DiceLoss(**shared, **smooth)
+    if loss == "jaccard":
+        # Numerator and denominator are twice ours, so the smoothing is as well.
+        return losses.DiceLoss(
+            **shared, jaccard=True, smooth_nr=2 * SMOOTH, smooth_dr=2 * SMOOTH
+        )
+    if loss == "tversky":
+        return losses.TverskyLoss(**shared, **smooth, alpha=TVERSKY_ALPHA, beta=TVERSKY_BETA)
+    if loss == "generalized_dice":
+        return losses.GeneralizedDiceLoss(**shared, **smooth)
+    if loss == "focal":
+        # Its mean runs over the classes too, of which all but one are 0 at each voxel.
+        focal = losses.FocalLoss(to_onehot_y=True, use_softmax=True, gamma=GAMMA)
+        return lambda logits, target: classes * focal(logits, target)
+    if loss == "dice_focal":
+        return losses.DiceFocalLoss(**shared, **smooth, gamma=GAMMA, lambda_focal=float(classes))
+    raise Unavailable(f"MONAI has no {loss} of its own")
+
+
+def _nnunet(loss: str, classes: int) -> Function:
+    """nnU-Net 2's loss as it publishes it, written anew: soft Dice, whose one-hot target is
+    boolean and made without recording, plus cross-entropy on the label map.
+
+    Its Dice is the negative mean; 1 is added to compare.
+    """
+    import torch
+
+    def dice(logits: Any, target: Any) -> Any:
+        probability = torch.softmax(logits, 1)
+        axes = tuple(range(2, logits.ndim))
+        with torch.no_grad():
+            one_hot = torch.zeros(logits.shape, dtype=torch.bool)
+            one_hot.scatter_(1, target, 1)
+            reference = one_hot.sum(axes)
+        overlap = (probability * one_hot).sum(axes)
+        total = probability.sum(axes) + reference
+        return 1 - ((2 * overlap + SMOOTH) / torch.clip(total + SMOOTH, 1e-8)).mean()
+
+    def cross_entropy(logits: Any, target: Any) -> Any:
+        return torch.nn.functional.cross_entropy(logits, target[:, 0])
+
+    if loss == "dice":
+        return dice
+    if loss == "cross_entropy":
+        return cross_entropy
+    if loss == "dice_ce":
+        return lambda logits, target: dice(logits, target) + cross_entropy(logits, target)
+    raise Unavailable(f"nnU-Net has no {loss}")

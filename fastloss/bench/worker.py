@@ -1,0 +1,104 @@
+"""The process that `fastloss.bench.apart` starts; its order is a JSON argument."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import fastloss
+from fastloss.bench.implementations import Call, make_call
+from fastloss.bench.inputs import Case, load_case
+from fastloss.bench.measure import forward_backward
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def main(order: dict[str, Any]) -> dict[str, Any]:
+    case = load_case(Path(order["folder"]))
+    fastloss.set_num_threads(order["threads"])
+    if order["task"] == "memory":
+        call = make_call(order["implementation"], case, order["loss"], order["threads"])
+        return {"peak": _peak(call, compiles=order["implementation"].endswith(("compile", "jax")))}
+    return {"seconds": _time(case, order)}
+
+
+def _peak(call: Call, *, compiles: bool) -> int | None:
+    """The highest resident memory during one call, over that before it."""
+    with call.active():
+        if _reset_peak():
+            call.with_new_gradient()  # what is made once, compiled code for one, does not count
+            call.reset()
+            gc.collect()
+            _trim()
+            before = _status("VmRSS")
+            _reset_peak()
+            keep = call.with_new_gradient()
+            peak = _status("VmHWM")
+            del keep
+            return max(0, peak - before)
+        if compiles:
+            return None
+        # The peak of the whole process, which only this first call has raised above its start.
+        highest = _peak_so_far()
+        keep = call.with_new_gradient()
+        del keep
+        return None if highest is None else max(0, (_peak_so_far() or 0) - highest)
+
+
+def _reset_peak() -> bool:
+    """Set the peak to the memory now in use, where the system lets us."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return _status("VmHWM") <= _status("VmRSS") + (1 << 20)
+
+
+def _status(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _peak_so_far() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _trim() -> None:
+    """Hand freed memory back to the system, with glibc."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _time(case: Case, order: dict[str, Any]) -> float:
+    """Median seconds for value and gradient, in a process that has used PyTorch or has not."""
+    call = make_call(order["implementation"], case, order["loss"], order["threads"])
+    timed = forward_backward(call)
+    timed.sample()
+    if order["after_torch"]:
+        import torch
+
+        torch.set_num_threads(order["threads"])
+        layer = torch.nn.Conv3d(1, 4, 3)
+        volume = torch.ones(1, 1, 32, 32, 32)
+        for _ in range(3):
+            layer(volume).sum().backward()
+    timed.sample()
+    return median(timed.sample() for _ in range(order["repeats"]))
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

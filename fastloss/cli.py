@@ -1,0 +1,201 @@
+"""The command line: what is installed, and how fast it is here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+import fastloss
+from fastloss.backends import BACKENDS, current_backend, load_backend
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastloss", description="Fused losses for 3D segmentation."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("info", help="version, backends, instruction set and threads")
+    bench = commands.add_parser(
+        "bench",
+        help="time, accuracy and memory on a real volume, against other implementations",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    if arguments is None:
+        arguments = sys.argv[1:]
+    # The benchmark's choices live in modules that nothing else should load.
+    if "bench" in arguments:
+        _add_bench_options(bench)
+    options = parser.parse_args(arguments)
+    if options.command == "info":
+        print(info())
+        return 0
+    return _bench(bench, options)
+
+
+def info() -> str:
+    """Version, backends and why the others are missing, instruction set and threads."""
+    from fastloss.bench.implementations import backend_remedy
+    from fastloss.bench.machine import cores, instruction_sets, processor
+
+    chosen, available = instruction_sets()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which backend is missing is said below
+        try:
+            default = current_backend().name
+        except (ImportError, ValueError) as error:
+            default = f"none: {error}"
+    lines = [
+        f"fastloss         {fastloss.__version__}",
+        f"Python           {platform.python_version()}, NumPy {np.__version__}",
+        f"processor        {processor()}, {cores()} cores",
+        f"threads          {fastloss.get_num_threads()}",
+    ]
+    if chosen:
+        others = f" (has {', '.join(available)})" if available else ""
+        lines.append(f"instruction set  {chosen}{others}")
+    lines.append(f"default backend  {default}")
+    lines.append("backends")
+    kinds = {"cpu": "C++", "numba": "Numba", "reference": "NumPy, float64"}
+    for name in BACKENDS:
+        try:
+            load_backend(name)
+            state = f"available: {kinds[name]}"
+        except ImportError as error:
+            state = f"missing: {backend_remedy(name, error)}"
+        lines.append(f"  {name:<14} {state}")
+    return "\n".join(lines)
+
+
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    from fastloss.bench.implementations import PEERS
+    from fastloss.bench.inputs import DTYPES
+    from fastloss.bench.losses import LOSSES
+    from fastloss.bench.volumes import default_volume
+
+    add = parser.add_argument
+    add(
+        "--volume", default=default_volume(), metavar="VOLUME",
+        help="'brain' (tissues of the MNI152 template, from the nilearn package), 'phantom' (a "
+        "procedural torso) or the path of a NIfTI label map",
+    )
+    add(
+        "--classes", type=_at_least(2), default=None, metavar="N",
+        help="number of classes; as many as the volume has, or 4 for the phantom, if not given",
+    )
+    add(
+        "--size", type=_size, default="128", metavar="SIZE",
+        help="voxels, as 128 or 128x128x96; the volume is cut around its middle, and mirrored "
+        "where it is smaller",
+    )
+    add("--batch", type=_at_least(1), default=1, metavar="N", help="samples")
+    add("--dtype", choices=DTYPES, default="float32", help="of the logits")
+    add(
+        "--losses", type=_subset(LOSSES), default="dice_ce", metavar="LIST",
+        help=f"comma-separated, of {', '.join(LOSSES)}",
+    )
+    add(
+        "--backends", type=_subset(BACKENDS), default=",".join(BACKENDS), metavar="LIST",
+        help=f"comma-separated, of {', '.join(BACKENDS)}",
+    )
+    add(
+        "--peers", type=_subset(PEERS, everything=True), default="all", metavar="LIST",
+        help=f"comma-separated, of {', '.join(PEERS)}; 'all' or 'none'",
+    )
+    add("--repeats", type=_at_least(1), default=7, metavar="N", help="samples of each time")
+    add("--json", type=Path, default=None, metavar="FILE", help="write all results here as well")
+
+
+def _bench(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from fastloss.bench.errors import BadArgument
+    from fastloss.bench.run import Options, render, run
+
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        # Better said now than after minutes of measuring.
+        parser.error(f"argument --json: no such folder: {str(options.json.parent)!r}")
+    start = perf_counter()
+
+    def progress(message: str) -> None:
+        print(f"[{perf_counter() - start:5.1f} s] {message}", file=sys.stderr, flush=True)
+
+    try:
+        report = run(
+            Options(
+                volume=options.volume,
+                size=options.size,
+                classes=options.classes,
+                batch=options.batch,
+                dtype=options.dtype,
+                losses=options.losses,
+                backends=options.backends,
+                peers=options.peers,
+                repeats=options.repeats,
+            ),
+            progress,
+        )
+    except BadArgument as error:
+        parser.error(str(error))
+    print(render(report))
+    if options.json is not None:
+        try:
+            text = json.dumps(report.as_json(), indent=2, ensure_ascii=False)
+            options.json.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            parser.error(f"argument --json: {error}")
+    return 0 if report.rows else 1
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(
+                f"expected an integer of at least {low}, got {text!r}"
+            )
+        return value
+
+    return convert
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    parts = text.lower().replace("×", "x").split("x")
+    if len(parts) in (1, 3) and all(p.isdecimal() and int(p) > 0 for p in parts):
+        edges = [int(p) for p in parts] * (3 if len(parts) == 1 else 1)
+        return edges[0], edges[1], edges[2]
+    raise argparse.ArgumentTypeError(
+        f"expected voxels as 128 or as 128x128x96, got {text!r}"
+    )
+
+
+def _subset(
+    choices: Sequence[str], *, everything: bool = False
+) -> Callable[[str], tuple[str, ...]]:
+    """A comma-separated choice; with ``everything``, also "all" and "none"."""
+
+    def convert(text: str) -> tuple[str, ...]:
+        if everything and text in ("all", "none"):
+            return tuple(choices) if text == "all" else ()
+        names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+        for name in names:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(
+                    f"expected some of {', '.join(choices)}"
+                    + (", or 'all' or 'none'" if everything else "")
+                    + f", got {name!r}"
+                )
+        if not names:
+            raise argparse.ArgumentTypeError("expected at least one name")
+        return names
+
+    return convert

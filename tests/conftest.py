@@ -1,0 +1,47 @@
+"""Fixtures, and how Hypothesis runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+from support import BACKENDS, need_backend
+
+import fastloss as fl
+
+# No deadline: the first call on a backend may compile. The `backend` fixture holds for all
+# examples of a test, which is what is wanted.
+_COMMON = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+settings.register_profile("default", max_examples=80, **_COMMON)
+settings.register_profile("ci", max_examples=80, derandomize=True, **_COMMON)
+settings.register_profile("thorough", max_examples=1500, **_COMMON)
+settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default")
+)
+
+
+@pytest.fixture(autouse=True)
+def _reference() -> Iterator[None]:
+    """Tests of what all backends share run on the one that is always there."""
+    with fl.use_backend("reference"):
+        yield
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of each backend in turn, which the test then computes with."""
+    with fl.use_backend(need_backend(request.param)):
+        yield request.param
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+def fast_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same without the reference: for sizes and properties that it does not promise."""
+    with fl.use_backend(need_backend(request.param)):
+        yield request.param

@@ -1,0 +1,154 @@
+"""What several test modules share: arrays to try, and two ways of knowing the right answer."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastloss as fl
+
+BACKENDS = ("cpu", "numba", "reference")
+ROOT = Path(__file__).resolve().parent.parent
+REQUIRED = frozenset(filter(None, os.environ.get("FASTLOSS_REQUIRE", "").split(",")))
+"""What continuous integration has installed: its absence is then a failure, not a skip."""
+
+
+def need(module: str) -> Any:
+    """The optional module, or a skip that names it; a failure where FASTLOSS_REQUIRE lists it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        return _absent(module, error)
+
+
+def need_backend(name: str) -> str:
+    """The name of a backend that runs here, or a skip (failure if required) that names it."""
+    try:
+        with fl.use_backend(name):
+            return name
+    except ImportError as error:
+        _absent(name, error)
+        raise
+
+
+def _absent(name: str, error: ImportError) -> None:
+    if name.partition(".")[0] in REQUIRED:
+        pytest.fail(f"{name} is required by FASTLOSS_REQUIRE, but: {error}", pytrace=False)
+    pytest.skip(f"{name}: {error}")
+
+
+def python(
+    code: str, *, timeout: float = 120, **environment: str | None
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in a fresh interpreter, with these environment variables set (None: unset)."""
+    variables = dict(os.environ)
+    for name, value in environment.items():
+        if value is None:
+            variables.pop(name, None)
+        else:
+            variables[name] = value
+    # Whatever the suite runs under must not decide what the script sees.
+    path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, timeout=timeout, env=variables, check=False,
+    )
+
+
+def run_python(code: str, *, timeout: float = 120, **environment: str | None) -> str:
+    """As `python`, for a script that must succeed: what it printed."""
+    result = python(code, timeout=timeout, **environment)
+    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout}{result.stderr}"
+    return result.stdout
+
+
+def example(
+    batch: int = 2,
+    classes: int = 3,
+    spatial: tuple[int, ...] = (3, 4),
+    *,
+    seed: int = 0,
+    dtype: Any = np.float64,
+    activation: str = "softmax",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (or probabilities for "none") and a label map in which every class occurs."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, classes, *spatial)
+    if activation == "none":
+        x = rng.uniform(0.05, 0.95, shape)
+        x = x / x.sum(axis=1, keepdims=True) if classes > 1 else x
+    else:
+        x = 2 * rng.normal(size=shape)
+    y = rng.integers(0, classes, (batch, *spatial))
+    y.reshape(batch, -1)[:, :classes] = np.arange(classes)[: y[0].size]
+    return x.astype(dtype), y
+
+
+def one_hot(labels: np.ndarray, classes: int, dtype: Any = np.float64) -> np.ndarray:
+    """(B, *spatial) to (B, C, *spatial); labels that are no class leave all channels 0."""
+    return np.stack([labels == c for c in range(classes)], axis=1).astype(dtype)
+
+
+def norm(array: Any) -> float:
+    return float(np.linalg.norm(np.asarray(array, np.float64).ravel()))
+
+
+def finite_differences(
+    loss: Any, x: np.ndarray, y: Any, w: Any = None, upstream: Any = None, step: float = 1e-6
+) -> np.ndarray:
+    """The gradient of Σ upstream · loss by central differences, in float64."""
+    x = x.astype(np.float64)
+    gradient = np.empty_like(x)
+    with fl.use_backend("reference"):
+        for i in np.ndindex(x.shape):
+            ends = []
+            for sign in (1, -1):
+                moved = x.copy()
+                moved[i] += sign * step
+                ends.append(np.asarray(loss(moved, y, w)))
+            slope = (ends[0] - ends[1]) / (2 * step)
+            gradient[i] = np.sum(slope if upstream is None else upstream * slope)
+    return gradient
+
+
+def reference(loss: Any, x: Any, y: Any, w: Any = None, **options: Any) -> tuple[Any, np.ndarray]:
+    """Value and gradient by the reference backend, from the same numbers in float64."""
+    with fl.use_backend("reference"):
+        return loss.value_and_grad(np.asarray(x).astype(np.float64), y, w, **options)
+
+
+def tolerances(dtype: Any) -> tuple[float, float, float]:
+    """Relative for values, relative in norm for gradients, and the least step of the dtype."""
+    return {
+        "float64": (1e-12, 1e-12, 0.0),
+        "float32": (1e-6, 1e-6, 0.0),
+        "float16": (1e-6, 1e-3, 2.0**-24),
+        "bfloat16": (1e-6, 8e-3, 0.0),
+    }[np.dtype(dtype).name]
+
+
+def assert_agree(
+    value: Any, gradient: np.ndarray, expected: tuple[Any, np.ndarray], scale: float = 0.0
+) -> None:
+    """Value and gradient agree with a float64 evaluation, to what the dtype promises.
+
+    ``scale`` is the size in norm that the gradient would have if nothing cancelled: where it
+    does, what is left is rounding.
+    """
+    expected_value, expected_gradient = expected
+    by_value, by_gradient, step = tolerances(gradient.dtype)
+    np.testing.assert_allclose(value, expected_value, rtol=by_value, atol=by_value / 2)
+    error = norm(gradient.astype(np.float64) - expected_gradient)
+    fine = 1e-12 if gradient.dtype == np.float64 else 1e-6
+    allowed = (
+        by_gradient * norm(expected_gradient) + fine * scale + step * np.sqrt(gradient.size)
+    )
+    assert error <= allowed, f"gradient off by {error:.3g}, allowed {allowed:.3g}"

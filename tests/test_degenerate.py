@@ -1,0 +1,323 @@
+"""Inputs with nothing in them, infinities and NaN: one defined result on every backend."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from support import assert_agree, example, one_hot, reference
+
+import fastloss as fl
+
+TERMS = {
+    "cross entropy": fl.CrossEntropy(),
+    "smoothed cross entropy": fl.CrossEntropy(label_smoothing=0.1),
+    "focal": fl.Focal(),
+    "focal below 1": fl.Focal(gamma=0.5),
+    "dice": fl.Dice(),
+    "dice without smoothing": fl.Dice(smooth_nr=0, smooth_dr=0),
+    "squared dice": fl.Dice(squared=True),
+    "batch dice": fl.Dice(batch=True),
+    "jaccard": fl.Jaccard(),
+    "tversky": fl.Tversky(alpha=0.3, beta=0.7),
+    "focal tversky": fl.Tversky(gamma=0.75),
+    "generalized dice": fl.GeneralizedDice(),
+    "sum": fl.Dice() + fl.CrossEntropy() + fl.Focal(),
+}
+ACTIVATIONS = ("softmax", "sigmoid", "none")
+EXTREMES = {
+    "voxel-wise": fl.CrossEntropy() + fl.Focal() + fl.Focal(gamma=0.5) + fl.Focal(gamma=0),
+    "regions": fl.Dice() + fl.Dice(squared=True) + fl.Tversky(gamma=0.75),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def arrays(activation: str, *args: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    options = {"dtype": np.float32, **options}
+    return example(*args, activation=activation, **options)
+
+
+def agree(loss: Any, x: np.ndarray, y: np.ndarray, w: Any = None) -> tuple[Any, np.ndarray]:
+    """The result, which is finite and that of the reference."""
+    value, gradient = loss.value_and_grad(x, y, w)
+    assert np.isfinite(value).all()
+    assert np.isfinite(gradient).all()
+    expected = reference(loss, x, y, w)
+    assert_agree(value, gradient, expected, np.sqrt(x.size) / max(x[:, 0].size, 1))
+    return value, gradient
+
+
+# ------------------------------------------------------------------ nothing there
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", TERMS)
+def test_absent_classes(backend: str, name: str, activation: str) -> None:
+    loss = fl.Loss(TERMS[name], activation=activation)
+    x, y = arrays(activation, 2, 4, (300,))
+    agree(loss, x, np.minimum(y, 1))
+    agree(loss, x, np.zeros_like(y))
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+@pytest.mark.parametrize("name", TERMS)
+def test_empty_dense_target(backend: str, name: str, activation: str) -> None:
+    loss = fl.Loss(TERMS[name], activation=activation)
+    x, _ = arrays(activation, 2, 3, (300,))
+    agree(loss, x, np.zeros_like(x))
+    agree(loss, x, np.ones_like(x))
+
+
+def test_values_of_a_class_that_is_absent(backend: str) -> None:
+    x = np.array([[[1.0, 1.0], [0.0, 0.0]]])  # predicted: two voxels of class 0, none of class 1
+    y = np.array([[0, 0]])
+
+    def value(term: fl.Term) -> Any:
+        return fl.Loss(term, activation="none")(x, y)
+
+    assert value(fl.Dice(smooth_nr=0, smooth_dr=0)) == 0
+    assert value(fl.Dice()) == pytest.approx(0, abs=1e-15)
+    assert value(fl.Dice(smooth_nr=0)) == pytest.approx(0.5, abs=1e-5)
+    # Predicted everywhere and absent: with smoothing a little less than 1.
+    both = fl.Loss(fl.Dice(reduction="none", smooth_nr=0.5, smooth_dr=0.5), activation="none")
+    np.testing.assert_allclose(both(1 - x, y), [[1 - 0.5 / 2.5, 1 - 0.5 / 2.5]])
+
+
+@pytest.mark.parametrize("how", ["labels", "dense", "weight"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", TERMS)
+def test_ignored_samples(backend: str, name: str, activation: str, how: str) -> None:
+    loss = fl.Loss(TERMS[name], activation=activation, ignore_index=255)
+    x, y = arrays(activation, 2, 3, (300,))
+    target: Any = one_hot(y, 3) if how == "dense" else y.copy()
+    w = np.ones(y.shape) if how == "weight" else None
+    for ignored in (slice(1), slice(2)):  # one sample, then all of them
+        if w is None:
+            target[ignored] = 255
+        else:
+            w[ignored] = 0
+        _, gradient = agree(loss, x, target, w)
+        assert not gradient[ignored].any()
+    value = loss(x, target, w)
+    assert value == pytest.approx(0, abs=1e-12)
+
+
+def test_a_mean_over_no_voxel_is_zero(backend: str) -> None:
+    x, y = example(2, 3, (10,))
+    w = np.ones(y.shape)
+    w[1] = 0
+    each = fl.CrossEntropy(reduction="none")(x, y, w)
+    assert each[0, 0] > 0 and each[1, 0] == 0
+    assert fl.CrossEntropy(weight=0)(x, y) == 0
+    assert fl.CrossEntropy(weight=[0, 0, 1])(x, np.zeros_like(y)) == 0
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", TERMS)
+def test_one_voxel(backend: str, name: str, activation: str) -> None:
+    loss = fl.Loss(TERMS[name], activation=activation)
+    for spatial in ((), (1,), (1, 1, 1)):
+        x, y = arrays(activation, 1, 3, spatial, dtype=np.float64)
+        agree(loss, x, y)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", TERMS)
+def test_one_class(backend: str, name: str, activation: str) -> None:
+    loss = fl.Loss(TERMS[name], activation=activation)
+    x, _ = arrays(activation, 2, 1, (300,))
+    if activation == "softmax":  # one class has probability 1
+        value, gradient = agree(loss, x, np.zeros((2, 300), int))
+        assert value == pytest.approx(0, abs=1e-6)
+        assert not gradient.any()
+    else:
+        mask = np.random.default_rng(0).integers(0, 2, (2, 300))
+        value, _ = agree(loss, x, mask)
+        assert loss(x, mask[:, None]) == value
+
+
+@pytest.mark.parametrize("kind", ["labels", "dense"])
+@pytest.mark.parametrize("spatial", [(0,), (3, 0), (0, 4, 2)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", TERMS)
+def test_no_voxel(
+    backend: str, name: str, activation: str, spatial: tuple[int, ...], kind: str
+) -> None:
+    loss = fl.Loss(TERMS[name], activation=activation)
+    x = np.zeros((2, 3, *spatial), np.float32)
+    y = np.zeros((2, *spatial), np.uint8) if kind == "labels" else np.zeros_like(x)
+    value, gradient = loss.value_and_grad(x, y)
+    assert value == pytest.approx(0, abs=1e-12)
+    assert gradient.shape == x.shape
+
+
+@pytest.mark.parametrize("kind", ["labels", "dense"])
+@pytest.mark.parametrize("name", TERMS)
+def test_no_sample(backend: str, name: str, kind: str) -> None:
+    x = np.zeros((0, 3, 4), np.float32)
+    y = np.zeros((0, 4), np.uint8) if kind == "labels" else np.zeros_like(x)
+    value, gradient = TERMS[name].value_and_grad(x, y)
+    assert value == pytest.approx(0, abs=1e-12)
+    assert gradient.shape == x.shape
+    assert TERMS[name](x, y, np.zeros((0, 4))) == value
+
+
+# ------------------------------------------------------------------ far out of range
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("size", [100.0, 1e4])
+def test_large_logits(backend: str, name: str, activation: str, dtype: str, size: float) -> None:
+    loss = fl.Loss(TERMS[name], activation=activation)
+    rng = np.random.default_rng(0)
+    x = (size * rng.choice([-1.0, 0.0, 1.0, 0.5], (2, 3, 300))).astype(dtype)
+    agree(loss, x, rng.integers(0, 3, (2, 300)))
+
+
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_softmax_does_not_see_a_shift(backend: str, shift: float) -> None:
+    loss = fl.Dice() + fl.CrossEntropy()
+    x, y = example(2, 3, (300,))
+    x = np.round(x * 64) / 64  # so that the shift is exact
+    value, gradient = loss.value_and_grad(x, y)
+    moved, gradient_moved = loss.value_and_grad(x + shift, y)
+    assert moved == pytest.approx(value, rel=1e-12)
+    np.testing.assert_allclose(gradient_moved, gradient, rtol=1e-10, atol=1e-16)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_infinity_in_one_class_is_certainty(backend: str, name: str, dtype: str) -> None:
+    loss = EXTREMES[name]
+    x, y = example(2, 3, (300,), dtype=dtype)
+    certain = x.copy()
+    np.put_along_axis(certain, y[:, None], np.inf, axis=1)
+    value, gradient = agree(loss, certain, y)
+    assert value == pytest.approx(0, abs=1e-5)
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_minus_infinity_excludes_a_class(backend: str, name: str, dtype: str) -> None:
+    x, y = example(2, 4, (300,), dtype=dtype)
+    y = np.minimum(y, 2)
+    x[:, 3, ::2] = -np.inf
+    _, gradient = agree(EXTREMES[name], x, y)
+    assert not gradient[:, 3, ::2].any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_an_excluded_target_costs_infinitely(backend: str, dtype: str) -> None:
+    x, y = example(2, 3, (300,), dtype=dtype)
+    x[0, y[0, 7], 7] = -np.inf
+    for term in (fl.CrossEntropy(), fl.Focal(), fl.Focal(gamma=0.5)):
+        value, gradient = term.value_and_grad(x, y)
+        assert value == np.inf
+        assert np.isfinite(gradient).all()
+        assert gradient[0, y[0, 7], 7] < 0
+    # Of no weight, it costs nothing.
+    weight = np.ones(3)
+    weight[y[0, 7]] = 0
+    assert np.isfinite(fl.CrossEntropy(weight=weight)(x, y))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_sigmoid_of_infinities(backend: str, name: str, dtype: str) -> None:
+    loss = fl.Loss(EXTREMES[name], activation="sigmoid")
+    x, y = example(2, 3, (300,), dtype=dtype)
+    g = one_hot(y, 3)
+    x[..., ::3] = np.where(g[..., ::3] > 0, np.inf, -np.inf)
+    _, gradient = agree(loss, x, g)
+    assert not gradient[..., ::3].any()
+    if name == "voxel-wise":
+        assert loss(-x, g) == np.inf
+        assert np.isfinite(loss.gradient(-x, g)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_probabilities_of_zero_and_one(backend: str, dtype: str) -> None:
+    loss = fl.Loss(EXTREMES["voxel-wise"] + EXTREMES["regions"], activation="none")
+    y = np.random.default_rng(0).integers(0, 3, (2, 300))
+    x = one_hot(y, 3, dtype)
+    assert loss(x, y) == pytest.approx(0, abs=1e-5)
+    wrong = np.roll(x, 1, axis=1)
+    assert loss(wrong, y) == np.inf
+    dice = fl.Loss(EXTREMES["regions"], activation="none")
+    agree(dice, x, y)
+    agree(dice, wrong, y)
+
+
+# ------------------------------------------------------------------ NaN
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("at", [0, 150, 299])
+def test_nan_in_nan_out(backend: str, name: str, activation: str, dtype: str, at: int) -> None:
+    loss = fl.Loss(TERMS[name], activation=activation)
+    x, y = arrays(activation, 2, 3, (300,), dtype=dtype)
+    x[1, y[1, at], at] = np.nan  # a probability of another class than y is no part of −log p_y
+    value, gradient = loss.value_and_grad(x, y)
+    assert np.isnan(value)
+    assert np.isnan(gradient[1, y[1, at], at])
+    other = (y[1, at] + 1) % 3
+    x[1, :, at] = 0.3
+    x[1, other, at] = np.nan
+    if activation == "softmax":
+        assert np.isnan(loss(x, y))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("how", ["labels", "class", "dense", "weight", "mask"])
+def test_voxels_that_do_not_count_may_hold_anything(
+    backend: str, how: str, activation: str, bad: float, dtype: str
+) -> None:
+    ignore_index = 2 if how == "class" else 255
+    terms = (*EXTREMES.values(), fl.CrossEntropy(label_smoothing=0.1))
+    loss = fl.Loss(*terms, activation=activation, ignore_index=ignore_index)
+    x, y = arrays(activation, 2, 3, (300,), dtype=dtype)
+    ignored = np.random.default_rng(1).uniform(size=y.shape) < 0.3
+    ignored[:, :3] = False
+    w = None
+    if how in ("weight", "mask"):
+        w = ~ignored if how == "mask" else np.where(ignored, 0, 0.7)
+    elif how == "dense":
+        y = np.where(ignored[:, None], 255, one_hot(y, 3))
+    else:
+        y = np.where(ignored, ignore_index, y)
+        ignored = y == ignore_index
+    expected, expected_gradient = loss.value_and_grad(x, y, w)
+    x[np.broadcast_to(ignored[:, None], x.shape)] = bad
+    value, gradient = loss.value_and_grad(x, y, w)
+    assert value == expected
+    np.testing.assert_array_equal(gradient, expected_gradient)
+    assert not gradient[np.broadcast_to(ignored[:, None], x.shape)].any()
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_in_a_dense_target(backend: str, activation: str) -> None:
+    loss = fl.Loss(fl.Dice(), fl.CrossEntropy(), activation=activation)
+    x, y = arrays(activation, 2, 3, (300,))
+    g = one_hot(y, 3, np.float32)
+    g[0, 1, 5] = np.nan
+    assert np.isnan(loss(x, g))
+    w = np.ones(y.shape, np.float32)
+    w[0, 5] = 0
+    assert np.isfinite(loss(x, g, w))
