@@ -50,14 +50,14 @@ def info() -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which backend is missing is said below
         try:
-            default = current_backend().name
+            default, threads = current_backend().name, str(fastloss.get_num_threads())
         except (ImportError, ValueError) as error:
-            default = f"none: {error}"
+            default, threads = f"none, by FASTLOSS_BACKEND: {error}", "-"
     lines = [
         f"fastloss         {fastloss.__version__}",
         f"Python           {platform.python_version()}, NumPy {np.__version__}",
         f"processor        {processor()}, {cores()} cores",
-        f"threads          {fastloss.get_num_threads()}",
+        f"threads          {threads}",
     ]
     if chosen:
         others = f" (has {', '.join(available)})" if available else ""
@@ -121,6 +121,12 @@ def _bench(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.json is not None and not options.json.resolve().parent.is_dir():
         # Better said now than after minutes of measuring.
         parser.error(f"argument --json: no such folder: {str(options.json.parent)!r}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the table says which backends are missing
+            current_backend()
+    except (ImportError, ValueError) as error:
+        parser.error(f"environment variable FASTLOSS_BACKEND: {error}")
     start = perf_counter()
 
     def progress(message: str) -> None:

@@ -199,6 +199,8 @@ def check(case: Case, layouts: tuple[str, str, str], channels_last: bool, reuse:
     # What the gradient is where nothing cancels: near equal probabilities.
     flat = np.clip(x, 0.4, 0.6) if loss.activation == "none" else 0.1 * x.astype(np.float64)
     scale = norm(reference(loss, flat, y, w, upstream=case.upstream)[1])
+    if x.shape[1] == 1 and loss.activation == "softmax":
+        scale = case.upstream * np.sqrt(x.size)  # everything cancels
 
     if channels_last:
         loss = fl.Loss(loss, channel_axis=-1)
@@ -303,6 +305,7 @@ def test_edges_of_tiles(backend: str, classes: int, voxels: int, activation: str
         y = (np.arange(2 * voxels).reshape(2, voxels) % 3 == 0).astype(int)
     expected = reference(loss, x, y)
     scale = norm(reference(loss, x * 0.1 if activation != "none" else x, y)[1])
+    scale = max(scale, 1 / np.sqrt(voxels))  # of one class, everything cancels
     assert_agree(*loss.value_and_grad(x, y), expected, scale)
 
 

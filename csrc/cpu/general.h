@@ -160,7 +160,10 @@ void apply_general(Tile<T>& t) {
   T *m = t.row(kWeight), *g = t.row(kE), *by_p = t.row(kF);
   T *by_log = t.row(kLabelExp), *by_rest = t.row(kLabelGap), *sum = t.row(kLabel);
   // With a label map kLabel is still read by load_target, and softmax is elsewhere.
-  if (softmax) std::memset(sum, 0, sizeof(T) * kMaxTile);
+  if (softmax) {
+    std::memset(sum, 0, sizeof(T) * kMaxTile);
+    std::memset(t.row(kRestOfMany), 0, sizeof(T) * kMaxTile);
+  }
   auto k = [&](int slot, int64_t c) { return slot >= 0 ? t.table[slot * classes + c] : T(0); };
   auto at = [&](const T* r, int v) { return load<T>(r + v); };
 
@@ -200,6 +203,7 @@ void apply_general(Tile<T>& t) {
         store<T>(sum + v, at(sum, v) + value);
         store<T>(x + v, at(f.p, v));
       }
+      if (c % kFewClasses == kFewClasses - 1) t.add_row(sum, t.row(kRestOfMany));
     } else if (sigmoid) {
       for (int v = 0; v < t.padded; v += L) {
         Vec<T> p = at(f.p, v), q = at(f.q, v);
@@ -212,6 +216,7 @@ void apply_general(Tile<T>& t) {
       }
     }
   }
+  if (softmax) t.add_row(t.row(kRestOfMany), sum);
   Writer<T> writer(t, t.x);
   for (int64_t c = 0; c < classes; ++c) {
     const T* x = t.x + c * t.stride;

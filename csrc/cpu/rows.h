@@ -205,6 +205,20 @@ void store_row(char* base, DType dtype, const Runs& runs, const T* row, bool pas
 }
 
 // Reads labels: y in [0, classes), −2 where ignored, −1 where it is no class.
+template <class S, class I, bool kContiguous, bool kIgnore>
+FL_INLINE void load_label_run(const char* p, int64_t stride, int count, I classes, I ignore,
+                              int32_t* y) {
+  for (int i = 0; i < count; ++i) {
+    I value = I(read<S>(p + i * (kContiguous ? int64_t(sizeof(S)) : stride)));
+    bool good = (value >= I(0)) & (value < classes);
+    int32_t whole = int32_t(good ? value : I(0));
+    if constexpr (std::is_floating_point<I>::value) good = good & (value == I(whole));
+    int32_t label = good ? whole : -1;
+    if constexpr (kIgnore) label = value == ignore ? -2 : label;
+    y[i] = label;
+  }
+}
+
 template <class S, class I>
 void load_labels_as(const char* base, const Runs& runs, I classes, bool has_ignore, I ignore,
                     int32_t* y) {
@@ -212,19 +226,16 @@ void load_labels_as(const char* base, const Runs& runs, I classes, bool has_igno
     const auto& run = runs.run[r];
     const char* p = base + run.offset;
     int32_t* to = y + run.first;
-    auto label = [&](const char* q) {
-      S raw = S(widen(read<S>(q)));
-      I value = I(raw);
-      bool good = value >= 0 && value < classes;
-      if constexpr (std::is_floating_point<I>::value)
-        good = good && value == I(int32_t(good ? value : I(0)));
-      int32_t result = good ? int32_t(value) : -1;
-      return has_ignore && value == ignore ? -2 : result;
-    };
-    if (runs.stride == int64_t(sizeof(S)))
-      for (int i = 0; i < run.count; ++i) to[i] = label(p + i * int64_t(sizeof(S)));
+    int64_t stride = runs.stride;
+    bool contiguous = stride == int64_t(sizeof(S));
+    if (contiguous && has_ignore)
+      load_label_run<S, I, true, true>(p, stride, run.count, classes, ignore, to);
+    else if (contiguous)
+      load_label_run<S, I, true, false>(p, stride, run.count, classes, ignore, to);
+    else if (has_ignore)
+      load_label_run<S, I, false, true>(p, stride, run.count, classes, ignore, to);
     else
-      for (int i = 0; i < run.count; ++i) to[i] = label(p + i * runs.stride);
+      load_label_run<S, I, false, false>(p, stride, run.count, classes, ignore, to);
   }
 }
 

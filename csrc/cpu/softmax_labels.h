@@ -65,9 +65,11 @@ void exponentials(Tile<T>& t, const T* slope, T* dot, bool labels) {
   T *largest = t.row(kLargest), *rest = t.row(kRest), *inverse = t.row(kInverse);
   if (labels) {
     T* gap = t.row(kLabelGap);
-    for (int v = 0; v < t.padded; ++v) gap[v] = largest[v] - t.x[t.y[v] * t.stride + v];
+    t.gather_rows(t.x, gap);
+    for (int v = 0; v < t.padded; v += L)
+      store<T>(gap + v, load<T>(largest + v) - load<T>(gap + v));
   }
-  for (int v = 0; v < t.padded; ++v) rest[v] = T(0);
+  std::memset(rest, 0, sizeof(T) * kMaxTile);
   T* ties = inverse;  // holds −(number of classes at the maximum) as an integer, for now
   std::memset(inverse, 0, sizeof(T) * kMaxTile);
   if (kDot) std::memset(dot, 0, sizeof(T) * kMaxTile);
@@ -85,6 +87,16 @@ void exponentials(Tile<T>& t, const T* slope, T* dot, bool labels) {
       store<T>(ties + v, from_bits<T>(bits<T>(load<T>(ties + v)) + top));
       if (kDot) store<T>(dot + v, load<T>(dot + v) + e * k);
     }
+    // Sums of many classes are made of sums of a few: rounding errors then do not pile up.
+    if (c % kFewClasses == kFewClasses - 1) {
+      if (c < kFewClasses) std::memset(t.row(kRestOfMany), 0, 2 * sizeof(T) * kMaxTile);
+      t.add_row(rest, t.row(kRestOfMany));
+      if (kDot) t.add_row(dot, t.row(kDotOfMany));
+    }
+  }
+  if (t.job.classes >= kFewClasses) {
+    t.add_row(t.row(kRestOfMany), rest);
+    if (kDot) t.add_row(t.row(kDotOfMany), dot);
   }
   for (int v = 0; v < t.padded; v += L) {
     IVec<T> count = -bits<T>(load<T>(ties + v));
@@ -94,22 +106,13 @@ void exponentials(Tile<T>& t, const T* slope, T* dot, bool labels) {
     store<T>(inverse + v, T(1) / all);
     store<T>(rest + v, below + (tied - T(1)));
   }
-  if (labels) {
-    T* e = t.row(kLabelExp);
-    for (int v = 0; v < t.padded; ++v) e[v] = t.x[t.y[v] * t.stride + v];
-  }
+  if (labels) t.gather_rows(t.x, t.row(kLabelExp));
 }
 
 // 1 − p of the label.
 template <class T>
 FL_INLINE Vec<T> label_complement(Vec<T> e, Vec<T> gap, Vec<T> rest, Vec<T> inverse) {
   return select<T>(gap == T(0), rest, (rest + T(1)) - e) * inverse;
-}
-
-// Adds value[v] to sums[y[v]]: several sets of sums, so that equal labels in a row do not wait.
-template <class T>
-void scatter(const Tile<T>& t, const T* value, double* sums) {
-  for (int v = 0; v < t.n; ++v) sums[t.y[v]] += double(value[v]);
 }
 
 template <class T>
@@ -157,8 +160,6 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
       store<T>(loss + v, load<T>(gap + v) + log_sum);
     }
 
-  // Per voxel, to the sums of the label's class.
-  double* by_class = sums + s.reference * classes;
   if (s.overlap >= 0)
     for (int v = 0; v < t.padded; v += L)
       store<T>(overlap + v,
@@ -169,19 +170,13 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
       // A voxel without weight has finite logits, so this product is never 0 · ∞.
       store<T>(weighted_loss + v, load<T>(m + v) * load<T>(loss + v));
     }
-  double* to_overlap = s.overlap >= 0 ? sums + s.overlap * classes : nullptr;
-  double* to_loss = s.cross_entropy >= 0 ? sums + s.cross_entropy * classes : nullptr;
-  const int32_t* y = t.y;
-  double all = 0;
-  for (int v = 0; v < t.n; ++v) {
-    double w = double(m[v]);
-    by_class[y[v]] += w;
-    all += w;
-    if (to_overlap) to_overlap[y[v]] += double(overlap[v]);
-    if (to_loss) to_loss[y[v]] += double(weighted_loss[v]);
-  }
-  *weight += all;
-  if (s.reference_squared >= 0) scatter(t, m, sums + s.reference_squared * classes);
+  t.scatter(m, sums + s.reference * classes);
+  Vec<T> all{};
+  for (int v = 0; v < t.padded; v += L) all += load<T>(m + v);
+  *weight += total<T>(all);
+  if (s.overlap >= 0) t.scatter(overlap, sums + s.overlap * classes);
+  if (s.cross_entropy >= 0) t.scatter(weighted_loss, sums + s.cross_entropy * classes);
+  if (s.reference_squared >= 0) t.scatter(m, sums + s.reference_squared * classes);
 
   for (int f = 0; f < s.gammas; ++f) {
     T* value = t.row(kD);
@@ -192,7 +187,7 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
           focal_value<Vec<T>>(power<T>(q, T(s.gamma[f])), load<T>(loss + v)) * load<T>(m + v);
       store<T>(value + v, focal);
     }
-    scatter(t, value, sums + s.focal[f] * classes);
+    t.scatter(value, sums + s.focal[f] * classes);
   }
   if (s.uniform >= 0) {
     // −log p_c = log Σe − (x_c − largest); the exponentials have replaced x, so it is loaded again.
@@ -232,30 +227,34 @@ void apply_softmax_labels(Tile<T>& t) {
   for (int v = 0; v < t.padded; v += L)
     store<T>(base + v, load<T>(base + v) * load<T>(inverse + v));
   if (by_squared)
-    for (int64_t c = 0; c < classes; ++c) {
-      Vec<T> k = splat<T>(2 * by_squared[c]);
+    for (int64_t first = 0; first < classes; first += kFewClasses) {
+      int64_t last = first + kFewClasses < classes ? first + kFewClasses : classes;
       for (int v = 0; v < t.padded; v += L) {
-        Vec<T> p = load<T>(t.x + c * t.stride + v) * load<T>(inverse + v);
-        store<T>(base + v, load<T>(base + v) + k * (p * p));
+        Vec<T> few{};
+        for (int64_t c = first; c < last; ++c) {
+          Vec<T> p = load<T>(t.x + c * t.stride + v) * load<T>(inverse + v);
+          few += (2 * by_squared[c]) * (p * p);
+        }
+        store<T>(base + v, load<T>(base + v) + few);
       }
     }
-  T uniform_total = 0;
+  double uniform_sum = 0;
   if (by_uniform)
-    for (int64_t c = 0; c < classes; ++c) uniform_total += by_uniform[c];
+    for (int64_t c = 0; c < classes; ++c) uniform_sum += double(by_uniform[c]);
+  T uniform_total = T(uniform_sum);
 
   // What the label decides: the whole gradient at the label's class, and for the other classes
   // Σ_j t_j, where t_j is the derivative by log p_j.
   T *at_label = t.row(kB), *slope = t.row(kC), *turn = t.row(kD);
   T *label_overlap = t.row(kE), *label_rest = t.row(kF), *label_loss = t.row(kLargest);
-  const int32_t* y = t.y;
-  for (int v = 0; v < t.padded; ++v) label_overlap[v] = by_overlap ? by_overlap[y[v]] : T(0);
-  for (int v = 0; v < t.padded; ++v) label_loss[v] = by_loss ? by_loss[y[v]] : T(0);
-  for (int v = 0; v < t.padded; ++v) label_rest[v] = by_predicted ? by_predicted[y[v]] : T(0);
+  t.gather(by_overlap, label_overlap);
+  t.gather(by_loss, label_loss);
+  t.gather(by_predicted, label_rest);
   // Focal slopes replace the row of the cross-entropy's coefficient by its sum with theirs.
   for (int f = 0; f < s.gammas; ++f) {
     const T* k = t.table + s.focal[f] * classes;
     T gamma = T(s.gamma[f]);
-    for (int v = 0; v < t.padded; ++v) turn[v] = k[y[v]];
+    t.gather(k, turn);
     for (int v = 0; v < t.padded; v += L) {
       Vec<T> e = load<T>(label_e + v), r = load<T>(rest + v), i = load<T>(inverse + v);
       Vec<T> q = label_complement<T>(e, load<T>(gap + v), r, i), p = e * i;
@@ -270,7 +269,7 @@ void apply_softmax_labels(Tile<T>& t) {
   T two = 2;
   if (by_squared)
     for (int v = 0; v < t.padded; ++v)
-      label_rest[v] += two * by_squared[y[v]] * label_e[v] * inverse[v];
+      label_rest[v] += two * by_squared[t.y[v]] * label_e[v] * inverse[v];
   for (int v = 0; v < t.padded; v += L) {
     Vec<T> i = load<T>(inverse + v), w = load<T>(m + v), e = load<T>(label_e + v);
     Vec<T> q = label_complement<T>(e, load<T>(gap + v), load<T>(rest + v), i), p = e * i;
@@ -281,7 +280,7 @@ void apply_softmax_labels(Tile<T>& t) {
     store<T>(slope + v, w * i);
   }
   if (by_uniform)
-    for (int v = 0; v < t.padded; ++v) at_label[v] -= m[v] * by_uniform[y[v]];
+    for (int v = 0; v < t.padded; ++v) at_label[v] -= m[v] * by_uniform[t.y[v]];
 
   Writer<T> writer(t, t.x);
   for (int64_t c = 0; c < classes; ++c) {

@@ -20,9 +20,12 @@ enum Row {
   kInverse,   // 1 / Σ e^(x−largest)
   kLabelExp,  // e^(x−largest) of the label
   kLabelGap,  // largest − x of the label
+  kRestOfMany, kDotOfMany,  // sums of kRest and the like over many classes; neighbours
   kA, kB, kC, kD, kE, kF,
   kRows
 };
+
+constexpr int64_t kFewClasses = 32;
 
 template <class T>
 struct Tile {
@@ -34,6 +37,7 @@ struct Tile {
   T* rows;           // (kRows, 256)
   T* table;          // coefficients of the sample: (S, C)
   int32_t* y;        // labels
+  int32_t* same;     // per vector: the label of all its voxels, or −1 if they differ
   Runs logit_runs, target_runs, weight_runs, out_runs;
   int64_t voxel = 0;  // the first one
   int n = 0;          // voxels
@@ -41,7 +45,6 @@ struct Tile {
   bool even = true;   // every m is 1 and there is no padding
   bool ones = false;  // the row of m holds ones
   bool holes = false; // some voxel has m = 0
-  bool small_label;   // the labels' row of T is wanted
 
   T* row(int which) { return rows + which * kMaxTile; }
   const char* logits() const { return job.logits.data + sample * job.logits.batch_stride; }
@@ -53,7 +56,7 @@ struct Tile {
   static size_t bytes(const Job& job) {
     size_t tile = size_t(fastloss::tile_voxels(job.classes)) * size_t(job.classes);
     size_t numbers = tile * 2 + kRows * kMaxTile + size_t(job.slots.count) * size_t(job.classes);
-    return numbers * sizeof(T) + kMaxTile * sizeof(int32_t) + 256;
+    return numbers * sizeof(T) + 2 * kMaxTile * sizeof(int32_t) + 256;
   }
 
   Tile(const Job& j, int64_t b, void* scratch) : job(j), sample(b) {
@@ -64,7 +67,8 @@ struct Tile {
     second = x + size;
     rows = second + size;
     y = (int32_t*)(rows + kRows * kMaxTile);
-    table = (T*)(y + kMaxTile);
+    same = y + kMaxTile;
+    table = (T*)(same + kMaxTile);
     if (j.coefficients)
       for (int32_t s = 0; s < j.slots.count; ++s)
         for (int64_t c = 0; c < j.classes; ++c)
@@ -139,6 +143,53 @@ struct Tile {
     for (int v = n; v < padded; ++v) y[v] = 0;
     T* label = row(kLabel);
     for (int v = 0; v < padded; ++v) label[v] = T(y[v]);
+    for (int v = 0; v < padded; v += lanes<T>) {
+      bool differ = any<T>(load<T>(label + v) != splat<T>(label[v]));
+      same[v / lanes<T>] = differ ? -1 : y[v];
+    }
+  }
+
+  // to[v] = from[label of v][v]. Labels come in stretches, which are copied whole.
+  void gather_rows(const T* from, T* to) const {
+    for (int v = 0; v < padded; v += lanes<T>) {
+      int32_t label = same[v / lanes<T>];
+      if (label >= 0)
+        store<T>(to + v, load<T>(from + int64_t(label) * stride + v));
+      else
+        for (int i = v; i < v + lanes<T>; ++i) to[i] = from[int64_t(y[i]) * stride + i];
+    }
+  }
+
+  // to[v] = values[label of v], or 0 if there are none.
+  void gather(const T* values, T* to) const {
+    for (int v = 0; v < padded; v += lanes<T>) {
+      int32_t label = same[v / lanes<T>];
+      if (!values)
+        store<T>(to + v, Vec<T>{});
+      else if (label >= 0)
+        store<T>(to + v, splat<T>(values[label]));
+      else
+        for (int i = v; i < v + lanes<T>; ++i) to[i] = values[y[i]];
+    }
+  }
+
+  // sums[label of v] += values[v].
+  void scatter(const T* values, double* sums) const {
+    Vec<T> stretch{};
+    int32_t current = -1;
+    for (int v = 0; v < padded; v += lanes<T>) {
+      int32_t label = same[v / lanes<T>];
+      if (label != current) {
+        if (current >= 0) sums[current] += total<T>(stretch);
+        stretch = Vec<T>{};
+        current = label;
+      }
+      if (label >= 0)
+        stretch += load<T>(values + v);
+      else
+        for (int i = v; i < v + lanes<T>; ++i) sums[y[i]] += double(values[i]);
+    }
+    if (current >= 0) sums[current] += total<T>(stretch);
   }
 
   double raw_label(int v) {
@@ -183,6 +234,14 @@ struct Tile {
       const T* label = row(kLabel);
       for (int v = 0; v < padded; v += lanes<T>)
         store<T>(g + v, keep<T>(load<T>(label + v) == T(c), splat<T>(1)));
+    }
+  }
+
+  // to += from, and from = 0.
+  void add_row(T* from, T* to) const {
+    for (int v = 0; v < padded; v += lanes<T>) {
+      store<T>(to + v, load<T>(to + v) + load<T>(from + v));
+      store<T>(from + v, Vec<T>{});
     }
   }
 

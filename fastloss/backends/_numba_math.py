@@ -13,7 +13,7 @@ import numpy as np
 from numba.core import types
 from numba.extending import overload
 
-from fastloss.backends._numba_pointers import from_bits, to_bits
+from fastloss.backends._numba_pointers import exponent, mantissa, power_of_two
 
 # Fused multiply-add may replace a product and a sum; anything more would break the tricks below.
 _OPTIONS = {"fastmath": {"contract"}, "error_model": "numpy"}
@@ -38,8 +38,6 @@ _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (
     )
 )
 _TINY, _UP, _UP_EXPONENT = _f(2.0**-126), _f(2.0**23), _f(23)
-_SQRT_HALF, _MANTISSA = np.uint32(0x3F3504F3), np.uint32(0x007FFFFF)
-_EXPONENT_OF_ONE, _SHIFT = np.uint32(0x3F800000), np.uint32(23)
 
 
 def exp(x: Any) -> Any:
@@ -56,11 +54,11 @@ def log1p(x: Any) -> Any:
 
 
 @overload(exp, jit_options=_OPTIONS)
-def _exp(x: Any) -> Any:
+def _exp(x):  # type: ignore
     if x != types.float32:
         return lambda x: math.exp(x)
 
-    def exp32(x: Any) -> Any:
+    def exp32(x):  # type: ignore
         shifted = x * _LOG2E + _ROUND
         n = shifted - _ROUND
         r = x - n * _LN2_HIGH
@@ -71,8 +69,7 @@ def _exp(x: Any) -> Any:
         y = y * r + _E4
         y = y * r + _E5
         y = y * (r * r) + r + _ONE
-        power = from_bits(np.uint32((to_bits(shifted) << _SHIFT) + _EXPONENT_OF_ONE))
-        y = y * power
+        y = y * power_of_two(shifted)
         y = _ZERO if x < _LOWEST else y
         return _INF if x > _HIGHEST else y
 
@@ -80,18 +77,15 @@ def _exp(x: Any) -> Any:
 
 
 @overload(log, jit_options=_OPTIONS)
-def _log(x: Any) -> Any:
+def _log(x):  # type: ignore
     if x != types.float32:
         return lambda x: math.log(x)
 
-    def log32(x: Any) -> Any:
+    def log32(x):  # type: ignore
         small = x < _TINY
         scaled = x * _UP if small else x
-        # The exponent and a mantissa in [√½, √2).
-        offset = np.uint32(to_bits(scaled) - _SQRT_HALF)
-        e = _f(np.int32(offset) >> 23)
-        e = e - _UP_EXPONENT if small else e
-        f = from_bits(np.uint32((offset & _MANTISSA) + _SQRT_HALF)) - _ONE
+        e = exponent(scaled) - (_UP_EXPONENT if small else _ZERO)
+        f = mantissa(scaled) - _ONE
         y = _L0 * f + _L1
         y = y * f + _L2
         y = y * f + _L3
@@ -111,11 +105,11 @@ def _log(x: Any) -> Any:
 
 
 @overload(log1p, jit_options=_OPTIONS)
-def _log1p(x: Any) -> Any:
+def _log1p(x):  # type: ignore
     if x != types.float32:
         return lambda x: math.log1p(x)
 
-    def log1p32(x: Any) -> Any:
+    def log1p32(x):  # type: ignore
         u = _ONE + x
         y = log(u) - ((u - _ONE) - x) / u  # what 1 + x rounded off is put back
         y = y if u != _ZERO else -_INF

@@ -99,7 +99,7 @@ def call_row(
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
 def to_bits(typingctx: Any, number: Any) -> Any:
-    """The bits of a float32 as int32."""
+    """The bits of a float32 as uint32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(32))
@@ -115,6 +115,48 @@ def from_bits(typingctx: Any, bits: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.uint32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def power_of_two(typingctx: Any, shifted: Any) -> Any:
+    """2^n for the float32 n + 1.5·2^23, whose last bits are n."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        # Numba's own integers are of 64 bits and would halve the vectors.
+        word = ir.IntType(32)
+        bits = builder.shl(builder.bitcast(args[0], word), ir.Constant(word, 23))
+        return builder.bitcast(builder.add(bits, ir.Constant(word, 0x3F800000)), ir.FloatType())
+
+    return types.float32(types.float32), codegen
+
+
+_SQRT_HALF = 0x3F3504F3
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def exponent(typingctx: Any, number: Any) -> Any:
+    """e of a normal positive float32 f 2^e with f in [√½, √2)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        bits = builder.sub(builder.bitcast(args[0], word), ir.Constant(word, _SQRT_HALF))
+        return builder.sitofp(builder.ashr(bits, ir.Constant(word, 23)), ir.FloatType())
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def mantissa(typingctx: Any, number: Any) -> Any:
+    """f of a normal positive float32 f 2^e with f in [√½, √2)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        bits = builder.sub(builder.bitcast(args[0], word), ir.Constant(word, _SQRT_HALF))
+        bits = builder.and_(bits, ir.Constant(word, 0x007FFFFF))
+        bits = builder.add(bits, ir.Constant(word, _SQRT_HALF))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(types.float32), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]

@@ -86,16 +86,6 @@ def _uniform_row(x, voxel, count):  # type: ignore
 
 
 @inner
-def _take_label(x, labels, c, own, count):  # type: ignore
-    """Move the logits of the voxels with this label out of the row."""
-    gone = like(x, -np.inf)
-    for i in range(count):
-        here = labels[i] == c
-        own[i] = x[i] if here else own[i]
-        x[i] = gone if here else x[i]
-
-
-@inner
 def _exp_row(x, voxel, count):  # type: ignore
     for i in range(count):
         e = exp(x[i] - voxel[_MAX + i])
@@ -110,6 +100,38 @@ def _exp_row_weighted(x, voxel, weight, count):  # type: ignore
         x[i] = e
         voxel[_REST + i] += e
         voxel[_A + i] += e * weight
+
+
+# The same where there are few classes, and each row looks for its own voxels.
+
+
+@inner
+def _exp_row_few(x, voxel, labels, c, count):  # type: ignore
+    zero, label = like(x, 0), np.int32(c)  # 64 bits would halve the vectors
+    for i in range(count):
+        here = labels[i] == label
+        d = x[i] - voxel[_MAX + i]
+        e = exp(d)
+        other = zero if here else e
+        x[i] = other
+        voxel[_REST + i] += other
+        voxel[_E + i] += e if here else zero
+        voxel[_D + i] += d if here else zero
+
+
+@inner
+def _exp_row_few_weighted(x, voxel, labels, c, weight, count):  # type: ignore
+    zero, label = like(x, 0), np.int32(c)  # 64 bits would halve the vectors
+    for i in range(count):
+        here = labels[i] == label
+        d = x[i] - voxel[_MAX + i]
+        e = exp(d)
+        other = zero if here else e
+        x[i] = other
+        voxel[_REST + i] += other
+        voxel[_E + i] += e if here else zero
+        voxel[_D + i] += d if here else zero
+        voxel[_A + i] += other * weight
 
 
 @inner
@@ -147,32 +169,39 @@ def _activate(plan, voxel, tile, labels, count, weights, weighted):  # type: ign
     """Exponentials of the other classes, and all that is known of the own class."""
     channels = plan[CHANNELS]
     width = plan[TILE]
-    own = shift(voxel, _D)
+    fill(shift(voxel, _REST), 0, count)
+    if weighted:
+        fill(shift(voxel, _A), 0, count)
     if channels <= FEW:
+        fill(shift(voxel, _E), 0, count)
+        fill(shift(voxel, _D), 0, count)
         for c in range(channels):
-            _take_label(shift(tile, c * width), labels, c, own, count)
+            x = shift(tile, c * width)
+            if weighted:
+                _exp_row_few_weighted(x, voxel, labels, c, weights[c], count)
+            else:
+                _exp_row_few(x, voxel, labels, c, count)
     else:
         gone = like(tile, -np.inf)
         for i in range(count):
             place = labels[i] * width + i
-            own[i] = tile[place]
+            voxel[_D + i] = tile[place]
             tile[place] = gone
-    fill(shift(voxel, _REST), 0, count)
-    if weighted:
-        fill(shift(voxel, _A), 0, count)
         for c in range(channels):
-            _exp_row_weighted(shift(tile, c * width), voxel, weights[c], count)
-    else:
-        for c in range(channels):
-            _exp_row(shift(tile, c * width), voxel, count)
+            x = shift(tile, c * width)
+            if weighted:
+                _exp_row_weighted(x, voxel, weights[c], count)
+            else:
+                _exp_row(x, voxel, count)
+        for i in range(count):
+            d = voxel[_D + i] - voxel[_MAX + i]
+            voxel[_D + i] = d
+            voxel[_E + i] = exp(d)
     one = like(voxel, 1)
     for i in range(count):
-        d = voxel[_D + i] - voxel[_MAX + i]
-        e = exp(d)
+        e = voxel[_E + i]
         rest = voxel[_REST + i]
         inverse = one / (rest + e)
-        voxel[_D + i] = d
-        voxel[_E + i] = e
         voxel[_INVERSE + i] = inverse
         voxel[_MI + i] = inverse * voxel[_M + i]
         voxel[_P + i] = e * inverse
@@ -275,26 +304,23 @@ def reduce(  # type: ignore
 
 
 @inner
-def _gradient_row(x, voxel, a, u, count):  # type: ignore
+def _gradient_row(x, voxel, labels, c, a, u, count):  # type: ignore
+    label = np.int32(c)
     for i in range(count):
-        x[i] = x[i] * (voxel[_MI + i] * a + voxel[_SHARED + i])
-    if u != 0:
-        for i in range(count):
-            x[i] = x[i] - voxel[_M + i] * u
+        own = voxel[_OWN + i]
+        other = x[i] * (voxel[_MI + i] * a + voxel[_SHARED + i]) - voxel[_M + i] * u
+        x[i] = own if labels[i] == label else other
 
 
 @inner
-def _gradient_row_squared(x, voxel, a, a2, u, count):  # type: ignore
+def _gradient_row_squared(x, voxel, labels, c, a, a2, u, count):  # type: ignore
+    label = np.int32(c)
     for i in range(count):
+        own = voxel[_OWN + i]
         p = x[i] * voxel[_INVERSE + i]
         slope = voxel[_M + i] * (a + a2 * p)
-        x[i] = p * slope + (x[i] * voxel[_SHARED + i] - voxel[_M + i] * u)
-
-
-@inner
-def _put_label(x, labels, c, own, count):  # type: ignore
-    for i in range(count):
-        x[i] = own[i] if labels[i] == c else x[i]
+        other = p * slope + (x[i] * voxel[_SHARED + i] - voxel[_M + i] * u)
+        x[i] = own if labels[i] == label else other
 
 
 @kernel
@@ -389,23 +415,15 @@ def apply(  # type: ignore
                 voxel[_SHARED + i] = shared * voxel[_INVERSE + i]
                 own = weight * (voxel[_P + i] * (all_uniform - excess) - voxel[_U + i])
                 voxel[_OWN + i] = own - slope * voxel[_Q + i]
-            own = shift(voxel, _OWN)
             for c in range(channels):
                 x = shift(tile, c * width)
                 a = by_predicted[c] if predicted else zero
                 u = by_uniform[c] if uniform else zero
                 if squared:
-                    _gradient_row_squared(x, voxel, a, two * by_squared[c], u, n)
+                    _gradient_row_squared(x, voxel, labels, c, a, two * by_squared[c], u, n)
                 else:
-                    _gradient_row(x, voxel, a, u, n)
-                if channels <= FEW:
-                    _put_label(x, labels, c, own, n)
-                    store(plan, operands[OUT], sample, c, first, n, x)
-            if channels > FEW:
-                for i in range(n):
-                    tile[labels[i] * width + i] = own[i]
-                for c in range(channels):
-                    store(plan, operands[OUT], sample, c, first, n, shift(tile, c * width))
+                    _gradient_row(x, voxel, labels, c, a, u, n)
+                store(plan, operands[OUT], sample, c, first, n, x)
 
 
 @inner

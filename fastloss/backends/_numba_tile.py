@@ -136,7 +136,8 @@ def load_labels(  # type: ignore
         zeros += 1 if ignored else 0
     if zeros:
         for i in range(count):
-            weights[i] = like(weights, 0) if wide[i] == ignore else weights[i]
+            weight = weights[i]
+            weights[i] = settle(weights, like(weights, 0) if wide[i] == ignore else weight)
     counts[BAD_LABELS] += bad
     return zeros > 0
 
@@ -151,21 +152,33 @@ def ignore_dense(plan, operands, ignore, sample, first, count, weights, wide):  
         move(plan, operand, operand[ROW64], sample, channel, first, count, wide, False)
         for i in range(count):
             zeros += 1 if wide[i] > 0.5 else 0
-            weights[i] = like(weights, 0) if wide[i] > 0.5 else weights[i]
+            weight = weights[i]
+            weights[i] = settle(weights, like(weights, 0) if wide[i] > 0.5 else weight)
     elif plan[IGNORE] == 1:
         for c in range(plan[CHANNELS]):
             move(plan, operand, operand[ROW64], sample, c, first, count, wide, False)
             for i in range(count):
                 zeros += 1 if wide[i] == ignore else 0
-                weights[i] = like(weights, 0) if wide[i] == ignore else weights[i]
+                weight = weights[i]
+                weights[i] = settle(
+                    weights, like(weights, 0) if wide[i] == ignore else weight
+                )
     return zeros > 0
+
+
+@inner
+def settle(row, x):  # type: ignore
+    """x + 0. A choice between a new value and the one in place is else stored under a mask, which
+    is slow on processors without AVX-512."""
+    return x + like(row, 0)
 
 
 @inner
 def blank(row, weights, count):  # type: ignore
     """0 where the voxel counts for nothing, whatever it holds."""
     for i in range(count):
-        row[i] = like(row, 0) if weights[i] == 0 else row[i]
+        x = row[i]  # loaded before it is chosen, as LLVM moves no load out of a branch
+        row[i] = settle(row, like(row, 0) if weights[i] == 0 else x)
 
 
 @inner
@@ -177,7 +190,8 @@ def fill(row, value, count):  # type: ignore
 @inner
 def raise_to(row, x, count):  # type: ignore
     for i in range(count):
-        row[i] = x[i] if x[i] > row[i] else row[i]
+        a, b = x[i], row[i]
+        row[i] = settle(row, a if a > b else b)
 
 
 @inner
@@ -193,7 +207,8 @@ def any_infinite(row, count):  # type: ignore
 def below_largest(x, largest, count):  # type: ignore
     """x − largest, and 0 for all that equal the largest though it be infinite."""
     for i in range(count):
-        x[i] = like(x, 0) if x[i] == largest[i] else x[i] - largest[i]
+        a, b = x[i], largest[i]
+        x[i] = like(x, 0) if a == b else a - b
 
 
 @summing
@@ -251,8 +266,10 @@ def add_by_label(values, labels, count, classes, sums):  # type: ignore
     if classes <= FEW:
         for c in range(classes):
             s = like(values, 0)
+            label = np.int32(c)
             for i in range(count):
-                s += values[i] if labels[i] == c else like(values, 0)
+                value = values[i]
+                s += value if labels[i] == label else like(values, 0)
             sums[c] += s
     else:
         for i in range(count):
@@ -263,10 +280,11 @@ def add_by_label(values, labels, count, classes, sums):  # type: ignore
 def by_label(table, labels, count, classes, row):  # type: ignore
     """Fill a row with the table's number for each voxel's label."""
     if classes <= FEW:
+        fill(row, 0, count)
         for c in range(classes):
-            number = table[c]
+            number, label = table[c], np.int32(c)  # 64 bits would halve the vectors
             for i in range(count):
-                row[i] = number if labels[i] == c else row[i]
+                row[i] += number if labels[i] == label else like(row, 0)
     else:
         for i in range(count):
             row[i] = table[labels[i]]
@@ -289,11 +307,13 @@ def power(base, gamma, count, row):  # type: ignore
         infinity = like(row, np.inf)
         at_zero = like(row, 0.0 if gamma > 0 else np.inf)
         for i in range(count):
-            q = abs(base[i]) if whole else base[i]
+            q = base[i]
+            q = abs(q) if whole else q
             r = exp(exponent * log(q))
             r = at_zero if q == 0 else r
             # The float32 exponential ends early; what follows is 0 or infinite anyway.
             row[i] = r if q < infinity else q
         if whole & (gamma % 2 == 1):
             for i in range(count):
-                row[i] = -row[i] if base[i] < 0 else row[i]
+                r = row[i]
+                row[i] = -r if base[i] < 0 else r

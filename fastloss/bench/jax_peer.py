@@ -78,10 +78,10 @@ def _formula(loss: str, logits: Any, target: Any) -> Any:
         both = (weight * (predicted + reference)).sum(axis=1)
         return (1 - (2 * (weight * overlap).sum(axis=1) + SMOOTH) / (both + SMOOTH)).mean()
     value: Any = 0.0
-    if "dice" in loss:
+    if loss in ("dice", "dice_ce", "dice_focal"):
         value += (1 - (2 * overlap + SMOOTH) / (predicted + reference + SMOOTH)).mean()
-    if "ce" in loss or loss == "cross_entropy":
+    if loss in ("cross_entropy", "dice_ce"):
         value -= (g * log_p).sum(axis=1).mean()
-    if "focal" in loss:
+    if loss in ("focal", "dice_focal"):
         value -= (g * (1 - p) ** GAMMA * log_p).sum(axis=1).mean()
     return value

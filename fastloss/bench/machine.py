@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
 import fastloss
-from fastloss.backends import load_backend
+from fastloss.backends import current_backend, load_backend
 
 _PACKAGES = (
     "torch", "monai", "jax", "jaxlib", "numba", "ml_dtypes", "nilearn", "nibabel",
@@ -36,6 +37,15 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def threads() -> int:
+    """The threads that everything is measured on: those of the default backend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a faster backend is missing is said elsewhere
+        backend = current_backend()
+    # The reference has one thread, which would slow down the others for no reason.
+    return cores() if backend.name == "reference" else backend.get_num_threads()
+
+
 def instruction_sets() -> tuple[str, tuple[str, ...]]:
     """The instruction set that the C++ backend chose, and those it has; empty without it."""
     try:
@@ -56,7 +66,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": processor(),
         "cores": cores(),
-        "threads": fastloss.get_num_threads(),
+        "threads": threads(),
         "instruction_set": instruction_sets()[0],
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -18,6 +18,7 @@ from fastloss.bench.errors import Unavailable, reason
 from fastloss.bench.implementations import TITLES, Call, make_call
 from fastloss.bench.inputs import Case, make_case, size_text
 from fastloss.bench.machine import machine
+from fastloss.bench.machine import threads as count_threads
 from fastloss.bench.measure import Timed, forward, forward_backward, interleave
 from fastloss.bench.truth import Truth, find_truth
 from fastloss.bench.volumes import load_volume
@@ -93,7 +94,8 @@ def run(options: Options, progress: Progress) -> Report:
     if volume.note:
         progress(f"{volume.name}: {volume.note}")
     case = make_case(volume, batch=options.batch, dtype=options.dtype)
-    threads = fastloss.get_num_threads()
+    threads = count_threads()
+    fastloss.set_num_threads(threads)  # for all backends alike
     bandwidth = Bandwidth(threads)
     report = Report(
         options, machine(), case.logits.shape, case.count, 0.0, 0.0, bandwidth.method
@@ -207,6 +209,7 @@ def render(report: Report) -> str:
         "with\ngradient ms", "of\nlimit", "ns per\nlogit", "peak extra\nMiB",
         "speed-up\nvs slowest", "time vs\nfastloss",
     )
+    notes = _notes(report)
     for loss in options.losses:
         rows = [
             (
@@ -229,11 +232,9 @@ def render(report: Report) -> str:
         lines += ["", f"{loss}:"]
         if rows:
             lines.append(table.text_table(header, rows))
-        lines += [
-            f"  - {TITLES[m.implementation]}: {m.reason}"
-            for m in report.missing
-            if m.loss == loss
-        ]
+        lines += [line for where, line in notes if where == loss]
+    everywhere = [line for where, line in notes if not where]
+    lines += ["", "not measured:", *everywhere] if everywhere else []
     lines += [
         "",
         "Errors are relative to the float64 reference on the same logits. The limit reads the",
@@ -243,6 +244,19 @@ def render(report: Report) -> str:
         "reference backend.",
     ]
     return "\n".join(lines)
+
+
+def _notes(report: Report) -> list[tuple[str, str]]:
+    """What is missing: the loss it is missing for, empty if for all of several, and a line."""
+    notes: dict[tuple[str, str], list[str]] = {}
+    for one in report.missing:
+        notes.setdefault((one.implementation, one.reason), []).append(one.loss)
+    several = len(report.options.losses)
+    lines = []
+    for (name, why), losses in notes.items():
+        line = f"  - {TITLES[name]}: {why}"
+        lines += [("", line)] if len(losses) == several else [(loss, line) for loss in losses]
+    return lines
 
 
 def _finite(value: Any) -> Any:

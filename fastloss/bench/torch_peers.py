@@ -90,12 +90,14 @@ def _monai(loss: str, classes: int) -> Function:
         return losses.TverskyLoss(**shared, **smooth, alpha=TVERSKY_ALPHA, beta=TVERSKY_BETA)
     if loss == "generalized_dice":
         return losses.GeneralizedDiceLoss(**shared, **smooth)
-    if loss == "focal":
+    if "focal" in loss:
         # Its mean runs over the classes too, of which all but one are 0 at each voxel.
         focal = losses.FocalLoss(to_onehot_y=True, use_softmax=True, gamma=GAMMA)
-        return lambda logits, target: classes * focal(logits, target)
-    if loss == "dice_focal":
-        return losses.DiceFocalLoss(**shared, **smooth, gamma=GAMMA, lambda_focal=float(classes))
+        if loss == "focal":
+            return lambda logits, target: classes * focal(logits, target)
+        # Its DiceFocalLoss takes the sigmoid form of the focal loss, whatever Dice takes.
+        dice = losses.DiceLoss(**shared, **smooth)
+        return lambda logits, target: dice(logits, target) + classes * focal(logits, target)
     raise Unavailable(f"MONAI has no {loss} of its own")
 
 

@@ -1,0 +1,263 @@
+"""The figures that the library is held to, all from one run, as a table.
+
+    python benchmarks/targets.py [--out DIR] [--sizes LIST] [--peers LIST] [--repeats N]
+
+Dice + cross-entropy on the phantom torso, labels in uint8, the gradient into a buffer that is
+used again. Implementations take turns; every figure is a median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import fastloss
+from fastloss.bench import table
+from fastloss.bench.bandwidth import Bandwidth
+from fastloss.bench.errors import BadArgument, Unavailable, reason
+from fastloss.bench.implementations import (
+    PEERS,
+    TITLES,
+    Call,
+    backends_that_run,
+    make_call,
+)
+from fastloss.bench.inputs import (
+    SIZES,
+    Case,
+    channels_last,
+    dense,
+    phantom_case,
+    with_dtype,
+)
+from fastloss.bench.machine import machine, threads
+from fastloss.bench.measure import Timed, forward, forward_backward, interleave
+
+LOSS = "dice_ce"
+
+
+def key(size: str) -> str:
+    """The name of a size for the command line: "B1 C4 128³" is B1C4-128."""
+    batch, classes, edge = SIZES[size]
+    return f"B{batch}C{classes}-{edge}"
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class Run:
+    """What all the measurements of one run share."""
+
+    def __init__(self, peers: tuple[str, ...], repeats: int) -> None:
+        self.peers, self.repeats = peers, repeats
+        self.threads = threads()
+        fastloss.set_num_threads(self.threads)  # for all backends alike
+        self.bandwidth = Bandwidth(self.threads)
+        self.backends = backends_that_run()
+        self.backend = self.backends[0]
+        self.missing: list[str] = []
+
+    def prepare(self, name: str, make: Callable[[], Case]) -> tuple[Case, Call] | None:
+        """A call that has run once; None, and a note, where it cannot."""
+        say(f"  preparing {name}")
+        try:
+            case = make()
+            call = make_call(name, case, LOSS, self.threads)
+            with call.active():
+                call.forward_backward()
+            call.reset()
+        except (Unavailable, BadArgument) as error:
+            why = str(error)
+        except Exception as error:  # a peer may fail in any way, which must not end the run
+            why = reason(error)
+        else:
+            return case, call
+        note = f"{TITLES.get(name, name)}: {why}"
+        if note not in self.missing:
+            self.missing.append(note)
+        return None
+
+    def measure(self, size: str) -> dict[str, Any]:
+        """All the figures of one size."""
+        say(f"{size}: making the input")
+        batch, classes, edge = SIZES[size]
+        plain = phantom_case(edge, classes, batch=batch)
+        variants: dict[str, tuple[str, Callable[[], Case]]] = {
+            "fastloss": (self.backend, lambda: plain),
+            "bfloat16": (self.backend, lambda: with_dtype(plain, "bfloat16")),
+            "float16": (self.backend, lambda: with_dtype(plain, "float16")),
+            "channels_last": (self.backend, lambda: channels_last(plain)),
+            "dense": (self.backend, lambda: dense(plain)),
+        }
+        if self.backend != "numba" and "numba" in self.backends:
+            variants["numba"] = ("numba", lambda: plain)
+        for peer in self.peers:
+            variants[peer] = (peer, lambda: plain)
+
+        timed: dict[str, Timed] = {}
+        for variant, (name, make) in variants.items():
+            prepared = self.prepare(name, make)
+            if prepared is None:
+                continue
+            timed[variant] = forward_backward(prepared[1])
+            if variant == "fastloss":
+                timed["value"] = forward(prepared[1])
+
+        copies: list[float] = []
+        reads: list[float] = []
+
+        def measure_bandwidth() -> None:
+            copies.append(self.bandwidth.copy())
+            reads.append(self.bandwidth.read())
+
+        say(f"{size}: timing {', '.join(timed)}")
+        seconds = interleave(timed, self.repeats, also=measure_bandwidth)
+        copy, read = median(copies), median(reads)
+        ours = seconds["fastloss"]
+        peers = {name: seconds[name] for name in self.peers if name in seconds}
+        fastest = min(peers, key=peers.__getitem__) if peers else None
+
+        def ratio(name: str, factor: float = 1.0) -> float | None:
+            return seconds[name] / ours * factor if name in seconds else None
+
+        return {
+            "size": size,
+            "logits": plain.count,
+            "copy_bandwidth": copy,
+            "read_bandwidth": read,
+            "seconds": seconds,
+            "fastloss": ours,
+            "ns_per_logit": ours / plain.count * 1e9,
+            "fastest_peer": fastest,
+            "fastest_peer_seconds": None if fastest is None else peers[fastest],
+            "speedup": None if fastest is None else peers[fastest] / ours,
+            "share_of_limit": 3 * plain.nbytes / copy / ours,
+            "value_share_of_limit": plain.nbytes / read / seconds["value"],
+            "bfloat16_ratio": ratio("bfloat16"),
+            "float16_ratio": ratio("float16"),
+            "channels_last_ratio": ratio("channels_last"),
+            # Two passes read a dense float32 target as well: 20 bytes a logit in place of 12.
+            "dense_ratio_per_byte": ratio("dense", 12 / 20),
+            "numba_ratio": ratio("numba"),
+        }
+
+    def small(self) -> dict[str, float]:
+        """Seconds of one call on 16³ voxels and two classes."""
+        say("small calls")
+        case = phantom_case(16, 2)
+        call = make_call(self.backend, case, LOSS, self.threads)
+        number = 2 if self.backend == "reference" else 200
+        timed = {"value": forward(call, number), "gradient": forward_backward(call, number)}
+        return interleave(timed, max(self.repeats, 9))
+
+
+def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> str:
+    """The report in Markdown."""
+    made = machine()
+    header = (
+        "", "fastest peer", "its ms", "fastloss ms", "ratio", "ns per logit", "of limit",
+        "value, of limit", "copy GB/s", "read GB/s",
+    )
+    rows = [
+        (
+            r["size"],
+            "-" if r["fastest_peer"] is None else TITLES[r["fastest_peer"]],
+            table.number(r["fastest_peer_seconds"] and r["fastest_peer_seconds"] * 1e3),
+            table.milliseconds(r["fastloss"]),
+            table.times(r["speedup"]),
+            table.number(r["ns_per_logit"]),
+            table.percent(r["share_of_limit"]),
+            table.percent(r["value_share_of_limit"]),
+            table.number(r["copy_bandwidth"] / 1e9),
+            table.number(r["read_bandwidth"] / 1e9),
+        )
+        for r in results
+    ]
+    variants = {
+        "bfloat16_ratio": "bfloat16, per logit",
+        "float16_ratio": "float16, per logit",
+        "channels_last_ratio": "channels-last logits",
+        "dense_ratio_per_byte": "dense float32 target, per byte moved",
+        "numba_ratio": "Numba backend",
+    }
+    ratios = [
+        (title, *(table.times(r[name]) for r in results)) for name, title in variants.items()
+    ]
+    isa = f", {made['instruction_set']}" if made["instruction_set"] else ""
+    parts = [
+        f"{made['processor']}, {made['cores']} cores, {made['threads']} threads{isa}; Python "
+        f"{made['python']}, NumPy {made['numpy']}; {TITLES[run.backend]}; bandwidth measured with "
+        f"{run.bandwidth.method}.",
+        "Value and gradient, float32:",
+        table.markdown_table(header, rows),
+        "Time over that of fastloss on contiguous float32 logits and a label map:",
+        table.markdown_table(("", *(r["size"] for r in results)), ratios),
+        f"One call on 16³ voxels, two classes: value {table.number(small['value'] * 1e6)} µs, "
+        f"value and gradient {table.number(small['gradient'] * 1e6)} µs.",
+    ]
+    if run.missing:
+        parts.append("Not measured:\n\n" + "\n".join(f"- {note}" for note in run.missing))
+    return "\n\n".join(parts) + "\n"
+
+
+def names(choices: dict[str, str]) -> Callable[[str], tuple[str, ...]]:
+    """A comma-separated choice of the keys; "all" and "none" as well."""
+
+    def convert(text: str) -> tuple[str, ...]:
+        if text in ("all", "none"):
+            return tuple(choices.values()) if text == "all" else ()
+        chosen = [part.strip() for part in text.split(",")]
+        for one in chosen:
+            if one not in choices:
+                raise argparse.ArgumentTypeError(
+                    f"expected some of {', '.join(choices)}, got {one!r}"
+                )
+        return tuple(choices[one] for one in chosen)
+
+    return convert
+
+
+def main() -> int:
+    sizes, peers = {key(size): size for size in SIZES}, {peer: peer for peer in PEERS}
+    parser = argparse.ArgumentParser(
+        description="The library's target figures, measured in one run."
+    )
+    parser.add_argument("--out", type=Path, help="folder for targets.md and targets.json")
+    parser.add_argument("--sizes", type=names(sizes), default="all", help=", ".join(sizes))
+    parser.add_argument("--peers", type=names(peers), default="all", help=", ".join(peers))
+    parser.add_argument("--repeats", type=int, default=9, help="samples of each time")
+    options = parser.parse_args()
+    if not options.sizes:
+        parser.error("argument --sizes: expected at least one size")
+    if options.repeats < 1:
+        parser.error(f"argument --repeats: expected at least 1, got {options.repeats}")
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+
+    warnings.simplefilter("ignore")  # of the peers' own making
+    run = Run(options.peers, options.repeats)
+    results = [run.measure(size) for size in options.sizes]
+    small = run.small()
+    text = render(results, small, run)
+    print(text)
+    if options.out is not None:
+        (options.out / "targets.md").write_text(text, encoding="utf-8")
+        everything = {
+            "machine": machine(), "backend": run.backend, "sizes": results, "small": small,
+            "missing": run.missing,
+        }
+        (options.out / "targets.json").write_text(
+            json.dumps(everything, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,295 @@
+"""The two passes in Numba: compiled on first use, for machines without the C++ kernels.
+
+The logits go through in tiles of some hundred voxels that stay in the cache. Tiles make up
+blocks, the same for any number of threads; each block has its own sums, in float64, and these are
+added in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numba import config
+from numba.np.ufunc import parallel
+
+from fastloss.arrays import Arrays
+from fastloss.backends import (
+    _numba_channels,
+    _numba_softmax_dense,
+    _numba_softmax_labels,
+    _numba_tile,
+)
+from fastloss.backends._numba_rows import loader, storer
+from fastloss.backends._numba_threads import Pool
+from fastloss.backends._numba_tile import WIDTH
+from fastloss.backends.base import Backend, bad_labels, bad_weights
+from fastloss.request import Request
+
+_TILE_BYTES = 1 << 18  # of the logits of a tile: they stay in the second-level cache
+_BLOCK_VOXELS = 4096
+_BLOCK_LOGITS = 1 << 18
+_BLOCKS = 1024  # at most, of a sample: the sums of the blocks take little memory beside the logits
+_FEW_LOGITS = 1 << 14  # so few that a second thread takes longer to wake than to help
+_STREAM_BYTES = 1 << 22  # of a gradient that does not stay in the cache anyway
+
+
+class NumbaBackend(Backend):
+    """Compiled kernels that share their blocks among threads."""
+
+    name = "numba"
+
+    def __init__(self) -> None:
+        self._pool = Pool()
+        self._threads: int | None = None
+
+    def set_num_threads(self, n: int) -> None:
+        """Compute with ``n`` threads, at least 1 and at most ``NUMBA_NUM_THREADS``."""
+        self._threads = max(1, min(int(n), config.NUMBA_NUM_THREADS))
+
+    def get_num_threads(self) -> int:
+        """How many threads compute: if not set here, as `numba.get_num_threads` says."""
+        if self._threads is not None:
+            return self._threads
+        # Asking would start Numba's own threads; not yet started, they were not limited either.
+        if getattr(parallel, "_is_initialized", True):
+            return int(parallel.get_num_threads())
+        return int(config.NUMBA_NUM_THREADS)
+
+    def reduce(
+        self, request: Request, arrays: Arrays, sums: np.ndarray, voxels: np.ndarray
+    ) -> None:
+        call = _Call(request, arrays, None)
+        batch, channels = arrays.logits.shape[:2]
+        slots = len(request.slots)
+        partial = np.zeros((batch * call.blocks, slots, channels))
+        counts = np.zeros((batch * call.blocks, _numba_tile.COUNTS))
+        self._run(call, call.kernels.reduce, partial, counts)
+
+        counts = counts.reshape(batch, call.blocks, _numba_tile.COUNTS)
+        bad = counts.sum(axis=(0, 1))
+        if bad[_numba_tile.BAD_LABELS]:
+            raise bad_labels(
+                int(bad[_numba_tile.BAD_LABELS]), _first_bad_label(request, arrays), request,
+                channels,
+            )
+        if bad[_numba_tile.BAD_WEIGHTS]:
+            raise bad_weights(int(bad[_numba_tile.BAD_WEIGHTS]), _first_bad_weight(arrays))
+        partial = partial.reshape(batch, call.blocks, slots, channels)
+        sums[...] = partial.sum(axis=1).transpose(1, 0, 2)
+        voxels[:] = counts[:, :, _numba_tile.WEIGHT_SUM].sum(axis=1)
+        if bad[_numba_tile.UNDEFINED]:
+            # A voxel with NaN has no probabilities; they enter all sums of all its classes.
+            undefined = counts[:, :, _numba_tile.UNDEFINED].any(axis=1)
+            for slot, total in zip(request.slots, sums, strict=True):
+                if not slot.startswith("reference"):
+                    total[undefined] = np.nan
+
+    def apply(
+        self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
+    ) -> None:
+        call = _Call(request, arrays, out)
+        self._run(
+            call, call.kernels.apply, np.ascontiguousarray(coefficients, arrays.value_dtype)
+        )
+
+    def _run(self, call: _Call, kernel: Any, *results: np.ndarray) -> None:
+        blocks = call.plan[_numba_tile.BATCH] * call.blocks
+        if not blocks:
+            return
+
+        def compute(begin: int, end: int) -> None:
+            kernel(begin, end, *call.inputs, *call.scratch(), *results, *call.options)
+
+        few = call.arrays.logits.size < _FEW_LOGITS
+        self._pool.run(compute, int(blocks), 1 if few else self.get_num_threads())
+
+
+class _Call:
+    """What a kernel takes, and the arrays whose addresses are in it."""
+
+    def __init__(self, request: Request, arrays: Arrays, out: np.ndarray | None) -> None:
+        x, w = arrays.logits, arrays.voxel_weight
+        self.arrays, self.out = arrays, out
+        self.dtype = arrays.value_dtype
+        self.plan, strides = _layout(
+            x.shape,
+            x.strides,
+            arrays.target.strides,
+            None if w is None else w.strides,
+            None if out is None else out.strides,
+            arrays.dense,
+            request.ignore_index,
+            self.dtype.itemsize,
+        )
+        self.blocks = int(self.plan[_numba_tile.BLOCKS])
+        if request.activation != "softmax":
+            self.kernels: Any = _numba_channels
+            self.options: tuple[bool, ...] = (arrays.dense, request.activation == "sigmoid")
+        else:
+            self.kernels = _numba_softmax_dense if arrays.dense else _numba_softmax_labels
+            self.options = ()
+
+        operands = strides.copy()
+        computed = self.dtype.name
+        first = _numba_tile.ADDRESS
+        operands[_numba_tile.LOGITS, first] += _address(x)
+        operands[_numba_tile.LOGITS, _numba_tile.ROW] = loader(arrays.logits_dtype, computed)
+        operands[_numba_tile.TARGET, first] += _address(arrays.target)
+        if arrays.dense:
+            operands[_numba_tile.TARGET, _numba_tile.ROW] = loader(arrays.target_dtype, computed)
+        if not arrays.dense or request.ignore_index is not None:
+            operands[_numba_tile.TARGET, _numba_tile.ROW64] = loader(
+                arrays.target_dtype, "float64"
+            )
+        if w is not None:
+            operands[_numba_tile.WEIGHT, first] += _address(w)
+            operands[_numba_tile.WEIGHT, _numba_tile.ROW64] = loader(
+                arrays.weight_dtype, "float64"
+            )
+        if out is not None:
+            operands[_numba_tile.OUT, first] += _address(out)
+            # The lines of an array computed in place are in the cache by the time of writing.
+            streaming = (
+                arrays.logits_dtype == "float32"
+                and out.nbytes >= _STREAM_BYTES
+                and _address(out) != _address(x)
+            )
+            operands[_numba_tile.OUT, _numba_tile.ROW] = storer(arrays.logits_dtype, streaming)
+        self.inputs = (self.plan, operands, *_numbers(request))
+
+    def scratch(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Memory for one thread."""
+        copies = {_numba_softmax_labels: 1, _numba_softmax_dense: 3}.get(self.kernels, 0)
+        elements = self.kernels.ROWS * WIDTH
+        elements += copies * int(self.plan[_numba_tile.CHANNELS] * self.plan[_numba_tile.TILE])
+        return (
+            _aligned(elements, self.dtype),
+            np.empty(WIDTH, np.int32),
+            np.empty(WIDTH, np.float64),
+        )
+
+
+def _address(array: np.ndarray) -> int:
+    return array.ctypes.data
+
+
+def _aligned(elements: int, dtype: np.dtype) -> np.ndarray:
+    """An array that begins with a cache line, as vectors that lie across two are slower."""
+    array = np.empty(elements + 64 // dtype.itemsize, dtype)
+    first = (-array.ctypes.data % 64) // dtype.itemsize
+    return array[first : first + elements]
+
+
+@lru_cache(maxsize=256)
+def _numbers(request: Request) -> tuple[np.ndarray, np.ndarray]:
+    """The ignored label and the gammas; and the indices of the slots."""
+    ignore = np.nan if request.ignore_index is None else float(request.ignore_index)
+    names = [
+        "reference", "overlap", "predicted", "predicted_squared", "reference_squared",
+        "cross_entropy", "cross_entropy_rest", "uniform",
+    ]
+    for gamma in request.gammas:
+        names += [f"focal:{gamma!r}", f"focal_rest:{gamma!r}"]
+    slots = [request.index.get(name, -1) for name in names]
+    return np.array([ignore, *request.gammas]), np.array(slots, np.int64)
+
+
+Strides = tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def _layout(
+    shape: tuple[int, ...],
+    logits: Strides,
+    target: Strides,
+    weight: Strides | None,
+    out: Strides | None,
+    dense: bool,
+    ignore: int | None,
+    itemsize: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The plan of a kernel, and its operands without their addresses."""
+    batch, channels, *spatial = shape
+    operands: list[tuple[int, int, list[int]]] = [(logits[0], logits[1], list(logits[2:]))]
+    if dense:
+        operands.append((target[0], target[1], list(target[2:])))
+    else:
+        operands.append((target[0], 0, list(target[1:])))
+    operands.append((weight[0], 0, list(weight[1:])) if weight else (0, 0, [0] * len(spatial)))
+    operands.append((out[0], out[1], list(out[2:])) if out else (0, 0, [0] * len(spatial)))
+    offsets = [0, 0, 0, 0]
+    axes = [(n, [o[2][i] for o in operands]) for i, n in enumerate(spatial) if n != 1]
+    # Sums do not mind the order: go through memory upwards, and as one axis where it has no gaps.
+    for i, (n, steps) in enumerate(axes):
+        if steps[0] < 0:
+            offsets = [o + s * (n - 1) for o, s in zip(offsets, steps, strict=True)]
+            axes[i] = (n, [-s for s in steps])
+    axes.sort(key=lambda axis: -axis[1][0])
+    merged: list[tuple[int, list[int]]] = []
+    for n, steps in axes:
+        if merged and all(s == n * t for s, t in zip(merged[-1][1], steps, strict=True)):
+            merged[-1] = (merged[-1][0] * n, steps)
+        else:
+            merged.append((n, steps))
+    merged = merged or [(1, [0, 0, 0, 0])]
+
+    voxels = 1
+    for n in spatial:
+        voxels *= n
+    width = WIDTH
+    while width > 16 and width * channels * itemsize > _TILE_BYTES:
+        width //= 2
+    block = max(width, min(_BLOCK_VOXELS, _BLOCK_LOGITS // channels // width * width))
+    block = max(block, -(-voxels // _BLOCKS // width) * width)
+    kind = 0
+    if ignore is not None:
+        kind = 2 if dense and channels > 1 and 0 <= ignore < channels else 1
+    plan = np.array(
+        [
+            channels, voxels, width, block, -(-voxels // block), batch, kind, len(merged),
+            *(n for n, _ in merged),
+        ],
+        np.int64,
+    )
+    table = np.zeros((4, _numba_tile.STRIDES + len(merged)), np.int64)
+    for i, (by_sample, by_channel, _) in enumerate(operands):
+        table[i, _numba_tile.ADDRESS] = offsets[i]
+        table[i, _numba_tile.BY_SAMPLE] = by_sample
+        table[i, _numba_tile.BY_CHANNEL] = by_channel
+        table[i, _numba_tile.STRIDES :] = [steps[i] for _, steps in merged]
+    return plan, table
+
+
+def _first_bad_label(request: Request, arrays: Arrays) -> Any:
+    for labels in _pieces(arrays.target, arrays.target_dtype):
+        good = (labels >= 0) & (labels < arrays.logits.shape[1]) & (labels == np.floor(labels))
+        if request.ignore_index is not None:
+            good |= labels == request.ignore_index
+        if not good.all():
+            return labels[~good][0]
+    raise AssertionError("the kernel found a bad label")
+
+
+def _first_bad_weight(arrays: Arrays) -> Any:
+    assert arrays.voxel_weight is not None
+    for weight in _pieces(arrays.voxel_weight, arrays.weight_dtype):
+        good = (weight >= 0) & (weight < np.inf)
+        if not good.all():
+            return weight[~good][0]
+    raise AssertionError("the kernel found a bad weight")
+
+
+def _pieces(array: np.ndarray, dtype: str) -> Iterator[np.ndarray]:
+    """The array in float64, piece by piece in C order."""
+    for sample in array:
+        for piece in sample.reshape(1) if sample.ndim == 0 else sample:
+            if dtype == "bfloat16":
+                yield (np.asarray(piece, np.uint32) << 16).view(np.float32).astype(np.float64)
+            else:
+                yield np.asarray(piece, np.float64)
+
+
+BACKEND = NumbaBackend()
