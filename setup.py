@@ -18,12 +18,13 @@ SOURCES = Path("csrc") / "cpu"
 # FASTLOSS_CXXFLAGS adds flags, for instance those of a sanitizer.
 EXTRA = os.environ.get("FASTLOSS_CXXFLAGS", "").split()
 COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-          "-ffp-contract=fast", "-Wall", "-Wextra", "-g0", *EXTRA]  # fmt: skip
+          "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-g0", *EXTRA]  # fmt: skip
 
 ISAS = {
     "x86_64_v2": ["-march=x86-64-v2"],
     "x86_64_v3": ["-march=x86-64-v3"],
-    "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512",
+                  "-Wno-maybe-uninitialized"],
 }
 
 

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,10 +42,10 @@ from fastloss.bench.measure import Timed, forward, forward_backward, interleave
 LOSS = "dice_ce"
 
 
-def key(size: str) -> str:
-    """The name of a size for the command line: "B1 C4 128³" is B1C4-128."""
+def title(size: str) -> str:
+    """A size as a reader would write it."""
     batch, classes, edge = SIZES[size]
-    return f"B{batch}C{classes}-{edge}"
+    return f"B{batch} C{classes} {edge}³"
 
 
 def say(message: str) -> None:
@@ -167,7 +167,7 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
     )
     rows = [
         (
-            r["size"],
+            title(r["size"]),
             "-" if r["fastest_peer"] is None else TITLES[r["fastest_peer"]],
             table.number(r["fastest_peer_seconds"] and r["fastest_peer_seconds"] * 1e3),
             table.milliseconds(r["fastloss"]),
@@ -198,7 +198,7 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
         "Value and gradient, float32:",
         table.markdown_table(header, rows),
         "Time over that of fastloss on contiguous float32 logits and a label map:",
-        table.markdown_table(("", *(r["size"] for r in results)), ratios),
+        table.markdown_table(("", *(title(r["size"]) for r in results)), ratios),
         f"One call on 16³ voxels, two classes: value {table.number(small['value'] * 1e6)} µs, "
         f"value and gradient {table.number(small['gradient'] * 1e6)} µs.",
     ]
@@ -207,31 +207,30 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
     return "\n\n".join(parts) + "\n"
 
 
-def names(choices: dict[str, str]) -> Callable[[str], tuple[str, ...]]:
-    """A comma-separated choice of the keys; "all" and "none" as well."""
+def names(choices: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """A comma-separated choice; "all" and "none" as well."""
 
     def convert(text: str) -> tuple[str, ...]:
         if text in ("all", "none"):
-            return tuple(choices.values()) if text == "all" else ()
-        chosen = [part.strip() for part in text.split(",")]
+            return tuple(choices) if text == "all" else ()
+        chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
         for one in chosen:
             if one not in choices:
                 raise argparse.ArgumentTypeError(
                     f"expected some of {', '.join(choices)}, got {one!r}"
                 )
-        return tuple(choices[one] for one in chosen)
+        return chosen
 
     return convert
 
 
 def main() -> int:
-    sizes, peers = {key(size): size for size in SIZES}, {peer: peer for peer in PEERS}
     parser = argparse.ArgumentParser(
         description="The library's target figures, measured in one run."
     )
     parser.add_argument("--out", type=Path, help="folder for targets.md and targets.json")
-    parser.add_argument("--sizes", type=names(sizes), default="all", help=", ".join(sizes))
-    parser.add_argument("--peers", type=names(peers), default="all", help=", ".join(peers))
+    parser.add_argument("--sizes", type=names(SIZES), default="all", help=", ".join(SIZES))
+    parser.add_argument("--peers", type=names(PEERS), default="all", help=", ".join(PEERS))
     parser.add_argument("--repeats", type=int, default=9, help="samples of each time")
     options = parser.parse_args()
     if not options.sizes:

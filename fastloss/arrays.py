@@ -126,7 +126,7 @@ def check_out(out: Borrowed, logits: Borrowed, others: list[tuple[str, Borrowed]
         raise ValueError(f"out: expected the logits' shape {x.shape}, got {a.shape}")
     if out.dtype != logits.dtype:
         raise TypeError(f"out: expected the logits' dtype {logits.dtype}, got {out.dtype}")
-    if a.size and any(s == 0 and n > 1 for s, n in zip(a.strides, a.shape, strict=True)):
+    if a.size and _overlaps_itself(a):
         raise ValueError("out: expected an array whose elements do not share memory")
     same = (
         a.__array_interface__["data"][0] == x.__array_interface__["data"][0]
@@ -137,6 +137,17 @@ def check_out(out: Borrowed, logits: Borrowed, others: list[tuple[str, Borrowed]
     for name, other in others:
         if np.may_share_memory(a, other.array) and np.shares_memory(a, other.array):
             raise ValueError(f"out: overlaps the {name}, which the gradient would overwrite")
+
+
+def _overlaps_itself(array: np.ndarray) -> bool:
+    """Whether two elements may share memory: an axis steps less than the finer ones reach."""
+    reach = array.itemsize
+    axes = zip(array.strides, array.shape, strict=True)
+    for stride, size in sorted((abs(s), n) for s, n in axes if n > 1):
+        if stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def channels_second(array: np.ndarray, channel_axis: int, name: str) -> np.ndarray:

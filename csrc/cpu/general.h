@@ -104,20 +104,17 @@ void reduce_general(Tile<T>& t, double* sums, double* weight) {
     auto add = [&](int slot, auto term) { sums[slot * classes + c] += sum_row<T>(n, term); };
     auto at = [&](const T* r, int v) { return load<T>(r + v); };
     add(s.reference, [&](int v) { return at(m, v) * at(g, v); });
-    if (s.overlap >= 0)
-      add(s.overlap, [&](int v) { return at(m, v) * at(f.p, v) * at(g, v); });
+    if (s.overlap >= 0) add(s.overlap, [&](int v) { return at(m, v) * at(f.p, v) * at(g, v); });
     if (s.predicted >= 0) add(s.predicted, [&](int v) { return at(m, v) * at(f.p, v); });
     if (s.predicted_squared >= 0) {
       add(s.predicted_squared, [&](int v) { return at(m, v) * (at(f.p, v) * at(f.p, v)); });
       add(s.reference_squared, [&](int v) { return at(m, v) * (at(g, v) * at(g, v)); });
     }
     if (s.cross_entropy >= 0)
-      add(s.cross_entropy,
-          [&](int v) { return product<T>(at(m, v) * at(g, v), at(f.loss, v)); });
+      add(s.cross_entropy, [&](int v) { return product<T>(at(m, v) * at(g, v), at(f.loss, v)); });
     if (s.cross_entropy_rest >= 0)
-      add(s.cross_entropy_rest, [&](int v) {
-        return product<T>(at(m, v) * (T(1) - at(g, v)), at(f.loss_rest, v));
-      });
+      add(s.cross_entropy_rest,
+          [&](int v) { return product<T>(at(m, v) * (T(1) - at(g, v)), at(f.loss_rest, v)); });
     if (s.uniform >= 0)
       add(s.uniform, [&](int v) {
         Vec<T> loss = at(f.loss, v);
@@ -162,7 +159,7 @@ void apply_general(Tile<T>& t) {
   // With a label map kLabel is still read by load_target, and softmax is elsewhere.
   if (softmax) {
     std::memset(sum, 0, sizeof(T) * kMaxTile);
-    std::memset(t.row(kRestOfMany), 0, sizeof(T) * kMaxTile);
+    std::memset(t.row(kSumOfMany), 0, sizeof(T) * kMaxTile);
   }
   auto k = [&](int slot, int64_t c) { return slot >= 0 ? t.table[slot * classes + c] : T(0); };
   auto at = [&](const T* r, int v) { return load<T>(r + v); };
@@ -185,12 +182,12 @@ void apply_general(Tile<T>& t) {
       T there = sigmoid ? k(s.focal_rest[i], c) : T(0);
       for (int v = 0; v < t.padded; v += L) {
         Vec<T> y = at(g, v), w = at(m, v), p = at(f.p, v), q = at(f.q, v);
-        store<T>(by_log + v, at(by_log, v) - w * here * y * slope_of_focal<T>(
-                                                                p, at(f.loss, v), q, gamma));
+        store<T>(by_log + v,
+                 at(by_log, v) - w * here * y * slope_of_focal<T>(p, at(f.loss, v), q, gamma));
         if (sigmoid)
           store<T>(by_rest + v,
-                   at(by_rest, v) - w * there * (T(1) - y) *
-                                        slope_of_focal<T>(q, at(f.loss_rest, v), p, gamma));
+                   at(by_rest, v) -
+                       w * there * (T(1) - y) * slope_of_focal<T>(q, at(f.loss_rest, v), p, gamma));
       }
     }
     T* x = t.x + c * t.stride;
@@ -203,7 +200,7 @@ void apply_general(Tile<T>& t) {
         store<T>(sum + v, at(sum, v) + value);
         store<T>(x + v, at(f.p, v));
       }
-      if (c % kFewClasses == kFewClasses - 1) t.add_row(sum, t.row(kRestOfMany));
+      if (c % kFewClasses == kFewClasses - 1) t.add_row(sum, t.row(kSumOfMany));
     } else if (sigmoid) {
       for (int v = 0; v < t.padded; v += L) {
         Vec<T> p = at(f.p, v), q = at(f.q, v);
@@ -216,15 +213,14 @@ void apply_general(Tile<T>& t) {
       }
     }
   }
-  if (softmax) t.add_row(t.row(kRestOfMany), sum);
+  if (softmax) t.add_row(t.row(kSumOfMany), sum);
   Writer<T> writer(t, t.x);
   for (int64_t c = 0; c < classes; ++c) {
     const T* x = t.x + c * t.stride;
     const T* turn = t.second + c * t.stride;
     T* to = writer.row(c);
     if (softmax)
-      for (int v = 0; v < t.padded; v += L)
-        writer.put(to + v, at(turn, v) - at(x, v) * at(sum, v));
+      for (int v = 0; v < t.padded; v += L) writer.put(to + v, at(turn, v) - at(x, v) * at(sum, v));
     else
       for (int v = 0; v < t.padded; v += L) writer.put(to + v, at(x, v));
   }

@@ -6,16 +6,24 @@
 
 namespace fastloss {
 
-enum class DType : int32_t {
-  f32, f16, bf16, f64, u8, i8, u16, i16, u32, i32, u64, i64
-};
+enum class DType : int32_t { f32, f16, bf16, f64, u8, i8, u16, i16, u32, i32, u64, i64 };
 
 inline int item_size(DType dtype) {
   switch (dtype) {
-    case DType::u8: case DType::i8: return 1;
-    case DType::f16: case DType::bf16: case DType::u16: case DType::i16: return 2;
-    case DType::f32: case DType::u32: case DType::i32: return 4;
-    default: return 8;
+    case DType::u8:
+    case DType::i8:
+      return 1;
+    case DType::f16:
+    case DType::bf16:
+    case DType::u16:
+    case DType::i16:
+      return 2;
+    case DType::f32:
+    case DType::u32:
+    case DType::i32:
+      return 4;
+    default:
+      return 8;
   }
 }
 
@@ -64,8 +72,8 @@ struct Job {
   int64_t classes = 0;
   int64_t voxels = 0;  // of one sample
   Array logits, target, weight, out;
-  bool weighted = false;  // `weight` is there
-  bool stream = false;    // write the gradient past the caches
+  bool weighted = false;                 // `weight` is there
+  bool stream = false;                   // write the gradient past the caches
   const double* coefficients = nullptr;  // (S, B, C), apply only
 };
 

@@ -38,7 +38,8 @@ namespace {
 bool runs_here(const std::string& name) {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
-  if (name == "x86_64_v2") return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+  if (name == "x86_64_v2")
+    return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
   if (name == "x86_64_v3")
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
@@ -93,7 +94,7 @@ const Kernels* kernels = nullptr;
 int wanted_threads = 0;   // set_num_threads; 0: not set
 int default_threads = 1;  // what OpenMP said at first
 bool pool_used = false;
-bool orphaned = false;    // a forked child of a process whose OpenMP threads it did not inherit
+bool orphaned = false;  // a forked child of a process whose OpenMP threads it did not inherit
 
 void in_child() { orphaned = orphaned || pool_used; }
 
@@ -318,7 +319,8 @@ double bandwidth(int64_t bytes, int64_t per_byte, const Pass& pass) {
   std::vector<double> rates;
   for (int run = 0; run < 8; ++run) {
     auto start = std::chrono::steady_clock::now();
-    parallel(bytes / kChunk, 1, [&](int64_t i, void*) { pass(from + i * kChunk, to + i * kChunk); });
+    parallel(bytes / kChunk, 1,
+             [&](int64_t i, void*) { pass(from + i * kChunk, to + i * kChunk); });
     std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
     if (run) rates.push_back(double(per_byte * bytes) / took.count());
   }

@@ -26,12 +26,9 @@ void reduce_block(const Job& job, int64_t sample, int64_t first, int64_t last, v
   Path path = path_of(job);
   for (int64_t v = first; v < last; v += tile.stride) {
     tile.move(v, int(last - v < tile.stride ? last - v : tile.stride), faults);
-    if (path == Path::two_classes)
-      reduce_two_classes(tile, sums, weight);
-    else if (path == Path::softmax_labels)
-      reduce_softmax_labels(tile, sums, weight);
-    else
-      reduce_general(tile, sums, weight);
+    if (path == Path::two_classes) reduce_two_classes(tile, sums, weight);
+    else if (path == Path::softmax_labels) reduce_softmax_labels(tile, sums, weight);
+    else reduce_general(tile, sums, weight);
   }
 }
 
@@ -41,12 +38,9 @@ void apply_block(const Job& job, int64_t sample, int64_t first, int64_t last, vo
   Path path = path_of(job);
   for (int64_t v = first; v < last; v += tile.stride) {
     tile.move(v, int(last - v < tile.stride ? last - v : tile.stride), nullptr);
-    if (path == Path::two_classes)
-      apply_two_classes(tile);
-    else if (path == Path::softmax_labels)
-      apply_softmax_labels(tile);
-    else
-      apply_general(tile);
+    if (path == Path::two_classes) apply_two_classes(tile);
+    else if (path == Path::softmax_labels) apply_softmax_labels(tile);
+    else apply_general(tile);
   }
 #if defined(__SSE2__)
   if (job.stream) _mm_sfence();

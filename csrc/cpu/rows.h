@@ -141,18 +141,30 @@ void load_runs(const char* base, const Runs& runs, T* row) {
 template <class T>
 void load_row(const char* base, DType dtype, const Runs& runs, T* row) {
   switch (dtype) {
-    case DType::f32: return load_runs<float, T>(base, runs, row);
-    case DType::f16: return load_runs<Half, T>(base, runs, row);
-    case DType::bf16: return load_runs<Brain, T>(base, runs, row);
-    case DType::f64: return load_runs<double, T>(base, runs, row);
-    case DType::u8: return load_runs<uint8_t, T>(base, runs, row);
-    case DType::i8: return load_runs<int8_t, T>(base, runs, row);
-    case DType::u16: return load_runs<uint16_t, T>(base, runs, row);
-    case DType::i16: return load_runs<int16_t, T>(base, runs, row);
-    case DType::u32: return load_runs<uint32_t, T>(base, runs, row);
-    case DType::i32: return load_runs<int32_t, T>(base, runs, row);
-    case DType::u64: return load_runs<uint64_t, T>(base, runs, row);
-    case DType::i64: return load_runs<int64_t, T>(base, runs, row);
+    case DType::f32:
+      return load_runs<float, T>(base, runs, row);
+    case DType::f16:
+      return load_runs<Half, T>(base, runs, row);
+    case DType::bf16:
+      return load_runs<Brain, T>(base, runs, row);
+    case DType::f64:
+      return load_runs<double, T>(base, runs, row);
+    case DType::u8:
+      return load_runs<uint8_t, T>(base, runs, row);
+    case DType::i8:
+      return load_runs<int8_t, T>(base, runs, row);
+    case DType::u16:
+      return load_runs<uint16_t, T>(base, runs, row);
+    case DType::i16:
+      return load_runs<int16_t, T>(base, runs, row);
+    case DType::u32:
+      return load_runs<uint32_t, T>(base, runs, row);
+    case DType::i32:
+      return load_runs<int32_t, T>(base, runs, row);
+    case DType::u64:
+      return load_runs<uint64_t, T>(base, runs, row);
+    case DType::i64:
+      return load_runs<int64_t, T>(base, runs, row);
   }
 }
 
@@ -234,8 +246,7 @@ void load_labels_as(const char* base, const Runs& runs, I classes, bool has_igno
       load_label_run<S, I, true, false>(p, stride, run.count, classes, ignore, to);
     else if (has_ignore)
       load_label_run<S, I, false, true>(p, stride, run.count, classes, ignore, to);
-    else
-      load_label_run<S, I, false, false>(p, stride, run.count, classes, ignore, to);
+    else load_label_run<S, I, false, false>(p, stride, run.count, classes, ignore, to);
   }
 }
 
@@ -251,11 +262,14 @@ inline void load_labels(const char* base, DType dtype, const Runs& runs, int64_t
   switch (dtype) {
     case DType::u8:
       return load_labels_int32<uint8_t>(base, runs, classes, has_ignore, ignore, y);
-    case DType::i8: return load_labels_int32<int8_t>(base, runs, classes, has_ignore, ignore, y);
+    case DType::i8:
+      return load_labels_int32<int8_t>(base, runs, classes, has_ignore, ignore, y);
     case DType::u16:
       return load_labels_int32<uint16_t>(base, runs, classes, has_ignore, ignore, y);
-    case DType::i16: return load_labels_int32<int16_t>(base, runs, classes, has_ignore, ignore, y);
-    case DType::i32: return load_labels_int32<int32_t>(base, runs, classes, has_ignore, ignore, y);
+    case DType::i16:
+      return load_labels_int32<int16_t>(base, runs, classes, has_ignore, ignore, y);
+    case DType::i32:
+      return load_labels_int32<int32_t>(base, runs, classes, has_ignore, ignore, y);
     case DType::u32:
       return load_labels_as<uint32_t, int64_t>(base, runs, classes, has_ignore, ignore, y);
     case DType::i64:

@@ -16,21 +16,15 @@ void load_and_maximum(Tile<T>& t) {
   T* largest = t.row(kLargest);
   int64_t classes = t.job.classes;
   if (t.direct()) {
-    for (int64_t c = 0; c < classes; ++c) {
-      const T* from = t.direct_row(c);
-      T* to = t.x + c * t.stride;
-      if (c == 0) {
-        for (int v = 0; v < t.padded; v += L) {
-          Vec<T> x = load<T>(from + v);
-          store<T>(to + v, x);
-          store<T>(largest + v, x);
-        }
-      } else {
-        for (int v = 0; v < t.padded; v += L) {
-          Vec<T> x = load<T>(from + v);
-          store<T>(to + v, x);
-          store<T>(largest + v, larger(x, load<T>(largest + v)));
-        }
+    for (int64_t c = 0; c < classes; c += 2) {
+      const T *from = t.direct_row(c), *next = t.direct_row(c + 1 < classes ? c + 1 : c);
+      const T* before = c ? largest : from;
+      T *to = t.x + c * t.stride, *to_next = c + 1 < classes ? to + t.stride : to;
+      for (int v = 0; v < t.padded; v += L) {
+        Vec<T> a = load<T>(from + v), b = load<T>(next + v);
+        store<T>(to + v, a);
+        store<T>(to_next + v, b);
+        store<T>(largest + v, larger(b, larger(a, load<T>(before + v))));
       }
     }
   } else {
@@ -57,55 +51,64 @@ void load_and_maximum(Tile<T>& t) {
   }
 }
 
+// As `exponentials`, for the U vectors of voxels that start at v, whose sums stay in registers.
+template <class T, int U, bool kDot>
+FL_INLINE void exponential_columns(Tile<T>& t, int v, const T* slope, T* dot) {
+  constexpr int L = lanes<T>;
+  int64_t classes = t.job.classes;
+  Vec<T> largest[U], rest[U] = {}, sum[U] = {};
+  IVec<T> ties[U] = {};  // −(number of classes at the maximum)
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u) largest[u] = load<T>(t.row(kLargest) + v + u * L);
+  // Sums of many classes are made of sums of a few: rounding errors then do not pile up.
+  for (int64_t first = 0; first < classes; first += kFewClasses) {
+    int64_t last = first + kFewClasses < classes ? first + kFewClasses : classes;
+    Vec<T> few_rest[U] = {}, few_sum[U] = {};
+    T* x = t.x + first * t.stride + v;
+    for (int64_t c = first; c < last; ++c, x += t.stride) {
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) {
+        Vec<T> d = load<T>(x + u * L) - largest[u];
+        Vec<T> e = exponential<T>(d);
+        IVec<T> top = d == T(0);
+        store<T>(x + u * L, e);
+        // The sum without its largest member is exact to the last bit where one class dominates,
+        // and with it 1−p and log p are.
+        few_rest[u] += drop<T>(top, e);
+        ties[u] += top;
+        if (kDot) few_sum[u] += e * slope[c];
+      }
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      rest[u] += few_rest[u];
+      if (kDot) sum[u] += few_sum[u];
+    }
+  }
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u) {
+    Vec<T> tied = from_bits<T>(Numbers<T>::round_bits - ties[u]) - Numbers<T>::round;
+    store<T>(t.row(kInverse) + v + u * L, T(1) / (rest[u] + tied));
+    store<T>(t.row(kRest) + v + u * L, rest[u] + (tied - T(1)));
+    if (kDot) store<T>(dot + v + u * L, sum[u]);
+  }
+}
+
 // x becomes e^(x−largest); rest, the sum below the largest, and 1 / sum. The label's e^(x−largest)
-// and its gap to the largest are kept. With `slope`, row `dot` gets Σ_c slope_c e^(x−largest).
+// and its gap to the largest are kept. With `kDot`, row `dot` gets Σ_c slope_c e^(x−largest).
 template <class T, bool kDot>
 void exponentials(Tile<T>& t, const T* slope, T* dot, bool labels) {
   constexpr int L = lanes<T>;
-  T *largest = t.row(kLargest), *rest = t.row(kRest), *inverse = t.row(kInverse);
   if (labels) {
-    T* gap = t.row(kLabelGap);
+    T *largest = t.row(kLargest), *gap = t.row(kLabelGap);
     t.gather_rows(t.x, gap);
     for (int v = 0; v < t.padded; v += L)
       store<T>(gap + v, load<T>(largest + v) - load<T>(gap + v));
   }
-  std::memset(rest, 0, sizeof(T) * kMaxTile);
-  T* ties = inverse;  // holds −(number of classes at the maximum) as an integer, for now
-  std::memset(inverse, 0, sizeof(T) * kMaxTile);
-  if (kDot) std::memset(dot, 0, sizeof(T) * kMaxTile);
-  for (int64_t c = 0; c < t.job.classes; ++c) {
-    T* x = t.x + c * t.stride;
-    Vec<T> k = splat<T>(kDot ? slope[c] : T(0));
-    for (int v = 0; v < t.padded; v += L) {
-      Vec<T> d = load<T>(x + v) - load<T>(largest + v);
-      Vec<T> e = exponential<T>(d);
-      IVec<T> top = d == T(0);
-      store<T>(x + v, e);
-      // The sum without its largest member is exact to the last bit where one class dominates,
-      // and with it 1−p and log p are.
-      store<T>(rest + v, load<T>(rest + v) + drop<T>(top, e));
-      store<T>(ties + v, from_bits<T>(bits<T>(load<T>(ties + v)) + top));
-      if (kDot) store<T>(dot + v, load<T>(dot + v) + e * k);
-    }
-    // Sums of many classes are made of sums of a few: rounding errors then do not pile up.
-    if (c % kFewClasses == kFewClasses - 1) {
-      if (c < kFewClasses) std::memset(t.row(kRestOfMany), 0, 2 * sizeof(T) * kMaxTile);
-      t.add_row(rest, t.row(kRestOfMany));
-      if (kDot) t.add_row(dot, t.row(kDotOfMany));
-    }
-  }
-  if (t.job.classes >= kFewClasses) {
-    t.add_row(t.row(kRestOfMany), rest);
-    if (kDot) t.add_row(t.row(kDotOfMany), dot);
-  }
-  for (int v = 0; v < t.padded; v += L) {
-    IVec<T> count = -bits<T>(load<T>(ties + v));
-    Vec<T> tied = from_bits<T>(count + Numbers<T>::round_bits) - Numbers<T>::round;
-    Vec<T> below = load<T>(rest + v);
-    Vec<T> all = below + tied;
-    store<T>(inverse + v, T(1) / all);
-    store<T>(rest + v, below + (tied - T(1)));
-  }
+  constexpr int U = kVectorBytes < 32 ? 4 : 2;
+  int v = 0;
+  for (; v + U * L <= t.padded; v += U * L) exponential_columns<T, U, kDot>(t, v, slope, dot);
+  for (; v < t.padded; v += L) exponential_columns<T, 1, kDot>(t, v, slope, dot);
   if (labels) t.gather_rows(t.x, t.row(kLabelExp));
 }
 
@@ -113,6 +116,47 @@ void exponentials(Tile<T>& t, const T* slope, T* dot, bool labels) {
 template <class T>
 FL_INLINE Vec<T> label_complement(Vec<T> e, Vec<T> gap, Vec<T> rest, Vec<T> inverse) {
   return select<T>(gap == T(0), rest, (rest + T(1)) - e) * inverse;
+}
+
+// sums[c] += Σ_v x[c][v] scale[v] for R classes.
+template <class T, int R>
+FL_INLINE void add_products(const Tile<T>& t, int64_t c, const T* scale, double* sums) {
+  const T* x = t.x + c * t.stride;
+  Vec<T> a[R] = {};
+  for (int v = 0; v < t.padded; v += lanes<T>) {
+    Vec<T> k = load<T>(scale + v);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) a[r] += load<T>(x + r * t.stride + v) * k;
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) sums[c + r] += total<T>(a[r]);
+}
+
+// The gradient of R classes from their e^(x−largest).
+template <class T, int R, bool kStream>
+FL_INLINE void write_gradient(const Tile<T>& t, const Writer<T>& writer, int64_t c, const T* k,
+                              const T* slope, const T* turn, const T* at_label) {
+  const T *x = t.x + c * t.stride, *label = t.rows + kLabel * kMaxTile;
+  T* to[R];
+  Vec<T> factor[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    to[r] = writer.row(c + r);
+    factor[r] = splat<T>(k ? k[c + r] : T(0));
+  }
+  for (int v = 0; v < t.padded; v += lanes<T>) {
+    Vec<T> a = load<T>(slope + v), b = load<T>(turn + v), own = load<T>(at_label + v);
+    Vec<T> y = load<T>(label + v);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      Vec<T> g = load<T>(x + r * t.stride + v) * (a * factor[r] - b);
+      g = select<T>(y == T(c + r), own, g);
+      if (kStream)
+        stream<T>(to[r] + v, g);
+      else
+        store<T>(to[r] + v, g);
+    }
+  }
 }
 
 template <class T>
@@ -129,19 +173,15 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
     T* scale = t.row(kA);
     for (int v = 0; v < t.padded; v += L)
       store<T>(scale + v, load<T>(m + v) * load<T>(inverse + v));
-    for (int64_t c = 0; c < classes; ++c) {
-      const T* e = t.x + c * t.stride;
-      if (s.predicted >= 0) {
-        Vec<T> a{}, b{};
-        int v = 0;
-        for (; v + 2 * L <= t.padded; v += 2 * L) {
-          a += load<T>(e + v) * load<T>(scale + v);
-          b += load<T>(e + v + L) * load<T>(scale + v + L);
-        }
-        for (; v < t.padded; v += L) a += load<T>(e + v) * load<T>(scale + v);
-        sums[s.predicted * classes + c] += total<T>(a + b);
-      }
-      if (s.predicted_squared >= 0) {
+    if (s.predicted >= 0) {
+      double* to = sums + s.predicted * classes;
+      int64_t c = 0;
+      for (; c + 4 <= classes; c += 4) add_products<T, 4>(t, c, scale, to);
+      for (; c < classes; ++c) add_products<T, 1>(t, c, scale, to);
+    }
+    if (s.predicted_squared >= 0)
+      for (int64_t c = 0; c < classes; ++c) {
+        const T* e = t.x + c * t.stride;
         Vec<T> a{};
         for (int v = 0; v < t.padded; v += L) {
           Vec<T> x = load<T>(e + v);
@@ -149,7 +189,6 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
         }
         sums[s.predicted_squared * classes + c] += total<T>(a);
       }
-    }
   }
   T *overlap = t.row(kB), *loss = t.row(kC), *lse = t.row(kE);  // lse: log Σ e^(x−largest)
   bool voxelwise = s.cross_entropy >= 0 || s.gammas > 0 || s.uniform >= 0;
@@ -162,8 +201,7 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
 
   if (s.overlap >= 0)
     for (int v = 0; v < t.padded; v += L)
-      store<T>(overlap + v,
-               load<T>(label_e + v) * load<T>(inverse + v) * load<T>(m + v));
+      store<T>(overlap + v, load<T>(label_e + v) * load<T>(inverse + v) * load<T>(m + v));
   T* weighted_loss = t.row(kD);
   if (s.cross_entropy >= 0)
     for (int v = 0; v < t.padded; v += L) {
@@ -197,8 +235,7 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
       const T* x = t.x + c * t.stride;
       Vec<T> a{};
       for (int v = 0; v < t.padded; v += L)
-        a += load<T>(m + v) *
-             (load<T>(lse + v) + (load<T>(largest + v) - load<T>(x + v)));
+        a += load<T>(m + v) * (load<T>(lse + v) + (load<T>(largest + v) - load<T>(x + v)));
       sums[s.uniform * classes + c] += total<T>(a);
     }
   }
@@ -211,7 +248,7 @@ void apply_softmax_labels(Tile<T>& t) {
   int64_t classes = t.job.classes;
   auto coefficients = [&](int slot) { return slot >= 0 ? t.table + slot * classes : nullptr; };
   const T *by_overlap = coefficients(s.overlap), *by_predicted = coefficients(s.predicted);
-  const T *by_squared = coefficients(s.predicted_squared);
+  const T* by_squared = coefficients(s.predicted_squared);
   const T *by_loss = coefficients(s.cross_entropy), *by_uniform = coefficients(s.uniform);
 
   T *m = t.row(kWeight), *label = t.row(kLabel), *rest = t.row(kRest), *inverse = t.row(kInverse);
@@ -283,17 +320,24 @@ void apply_softmax_labels(Tile<T>& t) {
     for (int v = 0; v < t.padded; ++v) at_label[v] -= m[v] * by_uniform[t.y[v]];
 
   Writer<T> writer(t, t.x);
-  for (int64_t c = 0; c < classes; ++c) {
-    const T* e = t.x + c * t.stride;
-    T* to = writer.row(c);
-    Vec<T> k = splat<T>(by_predicted ? by_predicted[c] : T(0)), number = splat<T>(T(c));
-    if (!by_squared && !by_uniform) {
-      for (int v = 0; v < t.padded; v += L) {
-        Vec<T> g = load<T>(e + v) * (load<T>(slope + v) * k - load<T>(turn + v));
-        g = select<T>(load<T>(label + v) == number, load<T>(at_label + v), g);
-        writer.put(to + v, g);
-      }
-    } else {
+  if (!by_squared && !by_uniform) {
+    auto write = [&](auto past_caches) {
+      constexpr bool kStream = decltype(past_caches)::value;
+      int64_t c = 0;
+      for (; c + 4 <= classes; c += 4)
+        write_gradient<T, 4, kStream>(t, writer, c, by_predicted, slope, turn, at_label);
+      for (; c < classes; ++c)
+        write_gradient<T, 1, kStream>(t, writer, c, by_predicted, slope, turn, at_label);
+    };
+    if (writer.past_caches)
+      write(std::true_type{});
+    else
+      write(std::false_type{});
+  } else {
+    for (int64_t c = 0; c < classes; ++c) {
+      const T* e = t.x + c * t.stride;
+      T* to = writer.row(c);
+      Vec<T> k = splat<T>(by_predicted ? by_predicted[c] : T(0)), number = splat<T>(T(c));
       Vec<T> k2 = splat<T>(by_squared ? two * by_squared[c] : T(0));
       Vec<T> u = splat<T>(by_uniform ? by_uniform[c] : T(0));
       for (int v = 0; v < t.padded; v += L) {

@@ -20,8 +20,13 @@ enum Row {
   kInverse,   // 1 / Σ e^(x−largest)
   kLabelExp,  // e^(x−largest) of the label
   kLabelGap,  // largest − x of the label
-  kRestOfMany, kDotOfMany,  // sums of kRest and the like over many classes; neighbours
-  kA, kB, kC, kD, kE, kF,
+  kSumOfMany,  // a sum over many classes, made of sums over a few
+  kA,
+  kB,
+  kC,
+  kD,
+  kE,
+  kF,
   kRows
 };
 
@@ -31,20 +36,20 @@ template <class T>
 struct Tile {
   const Job& job;
   int64_t sample;
-  int stride;        // voxels from row to row of the buffers
-  T* x;              // logits, later what is made of them: (C, stride)
-  T* second;         // another buffer like it, or null
-  T* rows;           // (kRows, 256)
-  T* table;          // coefficients of the sample: (S, C)
-  int32_t* y;        // labels
-  int32_t* same;     // per vector: the label of all its voxels, or −1 if they differ
+  int stride;     // voxels from row to row of the buffers
+  T* x;           // logits, later what is made of them: (C, stride)
+  T* second;      // another buffer like it, or null
+  T* rows;        // (kRows, 256)
+  T* table;       // coefficients of the sample: (S, C)
+  int32_t* y;     // labels
+  int32_t* same;  // per vector: the label of all its voxels, or −1 if they differ
   Runs logit_runs, target_runs, weight_runs, out_runs;
-  int64_t voxel = 0;  // the first one
-  int n = 0;          // voxels
-  int padded = 0;     // n up to whole vectors
-  bool even = true;   // every m is 1 and there is no padding
-  bool ones = false;  // the row of m holds ones
-  bool holes = false; // some voxel has m = 0
+  int64_t voxel = 0;   // the first one
+  int n = 0;           // voxels
+  int padded = 0;      // n up to whole vectors
+  bool even = true;    // every m is 1 and there is no padding
+  bool ones = false;   // the row of m holds ones
+  bool holes = false;  // some voxel has m = 0
 
   T* row(int which) { return rows + which * kMaxTile; }
   const char* logits() const { return job.logits.data + sample * job.logits.batch_stride; }
@@ -101,8 +106,8 @@ struct Tile {
       ones = true;
     } else {
       weight_runs.find(job.weight, voxel, n);
-      load_row<T>(job.weight.data + sample * job.weight.batch_stride, job.weight.dtype,
-                  weight_runs, m);
+      load_row<T>(job.weight.data + sample * job.weight.batch_stride, job.weight.dtype, weight_runs,
+                  m);
       ones = even = false;
       int bad = 0, zero = 0;
       for (int v = 0; v < n; ++v) {
@@ -153,8 +158,7 @@ struct Tile {
   void gather_rows(const T* from, T* to) const {
     for (int v = 0; v < padded; v += lanes<T>) {
       int32_t label = same[v / lanes<T>];
-      if (label >= 0)
-        store<T>(to + v, load<T>(from + int64_t(label) * stride + v));
+      if (label >= 0) store<T>(to + v, load<T>(from + int64_t(label) * stride + v));
       else
         for (int i = v; i < v + lanes<T>; ++i) to[i] = from[int64_t(y[i]) * stride + i];
     }
@@ -164,10 +168,8 @@ struct Tile {
   void gather(const T* values, T* to) const {
     for (int v = 0; v < padded; v += lanes<T>) {
       int32_t label = same[v / lanes<T>];
-      if (!values)
-        store<T>(to + v, Vec<T>{});
-      else if (label >= 0)
-        store<T>(to + v, splat<T>(values[label]));
+      if (!values) store<T>(to + v, Vec<T>{});
+      else if (label >= 0) store<T>(to + v, splat<T>(values[label]));
       else
         for (int i = v; i < v + lanes<T>; ++i) to[i] = values[y[i]];
     }
@@ -184,8 +186,7 @@ struct Tile {
         stretch = Vec<T>{};
         current = label;
       }
-      if (label >= 0)
-        stretch += load<T>(values + v);
+      if (label >= 0) stretch += load<T>(values + v);
       else
         for (int i = v; i < v + lanes<T>; ++i) sums[y[i]] += double(values[i]);
     }
@@ -355,10 +356,8 @@ struct Writer {
   }
   T* row(int64_t c) const { return straight ? tile.out_row(c) : buffer + c * tile.stride; }
   FL_INLINE void put(T* p, Vec<T> v) const {
-    if (past_caches)
-      stream<T>(p, v);
-    else
-      store<T>(p, v);
+    if (past_caches) stream<T>(p, v);
+    else store<T>(p, v);
   }
   void finish(T* spare) {
     if (!straight) tile.store_gradient(buffer, spare);

@@ -14,64 +14,71 @@ inline bool suits_two_classes(const Job& job) {
          s.predicted_squared < 0 && s.uniform < 0 && s.gammas == 0;
 }
 
+// Of one vector of voxels: the label's probability and the other's, with e^−|d|.
 template <class T>
 struct Pair {
-  Vec<T> d, e, inverse, p0, p1;
+  IVec<T> one;    // where the label is 1
+  Vec<T> margin;  // the label's logit less the other
+  Vec<T> e, own, other;
 };
 
 template <class T>
-FL_INLINE Pair<T> pair(const T* x0, const T* x1) {
+FL_INLINE Pair<T> pair(const T* x0, const T* x1, const T* label) {
+  const IVec<T> sign = bits<T>(splat<T>(T(-0.0)));
   Pair<T> r;
   Vec<T> a = load<T>(x0), b = load<T>(x1);
-  r.d = drop<T>(a == b, b - a);  // equal infinities share
-  r.e = exponential<T>(-absolute<T>(r.d));
-  r.inverse = T(1) / (r.e + T(1));
-  Vec<T> little = r.e * r.inverse;
-  IVec<T> second = r.d > T(0);
-  r.p1 = select<T>(second, r.inverse, little);
-  r.p0 = select<T>(second, little, r.inverse);
+  r.one = load<T>(label) != T(0);
+  Vec<T> d = drop<T>(a == b, b - a);  // equal infinities share
+  r.margin = from_bits<T>(bits<T>(d) ^ (~r.one & sign));
+  r.e = exponential<T>(from_bits<T>(bits<T>(d) | sign));
+  Vec<T> big = T(1) / (r.e + T(1)), little = r.e * big;
+  IVec<T> right = r.margin > T(0);
+  r.own = select<T>(right, big, little);
+  r.other = select<T>(right, little, big);
   return r;
 }
 
-template <class T, bool kEven>
+template <class T, bool kEven, bool kLogs>
 void reduce_two_rows(Tile<T>& t, const T* x0, const T* x1, double* sums, double* weight) {
   constexpr int L = lanes<T>;
   const auto& s = t.job.slots;
   const T *m = t.row(kWeight), *label = t.row(kLabel);
-  Vec<T> g1{}, all{}, o0{}, o1{}, q0{}, q1{}, l0{}, l1{};
-  bool logs = s.cross_entropy >= 0;
+  // By label: voxels, probability of the label, probability of the other, loss.
+  Vec<T> all{}, n1{}, own0{}, own1{}, other0{}, other1{}, loss0{}, loss1{};
   for (int v = 0; v < t.padded; v += L) {
-    Pair<T> r = pair<T>(x0 + v, x1 + v);
-    Vec<T> w = kEven ? splat<T>(1) : load<T>(m + v);
-    IVec<T> one = load<T>(label + v) != T(0);
-    Vec<T> p0 = kEven ? r.p0 : r.p0 * w, p1 = kEven ? r.p1 : r.p1 * w;
-    all += w;
-    g1 += keep<T>(one, w);
-    q0 += p0;
-    q1 += p1;
-    o0 += drop<T>(one, p0);
-    o1 += keep<T>(one, p1);
-    if (logs) {
-      Vec<T> wrong = select<T>(one, -r.d, r.d);
-      Vec<T> loss = larger(splat<T>(0), wrong) + log_one_plus_small(r.e);
-      if (!kEven) loss = w * loss;
-      l0 += drop<T>(one, loss);
-      l1 += keep<T>(one, loss);
+    Pair<T> r = pair<T>(x0 + v, x1 + v, label + v);
+    if (!kEven) {
+      Vec<T> w = load<T>(m + v);
+      r.own *= w;
+      r.other *= w;
+      all += w;
+      n1 += keep<T>(r.one, w);
+    } else {
+      n1 += keep<T>(r.one, splat<T>(1));
+    }
+    own0 += drop<T>(r.one, r.own);
+    own1 += keep<T>(r.one, r.own);
+    other0 += drop<T>(r.one, r.other);
+    other1 += keep<T>(r.one, r.other);
+    if (kLogs) {
+      Vec<T> loss = larger(splat<T>(0), -r.margin) + log_one_plus_small(r.e);
+      if (!kEven) loss *= load<T>(m + v);
+      loss0 += drop<T>(r.one, loss);
+      loss1 += keep<T>(r.one, loss);
     }
   }
-  double n = total<T>(all), n1 = total<T>(g1);
+  double n = kEven ? double(t.n) : total<T>(all), ones = total<T>(n1);
   *weight += n;
-  double* reference = sums + s.reference * 2;
-  reference[0] += n - n1;
-  reference[1] += n1;
-  auto add = [&](int slot, Vec<T> a, Vec<T> b) {
+  auto add = [&](int slot, double a, double b) {
     if (slot < 0) return;
-    sums[slot * 2] += total<T>(a);
-    sums[slot * 2 + 1] += total<T>(b);
+    sums[slot * 2] += a;
+    sums[slot * 2 + 1] += b;
   };
+  double o0 = total<T>(own0), o1 = total<T>(own1);
+  add(s.reference, n - ones, ones);
   add(s.overlap, o0, o1);
-  add(s.predicted, q0, q1);
-  add(s.cross_entropy, l0, l1);
+  add(s.predicted, o0 + total<T>(other1), o1 + total<T>(other0));
+  add(s.cross_entropy, total<T>(loss0), total<T>(loss1));
 }
 
 template <class T>
@@ -80,10 +87,10 @@ void reduce_two_classes(Tile<T>& t, double* sums, double* weight) {
   if (!direct) t.load_logits();
   const T* x0 = direct ? t.direct_row(0) : t.x;
   const T* x1 = direct ? t.direct_row(1) : t.x + t.stride;
-  if (t.even)
-    reduce_two_rows<T, true>(t, x0, x1, sums, weight);
-  else
-    reduce_two_rows<T, false>(t, x0, x1, sums, weight);
+  bool logs = t.job.slots.cross_entropy >= 0;
+  auto run = logs ? (t.even ? reduce_two_rows<T, true, true> : reduce_two_rows<T, false, true>)
+                  : (t.even ? reduce_two_rows<T, true, false> : reduce_two_rows<T, false, false>);
+  run(t, x0, x1, sums, weight);
 }
 
 template <class T>
@@ -102,12 +109,10 @@ void apply_two_classes(Tile<T>& t) {
   Writer<T> writer(t, t.second);
   T *to0 = writer.row(0), *to1 = writer.row(1);
   for (int v = 0; v < t.padded; v += L) {
-    Pair<T> r = pair<T>(x0 + v, x1 + v);
-    IVec<T> one = load<T>(label + v) != T(0);
-    // Label 1: p₀ (p₁ k − loss₁); label 0: p₁ (p₀ k + loss₀).
-    Vec<T> other = select<T>(one, r.p0, r.p1), own = select<T>(one, r.p1, r.p0);
-    Vec<T> g = other * (own * select<T>(one, if1, if0) + select<T>(one, -loss1, loss0));
-    if (!t.even) g = g * load<T>(m + v);
+    Pair<T> r = pair<T>(x0 + v, x1 + v, label + v);
+    // By x₁, label 1: p₀ (p₁ k − loss₁); label 0: p₁ (p₀ k + loss₀).
+    Vec<T> g = r.other * (r.own * select<T>(r.one, if1, if0) + select<T>(r.one, -loss1, loss0));
+    if (!t.even) g *= load<T>(m + v);
     writer.put(to1 + v, g);
     writer.put(to0 + v, -g);
   }

@@ -164,19 +164,20 @@ struct Numbers<double> {
                           rescale_log = 54;
 };
 
-// e^r − 1 − r over r² for |r| ≤ ln2 / 2.
-FL_INLINE Vec<float> exp_tail(Vec<float> r) {  // minimax, relative error of e^r 3e-9
-  Vec<float> q = splat<float>(0.0013814320554956794f);
-  q = q * r + 0.008368851616978645f;
-  q = q * r + 0.041668400168418884f;
-  q = q * r + 0.1666651964187622f;
-  return q * r + 0.4999999403953552f;
+// e^r for |r| ≤ ln2 / 2; 1 for r = 0.
+FL_INLINE Vec<float> exp_core(Vec<float> r) {  // minimax, relative error 9e-8
+  Vec<float> q = splat<float>(0.008290229365229607f);
+  q = q * r + 0.041898392140865326f;
+  q = q * r + 0.16667640209197998f;
+  q = q * r + 0.49999144673347473f;
+  q = q * r + 0.9999997019767761f;
+  return q * r + 1.f;
 }
-FL_INLINE Vec<double> exp_tail(Vec<double> r) {  // Taylor
-  double factorial = 6227020800.0;  // 13!
+FL_INLINE Vec<double> exp_core(Vec<double> r) {  // Taylor
+  double factorial = 6227020800.0;               // 13!
   Vec<double> q = splat<double>(1 / factorial);
 #pragma GCC unroll 16
-  for (int k = 13; k > 2; --k) {
+  for (int k = 13; k > 0; --k) {
     factorial /= k;
     q = q * r + 1 / factorial;
   }
@@ -193,62 +194,64 @@ FL_INLINE Vec<T> exponential(Vec<T> x) {
   Vec<T> r;
   if constexpr (sizeof(T) == 4)
     r = x - n * T(0.6931471805599453);  // rounded once; the float nearest ln 2 is 2e-9 from it
-  else
-    r = (x - n * N::ln2_high) - n * N::ln2_low;
+  else r = (x - n * N::ln2_high) - n * N::ln2_low;
 #else
   Vec<T> r = (x - n * N::ln2_high) - n * N::ln2_low;
 #endif
-  Vec<T> p = exp_tail(r) * (r * r) + (r + T(1));
-  Vec<T> scaled = from_bits<T>(bits<T>(p) + (bits<T>(shifted) << N::mantissa));
+  Vec<T> scaled = from_bits<T>(bits<T>(exp_core(r)) + (bits<T>(shifted) << N::mantissa));
   return drop<T>(x < N::smallest_exponent, scaled);
 }
 
 // log(1+f) for 1+f in [√½, √2].
-template <class T>
-FL_INLINE Vec<T> log1p_core(Vec<T> f) {
-  Vec<T> z = f / (f + T(2)), w = z * z;
-  constexpr int terms = sizeof(T) == 4 ? 5 : 11;  // 2 artanh z = 2z (1 + z²/3 + z⁴/5 + …)
-  Vec<T> q = splat<T>(T(1) / T(2 * terms + 1));
+FL_INLINE Vec<float> log1p_core(Vec<float> f) {  // minimax, relative error 3e-8
+  Vec<float> q = splat<float>(0.08734844624996185f);
+  q = q * f - 0.14307525753974915f;
+  q = q * f + 0.14917974174022675f;
+  q = q * f - 0.16570508480072021f;
+  q = q * f + 0.19962072372436523f;
+  q = q * f - 0.25001755356788635f;
+  q = q * f + 0.33333951234817505f;
+  q = q * f - 0.49999991059303284f;
+  return (q * f) * f + f;
+}
+FL_INLINE Vec<double> log1p_core(Vec<double> f) {
+  Vec<double> z = f / (f + 2.0), w = z * z;  // 2 artanh z = 2z (1 + z²/3 + z⁴/5 + …)
+  Vec<double> q = splat<double>(1.0 / 23);
 #pragma GCC unroll 16
-  for (int k = terms - 1; k >= 0; --k) q = q * w + T(1) / T(2 * k + 1);
-  return T(2) * z * q;
+  for (int k = 10; k >= 0; --k) q = q * w + 1.0 / (2 * k + 1);
+  return 2.0 * z * q;
 }
 
-// log(s + low) for a normal s > 0, where low is a rounding error of s.
+// log s for a normal s > 0, of which the part above 1 may be known better than s can hold it.
 template <class T>
-FL_INLINE Vec<T> log_normal(Vec<T> s, Vec<T> low) {
+FL_INLINE Vec<T> log_normal(Vec<T> s, Vec<T> above_one) {
   using N = Numbers<T>;
   IVec<T> shifted = bits<T>(s) - N::sqrt_half_bits;
   IVec<T> k = shifted >> N::mantissa;
   Vec<T> m = from_bits<T>((shifted & N::mantissa_mask) + N::sqrt_half_bits);
   Vec<T> exponent = from_bits<T>(k + N::round_bits) - N::round;
-  Vec<T> f = (m - T(1)) + low * (m / s);
-  return exponent * N::ln2_high + (exponent * N::ln2_low + log1p_core<T>(f));
+  Vec<T> r = log1p_core(select<T>(k == 0, above_one, m - T(1)));
+  return exponent * N::ln2_high + (exponent * N::ln2_low + r);
 }
 
 // log(1+x) for x ≥ 0 or NaN, relatively exact for small x too.
 template <class T>
 FL_INLINE Vec<T> log_one_plus(Vec<T> x) {
-  Vec<T> s = x + T(1);
-  // |x| < 1 or not, one of the two differences is exact (Fast2Sum).
-  Vec<T> low = select<T>(x > T(1), (x - s) + T(1), (T(1) - s) + x);
-  Vec<T> r = log_normal<T>(s, low);
-  return select<T>(x < T(INFINITY), r, x);
+  return select<T>(x < T(INFINITY), log_normal<T>(x + T(1), x), x);
 }
 
 // log(1+x) for x in [0, 1] or NaN.
 FL_INLINE Vec<double> log_one_plus_small(Vec<double> x) { return log_one_plus<double>(x); }
-FL_INLINE Vec<float> log_one_plus_small(Vec<float> x) {  // minimax, relative error 5e-9
-  Vec<float> q = splat<float>(-0.003244024235755205f);
-  q = q * x + 0.019851459190249443f;
-  q = q * x - 0.05695953220129013f;
-  q = q * x + 0.10603655129671097f;
-  q = q * x - 0.15305593609809875f;
-  q = q * x + 0.1967594027519226f;
-  q = q * x - 0.24954134225845337f;
-  q = q * x + 0.3332996368408203f;
-  q = q * x - 0.4999990165233612f;
-  return (q * x + 1.f) * x;
+FL_INLINE Vec<float> log_one_plus_small(Vec<float> x) {  // minimax, relative error 3e-8
+  Vec<float> q = splat<float>(0.0053648208267986774f);
+  q = q * x - 0.030065778642892838f;
+  q = q * x + 0.0792045146226883f;
+  q = q * x - 0.13753800094127655f;
+  q = q * x + 0.191536545753479f;
+  q = q * x - 0.24857163429260254f;
+  q = q * x + 0.3332132399082184f;
+  q = q * x - 0.49999648332595825f;
+  return (q * x) * x + x;
 }
 
 // log x for any x.
@@ -257,7 +260,7 @@ FL_INLINE Vec<T> logarithm(Vec<T> x) {
   using N = Numbers<T>;
   IVec<T> tiny = x < N::smallest;
   Vec<T> s = select<T>(tiny, x * N::rescale, x);
-  Vec<T> r = log_normal<T>(s, Vec<T>{}) - keep<T>(tiny, splat<T>(N::rescale_log * T(M_LN2)));
+  Vec<T> r = log_normal<T>(s, s - T(1)) - keep<T>(tiny, splat<T>(N::rescale_log * T(M_LN2)));
   r = select<T>(x > T(0), r, splat<T>(T(NAN)));
   r = select<T>(x == T(0), splat<T>(T(-INFINITY)), r);
   return select<T>(x == T(INFINITY), x, r);

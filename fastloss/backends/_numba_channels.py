@@ -1,5 +1,8 @@
 """The two passes for sigmoid and for probabilities, channel by channel, in Numba."""
 
+# mypy: ignore-errors
+# What Numba compiles has no types that mypy could check.
+
 from __future__ import annotations
 
 import numpy as np
@@ -65,7 +68,7 @@ ROWS = 14
 
 
 @inner
-def _load_voxels(  # type: ignore
+def _load_voxels(
     plan, operands, ignore, dense, sample, first, count, voxel, labels, wide, counts
 ):
     weights = shift(voxel, _M)
@@ -80,7 +83,7 @@ def _load_voxels(  # type: ignore
 
 
 @inner
-def _load_channel(  # type: ignore
+def _load_channel(
     plan, operands, dense, sigmoid, logs, zeros, sample, c, first, count, voxel, labels
 ):
     """The rows of one channel, from the logit to m (1 − g)."""
@@ -123,7 +126,7 @@ def _load_channel(  # type: ignore
 
 
 @kernel
-def reduce(  # type: ignore
+def reduce(
     begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, sums, counts,
     dense, sigmoid,
 ):
@@ -188,7 +191,7 @@ def reduce(  # type: ignore
 
 
 @kernel
-def apply(  # type: ignore
+def apply(
     begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, coefficients,
     dense, sigmoid,
 ):
@@ -200,7 +203,7 @@ def apply(  # type: ignore
     wide = data(wide_scratch)
     gammas = numbers.size - 1
     unused = np.zeros(COUNTS)
-    zero, one, two = like(voxel, 0), like(voxel, 1), like(voxel, 2)
+    zero, two = like(voxel, 0), like(voxel, 2)
     for block in range(begin, end):
         sample = block // plan[BLOCKS]
         start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
@@ -262,7 +265,7 @@ def apply(  # type: ignore
 
 
 @inner
-def _focal_slope(voxel, p, q, nlp, gamma, count):  # type: ignore
+def _focal_slope(voxel, p, q, nlp, gamma, count):
     """Into W1: the derivative of q^γ log p by log p, given the rows of p, q and −log p."""
     if gamma == 0:
         fill(shift(voxel, _W1), 1, count)

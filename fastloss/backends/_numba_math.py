@@ -1,8 +1,11 @@
 """exp, log and log1p for the Numba kernels, free of branches, so that LLVM vectorises them.
 
-In float32 they are the polynomials of the Cephes library, within 2 units in the last place. In
-float64 they are those of the C library.
+In float32 they are polynomials, that of log from the Cephes library, within 2 units in the last
+place. In float64 they are the functions of the C library.
 """
+
+# mypy: ignore-errors
+# What Numba compiles has no types that mypy could check.
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import math
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numba.core import types
 from numba.extending import overload
 
@@ -20,16 +24,17 @@ _OPTIONS = {"fastmath": {"contract"}, "error_model": "numpy"}
 
 _f = np.float32
 _ZERO, _HALF, _ONE, _INF, _NAN = _f(0), _f(0.5), _f(1), _f(np.inf), _f(np.nan)
-_LOWEST, _HIGHEST = _f(-87.0), _f(88.3)
+_LOWEST = _f(-87.0)
 _LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.4426950408889634), _f(0.693359375), _f(-2.12194440e-4)
 _ROUND = _f(1.5 * 2**23)  # adding it leaves the nearest integer in the low bits
-_E0, _E1, _E2, _E3, _E4, _E5 = (
+# (e^r − 1) / r for |r| up to log(2)/2, fitted for the least relative error of e^r, 9e-8.
+_E0, _E1, _E2, _E3, _E4 = (
     _f(c)
     for c in (
-        1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1,
-        5.0000001201e-1,
+        8.2903072404e-03, 4.1897965911e-02, 1.6667636511e-01, 4.9999149260e-01, 9.9999970705e-01
     )
 )
+# log(1 + f) = f − f²/2 + f³ times this, for 1 + f in [√½, √2).
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (
     _f(c)
     for c in (
@@ -41,7 +46,7 @@ _TINY, _UP, _UP_EXPONENT = _f(2.0**-126), _f(2.0**23), _f(23)
 
 
 def exp(x: Any) -> Any:
-    """e^x; in float32 0 below −87."""
+    """e^x for x up to 88; in float32 0 below −87, and exactly 1 at 0."""
     raise NotImplementedError
 
 
@@ -53,12 +58,17 @@ def log1p(x: Any) -> Any:
     raise NotImplementedError
 
 
+def log_sum(x: Any, inverse: Any) -> Any:
+    """log(1 + x) for finite x of at least 0, given 1 / (1 + x)."""
+    raise NotImplementedError
+
+
 @overload(exp, jit_options=_OPTIONS)
-def _exp(x):  # type: ignore
+def _exp(x):
     if x != types.float32:
         return lambda x: math.exp(x)
 
-    def exp32(x):  # type: ignore
+    def exp32(x):
         shifted = x * _LOG2E + _ROUND
         n = shifted - _ROUND
         r = x - n * _LN2_HIGH
@@ -67,36 +77,39 @@ def _exp(x):  # type: ignore
         y = y * r + _E2
         y = y * r + _E3
         y = y * r + _E4
-        y = y * r + _E5
-        y = y * (r * r) + r + _ONE
+        y = y * r + _ONE
         y = y * power_of_two(shifted)
-        y = _ZERO if x < _LOWEST else y
-        return _INF if x > _HIGHEST else y
+        return _ZERO if x < _LOWEST else y
 
     return exp32
 
 
+@njit(**_OPTIONS)
+def _log_normal(x, e):
+    """e log 2 + log of the mantissa of x."""
+    f = mantissa(x) - _ONE
+    y = _L0 * f + _L1
+    y = y * f + _L2
+    y = y * f + _L3
+    y = y * f + _L4
+    y = y * f + _L5
+    y = y * f + _L6
+    y = y * f + _L7
+    y = y * f + _L8
+    square = f * f
+    y = y * (square * f) + e * _LN2_LOW - _HALF * square
+    return f + y + e * _LN2_HIGH
+
+
 @overload(log, jit_options=_OPTIONS)
-def _log(x):  # type: ignore
+def _log(x):
     if x != types.float32:
         return lambda x: math.log(x)
 
-    def log32(x):  # type: ignore
+    def log32(x):
         small = x < _TINY
         scaled = x * _UP if small else x
-        e = exponent(scaled) - (_UP_EXPONENT if small else _ZERO)
-        f = mantissa(scaled) - _ONE
-        y = _L0 * f + _L1
-        y = y * f + _L2
-        y = y * f + _L3
-        y = y * f + _L4
-        y = y * f + _L5
-        y = y * f + _L6
-        y = y * f + _L7
-        y = y * f + _L8
-        square = f * f
-        y = y * (square * f) + e * _LN2_LOW - _HALF * square
-        y = f + y + e * _LN2_HIGH
+        y = _log_normal(scaled, exponent(scaled) - (_UP_EXPONENT if small else _ZERO))
         y = y if x < _INF else _INF
         y = y if x > _ZERO else -_INF
         return y if x >= _ZERO else _NAN
@@ -105,14 +118,26 @@ def _log(x):  # type: ignore
 
 
 @overload(log1p, jit_options=_OPTIONS)
-def _log1p(x):  # type: ignore
+def _log1p(x):
     if x != types.float32:
         return lambda x: math.log1p(x)
 
-    def log1p32(x):  # type: ignore
+    def log1p32(x):
         u = _ONE + x
         y = log(u) - ((u - _ONE) - x) / u  # what 1 + x rounded off is put back
         y = y if u != _ZERO else -_INF
         return y if u < _INF else u
 
     return log1p32
+
+
+@overload(log_sum, jit_options=_OPTIONS)
+def _log_sum(x, inverse):
+    if x != types.float32:
+        return lambda x, inverse: math.log1p(x)
+
+    def log_sum32(x, inverse):
+        u = _ONE + x
+        return _log_normal(u, exponent(u)) - ((u - _ONE) - x) * inverse
+
+    return log_sum32

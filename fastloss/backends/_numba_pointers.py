@@ -5,16 +5,19 @@ kernels therefore take addresses, and leave the caller's dtypes to small row fun
 call by address.
 """
 
+# mypy: ignore-errors
+# What Numba compiles has no types that mypy could check.
+
 from __future__ import annotations
 
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@intrinsic
 def data(typingctx: Any, array: Any) -> Any:
     """The pointer to an array's first element. The caller keeps the array alive."""
 
@@ -24,7 +27,7 @@ def data(typingctx: Any, array: Any) -> Any:
     return types.CPointer(array.dtype)(array), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@intrinsic
 def shift(typingctx: Any, pointer: Any, count: Any) -> Any:
     """The pointer ``count`` elements on."""
 
@@ -34,7 +37,7 @@ def shift(typingctx: Any, pointer: Any, count: Any) -> Any:
     return pointer(pointer, types.intp), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@intrinsic
 def shift_bytes(typingctx: Any, pointer: Any, count: Any) -> Any:
     """The pointer ``count`` bytes on."""
 
@@ -45,7 +48,7 @@ def shift_bytes(typingctx: Any, pointer: Any, count: Any) -> Any:
     return pointer(pointer, types.intp), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@intrinsic
 def address(typingctx: Any, pointer: Any) -> Any:
     """The pointer as an integer."""
 
@@ -55,7 +58,7 @@ def address(typingctx: Any, pointer: Any) -> Any:
     return types.intp(pointer), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@intrinsic
 def item_size(typingctx: Any, pointer: Any) -> Any:
     """Bytes of an element."""
 
@@ -65,7 +68,7 @@ def item_size(typingctx: Any, pointer: Any) -> Any:
     return types.intp(pointer), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@intrinsic
 def like(typingctx: Any, pointer: Any, number: Any) -> Any:
     """The number in the pointer's dtype: a bare literal would turn the arithmetic to float64."""
 
@@ -75,7 +78,7 @@ def like(typingctx: Any, pointer: Any, number: Any) -> Any:
     return pointer.dtype(pointer, number), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@intrinsic
 def call_row(
     typingctx: Any, function: Any, source: Any, stride: Any, count: Any, target: Any
 ) -> Any:
@@ -97,7 +100,7 @@ def call_row(
     return types.void(types.intp, types.intp, types.intp, types.intp, types.intp), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@intrinsic
 def to_bits(typingctx: Any, number: Any) -> Any:
     """The bits of a float32 as uint32."""
 
@@ -107,7 +110,7 @@ def to_bits(typingctx: Any, number: Any) -> Any:
     return types.uint32(types.float32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@intrinsic
 def from_bits(typingctx: Any, bits: Any) -> Any:
     """The float32 with these bits."""
 
@@ -117,7 +120,7 @@ def from_bits(typingctx: Any, bits: Any) -> Any:
     return types.float32(types.uint32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@intrinsic
 def power_of_two(typingctx: Any, shifted: Any) -> Any:
     """2^n for the float32 n + 1.5·2^23, whose last bits are n."""
 
@@ -133,7 +136,7 @@ def power_of_two(typingctx: Any, shifted: Any) -> Any:
 _SQRT_HALF = 0x3F3504F3
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@intrinsic
 def exponent(typingctx: Any, number: Any) -> Any:
     """e of a normal positive float32 f 2^e with f in [√½, √2)."""
 
@@ -145,7 +148,7 @@ def exponent(typingctx: Any, number: Any) -> Any:
     return types.float32(types.float32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@intrinsic
 def mantissa(typingctx: Any, number: Any) -> Any:
     """f of a normal positive float32 f 2^e with f in [√½, √2)."""
 
@@ -157,26 +160,3 @@ def mantissa(typingctx: Any, number: Any) -> Any:
         return builder.bitcast(bits, ir.FloatType())
 
     return types.float32(types.float32), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-def stream(typingctx: Any, source: Any, target: Any, count: Any) -> Any:
-    """Copy ``count`` lines of 64 bytes to an address divisible by 64, past the caches.
-
-    An ordinary store first reads the line that it overwrites.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        line = ir.VectorType(ir.FloatType(), 16)
-        module = builder.module
-        mark = module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-        first = builder.bitcast(args[0], line.as_pointer())
-        out = builder.bitcast(args[1], line.as_pointer())
-        with cgutils.for_range(builder, args[2]) as loop:
-            value = builder.load(builder.gep(first, [loop.index]), align=4)
-            store = builder.store(value, builder.gep(out, [loop.index]), align=64)
-            store.set_metadata("nontemporal", mark)
-        return context.get_dummy_value()
-
-    pointer = types.CPointer(types.float32)
-    return types.void(pointer, pointer, types.intp), codegen

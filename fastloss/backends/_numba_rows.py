@@ -3,24 +3,19 @@
 They are compiled one by one for the dtypes that come, and called by address (`call_row`).
 """
 
+# mypy: ignore-errors
+# What Numba compiles has no types that mypy could check.
+
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import cfunc
 from numba.core import types
 
-from fastloss.backends._numba_pointers import (
-    address,
-    from_bits,
-    item_size,
-    shift,
-    shift_bytes,
-    stream,
-    to_bits,
-)
+from fastloss.backends._numba_pointers import from_bits, item_size, shift_bytes, to_bits
 
 _STORED = {"bfloat16": types.uint16, "float16": types.uint16, "bool": types.uint8}
 
@@ -69,21 +64,6 @@ def _store(source: Any, stride: int, count: int, target: Any) -> None:
             shift_bytes(target, i * stride)[0] = source[i]
 
 
-def _store_streaming(source: Any, stride: int, count: int, target: Any) -> None:
-    first = address(target)
-    if stride != 4 or first % 4:
-        for i in range(count):
-            shift_bytes(target, i * stride)[0] = source[i]
-        return
-    head = min(((-first) & 63) // 4, count)
-    lines = (count - head) // 16
-    for i in range(head):
-        target[i] = source[i]
-    stream(shift(source, head), shift(target, head), lines)
-    for i in range(head + 16 * lines, count):
-        target[i] = source[i]
-
-
 def _store_bfloat16(source: Any, stride: int, count: int, target: Any) -> None:
     for i in range(count):
         bits = to_bits(source[i])
@@ -100,7 +80,7 @@ def _store_float16(source: Any, stride: int, count: int, target: Any) -> None:
         sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
         bits = np.uint32(bits & np.uint32(0x7FFFFFFF))
         odd = (bits >> np.uint32(13)) & np.uint32(1)
-        normal = np.uint32((np.uint32(bits + np.uint32(0xC8000FFF)) + odd)) >> np.uint32(13)
+        normal = np.uint32(np.uint32(bits + np.uint32(0xC8000FFF)) + odd) >> np.uint32(13)
         # Adding ½ leaves a subnormal's bits, rounded, at the end of the mantissa.
         small = np.uint32(to_bits(from_bits(bits) + magic) - np.uint32(0x3F000000))
         h = small if bits < np.uint32(0x38800000) else np.uint32(normal)
@@ -109,18 +89,18 @@ def _store_float16(source: Any, stride: int, count: int, target: Any) -> None:
         shift_bytes(target, i * stride)[0] = np.uint16(h | sign)
 
 
-@lru_cache(maxsize=None)
+@cache
 def loader(dtype: str, to: str) -> int:
     """The address of the row function that reads ``dtype`` as ``to``."""
     function = {"bfloat16": _load_bfloat16, "float16": _load_float16}.get(dtype, _load)
     return _compile(function, _type(dtype), _type(to))
 
 
-@lru_cache(maxsize=None)
-def storer(dtype: str, streaming: bool) -> int:
+@cache
+def storer(dtype: str) -> int:
     """The address of the row function that writes ``dtype`` from what it is computed in."""
     functions = {"bfloat16": _store_bfloat16, "float16": _store_float16}
-    function = functions.get(dtype, _store_streaming if streaming else _store)
+    function = functions.get(dtype, _store)
     computed = types.float64 if dtype == "float64" else types.float32
     return _compile(function, computed, _type(dtype))
 

@@ -1,5 +1,8 @@
 """The two passes for a softmax over the channels and a dense target, in Numba."""
 
+# mypy: ignore-errors
+# What Numba compiles has no types that mypy could check.
+
 from __future__ import annotations
 
 import numpy as np
@@ -67,7 +70,7 @@ ROWS = 15
 
 
 @inner
-def _load_tile(  # type: ignore
+def _load_tile(
     plan, operands, ignore, sample, first, count, voxel, tile, exponentials, targets, wide, counts
 ):
     """Logits less the largest, their exponentials, targets and weights."""
@@ -113,7 +116,7 @@ def _load_tile(  # type: ignore
 
 
 @inner
-def _exp_row(x, e, voxel, count):  # type: ignore
+def _exp_row(x, e, voxel, count):
     zero, one = like(x, 0), like(x, 1)
     for i in range(count):
         d = x[i] - voxel[_MAX + i]
@@ -125,7 +128,7 @@ def _exp_row(x, e, voxel, count):  # type: ignore
 
 
 @inner
-def _complement_row(e, voxel, count, row):  # type: ignore
+def _complement_row(e, voxel, count, row):
     """1 − p, precise for the largest p."""
     one = like(e, 1)
     for i in range(count):
@@ -135,13 +138,13 @@ def _complement_row(e, voxel, count, row):  # type: ignore
 
 
 @inner
-def _nll_row(x, voxel, count, row):  # type: ignore
+def _nll_row(x, voxel, count, row):
     for i in range(count):
         row[i] = voxel[_LOG + i] - x[i]
 
 
 @kernel
-def reduce(  # type: ignore
+def reduce(
     begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, sums, counts
 ):
     """The sums of the blocks from ``begin`` to ``end``."""
@@ -201,7 +204,7 @@ def reduce(  # type: ignore
 
 
 @kernel
-def apply(  # type: ignore
+def apply(
     begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, coefficients
 ):
     """The gradient of the blocks from ``begin`` to ``end``."""
@@ -214,7 +217,7 @@ def apply(  # type: ignore
     wide = data(wide_scratch)
     gammas = numbers.size - 1
     unused = np.zeros(COUNTS)
-    w1, w2, w3 = shift(voxel, _W1), shift(voxel, _W2), shift(voxel, _W3)
+    w1, w3 = shift(voxel, _W1), shift(voxel, _W3)
     zero, one, two = like(voxel, 0), like(voxel, 1), like(voxel, 2)
     for block in range(begin, end):
         sample = block // plan[BLOCKS]
@@ -276,7 +279,7 @@ def apply(  # type: ignore
 
 
 @inner
-def _add_focal_slope(voxel, e, coefficient, gamma, count):  # type: ignore
+def _add_focal_slope(voxel, e, coefficient, gamma, count):
     """Add to W1 the coefficient times the derivative of q^γ log p by log p; −log p is in W3."""
     if gamma == 0:
         for i in range(count):

@@ -4,11 +4,14 @@ Each voxel's own class y is taken out of the rows: the others' exponentials are 
 so that 1 − p_y keeps its precision where p_y is nearly 1, and so does the gradient there.
 """
 
+# mypy: ignore-errors
+# What Numba compiles has no types that mypy could check.
+
 from __future__ import annotations
 
 import numpy as np
 
-from fastloss.backends._numba_math import exp, log1p
+from fastloss.backends._numba_math import exp, log_sum
 from fastloss.backends._numba_pointers import data, like, shift
 from fastloss.backends._numba_tile import (
     BATCH,
@@ -77,7 +80,7 @@ ROWS = 19
 
 
 @summing
-def _uniform_row(x, voxel, count):  # type: ignore
+def _uniform_row(x, voxel, count):
     """Σ m (largest − x)."""
     s = like(x, 0)
     for i in range(count):
@@ -86,7 +89,7 @@ def _uniform_row(x, voxel, count):  # type: ignore
 
 
 @inner
-def _exp_row(x, voxel, count):  # type: ignore
+def _exp_row(x, voxel, count):
     for i in range(count):
         e = exp(x[i] - voxel[_MAX + i])
         x[i] = e
@@ -94,7 +97,7 @@ def _exp_row(x, voxel, count):  # type: ignore
 
 
 @inner
-def _exp_row_weighted(x, voxel, weight, count):  # type: ignore
+def _exp_row_weighted(x, voxel, weight, count):
     for i in range(count):
         e = exp(x[i] - voxel[_MAX + i])
         x[i] = e
@@ -106,7 +109,7 @@ def _exp_row_weighted(x, voxel, weight, count):  # type: ignore
 
 
 @inner
-def _exp_row_few(x, voxel, labels, c, count):  # type: ignore
+def _exp_row_few(x, voxel, labels, c, count):
     zero, label = like(x, 0), np.int32(c)  # 64 bits would halve the vectors
     for i in range(count):
         here = labels[i] == label
@@ -120,7 +123,7 @@ def _exp_row_few(x, voxel, labels, c, count):  # type: ignore
 
 
 @inner
-def _exp_row_few_weighted(x, voxel, labels, c, weight, count):  # type: ignore
+def _exp_row_few_weighted(x, voxel, labels, c, weight, count):
     zero, label = like(x, 0), np.int32(c)  # 64 bits would halve the vectors
     for i in range(count):
         here = labels[i] == label
@@ -135,7 +138,7 @@ def _exp_row_few_weighted(x, voxel, labels, c, weight, count):  # type: ignore
 
 
 @inner
-def _load_tile(  # type: ignore
+def _load_tile(
     plan, operands, ignore, sample, first, count, voxel, tile, labels, wide, counts
 ):
     """Logits, labels and weights, and the largest logit. An infinite one is taken out at once."""
@@ -165,7 +168,7 @@ def _load_tile(  # type: ignore
 
 
 @inner
-def _activate(plan, voxel, tile, labels, count, weights, weighted):  # type: ignore
+def _activate(plan, voxel, tile, labels, count, weights, weighted):
     """Exponentials of the other classes, and all that is known of the own class."""
     channels = plan[CHANNELS]
     width = plan[TILE]
@@ -209,17 +212,18 @@ def _activate(plan, voxel, tile, labels, count, weights, weighted):  # type: ign
 
 
 @inner
-def _logarithms(voxel, count):  # type: ignore
+def _logarithms(voxel, count):
+    """Their values mean nothing where a logit is NaN; all that they enter is NaN for it anyway."""
     one = like(voxel, 1)
     for i in range(count):
         # The exponential of the largest logit is exactly 1, so nothing small is lost here.
-        log = log1p(voxel[_REST + i] + (voxel[_E + i] - one))
+        log = log_sum(voxel[_REST + i] + (voxel[_E + i] - one), voxel[_INVERSE + i])
         voxel[_LOG + i] = log
         voxel[_NLL + i] = log - voxel[_D + i]
 
 
 @kernel
-def reduce(  # type: ignore
+def reduce(
     begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, sums, counts
 ):
     """The sums of the blocks from ``begin`` to ``end``."""
@@ -304,7 +308,13 @@ def reduce(  # type: ignore
 
 
 @inner
-def _gradient_row(x, voxel, labels, c, a, u, count):  # type: ignore
+def _gradient_row(x, voxel, a, u, count):
+    for i in range(count):
+        x[i] = x[i] * (voxel[_MI + i] * a + voxel[_SHARED + i]) - voxel[_M + i] * u
+
+
+@inner
+def _gradient_row_few(x, voxel, labels, c, a, u, count):
     label = np.int32(c)
     for i in range(count):
         own = voxel[_OWN + i]
@@ -313,7 +323,7 @@ def _gradient_row(x, voxel, labels, c, a, u, count):  # type: ignore
 
 
 @inner
-def _gradient_row_squared(x, voxel, labels, c, a, a2, u, count):  # type: ignore
+def _gradient_row_squared(x, voxel, labels, c, a, a2, u, count):
     label = np.int32(c)
     for i in range(count):
         own = voxel[_OWN + i]
@@ -324,7 +334,7 @@ def _gradient_row_squared(x, voxel, labels, c, a, a2, u, count):  # type: ignore
 
 
 @kernel
-def apply(  # type: ignore
+def apply(
     begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, coefficients
 ):
     """The gradient of the blocks from ``begin`` to ``end``."""
@@ -421,13 +431,20 @@ def apply(  # type: ignore
                 u = by_uniform[c] if uniform else zero
                 if squared:
                     _gradient_row_squared(x, voxel, labels, c, a, two * by_squared[c], u, n)
+                elif channels <= FEW:
+                    _gradient_row_few(x, voxel, labels, c, a, u, n)
                 else:
-                    _gradient_row(x, voxel, labels, c, a, u, n)
+                    _gradient_row(x, voxel, a, u, n)
+            if (channels > FEW) & (not squared):
+                for i in range(n):
+                    tile[labels[i] * width + i] = voxel[_OWN + i]
+            for c in range(channels):
+                x = shift(tile, c * width)
                 store(plan, operands[OUT], sample, c, first, n, x)
 
 
 @inner
-def _focal_slope(voxel, gamma, count):  # type: ignore
+def _focal_slope(voxel, gamma, count):
     """Into W1: the derivative of q^γ log p by log p."""
     power(shift(voxel, _Q), gamma, count, shift(voxel, _W1))
     if gamma != 0:

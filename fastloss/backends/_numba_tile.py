@@ -5,6 +5,9 @@ rows of numbers per voxel, ``WIDTH`` apart from each other at fixed places, by w
 that they do not overlap.
 """
 
+# mypy: ignore-errors
+# What Numba compiles has no types that mypy could check.
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -17,8 +20,10 @@ from fastloss.backends._numba_math import exp, log
 from fastloss.backends._numba_pointers import address, call_row, item_size, like
 
 WIDTH = 256
-FEW = 32
-"""Up to so many classes a pass over the voxels for each is faster than to index by the label."""
+FEW = 6
+MORE = 24
+"""Up to so many classes a pass over the voxels for each is faster than to read by the label, and
+than to add by the label."""
 
 # The numbers of a kernel's ``plan``, then the sizes of the spatial axes.
 CHANNELS, VOXELS, TILE, BLOCK, BLOCKS, BATCH, IGNORE, AXES, SIZES = range(9)
@@ -41,7 +46,11 @@ summing = njit(error_model="numpy", nogil=True, fastmath={"contract", "reassoc",
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile on first use; keep the result on disk where there is a place for it."""
+    """Compile on first use; keep the result on disk where there is a place for it.
+
+    Numba drops what it kept when the kernel's own file changes. After a change to another file,
+    delete ``__pycache__``.
+    """
     options = {"error_model": "numpy", "nogil": True, "fastmath": {"contract"}}
     try:
         return njit(cache=True, **options)(function)
@@ -50,7 +59,7 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 @inner
-def move(plan, operand, function, sample, channel, first, count, row, store):  # type: ignore
+def move(plan, operand, function, sample, channel, first, count, row, store):
     """Load the voxels from ``first`` on into a row, or store them from it."""
     base = operand[ADDRESS] + sample * operand[BY_SAMPLE] + channel * operand[BY_CHANNEL]
     size = item_size(row)
@@ -83,17 +92,17 @@ def move(plan, operand, function, sample, channel, first, count, row, store):  #
 
 
 @inner
-def load(plan, operand, sample, channel, first, count, row):  # type: ignore
+def load(plan, operand, sample, channel, first, count, row):
     move(plan, operand, operand[ROW], sample, channel, first, count, row, False)
 
 
 @inner
-def store(plan, operand, sample, channel, first, count, row):  # type: ignore
+def store(plan, operand, sample, channel, first, count, row):
     move(plan, operand, operand[ROW], sample, channel, first, count, row, True)
 
 
 @inner
-def load_weights(plan, operands, sample, first, count, weights, wide, counts):  # type: ignore
+def load_weights(plan, operands, sample, first, count, weights, wide, counts):
     """Fill the weights; return whether any is 0."""
     zeros = 0
     if operands[WEIGHT, ADDRESS] == 0:
@@ -114,36 +123,36 @@ def load_weights(plan, operands, sample, first, count, weights, wide, counts):  
 
 
 @inner
-def load_labels(  # type: ignore
+def load_labels(
     plan, operands, ignore, sample, first, count, labels, weights, wide, counts
 ):
     """Fill the labels, and weights of 0 where they are ignored; return whether any is."""
     operand = operands[TARGET]
     move(plan, operand, operand[ROW64], sample, 0, first, count, wide, False)
     classes = np.float64(plan[CHANNELS])
-    if plan[IGNORE] == 0:
-        ignore = np.nan
     zeros = 0
     bad = 0
+    last = classes - 1.0
     for i in range(count):
         y = wide[i]
-        inside = (y >= 0) & (y < classes)
-        label = np.int32(y if inside else 0.0)
-        good = inside & (np.float64(label) == y)
-        ignored = y == ignore
-        bad += 0 if good | ignored else 1
+        inside = y if y > 0.0 else 0.0  # NaN too is brought inside, and found in the comparison
+        inside = inside if inside < last else last
+        label = np.int32(inside)
         labels[i] = label
-        zeros += 1 if ignored else 0
-    if zeros:
+        bad += 0 if np.float64(label) == y else 1
+    if plan[IGNORE] != 0:
         for i in range(count):
+            ignored = wide[i] == ignore
+            zeros += 1 if ignored else 0
+            bad -= 1 if ignored & (np.float64(labels[i]) != wide[i]) else 0
             weight = weights[i]
-            weights[i] = settle(weights, like(weights, 0) if wide[i] == ignore else weight)
+            weights[i] = settle(weights, like(weights, 0) if ignored else weight)
     counts[BAD_LABELS] += bad
     return zeros > 0
 
 
 @inner
-def ignore_dense(plan, operands, ignore, sample, first, count, weights, wide):  # type: ignore
+def ignore_dense(plan, operands, ignore, sample, first, count, weights, wide):
     """Weights of 0 where a dense target is ignored; return whether any is."""
     operand = operands[TARGET]
     zeros = 0
@@ -167,14 +176,14 @@ def ignore_dense(plan, operands, ignore, sample, first, count, weights, wide):  
 
 
 @inner
-def settle(row, x):  # type: ignore
+def settle(row, x):
     """x + 0. A choice between a new value and the one in place is else stored under a mask, which
     is slow on processors without AVX-512."""
     return x + like(row, 0)
 
 
 @inner
-def blank(row, weights, count):  # type: ignore
+def blank(row, weights, count):
     """0 where the voxel counts for nothing, whatever it holds."""
     for i in range(count):
         x = row[i]  # loaded before it is chosen, as LLVM moves no load out of a branch
@@ -182,20 +191,20 @@ def blank(row, weights, count):  # type: ignore
 
 
 @inner
-def fill(row, value, count):  # type: ignore
+def fill(row, value, count):
     for i in range(count):
         row[i] = like(row, value)
 
 
 @inner
-def raise_to(row, x, count):  # type: ignore
+def raise_to(row, x, count):
     for i in range(count):
         a, b = x[i], row[i]
         row[i] = settle(row, a if a > b else b)
 
 
 @inner
-def any_infinite(row, count):  # type: ignore
+def any_infinite(row, count):
     infinity = like(row, np.inf)
     found = 0
     for i in range(count):
@@ -204,7 +213,7 @@ def any_infinite(row, count):  # type: ignore
 
 
 @inner
-def below_largest(x, largest, count):  # type: ignore
+def below_largest(x, largest, count):
     """x − largest, and 0 for all that equal the largest though it be infinite."""
     for i in range(count):
         a, b = x[i], largest[i]
@@ -212,7 +221,7 @@ def below_largest(x, largest, count):  # type: ignore
 
 
 @summing
-def total(a, count):  # type: ignore
+def total(a, count):
     s = like(a, 0)
     for i in range(count):
         s += a[i]
@@ -220,7 +229,7 @@ def total(a, count):  # type: ignore
 
 
 @summing
-def dot(a, b, count):  # type: ignore
+def dot(a, b, count):
     s = like(a, 0)
     for i in range(count):
         s += a[i] * b[i]
@@ -228,7 +237,7 @@ def dot(a, b, count):  # type: ignore
 
 
 @summing
-def dot3(a, b, c, count):  # type: ignore
+def dot3(a, b, c, count):
     s = like(a, 0)
     for i in range(count):
         s += a[i] * b[i] * c[i]
@@ -236,7 +245,7 @@ def dot3(a, b, c, count):  # type: ignore
 
 
 @summing
-def dot_square(a, b, count):  # type: ignore
+def dot_square(a, b, count):
     """Σ a b²."""
     s = like(a, 0)
     for i in range(count):
@@ -245,7 +254,7 @@ def dot_square(a, b, count):  # type: ignore
 
 
 @summing
-def dot_log(a, b, count):  # type: ignore
+def dot_log(a, b, count):
     """Σ a b, where 0 times infinity is 0."""
     s = like(a, 0)
     for i in range(count):
@@ -254,16 +263,16 @@ def dot_log(a, b, count):  # type: ignore
 
 
 @inner
-def product(row, a, b):  # type: ignore
+def product(row, a, b):
     """a b, and 0 where a factor is 0 though the other be infinite: the limit of x log x."""
     vanishes = ((a == 0) & (b == b)) | ((b == 0) & (a == a))
     return like(row, 0) if vanishes else a * b
 
 
 @summing
-def add_by_label(values, labels, count, classes, sums):  # type: ignore
+def add_by_label(values, labels, count, classes, sums):
     """Add every voxel's value to the sum of its label."""
-    if classes <= FEW:
+    if classes <= MORE:
         for c in range(classes):
             s = like(values, 0)
             label = np.int32(c)
@@ -277,7 +286,7 @@ def add_by_label(values, labels, count, classes, sums):  # type: ignore
 
 
 @inner
-def by_label(table, labels, count, classes, row):  # type: ignore
+def by_label(table, labels, count, classes, row):
     """Fill a row with the table's number for each voxel's label."""
     if classes <= FEW:
         fill(row, 0, count)
@@ -291,7 +300,7 @@ def by_label(table, labels, count, classes, row):  # type: ignore
 
 
 @inner
-def power(base, gamma, count, row):  # type: ignore
+def power(base, gamma, count, row):
     """base^γ."""
     whole = gamma == np.floor(gamma)
     if whole & (gamma >= 0) & (gamma <= 8):
@@ -304,15 +313,15 @@ def power(base, gamma, count, row):  # type: ignore
             row[i] = np.sqrt(base[i])
     else:
         exponent = like(row, gamma)
-        infinity = like(row, np.inf)
+        infinity, largest = like(row, np.inf), like(row, 88)
         at_zero = like(row, 0.0 if gamma > 0 else np.inf)
         for i in range(count):
             q = base[i]
             q = abs(q) if whole else q
-            r = exp(exponent * log(q))
-            r = at_zero if q == 0 else r
-            # The float32 exponential ends early; what follows is 0 or infinite anyway.
-            row[i] = r if q < infinity else q
+            power_log = exponent * log(q)
+            r = exp(power_log)
+            r = infinity if power_log > largest else r
+            row[i] = at_zero if q == 0 else r
         if whole & (gamma % 2 == 1):
             for i in range(count):
                 r = row[i]

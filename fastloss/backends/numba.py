@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import config
+from numba.core import config as _untyped_config
 from numba.np.ufunc import parallel
 
 from fastloss.arrays import Arrays
@@ -28,12 +28,13 @@ from fastloss.backends._numba_tile import WIDTH
 from fastloss.backends.base import Backend, bad_labels, bad_weights
 from fastloss.request import Request
 
+_config: Any = _untyped_config  # its attributes are made at run time
+
 _TILE_BYTES = 1 << 18  # of the logits of a tile: they stay in the second-level cache
 _BLOCK_VOXELS = 4096
 _BLOCK_LOGITS = 1 << 18
 _BLOCKS = 1024  # at most, of a sample: the sums of the blocks take little memory beside the logits
 _FEW_LOGITS = 1 << 14  # so few that a second thread takes longer to wake than to help
-_STREAM_BYTES = 1 << 22  # of a gradient that does not stay in the cache anyway
 
 
 class NumbaBackend(Backend):
@@ -47,7 +48,7 @@ class NumbaBackend(Backend):
 
     def set_num_threads(self, n: int) -> None:
         """Compute with ``n`` threads, at least 1 and at most ``NUMBA_NUM_THREADS``."""
-        self._threads = max(1, min(int(n), config.NUMBA_NUM_THREADS))
+        self._threads = max(1, min(int(n), _config.NUMBA_NUM_THREADS))
 
     def get_num_threads(self) -> int:
         """How many threads compute: if not set here, as `numba.get_num_threads` says."""
@@ -56,7 +57,7 @@ class NumbaBackend(Backend):
         # Asking would start Numba's own threads; not yet started, they were not limited either.
         if getattr(parallel, "_is_initialized", True):
             return int(parallel.get_num_threads())
-        return int(config.NUMBA_NUM_THREADS)
+        return int(_config.NUMBA_NUM_THREADS)
 
     def reduce(
         self, request: Request, arrays: Arrays, sums: np.ndarray, voxels: np.ndarray
@@ -151,13 +152,7 @@ class _Call:
             )
         if out is not None:
             operands[_numba_tile.OUT, first] += _address(out)
-            # The lines of an array computed in place are in the cache by the time of writing.
-            streaming = (
-                arrays.logits_dtype == "float32"
-                and out.nbytes >= _STREAM_BYTES
-                and _address(out) != _address(x)
-            )
-            operands[_numba_tile.OUT, _numba_tile.ROW] = storer(arrays.logits_dtype, streaming)
+            operands[_numba_tile.OUT, _numba_tile.ROW] = storer(arrays.logits_dtype)
         self.inputs = (self.plan, operands, *_numbers(request))
 
     def scratch(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

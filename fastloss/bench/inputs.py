@@ -15,10 +15,10 @@ from fastloss.bench.volumes import Volume, load_volume
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 SIZES: dict[str, tuple[int, int, int]] = {
-    "B2 C2 96³": (2, 2, 96),
-    "B1 C4 128³": (1, 4, 128),
-    "B1 C14 128³": (1, 14, 128),
-    "B1 C105 64³": (1, 105, 64),
+    "B2C2-96": (2, 2, 96),
+    "B1C4-128": (1, 4, 128),
+    "B1C14-128": (1, 14, 128),
+    "B1C105-64": (1, 105, 64),
 }
 """Batch, classes and edge of the volumes that the library is compared on."""
 

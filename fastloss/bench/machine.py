@@ -37,6 +37,18 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def available_memory() -> int | None:
+    """The bytes that processes can still take, where the system tells."""
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
 def threads() -> int:
     """The threads that everything is measured on: those of the default backend."""
     with warnings.catch_warnings():

@@ -57,7 +57,7 @@ def interleave(
     timed: Mapping[K, Timed],
     repeats: int,
     *,
-    budget: float = 10.0,
+    budget: float = 6.0,
     also: Callable[[], None] = _nothing,
 ) -> dict[K, float]:
     """Median seconds of each, one sample of each in turn, so that drift of the machine hits all.

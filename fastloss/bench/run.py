@@ -17,13 +17,18 @@ from fastloss.bench.bandwidth import Bandwidth
 from fastloss.bench.errors import Unavailable, reason
 from fastloss.bench.implementations import TITLES, Call, make_call
 from fastloss.bench.inputs import Case, make_case, size_text
-from fastloss.bench.machine import machine
+from fastloss.bench.machine import available_memory, machine
 from fastloss.bench.machine import threads as count_threads
 from fastloss.bench.measure import Timed, forward, forward_backward, interleave
 from fastloss.bench.truth import Truth, find_truth
 from fastloss.bench.volumes import load_volume
 
 Progress = Callable[[str], None]
+
+
+# What a call takes at its peak, roughly, in arrays of the size of the logits. The reference
+# computes a sample at a time, in float64.
+_ARRAYS = {"monai": 6, "nnunet": 6, "jax": 9, "reference": 14}
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,7 @@ def _prepare(
     for name in (*options.backends, *options.peers):
         progress(f"{loss}: preparing {name}")
         try:
+            _check_memory(name, case)
             call = make_call(name, case, loss, threads)
             accuracy[name] = _accuracy(call, truth)
         except Unavailable as error:
@@ -169,6 +175,19 @@ def _prepare(
             continue
         calls[name] = call
     return calls, accuracy
+
+
+def _check_memory(name: str, case: Case) -> None:
+    """Refuse what the system would end the whole run for."""
+    arrays, free = _ARRAYS.get(name.partition("-")[0], 2), available_memory()
+    if name == "reference":
+        needed = arrays * 8 * case.count // case.logits.shape[0]
+    else:
+        needed = arrays * case.nbytes
+    if free is not None and needed > free:
+        raise Unavailable(
+            f"needs about {needed / 2**30:.0f} GiB of memory, of which {free / 2**30:.0f} are free"
+        )
 
 
 def _accuracy(call: Call, truth: Truth) -> tuple[float, float, float]:
@@ -229,10 +248,12 @@ def render(report: Report) -> str:
             for row in report.rows
             if row.loss == loss
         ]
-        lines += ["", f"{loss}:"]
+        own = [line for where, line in notes if where == loss]
+        if rows or own:
+            lines += ["", f"{loss}:"]
         if rows:
             lines.append(table.text_table(header, rows))
-        lines += [line for where, line in notes if where == loss]
+        lines += own
     everywhere = [line for where, line in notes if not where]
     lines += ["", "not measured:", *everywhere] if everywhere else []
     lines += [

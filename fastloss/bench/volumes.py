@@ -65,7 +65,7 @@ def _brain(classes: int | None) -> Volume:
         raise BadArgument(
             "--volume",
             f"'brain' is part of the nilearn package, which is not there ({error}); pip install "
-            "nilearn, or use --volume phantom",
+            "'fastloss[bench]', or use --volume phantom",
         ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -85,7 +85,8 @@ def _nifti(path: str, classes: int | None) -> Volume:
         import nibabel
     except ImportError:
         raise BadArgument(
-            "--volume", "reading a NIfTI file needs the nibabel package: pip install nibabel"
+            "--volume",
+            "reading a NIfTI file needs the nibabel package: pip install 'fastloss[bench]'",
         ) from None
     try:
         image: Any = nibabel.load(path)

@@ -56,7 +56,10 @@ class DlpackAdapter(Adapter):
         kind = type(array).__module__.partition(".")[0]
         if write and kind in ("jax", "jaxlib"):
             raise ValueError(f"{name}: expected a writable array, got an immutable JAX array")
-        device = int(array.__dlpack_device__()[0])
+        try:
+            device = int(array.__dlpack_device__()[0])
+        except Exception as error:
+            raise _no_export(array, name, error) from error
         if device not in _CPU_DEVICES:
             raise TypeError(
                 f"{name}: expected an array in CPU memory, got a {type(array).__name__} on DLPack "
@@ -71,10 +74,14 @@ class DlpackAdapter(Adapter):
         try:
             capsule = _export(array)
         except Exception as error:
-            raise TypeError(
-                f"{name}: the {type(array).__name__} could not be exported by DLPack: {error}"
-            ) from error
+            raise _no_export(array, name, error) from error
         return _view(capsule, name, write)
+
+
+def _no_export(array: Any, name: str, error: Exception) -> TypeError:
+    return TypeError(
+        f"{name}: the {type(array).__name__} could not be exported by DLPack: {error}"
+    )
 
 
 def _export(array: Any) -> Any:

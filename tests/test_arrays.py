@@ -1,0 +1,285 @@
+"""Arrays of other frameworks: the same numbers, read in place."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+from support import assert_agree, example, need, one_hot, reference, run_python
+
+import fastloss as fl
+
+LOSS = fl.Dice() + fl.CrossEntropy()
+
+
+class Exporter:
+    """An array of some framework that offers DLPack and nothing else."""
+
+    def __init__(self, array: Any, versioned: bool = True) -> None:
+        self.array, self.versioned = array, versioned
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if options and not self.versioned:
+            raise TypeError("__dlpack__() got an unexpected keyword argument 'max_version'")
+        return self.array.__dlpack__(**options)
+
+
+def as_numpy(array: Any) -> np.ndarray:
+    """Also of a bfloat16 tensor, in float64."""
+    if type(array).__module__.startswith("torch"):
+        return array.double().numpy()
+    return np.asarray(array).astype(np.float64)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_torch(backend: str, dtype: str, dense: bool) -> None:
+    torch = need("torch")
+    x, y = example(2, 3, (300,), dtype=dtype)
+    target = one_hot(y, 3) if dense else y
+    w = np.random.default_rng(0).uniform(size=y.shape)
+    value, gradient = LOSS.value_and_grad(x, target, w)
+    value_torch, gradient_torch = LOSS.value_and_grad(
+        torch.tensor(x), torch.tensor(target), torch.tensor(w)
+    )
+    assert value_torch == value
+    assert isinstance(gradient_torch, np.ndarray) and gradient_torch.dtype == x.dtype
+    np.testing.assert_array_equal(gradient_torch, gradient)
+
+
+@pytest.mark.parametrize(
+    "type_", ["bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "bfloat16"]
+)
+def test_torch_labels_of_every_type(backend: str, type_: str) -> None:
+    torch = need("torch")
+    x, y = example(2, 2, (300,), dtype=np.float32)
+    labels = torch.tensor(y).to(getattr(torch, type_))
+    assert LOSS(torch.tensor(x), labels) == LOSS(x, y)
+
+
+def test_torch_bfloat16(backend: str) -> None:
+    torch = need("torch")
+    x, y = example(2, 3, (300,), dtype=np.float32)
+    half = torch.tensor(x).bfloat16()
+    expected = reference(LOSS, half.double().numpy(), y)
+
+    out = torch.full_like(half, 7)
+    value, gradient = LOSS.value_and_grad(half, torch.tensor(y), out=out)
+    assert gradient is out
+    bfloat16 = need("ml_dtypes").bfloat16
+    assert_agree(value, as_numpy(out).astype(bfloat16), expected)
+
+    returned = LOSS.gradient(half, y)
+    assert isinstance(returned, np.ndarray) and returned.dtype == bfloat16
+    np.testing.assert_array_equal(returned.astype(np.float64), as_numpy(out))
+
+
+def test_bfloat16_without_ml_dtypes_asks_for_out() -> None:
+    need("torch")
+    run_python(
+        "import sys; sys.modules['ml_dtypes'] = None\n"
+        "import torch, numpy as np, pytest, fastloss as fl\n"
+        "x, y = torch.zeros(1, 2, 9, dtype=torch.bfloat16), np.zeros((1, 9), int)\n"
+        "with pytest.raises(TypeError, match='out.*ml_dtypes'):\n"
+        "    fl.Dice().gradient(x, y)\n"
+        "assert fl.Dice().gradient(x, y, out=x) is x\n",
+        FASTLOSS_BACKEND="reference",
+    )
+
+
+def test_torch_in_any_layout(backend: str) -> None:
+    torch = need("torch")
+    x, y = example(2, 3, (4, 6, 5), dtype=np.float32)
+    expected = reference(LOSS, x, y)
+    tensor, labels = torch.tensor(x), torch.tensor(y)
+    last = tensor.contiguous(memory_format=torch.channels_last_3d)
+    assert not last.is_contiguous()
+    value, gradient = LOSS.value_and_grad(last, labels)
+    assert_agree(value, gradient, expected)
+    assert gradient.strides == tuple(4 * s for s in last.stride())
+    turned = tensor.permute(0, 1, 4, 3, 2).contiguous().permute(0, 1, 4, 3, 2)
+    assert_agree(*LOSS.value_and_grad(turned, labels), expected)
+    wide = torch.nn.functional.pad(tensor, (1, 2, 3, 1))
+    assert_agree(*LOSS.value_and_grad(wide[..., 3:-1, 1:-2], labels), expected)
+    repeated = tensor[:1].expand(4, -1, -1, -1, -1)
+    assert_agree(
+        *LOSS.value_and_grad(repeated, labels[:1].expand(4, -1, -1, -1)),
+        reference(LOSS, np.repeat(x[:1], 4, axis=0), np.repeat(y[:1], 4, axis=0)),
+    )
+
+
+def test_torch_out_in_place_and_elsewhere(backend: str) -> None:
+    torch = need("torch")
+    x, y = example(2, 3, (4, 6, 5), dtype=np.float32)
+    expected = LOSS.gradient(x, y)
+    tensor = torch.tensor(x)
+    out = torch.empty_like(tensor, memory_format=torch.channels_last_3d)
+    assert LOSS.gradient(tensor, y, out=out) is out
+    np.testing.assert_allclose(out.numpy(), expected, rtol=1e-5, atol=1e-9)
+    assert LOSS.value_and_grad(tensor, y, out=tensor)[1] is tensor
+    np.testing.assert_array_equal(tensor.numpy(), expected)
+    # A NumPy buffer for a tensor, and a tensor for an array.
+    buffer = np.empty_like(x)
+    assert LOSS.gradient(torch.tensor(x), y, out=buffer) is buffer
+    assert LOSS.gradient(x, y, out=out) is out
+
+
+def test_overlap_is_seen_across_frameworks() -> None:
+    torch = need("torch")
+    x, y = example(2, 3, (30,), dtype=np.float32)
+    g = one_hot(y, 3, np.float32)
+    with pytest.raises(ValueError, match="overlaps the target"):
+        LOSS.gradient(x, g, out=torch.from_numpy(g))
+    same = torch.from_numpy(x)
+    assert LOSS.gradient(x, y, out=same) is same
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_jax(backend: str, dtype: str) -> None:
+    jnp = need("jax.numpy")
+    x, y = example(2, 3, (300,), dtype=np.float32)
+    logits = jnp.asarray(x).astype(dtype)
+    expected = reference(LOSS, np.asarray(logits), y)
+    value, gradient = LOSS.value_and_grad(logits, jnp.asarray(y.astype(np.int32)))
+    assert isinstance(gradient, np.ndarray) and gradient.dtype.name == dtype
+    assert_agree(value, gradient, expected)
+
+
+def test_jax_arrays_are_not_written() -> None:
+    jnp = need("jax.numpy")
+    x, y = example(2, 3, (30,), dtype=np.float32)
+    logits = jnp.asarray(x)
+    for given in (logits, x):
+        with pytest.raises(ValueError, match="^out: .*immutable"):
+            LOSS.gradient(given, y, out=logits)
+    np.testing.assert_array_equal(np.asarray(logits), x)
+
+
+@pytest.mark.parametrize("versioned", [False, True])
+def test_any_exporter_of_dlpack(backend: str, versioned: bool) -> None:
+    x, y = example(2, 3, (300,), dtype=np.float32)
+    w = np.ones(y.shape, np.float32)
+    value, gradient = LOSS.value_and_grad(x, y, w)
+    exported = [Exporter(a, versioned) for a in (x, y, w)]
+    value_again, gradient_again = LOSS.value_and_grad(*exported)
+    assert value_again == value
+    np.testing.assert_array_equal(gradient_again, gradient)
+    out = Exporter(np.empty_like(x), versioned)
+    assert LOSS.gradient(*exported, out=out) is out
+    np.testing.assert_array_equal(out.array, gradient)
+
+
+def test_read_only_exporter_takes_no_gradient() -> None:
+    x, y = example(2, 3, (30,), dtype=np.float32)
+    out = np.empty_like(x)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="^out: .*writable"):
+        LOSS.gradient(x, y, out=Exporter(out))
+    assert LOSS(Exporter(x), y) == LOSS(x, y)
+
+
+def test_exporter_on_another_device() -> None:
+    class Elsewhere(Exporter):
+        def __dlpack_device__(self) -> Any:
+            return (2, 0)
+
+    x, y = example(2, 3, (30,), dtype=np.float32)
+    with pytest.raises(TypeError, match="^target: .*CPU"):
+        LOSS(x, Elsewhere(y))
+
+
+def test_exporter_that_fails() -> None:
+    class Broken(Exporter):
+        def __dlpack__(self, **options: Any) -> Any:
+            raise BufferError("not today")
+
+    x, y = example(2, 3, (30,), dtype=np.float32)
+    with pytest.raises(TypeError, match="^logits: .*not today"):
+        LOSS(Broken(x), y)
+
+
+def test_borrowed_memory_is_let_go(backend: str) -> None:
+    x, y = example(2, 3, (300,), dtype=np.float32)
+    exporter = Exporter(x.copy())
+    kept = weakref.ref(exporter.array)
+    value, gradient = LOSS.value_and_grad(exporter, Exporter(y))
+    statistics = LOSS.statistics(exporter, y)
+    del exporter
+    gc.collect()
+    assert kept() is None
+    assert LOSS.value(statistics) == value == LOSS(x, y)
+    np.testing.assert_array_equal(gradient, LOSS.gradient(x, y))
+
+
+def test_temporaries_live_long_enough(backend: str) -> None:
+    torch = need("torch")
+    x, y = example(2, 3, (3000,), dtype=np.float32)
+    expected = LOSS(x, y)
+    for _ in range(20):
+        assert LOSS(Exporter(torch.tensor(x)), Exporter(torch.tensor(y))) == expected
+        torch.full((2, 3, 3000), np.nan)  # would take the memory if it had been freed
+
+
+def test_changes_to_the_memory_are_seen(backend: str) -> None:
+    torch = need("torch")
+    x, y = example(2, 3, (300,), dtype=np.float32)
+    tensor = torch.tensor(x)
+    before = LOSS(tensor, y)
+    tensor.mul_(2)
+    assert LOSS(tensor, y) == LOSS(2 * x, y) != before
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "jax", "bfloat16"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "cropped"])
+def test_arrays_are_read_in_place(fast_backend: str, kind: str, layout: str) -> None:
+    """No copy of a large array on the way: NumPy's allocations are traced."""
+    x, y = example(1, 4, (64, 64, 32), dtype=np.float32)
+    labels: Any = y.astype(np.uint8)
+    if layout == "channels last":
+        x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+    elif layout == "cropped":
+        x = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (1, 1)))[:, :, 1:-1, 1:-1, 1:-1]
+    logits: Any = x
+    out: Any = np.empty_like(x)
+    if kind == "torch":
+        logits, labels, out = (need("torch").from_numpy(a) for a in (x, labels, out))
+    elif kind == "jax":
+        if layout != "contiguous":
+            pytest.skip("JAX arrays are contiguous")
+        logits = need("jax.numpy").asarray(x)
+    elif kind == "bfloat16":
+        logits = x.astype(need("ml_dtypes").bfloat16)
+        out = np.empty_like(logits)
+    LOSS.value_and_grad(logits, labels, out=out)  # compiles and fills the caches
+    tracemalloc.start()
+    try:
+        LOSS.value_and_grad(logits, labels, out=out)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < x.nbytes / 10
+
+
+def test_memory_of_the_process(fast_backend: str) -> None:
+    """Beyond the logits, the labels and the gradient, next to nothing."""
+    out = run_python(
+        "import resource, sys\n"
+        "import numpy as np, fastloss as fl\n"
+        "loss = fl.Dice() + fl.CrossEntropy()\n"
+        "x = np.zeros((1, 4, 4_000_000), np.float32)\n"
+        "x[:] = np.arange(4, dtype=np.float32)[:, None]\n"
+        "y = np.zeros((1, 4_000_000), np.uint8); y[:] = 1\n"
+        "loss.value_and_grad(x[..., :9999].copy(), y[..., :9999].copy())\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "loss.value_and_grad(x, y, out=x)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n",
+        FASTLOSS_BACKEND=fast_backend,
+    )
+    assert int(out) * 1024 < 16e6  # a quarter of the logits
