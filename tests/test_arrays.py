@@ -50,7 +50,8 @@ def test_torch(backend: str, dtype: str, dense: bool) -> None:
         torch.tensor(x), torch.tensor(target), torch.tensor(w)
     )
     assert value_torch == value
-    assert isinstance(gradient_torch, np.ndarray) and gradient_torch.dtype == x.dtype
+    assert isinstance(gradient_torch, np.ndarray)
+    assert gradient_torch.dtype == x.dtype
     np.testing.assert_array_equal(gradient_torch, gradient)
 
 
@@ -77,7 +78,8 @@ def test_torch_bfloat16(backend: str) -> None:
     assert_agree(value, as_numpy(out).astype(bfloat16), expected)
 
     returned = LOSS.gradient(half, y)
-    assert isinstance(returned, np.ndarray) and returned.dtype == bfloat16
+    assert isinstance(returned, np.ndarray)
+    assert returned.dtype == bfloat16
     np.testing.assert_array_equal(returned.astype(np.float64), as_numpy(out))
 
 
@@ -148,7 +150,8 @@ def test_jax(backend: str, dtype: str) -> None:
     logits = jnp.asarray(x).astype(dtype)
     expected = reference(LOSS, np.asarray(logits), y)
     value, gradient = LOSS.value_and_grad(logits, jnp.asarray(y.astype(np.int32)))
-    assert isinstance(gradient, np.ndarray) and gradient.dtype.name == dtype
+    assert isinstance(gradient, np.ndarray)
+    assert gradient.dtype.name == dtype
     assert_agree(value, gradient, expected)
 
 
@@ -157,7 +160,7 @@ def test_jax_arrays_are_not_written() -> None:
     x, y = example(2, 3, (30,), dtype=np.float32)
     logits = jnp.asarray(x)
     for given in (logits, x):
-        with pytest.raises(ValueError, match="^out: .*immutable"):
+        with pytest.raises(ValueError, match=r"^out: .*immutable"):
             LOSS.gradient(given, y, out=logits)
     np.testing.assert_array_equal(np.asarray(logits), x)
 
@@ -180,7 +183,7 @@ def test_read_only_exporter_takes_no_gradient() -> None:
     x, y = example(2, 3, (30,), dtype=np.float32)
     out = np.empty_like(x)
     out.flags.writeable = False
-    with pytest.raises(ValueError, match="^out: .*writable"):
+    with pytest.raises(ValueError, match=r"^out: .*writable"):
         LOSS.gradient(x, y, out=Exporter(out))
     assert LOSS(Exporter(x), y) == LOSS(x, y)
 
@@ -191,7 +194,7 @@ def test_exporter_on_another_device() -> None:
             return (2, 0)
 
     x, y = example(2, 3, (30,), dtype=np.float32)
-    with pytest.raises(TypeError, match="^target: .*CPU"):
+    with pytest.raises(TypeError, match=r"^target: .*CPU"):
         LOSS(x, Elsewhere(y))
 
 
@@ -201,7 +204,7 @@ def test_exporter_that_fails() -> None:
             raise BufferError("not today")
 
     x, y = example(2, 3, (30,), dtype=np.float32)
-    with pytest.raises(TypeError, match="^logits: .*not today"):
+    with pytest.raises(TypeError, match=r"^logits: .*not today"):
         LOSS(Broken(x), y)
 
 

@@ -46,7 +46,7 @@ def test_use_backend_ends_with_an_error() -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "", "CPU", None, 3])
 def test_use_of_an_unknown_backend(name: str) -> None:
-    with pytest.raises(ValueError, match="^backend: .*'cpu', 'numba', 'reference'"):  # noqa: SIM117
+    with pytest.raises(ValueError, match=r"^backend: .*'cpu', 'numba', 'reference'"):  # noqa: SIM117
         with fl.use_backend(name):
             pass
 
@@ -61,7 +61,8 @@ def test_environment_chooses(name: str) -> None:
 def test_environment_names_no_backend() -> None:
     result = python(CALL, FASTLOSS_BACKEND="cuda")
     assert result.returncode == 1
-    assert "'cuda'" in result.stderr and "'reference'" in result.stderr
+    assert "'cuda'" in result.stderr
+    assert "'reference'" in result.stderr
 
 
 def test_environment_names_one_that_is_absent() -> None:
@@ -90,7 +91,8 @@ def test_one_warning_names_the_remedy_without_the_extension() -> None:
         without("fastloss._cpu") + CALL, FASTLOSS_BACKEND=None, timeout=300
     ).split()
     assert (name, count) == ("numba", "1")
-    assert "compiler" in message and "'numba'" in message
+    assert "compiler" in message
+    assert "'numba'" in message
 
 
 def test_one_warning_names_both_remedies_without_numba_either() -> None:
@@ -99,7 +101,8 @@ def test_one_warning_names_both_remedies_without_numba_either() -> None:
     ).split()
     assert (name, count) == ("reference", "1")
     text = " ".join(message)
-    assert "compiler" in text and "pip install 'fastloss[numba]'" in text
+    assert "compiler" in text
+    assert "pip install 'fastloss[numba]'" in text
 
 
 def test_the_warning_can_be_silenced() -> None:

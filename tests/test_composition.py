@@ -97,9 +97,11 @@ def test_summands_that_are_no_losses(other: Any) -> None:
 
 def test_options_are_taken_over() -> None:
     loss = fl.Loss(fl.Dice(), activation="sigmoid", ignore_index=255) + fl.CrossEntropy()
-    assert loss.activation == "sigmoid" and loss.ignore_index == 255
+    assert loss.activation == "sigmoid"
+    assert loss.ignore_index == 255
     loss = 2 * (fl.CrossEntropy() + loss)
-    assert loss.activation == "sigmoid" and loss.ignore_index == 255
+    assert loss.activation == "sigmoid"
+    assert loss.ignore_index == 255
     assert fl.Loss(loss, channel_axis=-1).channel_axis == -1
     assert fl.Dice()._loss.activation == "softmax"
 
@@ -269,11 +271,12 @@ def test_a_term_of_ones_own(backend: str, term: fl.RegionTerm, activation: str) 
 
 def test_a_term_of_ones_own_is_an_object_like_the_others() -> None:
     term = FowlkesMallows(power=1.5, batch=True)
-    assert "power=1.5" in repr(term) and "batch=True" in repr(term)
+    assert "power=1.5" in repr(term)
+    assert "batch=True" in repr(term)
     assert pickle.loads(pickle.dumps(term))(X, Y) == term(X, Y)
     total = sum(term.statistics(X[..., s], Y[..., s]) for s in (slice(50), slice(50, None)))
     assert term.value(total) == pytest.approx(term(X, Y), rel=1e-12)
-    with pytest.raises(ValueError, match="^reduction: "):
+    with pytest.raises(ValueError, match=r"^reduction: "):
         FowlkesMallows(reduction="median")
 
 

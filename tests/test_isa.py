@@ -9,7 +9,8 @@ import fastloss as fl
 
 MATRIX = """
 import numpy as np, fastloss as fl
-from support import assert_agree, example, norm, one_hot, reference
+from support import assert_agree, example, one_hot, reference
+fl.set_num_threads(1)  # the instructions matter here; other tests see to threads
 count = 0
 terms = fl.Dice() + fl.Dice(squared=True) + fl.CrossEntropy(label_smoothing=0.1) \\
     + fl.Focal() + fl.Focal(gamma=0.5)
@@ -20,30 +21,21 @@ except ImportError:
 for activation in ("softmax", "sigmoid", "none"):
     loss = fl.Loss(terms, activation=activation, ignore_index=255)
     for dtype in (np.float32, np.float16, bfloat16, np.float64):
-        for classes in (1, 2, 3, 14, 17, 105):
-            for voxels in (1, 7, 255, 257, 1030):
-                x, y = example(2, classes, (voxels,), dtype=dtype, activation=activation)
-                y[:, ::11] = 255
-                if classes == 1 and activation != "softmax":
-                    y[:, 1::3] = 1
-                targets = [y.astype(np.uint8), y]
-                if classes > 1:
-                    targets.append(one_hot(y, classes, np.float32))
-                w = np.random.default_rng(1).uniform(size=y.shape).astype(np.float32)
-                for target in targets:
-                    for weight in (None, w):
-                        for back in (False, True):
-                            expected = reference(loss, x, target, weight)
-                            scale = 3 / np.sqrt(2 * voxels) * max(1.0, np.abs(w).max())
-                            given = x
-                            if back:
-                                given = np.ascontiguousarray(np.moveaxis(x, 1, -1))
-                                given = np.moveaxis(given, -1, 1)
-                            value, gradient = loss.value_and_grad(given, target, weight)
-                            assert_agree(value, gradient, expected, scale)
-                            count += 1
-                    if voxels > 257:
-                        break
+        sizes = (1, 257), (2, 7), (2, 1030), (3, 255), (5, 1), (14, 300), (33, 257)
+        for classes, voxels in sizes:
+            x, y = example(2, classes, (voxels,), dtype=dtype, activation=activation)
+            last = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+            y[:, ::11] = 255
+            w = np.random.default_rng(1).uniform(size=y.shape).astype(np.float32)
+            targets = [(y.astype(np.uint8), None), (y, w)]
+            if classes > 1:
+                targets.append((one_hot(y, classes, np.float32), None))
+            for target, weight in targets:
+                expected = reference(loss, x, target, weight)
+                for given in (x, last):
+                    value, gradient = loss.value_and_grad(given, target, weight)
+                    assert_agree(value, gradient, expected, 3 / np.sqrt(2 * voxels))
+                    count += 1
 print(fl.backends.load_backend("cpu").isa, count)
 """
 
@@ -62,7 +54,7 @@ def test_every_instruction_set_is_right(name: str) -> None:
     out = run_python(MATRIX, FASTLOSS_BACKEND="cpu", FASTLOSS_ISA=name, timeout=300)
     chosen, count = out.split()
     assert chosen == name
-    assert int(count) > 500
+    assert int(count) > 400
 
 
 def test_unknown_instruction_set() -> None:
@@ -74,7 +66,8 @@ def test_unknown_instruction_set() -> None:
     )
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert "FASTLOSS_ISA" in last and "quantum" in last
+    assert "FASTLOSS_ISA" in last
+    assert "quantum" in last
     assert all(name in last for name in isas())
 
 

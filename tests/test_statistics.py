@@ -73,7 +73,8 @@ def test_order_of_the_sum_matters_to_rounding_only(backend: str) -> None:
 def test_what_the_sums_are(backend: str) -> None:
     x = np.log(np.array([[[0.5, 0.25], [0.5, 0.75]]]))
     statistics = fl.Dice().statistics(x, np.array([[0, 1]]), np.array([[1.0, 2.0]]))
-    assert statistics.batch_size == 1 and statistics.classes == 2
+    assert statistics.batch_size == 1
+    assert statistics.classes == 2
     np.testing.assert_allclose(statistics.voxels, [3.0])
     np.testing.assert_allclose(statistics["reference"], [[1.0, 2.0]])
     np.testing.assert_allclose(statistics["predicted"], [[1.0, 2.0]])

@@ -1,7 +1,7 @@
 // Every other case: dense targets, sigmoid, or given probabilities, row by row.
 #pragma once
 
-#include "softmax_labels.h"
+#include "softmax.h"
 #include "tile.h"
 #include "voxel.h"
 
@@ -27,7 +27,7 @@ void begin_general(Tile<T>& t, bool logs) {
       for (int v = 0; v < t.padded; v += L)
         store<T>(t.second + c * t.stride + v,
                  load<T>(t.row(kLargest) + v) - load<T>(t.x + c * t.stride + v));
-  exponentials<T, false>(t, nullptr, nullptr, false);
+  exponentials(t);
   // The largest logit is not needed any more; its row takes log Σ e^(x−largest).
   if (logs)
     for (int v = 0; v < t.padded; v += L)
@@ -47,7 +47,7 @@ Fields<T> activate_row(Tile<T>& t, int64_t c, bool logs) {
       store<T>(f.p + v, e * i);
       if (logs) {
         store<T>(f.loss + v, load<T>(gap + v) + load<T>(log_sum + v));
-        store<T>(f.q + v, label_complement<T>(e, load<T>(gap + v), r, i));
+        store<T>(f.q + v, complement<T>(e, load<T>(gap + v), r, i));
       }
     }
   } else if (t.job.activation == Activation::sigmoid) {

@@ -4,118 +4,134 @@
 // sums of that class alone.
 #pragma once
 
-#include "tile.h"
+#include "softmax.h"
 #include "voxel.h"
 
 namespace {
 
-// Loads the logits to x and their maximum to a row; turns them into x − largest where infinite.
+// Exponentials of logits this small need no maximum taken off, nor do their quotients overflow.
+constexpr int kNear = 40;
+
+// x becomes e^x if all logits are near 0. False: some are not, and x is of no use.
 template <class T>
-void load_and_maximum(Tile<T>& t) {
+bool exponentials_near(Tile<T>& t) {
   constexpr int L = lanes<T>;
-  T* largest = t.row(kLargest);
-  int64_t classes = t.job.classes;
-  if (t.direct()) {
-    for (int64_t c = 0; c < classes; c += 2) {
-      const T *from = t.direct_row(c), *next = t.direct_row(c + 1 < classes ? c + 1 : c);
-      const T* before = c ? largest : from;
-      T *to = t.x + c * t.stride, *to_next = c + 1 < classes ? to + t.stride : to;
-      for (int v = 0; v < t.padded; v += L) {
-        Vec<T> a = load<T>(from + v), b = load<T>(next + v);
-        store<T>(to + v, a);
-        store<T>(to_next + v, b);
-        store<T>(largest + v, larger(b, larger(a, load<T>(before + v))));
-      }
-    }
-  } else {
-    t.load_logits();
-    std::memcpy(largest, t.x, sizeof(T) * size_t(t.padded));
-    for (int64_t c = 1; c < classes; ++c)
-      for (int v = 0; v < t.padded; v += L)
-        store<T>(largest + v, larger(load<T>(t.x + c * t.stride + v), load<T>(largest + v)));
-  }
-  IVec<T> infinite{};
-  for (int v = 0; v < t.padded; v += L)
-    infinite |= absolute<T>(load<T>(largest + v)) == T(INFINITY);
-  if (any<T>(infinite)) {
-    // Classes that share an infinite maximum share the probability; the others have none.
-    for (int v = 0; v < t.padded; ++v) {
-      T most = largest[v];
-      if (!(std::fabs(most) == T(INFINITY))) continue;
-      for (int64_t c = 0; c < classes; ++c) {
-        T& x = t.x[c * t.stride + v];
-        x = x == most ? T(0) : x == x ? T(-INFINITY) : x;
-      }
-      largest[v] = T(0);
+  bool direct = t.direct();
+  if (!direct) t.load_logits();
+  Vec<T> low{}, high{};
+  for (int64_t c = 0; c < t.job.classes; ++c) {
+    T* to = t.x + c * t.stride;
+    const T* from = direct ? t.direct_row(c) : to;
+    // The processor follows each row by itself but cannot guess where the next one starts.
+    const T* soon = direct ? t.row_ahead(c + kAhead) : to;
+    for (int v = 0; v < t.padded; v += L) {
+      if (v % (64 / int(sizeof(T))) == 0) prefetch(soon + v);
+      Vec<T> x = load<T>(from + v);
+      low = smaller(x, low);
+      high = larger(x, high);
+      store<T>(to + v, exponential_near<T>(x));
     }
   }
+  // NaN is in neither and makes its own way: its exponential is NaN.
+  return !any<T>((low < -T(kNear)) | (high > T(kNear)));
 }
 
-// As `exponentials`, for the U vectors of voxels that start at v, whose sums stay in registers.
-template <class T, int U, bool kDot>
-FL_INLINE void exponential_columns(Tile<T>& t, int v, const T* slope, T* dot) {
+// x becomes e^(x−largest); the label's gap to the largest is kept.
+template <class T>
+void exponentials_far(Tile<T>& t) {
   constexpr int L = lanes<T>;
-  int64_t classes = t.job.classes;
-  Vec<T> largest[U], rest[U] = {}, sum[U] = {};
-  IVec<T> ties[U] = {};  // −(number of classes at the maximum)
-#pragma GCC unroll 4
-  for (int u = 0; u < U; ++u) largest[u] = load<T>(t.row(kLargest) + v + u * L);
-  // Sums of many classes are made of sums of a few: rounding errors then do not pile up.
-  for (int64_t first = 0; first < classes; first += kFewClasses) {
-    int64_t last = first + kFewClasses < classes ? first + kFewClasses : classes;
-    Vec<T> few_rest[U] = {}, few_sum[U] = {};
-    T* x = t.x + first * t.stride + v;
-    for (int64_t c = first; c < last; ++c, x += t.stride) {
-#pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) {
-        Vec<T> d = load<T>(x + u * L) - largest[u];
-        Vec<T> e = exponential<T>(d);
-        IVec<T> top = d == T(0);
-        store<T>(x + u * L, e);
-        // The sum without its largest member is exact to the last bit where one class dominates,
-        // and with it 1−p and log p are.
-        few_rest[u] += drop<T>(top, e);
-        ties[u] += top;
-        if (kDot) few_sum[u] += e * slope[c];
-      }
-    }
-#pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) {
-      rest[u] += few_rest[u];
-      if (kDot) sum[u] += few_sum[u];
-    }
-  }
-#pragma GCC unroll 4
-  for (int u = 0; u < U; ++u) {
-    Vec<T> tied = from_bits<T>(Numbers<T>::round_bits - ties[u]) - Numbers<T>::round;
-    store<T>(t.row(kInverse) + v + u * L, T(1) / (rest[u] + tied));
-    store<T>(t.row(kRest) + v + u * L, rest[u] + (tied - T(1)));
-    if (kDot) store<T>(dot + v + u * L, sum[u]);
-  }
-}
-
-// x becomes e^(x−largest); rest, the sum below the largest, and 1 / sum. The label's e^(x−largest)
-// and its gap to the largest are kept. With `kDot`, row `dot` gets Σ_c slope_c e^(x−largest).
-template <class T, bool kDot>
-void exponentials(Tile<T>& t, const T* slope, T* dot, bool labels) {
-  constexpr int L = lanes<T>;
-  if (labels) {
-    T *largest = t.row(kLargest), *gap = t.row(kLabelGap);
-    t.gather_rows(t.x, gap);
+  load_and_maximum(t);
+  T *largest = t.row(kLargest), *gap = t.row(kLabelGap);
+  t.gather_rows(t.x, gap);
+  for (int v = 0; v < t.padded; v += L) store<T>(gap + v, load<T>(largest + v) - load<T>(gap + v));
+  for (int64_t c = 0; c < t.job.classes; ++c) {
+    T* x = t.x + c * t.stride;
     for (int v = 0; v < t.padded; v += L)
-      store<T>(gap + v, load<T>(largest + v) - load<T>(gap + v));
+      store<T>(x + v, exponential<T>(load<T>(x + v) - load<T>(largest + v)));
   }
-  constexpr int U = kVectorBytes < 32 ? 4 : 2;
-  int v = 0;
-  for (; v + U * L <= t.padded; v += U * L) exponential_columns<T, U, kDot>(t, v, slope, dot);
-  for (; v < t.padded; v += L) exponential_columns<T, 1, kDot>(t, v, slope, dot);
-  if (labels) t.gather_rows(t.x, t.row(kLabelExp));
 }
 
-// 1 − p of the label.
+// rest[v] += Σ x[c][v] over R classes, and with `slope` dot[v] += Σ slope[c] x[c][v].
+template <class T, int R>
+FL_INLINE void add_classes(const Tile<T>& t, int64_t c, T* rest, const T* slope, T* dot) {
+  const T* x = t.x + c * t.stride;
+  if (!slope) {
+    for (int v = 0; v < t.padded; v += lanes<T>) {
+      Vec<T> sum{};
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum += load<T>(x + r * t.stride + v);
+      store<T>(rest + v, load<T>(rest + v) + sum);
+    }
+    return;
+  }
+  Vec<T> k[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) k[r] = splat<T>(slope[c + r]);
+  for (int v = 0; v < t.padded; v += lanes<T>) {
+    Vec<T> sum{}, product{};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      Vec<T> e = load<T>(x + r * t.stride + v);
+      sum += e;
+      product += e * k[r];
+    }
+    store<T>(rest + v, load<T>(rest + v) + sum);
+    store<T>(dot + v, load<T>(dot + v) + product);
+  }
+}
+
+// The exponentials of a tile and what follows from them. The label's exponential is taken out of x,
+// which holds 0 in its place: the sum of the others is then exact to the last bit where the label
+// dominates, and with it 1−p and log p are. Returns whether the logits were near.
 template <class T>
-FL_INLINE Vec<T> label_complement(Vec<T> e, Vec<T> gap, Vec<T> rest, Vec<T> inverse) {
-  return select<T>(gap == T(0), rest, (rest + T(1)) - e) * inverse;
+bool begin_softmax_labels(Tile<T>& t, const T* slope, T* dot) {
+  constexpr int L = lanes<T>;
+  t.find_stretches();
+  bool near = exponentials_near(t);
+  if (!near) exponentials_far(t);
+  T *own = t.row(kLabelExp), *rest = t.row(kRest), *inverse = t.row(kInverse);
+  t.take_rows(t.x, own);
+  int64_t classes = t.job.classes;
+  T *many = t.row(kSumOfMany), *dot_of_many = t.row(kDotOfMany);
+  std::memset(rest, 0, sizeof(T) * kMaxTile);
+  if (slope) std::memset(dot, 0, sizeof(T) * kMaxTile);
+  if (classes > kFewClasses) {
+    std::memset(many, 0, sizeof(T) * kMaxTile);
+    std::memset(dot_of_many, 0, sizeof(T) * kMaxTile);
+  }
+  int64_t c = 0;
+  for (; c + 4 <= classes; c += 4) {
+    add_classes<T, 4>(t, c, rest, slope, dot);
+    // Sums of many classes are made of sums of a few: rounding errors then do not pile up.
+    if (classes > kFewClasses && (c + 4) % kFewClasses == 0) {
+      t.add_row(rest, many);
+      if (slope) t.add_row(dot, dot_of_many);
+    }
+  }
+  for (; c < classes; ++c) add_classes<T, 1>(t, c, rest, slope, dot);
+  if (classes > kFewClasses) {
+    t.add_row(many, rest);
+    if (slope) t.add_row(dot_of_many, dot);
+  }
+  for (int v = 0; v < t.padded; v += L)
+    store<T>(inverse + v, T(1) / (load<T>(rest + v) + load<T>(own + v)));
+  return near;
+}
+
+// −log p of the label's class.
+template <class T>
+void label_losses(Tile<T>& t, bool near, T* loss) {
+  constexpr int L = lanes<T>;
+  T *own = t.row(kLabelExp), *rest = t.row(kRest), *gap = t.row(kLabelGap);
+  if (near) {
+    for (int v = 0; v < t.padded; v += L)
+      store<T>(loss + v, log_one_plus<T>(load<T>(rest + v) / load<T>(own + v)));
+  } else {
+    for (int v = 0; v < t.padded; v += L) {
+      Vec<T> e = load<T>(own + v), others = load<T>(rest + v), g = load<T>(gap + v);
+      store<T>(loss + v, g + log_one_plus<T>(select<T>(g == T(0), others, (others + e) - T(1))));
+    }
+  }
 }
 
 // sums[c] += Σ_v x[c][v] scale[v] for R classes.
@@ -151,10 +167,8 @@ FL_INLINE void write_gradient(const Tile<T>& t, const Writer<T>& writer, int64_t
     for (int r = 0; r < R; ++r) {
       Vec<T> g = load<T>(x + r * t.stride + v) * (a * factor[r] - b);
       g = select<T>(y == T(c + r), own, g);
-      if (kStream)
-        stream<T>(to[r] + v, g);
-      else
-        store<T>(to[r] + v, g);
+      if (kStream) stream<T>(to[r] + v, g);
+      else store<T>(to[r] + v, g);
     }
   }
 }
@@ -164,78 +178,77 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
   constexpr int L = lanes<T>;
   const auto& s = t.job.slots;
   int64_t classes = t.job.classes;
-  load_and_maximum(t);
-  exponentials<T, false>(t, nullptr, nullptr, true);
+  bool near = begin_softmax_labels<T>(t, nullptr, nullptr);
   T *m = t.row(kWeight), *rest = t.row(kRest), *inverse = t.row(kInverse);
-  T *label_e = t.row(kLabelExp), *gap = t.row(kLabelGap);
+  T *own = t.row(kLabelExp), *scale = t.row(kA), *value = t.row(kB), *loss = t.row(kC);
 
-  if (s.predicted >= 0 || s.predicted_squared >= 0) {
-    T* scale = t.row(kA);
-    for (int v = 0; v < t.padded; v += L)
-      store<T>(scale + v, load<T>(m + v) * load<T>(inverse + v));
-    if (s.predicted >= 0) {
-      double* to = sums + s.predicted * classes;
-      int64_t c = 0;
-      for (; c + 4 <= classes; c += 4) add_products<T, 4>(t, c, scale, to);
-      for (; c < classes; ++c) add_products<T, 1>(t, c, scale, to);
-    }
-    if (s.predicted_squared >= 0)
-      for (int64_t c = 0; c < classes; ++c) {
-        const T* e = t.x + c * t.stride;
-        Vec<T> a{};
-        for (int v = 0; v < t.padded; v += L) {
-          Vec<T> x = load<T>(e + v);
-          a += (x * load<T>(scale + v)) * (x * load<T>(inverse + v));
-        }
-        sums[s.predicted_squared * classes + c] += total<T>(a);
-      }
-  }
-  T *overlap = t.row(kB), *loss = t.row(kC), *lse = t.row(kE);  // lse: log Σ e^(x−largest)
-  bool voxelwise = s.cross_entropy >= 0 || s.gammas > 0 || s.uniform >= 0;
-  if (voxelwise)
-    for (int v = 0; v < t.padded; v += L) {
-      Vec<T> log_sum = log_one_plus<T>(load<T>(rest + v));
-      store<T>(lse + v, log_sum);
-      store<T>(loss + v, load<T>(gap + v) + log_sum);
-    }
-
-  if (s.overlap >= 0)
-    for (int v = 0; v < t.padded; v += L)
-      store<T>(overlap + v, load<T>(label_e + v) * load<T>(inverse + v) * load<T>(m + v));
-  T* weighted_loss = t.row(kD);
-  if (s.cross_entropy >= 0)
-    for (int v = 0; v < t.padded; v += L) {
-      // A voxel without weight has finite logits, so this product is never 0 · ∞.
-      store<T>(weighted_loss + v, load<T>(m + v) * load<T>(loss + v));
-    }
   t.scatter(m, sums + s.reference * classes);
-  Vec<T> all{};
-  for (int v = 0; v < t.padded; v += L) all += load<T>(m + v);
-  *weight += total<T>(all);
-  if (s.overlap >= 0) t.scatter(overlap, sums + s.overlap * classes);
-  if (s.cross_entropy >= 0) t.scatter(weighted_loss, sums + s.cross_entropy * classes);
   if (s.reference_squared >= 0) t.scatter(m, sums + s.reference_squared * classes);
+  Vec<T> all{};
+  for (int v = 0; v < t.padded; v += L) {
+    Vec<T> w = load<T>(m + v);
+    all += w;
+    store<T>(scale + v, w * load<T>(inverse + v));
+  }
+  *weight += total<T>(all);
 
+  // x has no part of the label, which is added by itself.
+  if (s.overlap >= 0) {
+    for (int v = 0; v < t.padded; v += L)
+      store<T>(value + v, load<T>(own + v) * load<T>(scale + v));
+    t.scatter(value, sums + s.overlap * classes);
+  }
+  if (s.predicted >= 0) {
+    double* to = sums + s.predicted * classes;
+    t.scatter(value, to);
+    int64_t c = 0;
+    for (; c + 4 <= classes; c += 4) add_products<T, 4>(t, c, scale, to);
+    for (; c < classes; ++c) add_products<T, 1>(t, c, scale, to);
+  }
+  if (s.predicted_squared >= 0) {
+    double* to = sums + s.predicted_squared * classes;
+    for (int v = 0; v < t.padded; v += L)
+      store<T>(value + v, load<T>(value + v) * (load<T>(own + v) * load<T>(inverse + v)));
+    t.scatter(value, to);
+    for (int64_t c = 0; c < classes; ++c) {
+      const T* e = t.x + c * t.stride;
+      Vec<T> a{};
+      for (int v = 0; v < t.padded; v += L) {
+        Vec<T> x = load<T>(e + v);
+        a += (x * load<T>(scale + v)) * (x * load<T>(inverse + v));
+      }
+      to[c] += total<T>(a);
+    }
+  }
+  if (s.cross_entropy < 0 && s.gammas == 0 && s.uniform < 0) return;
+
+  label_losses(t, near, loss);
+  if (s.cross_entropy >= 0) {
+    // A voxel without weight has finite logits, so this product is never 0 · ∞.
+    for (int v = 0; v < t.padded; v += L) store<T>(value + v, load<T>(m + v) * load<T>(loss + v));
+    t.scatter(value, sums + s.cross_entropy * classes);
+  }
   for (int f = 0; f < s.gammas; ++f) {
-    T* value = t.row(kD);
     for (int v = 0; v < t.padded; v += L) {
-      Vec<T> q = label_complement<T>(load<T>(label_e + v), load<T>(gap + v), load<T>(rest + v),
-                                     load<T>(inverse + v));
-      Vec<T> focal =
-          focal_value<Vec<T>>(power<T>(q, T(s.gamma[f])), load<T>(loss + v)) * load<T>(m + v);
-      store<T>(value + v, focal);
+      Vec<T> q = power<T>(load<T>(rest + v) * load<T>(inverse + v), T(s.gamma[f]));
+      store<T>(value + v, focal_value<Vec<T>>(q, load<T>(loss + v)) * load<T>(m + v));
     }
     t.scatter(value, sums + s.focal[f] * classes);
   }
   if (s.uniform >= 0) {
-    // −log p_c = log Σe − (x_c − largest); the exponentials have replaced x, so it is loaded again.
+    // −log p_c = log Σe − x_c, x less its largest if far. The exponentials have replaced x, so it
+    // is loaded again.
+    T* log_sum = t.row(kD);
+    for (int v = 0; v < t.padded; v += L)
+      store<T>(log_sum + v, logarithm<T>(load<T>(rest + v) + load<T>(own + v)));
     load_and_maximum(t);
     T* largest = t.row(kLargest);
+    if (near) std::memset(largest, 0, sizeof(T) * kMaxTile);
     for (int64_t c = 0; c < classes; ++c) {
       const T* x = t.x + c * t.stride;
       Vec<T> a{};
       for (int v = 0; v < t.padded; v += L)
-        a += load<T>(m + v) * (load<T>(lse + v) + (load<T>(largest + v) - load<T>(x + v)));
+        a += load<T>(m + v) * (load<T>(log_sum + v) + (load<T>(largest + v) - load<T>(x + v)));
       sums[s.uniform * classes + c] += total<T>(a);
     }
   }
@@ -252,17 +265,13 @@ void apply_softmax_labels(Tile<T>& t) {
   const T *by_loss = coefficients(s.cross_entropy), *by_uniform = coefficients(s.uniform);
 
   T *m = t.row(kWeight), *label = t.row(kLabel), *rest = t.row(kRest), *inverse = t.row(kInverse);
-  T *label_e = t.row(kLabelExp), *gap = t.row(kLabelGap);
-  T* base = t.row(kA);  // Σ_c p_c · (derivative by p_c), without the overlap's, without m
-  load_and_maximum(t);
-  if (by_predicted) {
-    exponentials<T, true>(t, by_predicted, base, true);
-  } else {
-    exponentials<T, false>(t, nullptr, nullptr, true);
-    std::memset(base, 0, sizeof(T) * kMaxTile);
-  }
+  T* own = t.row(kLabelExp);
+  // Σ p_c · (derivative by p_c) over the classes but the label, without the overlap's, without m.
+  T* others = t.row(kA);
+  bool near = begin_softmax_labels<T>(t, by_predicted, others);
+  if (!by_predicted) std::memset(others, 0, sizeof(T) * kMaxTile);
   for (int v = 0; v < t.padded; v += L)
-    store<T>(base + v, load<T>(base + v) * load<T>(inverse + v));
+    store<T>(others + v, load<T>(others + v) * load<T>(inverse + v));
   if (by_squared)
     for (int64_t first = 0; first < classes; first += kFewClasses) {
       int64_t last = first + kFewClasses < classes ? first + kFewClasses : classes;
@@ -272,7 +281,7 @@ void apply_softmax_labels(Tile<T>& t) {
           Vec<T> p = load<T>(t.x + c * t.stride + v) * load<T>(inverse + v);
           few += (2 * by_squared[c]) * (p * p);
         }
-        store<T>(base + v, load<T>(base + v) + few);
+        store<T>(others + v, load<T>(others + v) + few);
       }
     }
   double uniform_sum = 0;
@@ -283,38 +292,40 @@ void apply_softmax_labels(Tile<T>& t) {
   // What the label decides: the whole gradient at the label's class, and for the other classes
   // Σ_j t_j, where t_j is the derivative by log p_j.
   T *at_label = t.row(kB), *slope = t.row(kC), *turn = t.row(kD);
-  T *label_overlap = t.row(kE), *label_rest = t.row(kF), *label_loss = t.row(kLargest);
+  T *label_overlap = t.row(kE), *label_region = t.row(kF), *label_loss = t.row(kLargest);
   t.gather(by_overlap, label_overlap);
   t.gather(by_loss, label_loss);
-  t.gather(by_predicted, label_rest);
-  // Focal slopes replace the row of the cross-entropy's coefficient by its sum with theirs.
-  for (int f = 0; f < s.gammas; ++f) {
-    const T* k = t.table + s.focal[f] * classes;
-    T gamma = T(s.gamma[f]);
-    t.gather(k, turn);
-    for (int v = 0; v < t.padded; v += L) {
-      Vec<T> e = load<T>(label_e + v), r = load<T>(rest + v), i = load<T>(inverse + v);
-      Vec<T> q = label_complement<T>(e, load<T>(gap + v), r, i), p = e * i;
-      Vec<T> minus_log = load<T>(gap + v) + log_one_plus<T>(r);
-      // p log p → 0 as p → 0, and (1−p)^(γ−1) log p → 0 as p → 1.
-      Vec<T> p_log_p = drop<T>(p == T(0), -(p * minus_log));
-      Vec<T> less = gamma == 0 ? Vec<T>{} : drop<T>(q == T(0), power<T>(q, gamma - 1));
-      Vec<T> change = focal_slope<Vec<T>, T>(power<T>(q, gamma), less, p_log_p, gamma);
-      store<T>(label_loss + v, load<T>(label_loss + v) + load<T>(turn + v) * change);
+  t.gather(by_predicted, label_region);
+  if (s.gammas > 0) {
+    // Focal slopes join the cross-entropy's coefficient.
+    T *loss = at_label, *k = turn;
+    label_losses(t, near, loss);
+    for (int f = 0; f < s.gammas; ++f) {
+      T gamma = T(s.gamma[f]);
+      t.gather(t.table + s.focal[f] * classes, k);
+      for (int v = 0; v < t.padded; v += L) {
+        Vec<T> i = load<T>(inverse + v), q = load<T>(rest + v) * i, p = load<T>(own + v) * i;
+        // p log p → 0 as p → 0, and (1−p)^(γ−1) log p → 0 as p → 1.
+        Vec<T> p_log_p = drop<T>(p == T(0), -(p * load<T>(loss + v)));
+        Vec<T> less = gamma == 0 ? Vec<T>{} : drop<T>(q == T(0), power<T>(q, gamma - 1));
+        Vec<T> change = focal_slope<Vec<T>, T>(power<T>(q, gamma), less, p_log_p, gamma);
+        store<T>(label_loss + v, load<T>(label_loss + v) + load<T>(k + v) * change);
+      }
     }
   }
   T two = 2;
   if (by_squared)
     for (int v = 0; v < t.padded; ++v)
-      label_rest[v] += two * by_squared[t.y[v]] * label_e[v] * inverse[v];
+      label_region[v] += two * by_squared[t.y[v]] * own[v] * inverse[v];
   for (int v = 0; v < t.padded; v += L) {
-    Vec<T> i = load<T>(inverse + v), w = load<T>(m + v), e = load<T>(label_e + v);
-    Vec<T> q = label_complement<T>(e, load<T>(gap + v), load<T>(rest + v), i), p = e * i;
-    Vec<T> own = p * load<T>(label_overlap + v) - load<T>(label_loss + v);
-    Vec<T> others = load<T>(base + v) - uniform_total;
-    store<T>(at_label + v, w * (p * (load<T>(label_rest + v) - others) + own * q));
-    store<T>(turn + v, w * i * (others + own));
-    store<T>(slope + v, w * i);
+    Vec<T> i = load<T>(inverse + v), w = load<T>(m + v);
+    Vec<T> q = load<T>(rest + v) * i, p = load<T>(own + v) * i;
+    Vec<T> region = load<T>(label_region + v), rests = load<T>(others + v) - uniform_total;
+    Vec<T> own_slope = p * load<T>(label_overlap + v) - load<T>(label_loss + v);
+    Vec<T> factor = w * i;
+    store<T>(at_label + v, w * (p * (region * q - rests) + own_slope * q));
+    store<T>(turn + v, factor * (rests + p * region + own_slope));
+    store<T>(slope + v, factor);
   }
   if (by_uniform)
     for (int v = 0; v < t.padded; ++v) at_label[v] -= m[v] * by_uniform[t.y[v]];
@@ -329,10 +340,8 @@ void apply_softmax_labels(Tile<T>& t) {
       for (; c < classes; ++c)
         write_gradient<T, 1, kStream>(t, writer, c, by_predicted, slope, turn, at_label);
     };
-    if (writer.past_caches)
-      write(std::true_type{});
-    else
-      write(std::false_type{});
+    if (writer.past_caches) write(std::true_type{});
+    else write(std::false_type{});
   } else {
     for (int64_t c = 0; c < classes; ++c) {
       const T* e = t.x + c * t.stride;

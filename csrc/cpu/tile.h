@@ -13,14 +13,15 @@ using fastloss::Job;
 
 // Named rows of one number per voxel.
 enum Row {
-  kWeight,    // m; 0 for voxels that do not count and for padding
-  kLabel,     // the label as a number of the working type
-  kLargest,   // largest logit
-  kRest,      // Σ e^(x−largest) over the classes below the largest
-  kInverse,   // 1 / Σ e^(x−largest)
-  kLabelExp,  // e^(x−largest) of the label
-  kLabelGap,  // largest − x of the label
-  kSumOfMany,  // a sum over many classes, made of sums over a few
+  kWeight,     // m; 0 for voxels that do not count and for padding
+  kLabel,      // the label as a number of the working type
+  kLargest,    // largest logit
+  kRest,       // Σ e^(x−largest) over the classes below the largest
+  kInverse,    // 1 / Σ e^(x−largest)
+  kLabelExp,   // e^(x−largest) of the label
+  kLabelGap,   // largest − x of the label
+  kSumOfMany,  // sums over many classes, made of sums over a few
+  kDotOfMany,
   kA,
   kB,
   kC,
@@ -148,6 +149,11 @@ struct Tile {
     for (int v = n; v < padded; ++v) y[v] = 0;
     T* label = row(kLabel);
     for (int v = 0; v < padded; ++v) label[v] = T(y[v]);
+  }
+
+  // Fills `same`, which the functions on label rows below need.
+  void find_stretches() {
+    const T* label = row(kLabel);
     for (int v = 0; v < padded; v += lanes<T>) {
       bool differ = any<T>(load<T>(label + v) != splat<T>(label[v]));
       same[v / lanes<T>] = differ ? -1 : y[v];
@@ -161,6 +167,24 @@ struct Tile {
       if (label >= 0) store<T>(to + v, load<T>(from + int64_t(label) * stride + v));
       else
         for (int i = v; i < v + lanes<T>; ++i) to[i] = from[int64_t(y[i]) * stride + i];
+    }
+  }
+
+  // As gather_rows, leaving 0 behind.
+  void take_rows(T* from, T* to) const {
+    for (int v = 0; v < padded; v += lanes<T>) {
+      int32_t label = same[v / lanes<T>];
+      if (label >= 0) {
+        T* p = from + int64_t(label) * stride + v;
+        store<T>(to + v, load<T>(p));
+        store<T>(p, Vec<T>{});
+      } else {
+        for (int i = v; i < v + lanes<T>; ++i) {
+          T* p = from + int64_t(y[i]) * stride + i;
+          to[i] = *p;
+          *p = T(0);
+        }
+      }
     }
   }
 
@@ -260,6 +284,13 @@ struct Tile {
   }
   const T* direct_row(int64_t c) const {
     return (const T*)(logits() + c * job.logits.channel_stride + logit_runs.run[0].offset);
+  }
+
+  // Row c where rows past the last class are those of the next tile. For prefetching only.
+  const T* row_ahead(int64_t c) const {
+    int64_t tiles = 0;
+    for (; c >= job.classes; c -= job.classes) ++tiles;
+    return direct_row(c) + tiles * stride;
   }
 
   bool channels_last(const Array& a, const Runs& runs) const {

@@ -14,6 +14,8 @@ inline bool suits_two_classes(const Job& job) {
          s.predicted_squared < 0 && s.uniform < 0 && s.gammas == 0;
 }
 
+constexpr int kPrefetch = 256;  // voxels
+
 // Of one vector of voxels: the label's probability and the other's, with e^−|d|.
 template <class T>
 struct Pair {
@@ -46,6 +48,8 @@ void reduce_two_rows(Tile<T>& t, const T* x0, const T* x1, double* sums, double*
   // By label: voxels, probability of the label, probability of the other, loss.
   Vec<T> all{}, n1{}, own0{}, own1{}, other0{}, other1{}, loss0{}, loss1{};
   for (int v = 0; v < t.padded; v += L) {
+    prefetch(x0 + v + kPrefetch);
+    prefetch(x1 + v + kPrefetch);
     Pair<T> r = pair<T>(x0 + v, x1 + v, label + v);
     if (!kEven) {
       Vec<T> w = load<T>(m + v);
@@ -109,6 +113,8 @@ void apply_two_classes(Tile<T>& t) {
   Writer<T> writer(t, t.second);
   T *to0 = writer.row(0), *to1 = writer.row(1);
   for (int v = 0; v < t.padded; v += L) {
+    prefetch(x0 + v + kPrefetch);
+    prefetch(x1 + v + kPrefetch);
     Pair<T> r = pair<T>(x0 + v, x1 + v, label + v);
     // By x₁, label 1: p₀ (p₁ k − loss₁); label 0: p₁ (p₀ k + loss₀).
     Vec<T> g = r.other * (r.own * select<T>(r.one, if1, if0) + select<T>(r.one, -loss1, loss0));

@@ -94,6 +94,20 @@ FL_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) {
 }
 FL_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
 
+// The smaller; `b` where either is NaN.
+FL_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (Vec<float>)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+FL_INLINE Vec<double> smaller(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
+
 template <class T>
 FL_INLINE Vec<T> absolute(Vec<T> v) {
   return drop<T>(bits<T>(splat<T>(T(-0.0))), v);
@@ -122,6 +136,8 @@ FL_INLINE double total(Vec<T> v) {
     for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
   return double(parts[0]);
 }
+// Brings the cache line at p near; any address will do.
+FL_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 // Stores past the caches; `p` must be aligned to the vector.
 template <class T>
 FL_INLINE void stream(T* p, Vec<T> v) {
@@ -165,13 +181,14 @@ struct Numbers<double> {
 };
 
 // e^r for |r| ≤ ln2 / 2; 1 for r = 0.
+// Polynomials are summed in pairs, not by Horner's rule: what limits the speed is how long the
+// chain of dependent operations is, not their number.
 FL_INLINE Vec<float> exp_core(Vec<float> r) {  // minimax, relative error 9e-8
-  Vec<float> q = splat<float>(0.008290229365229607f);
-  q = q * r + 0.041898392140865326f;
-  q = q * r + 0.16667640209197998f;
-  q = q * r + 0.49999144673347473f;
-  q = q * r + 0.9999997019767761f;
-  return q * r + 1.f;
+  Vec<float> r2 = r * r;
+  Vec<float> high = r * 0.008290229365229607f + 0.041898392140865326f;
+  Vec<float> middle = r * 0.16667640209197998f + 0.49999144673347473f;
+  Vec<float> low = r * 0.9999997019767761f + 1.f;
+  return (high * r2 + middle) * r2 + low;
 }
 FL_INLINE Vec<double> exp_core(Vec<double> r) {  // Taylor
   double factorial = 6227020800.0;               // 13!
@@ -184,9 +201,9 @@ FL_INLINE Vec<double> exp_core(Vec<double> r) {  // Taylor
   return q;
 }
 
-// e^x for x below the overflow, to about 1 ulp; 0 where the result would be subnormal.
+// e^x, to about 1 ulp, where neither x nor the result is out of the range of normal numbers.
 template <class T>
-FL_INLINE Vec<T> exponential(Vec<T> x) {
+FL_INLINE Vec<T> exponential_near(Vec<T> x) {
   using N = Numbers<T>;
   Vec<T> shifted = x * T(1.4426950408889634) + N::round;
   Vec<T> n = shifted - N::round;
@@ -198,21 +215,23 @@ FL_INLINE Vec<T> exponential(Vec<T> x) {
 #else
   Vec<T> r = (x - n * N::ln2_high) - n * N::ln2_low;
 #endif
-  Vec<T> scaled = from_bits<T>(bits<T>(exp_core(r)) + (bits<T>(shifted) << N::mantissa));
-  return drop<T>(x < N::smallest_exponent, scaled);
+  return from_bits<T>(bits<T>(exp_core(r)) + (bits<T>(shifted) << N::mantissa));
+}
+
+// e^x for x below the overflow; 0 where the result would be subnormal.
+template <class T>
+FL_INLINE Vec<T> exponential(Vec<T> x) {
+  return drop<T>(x < Numbers<T>::smallest_exponent, exponential_near<T>(x));
 }
 
 // log(1+f) for 1+f in [√½, √2].
 FL_INLINE Vec<float> log1p_core(Vec<float> f) {  // minimax, relative error 3e-8
-  Vec<float> q = splat<float>(0.08734844624996185f);
-  q = q * f - 0.14307525753974915f;
-  q = q * f + 0.14917974174022675f;
-  q = q * f - 0.16570508480072021f;
-  q = q * f + 0.19962072372436523f;
-  q = q * f - 0.25001755356788635f;
-  q = q * f + 0.33333951234817505f;
-  q = q * f - 0.49999991059303284f;
-  return (q * f) * f + f;
+  Vec<float> f2 = f * f, f4 = f2 * f2;
+  Vec<float> a = f * 0.33333951234817505f - 0.49999991059303284f;
+  Vec<float> b = f * 0.19962072372436523f - 0.25001755356788635f;
+  Vec<float> c = f * 0.14917974174022675f - 0.16570508480072021f;
+  Vec<float> d = f * 0.08734844624996185f - 0.14307525753974915f;
+  return ((d * f2 + c) * f4 + (b * f2 + a)) * f2 + f;
 }
 FL_INLINE Vec<double> log1p_core(Vec<double> f) {
   Vec<double> z = f / (f + 2.0), w = z * z;  // 2 artanh z = 2z (1 + z²/3 + z⁴/5 + …)
@@ -243,15 +262,12 @@ FL_INLINE Vec<T> log_one_plus(Vec<T> x) {
 // log(1+x) for x in [0, 1] or NaN.
 FL_INLINE Vec<double> log_one_plus_small(Vec<double> x) { return log_one_plus<double>(x); }
 FL_INLINE Vec<float> log_one_plus_small(Vec<float> x) {  // minimax, relative error 3e-8
-  Vec<float> q = splat<float>(0.0053648208267986774f);
-  q = q * x - 0.030065778642892838f;
-  q = q * x + 0.0792045146226883f;
-  q = q * x - 0.13753800094127655f;
-  q = q * x + 0.191536545753479f;
-  q = q * x - 0.24857163429260254f;
-  q = q * x + 0.3332132399082184f;
-  q = q * x - 0.49999648332595825f;
-  return (q * x) * x + x;
+  Vec<float> x2 = x * x, x4 = x2 * x2;
+  Vec<float> a = x * 0.3332132399082184f - 0.49999648332595825f;
+  Vec<float> b = x * 0.191536545753479f - 0.24857163429260254f;
+  Vec<float> c = x * 0.0792045146226883f - 0.13753800094127655f;
+  Vec<float> d = x * 0.0053648208267986774f - 0.030065778642892838f;
+  return ((d * x2 + c) * x4 + (b * x2 + a)) * x2 + x;
 }
 
 // log x for any x.

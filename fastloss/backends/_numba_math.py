@@ -27,11 +27,12 @@ _ZERO, _HALF, _ONE, _INF, _NAN = _f(0), _f(0.5), _f(1), _f(np.inf), _f(np.nan)
 _LOWEST = _f(-87.0)
 _LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.4426950408889634), _f(0.693359375), _f(-2.12194440e-4)
 _ROUND = _f(1.5 * 2**23)  # adding it leaves the nearest integer in the low bits
-# (e^r − 1) / r for |r| up to log(2)/2, fitted for the least relative error of e^r, 9e-8.
-_E0, _E1, _E2, _E3, _E4 = (
+# (e^r − 1) / r for |r| up to log(2)/2, fitted for the least relative error of e^r, 3e-9.
+_E0, _E1, _E2, _E3, _E4, _E5 = (
     _f(c)
     for c in (
-        8.2903072404e-03, 4.1897965911e-02, 1.6667636511e-01, 4.9999149260e-01, 9.9999970705e-01
+        1.3843645731e-03, 8.3741617502e-03, 4.1668002474e-02, 1.6666431188e-01, 4.9999994206e-01,
+        1.0000000322e+00,
     )
 )
 # log(1 + f) = f − f²/2 + f³ times this, for 1 + f in [√½, √2).
@@ -77,6 +78,7 @@ def _exp(x):
         y = y * r + _E2
         y = y * r + _E3
         y = y * r + _E4
+        y = y * r + _E5
         y = y * r + _ONE
         y = y * power_of_two(shifted)
         return _ZERO if x < _LOWEST else y

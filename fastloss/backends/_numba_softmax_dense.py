@@ -17,6 +17,7 @@ from fastloss.backends._numba_tile import (
     COUNTS,
     CROSS_ENTROPY,
     FOCAL,
+    GROUP,
     LOGITS,
     OUT,
     OVERLAP,
@@ -33,6 +34,7 @@ from fastloss.backends._numba_tile import (
     any_infinite,
     below_largest,
     blank,
+    carry,
     dot,
     dot3,
     dot_log,
@@ -61,19 +63,25 @@ _MI = 6 * WIDTH  # m / sum
 _Q = 7 * WIDTH  # 1 − p of the largest
 _SUM_REST = 8 * WIDTH  # Σ of the derivatives by log p, without the largest
 _SUM = 9 * WIDTH  # and of all
-_SINGLE = 10 * WIDTH  # 1 where one class alone is largest, else 2, which no exponential is
+_NEAR_ONE = 10 * WIDTH  # 1 where the largest p is nearly 1, else 2, which no exponential is
 _MG = 11 * WIDTH
 _W1 = 12 * WIDTH
 _W2 = 13 * WIDTH
 _W3 = 14 * WIDTH
-ROWS = 15
+_TOTAL_REST = 15 * WIDTH  # what is summed up so far
+_HIGH = 16 * WIDTH  # SUM / sum of the exponentials, and its rounding
+_LOW = 17 * WIDTH
+ROWS = 18
 
 
 @inner
 def _load_tile(
     plan, operands, ignore, sample, first, count, voxel, tile, exponentials, targets, wide, counts
 ):
-    """Logits less the largest, their exponentials, targets and weights."""
+    """Logits less the largest, their exponentials, targets and weights.
+
+    The second half of ``wide`` is filled with the sums of the exponentials.
+    """
     channels = plan[CHANNELS]
     width = plan[TILE]
     weights = shift(voxel, _M)
@@ -99,17 +107,26 @@ def _load_tile(
         fill(largest, 0, count)
     fill(shift(voxel, _REST), 0, count)
     fill(shift(voxel, _TIES), 0, count)
+    sums = shift(wide, WIDTH)
+    fill(sums, 0, count)
     for c in range(channels):
         _exp_row(shift(tile, c * width), shift(exponentials, c * width), voxel, count)
-    one, two = like(voxel, 1), like(voxel, 2)
+        if c % GROUP == GROUP - 1:
+            carry(shift(voxel, _REST), sums, count)
+    carry(shift(voxel, _REST), sums, count)
+    one, two, quarter = like(voxel, 1), like(voxel, 2), like(voxel, 0.25)
+    for i in range(count):
+        voxel[_REST + i] = sums[i]
+        sums[i] += voxel[_TIES + i]
     for i in range(count):
         ties = voxel[_TIES + i]
         rest = voxel[_REST + i]
         inverse = one / (rest + ties)
         voxel[_INVERSE + i] = inverse
         voxel[_MI + i] = inverse * voxel[_M + i]
-        voxel[_Q + i] = (rest + (ties - one)) * inverse
-        voxel[_SINGLE + i] = one if ties == one else two
+        complement = (rest + (ties - one)) * inverse
+        voxel[_Q + i] = complement
+        voxel[_NEAR_ONE + i] = one if complement < quarter else two
     for i in range(count):
         # What is small beside the largest exponential, 1, is not lost in the sum.
         voxel[_LOG + i] = log1p(voxel[_REST + i] + (voxel[_TIES + i] - one))
@@ -233,6 +250,8 @@ def apply(
             )
             fill(shift(voxel, _SUM), 0, n)
             fill(shift(voxel, _SUM_REST), 0, n)
+            fill(wide, 0, n)
+            fill(shift(voxel, _TOTAL_REST), 0, n)
             for c in range(channels):
                 x = shift(tile, c * width)
                 e = shift(exponentials, c * width)
@@ -265,6 +284,18 @@ def apply(
                     t = x[i]
                     voxel[_SUM + i] += t
                     voxel[_SUM_REST + i] += zero if e[i] == one else t
+                if c % GROUP == GROUP - 1:
+                    carry(shift(voxel, _SUM), wide, n)
+                    carry(shift(voxel, _SUM_REST), shift(voxel, _TOTAL_REST), n)
+            carry(shift(voxel, _SUM), wide, n)
+            carry(shift(voxel, _TOTAL_REST), shift(voxel, _SUM_REST), n)
+            for i in range(n):
+                # Where several classes are there at once, the gradient can be the difference of
+                # nearly equal numbers: keep one of them in twice the digits.
+                factor = wide[i] / wide[WIDTH + i]
+                rounded = like(voxel, factor)
+                voxel[_HIGH + i] = rounded
+                voxel[_LOW + i] = factor - rounded
             for c in range(channels):
                 x = shift(tile, c * width)
                 e = shift(exponentials, c * width)
@@ -273,8 +304,8 @@ def apply(
                     y, t = e[i], x[i]
                     p = y * voxel[_INVERSE + i]
                     top = t * voxel[_Q + i] - p * voxel[_SUM_REST + i]
-                    other = t - p * voxel[_SUM + i]
-                    x[i] = top if y == voxel[_SINGLE + i] else other
+                    other = (t - y * voxel[_HIGH + i]) - y * voxel[_LOW + i]
+                    x[i] = top if y == voxel[_NEAR_ONE + i] else other
                 store(plan, operands[OUT], sample, c, first, n, x)
 
 

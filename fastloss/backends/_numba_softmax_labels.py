@@ -22,6 +22,7 @@ from fastloss.backends._numba_tile import (
     CROSS_ENTROPY,
     FEW,
     FOCAL,
+    GROUP,
     LOGITS,
     OUT,
     OVERLAP,
@@ -40,6 +41,7 @@ from fastloss.backends._numba_tile import (
     below_largest,
     blank,
     by_label,
+    carry,
     dot,
     dot3,
     fill,
@@ -76,7 +78,10 @@ _SHARED = 15 * WIDTH  # what the gradient of the other classes has in common
 _OWN = 16 * WIDTH  # the gradient of the own class
 _W1 = 17 * WIDTH
 _W2 = 18 * WIDTH
-ROWS = 19
+_A_TOTAL = 19 * WIDTH  # what is summed up of A so far
+_U_HIGH = 20 * WIDTH  # m / sum times the sum of the coefficients of uniform, and its rounding
+_U_LOW = 21 * WIDTH
+ROWS = 22
 
 
 @summing
@@ -168,8 +173,11 @@ def _load_tile(
 
 
 @inner
-def _activate(plan, voxel, tile, labels, count, weights, weighted):
-    """Exponentials of the other classes, and all that is known of the own class."""
+def _activate(plan, voxel, tile, labels, wide, count, weights, weighted):
+    """Exponentials of the other classes, and all that is known of the own class.
+
+    ``wide`` is filled with their sum.
+    """
     channels = plan[CHANNELS]
     width = plan[TILE]
     fill(shift(voxel, _REST), 0, count)
@@ -184,18 +192,30 @@ def _activate(plan, voxel, tile, labels, count, weights, weighted):
                 _exp_row_few_weighted(x, voxel, labels, c, weights[c], count)
             else:
                 _exp_row_few(x, voxel, labels, c, count)
+        for i in range(count):
+            wide[i] = voxel[_REST + i]
     else:
         gone = like(tile, -np.inf)
         for i in range(count):
             place = labels[i] * width + i
             voxel[_D + i] = tile[place]
             tile[place] = gone
+        fill(shift(voxel, _A), 0, count)
+        fill(wide, 0, count)
+        fill(shift(voxel, _A_TOTAL), 0, count)
         for c in range(channels):
             x = shift(tile, c * width)
             if weighted:
                 _exp_row_weighted(x, voxel, weights[c], count)
             else:
                 _exp_row(x, voxel, count)
+            if c % GROUP == GROUP - 1:
+                carry(shift(voxel, _REST), wide, count)
+                carry(shift(voxel, _A), shift(voxel, _A_TOTAL), count)
+        carry(shift(voxel, _REST), wide, count)
+        for i in range(count):
+            voxel[_REST + i] = wide[i]
+            voxel[_A + i] += voxel[_A_TOTAL + i]
         for i in range(count):
             d = voxel[_D + i] - voxel[_MAX + i]
             voxel[_D + i] = d
@@ -255,7 +275,7 @@ def reduce(
                 row = shift(out, slots[UNIFORM] * channels)
                 for c in range(channels):
                     row[c] += _uniform_row(shift(tile, c * width), voxel, n)
-            _activate(plan, voxel, tile, labels, n, tile, False)
+            _activate(plan, voxel, tile, labels, wide, n, tile, False)
             undefined = 0
             for i in range(n):
                 undefined += 0 if voxel[_REST + i] == voxel[_REST + i] else 1
@@ -308,28 +328,37 @@ def reduce(
 
 
 @inner
-def _gradient_row(x, voxel, a, u, count):
+def _uniform_gradient_row(x, voxel, u, count):
+    """Into W1."""
     for i in range(count):
-        x[i] = x[i] * (voxel[_MI + i] * a + voxel[_SHARED + i]) - voxel[_M + i] * u
+        e = x[i]
+        difference = e * voxel[_U_HIGH + i] - voxel[_M + i] * u
+        voxel[_W1 + i] = difference + e * voxel[_U_LOW + i]
 
 
 @inner
-def _gradient_row_few(x, voxel, labels, c, a, u, count):
+def _gradient_row(x, voxel, a, count):
+    for i in range(count):
+        x[i] = x[i] * (voxel[_MI + i] * a + voxel[_SHARED + i]) + voxel[_W1 + i]
+
+
+@inner
+def _gradient_row_few(x, voxel, labels, c, a, count):
     label = np.int32(c)
     for i in range(count):
         own = voxel[_OWN + i]
-        other = x[i] * (voxel[_MI + i] * a + voxel[_SHARED + i]) - voxel[_M + i] * u
+        other = x[i] * (voxel[_MI + i] * a + voxel[_SHARED + i]) + voxel[_W1 + i]
         x[i] = own if labels[i] == label else other
 
 
 @inner
-def _gradient_row_squared(x, voxel, labels, c, a, a2, u, count):
+def _gradient_row_squared(x, voxel, labels, c, a, a2, count):
     label = np.int32(c)
     for i in range(count):
         own = voxel[_OWN + i]
         p = x[i] * voxel[_INVERSE + i]
         slope = voxel[_M + i] * (a + a2 * p)
-        other = p * slope + (x[i] * voxel[_SHARED + i] - voxel[_M + i] * u)
+        other = p * slope + (x[i] * voxel[_SHARED + i] + voxel[_W1 + i])
         x[i] = own if labels[i] == label else other
 
 
@@ -361,17 +390,17 @@ def apply(
         predicted = slots[PREDICTED] >= 0
         squared = slots[PREDICTED_SQUARED] >= 0
         uniform = slots[UNIFORM] >= 0
-        all_uniform = zero
+        sum_of_uniform = 0.0
         if uniform:
             for c in range(channels):
-                all_uniform += by_uniform[c]
+                sum_of_uniform += by_uniform[c]
         for first in range(start, stop, width):
             n = min(width, stop - first)
             _load_tile(
                 plan, operands, numbers[0], sample, first, n, voxel, tile, labels, wide,
                 data(unused),
             )
-            _activate(plan, voxel, tile, labels, n, by_predicted, predicted)
+            _activate(plan, voxel, tile, labels, wide, n, by_predicted, predicted)
 
             # The derivative by p_y, and with it Σ_c p_c (the derivative by p_c − that by p_y).
             fill(h, 0, n)
@@ -414,27 +443,39 @@ def apply(
                     for i in range(n):
                         voxel[_V + i] += voxel[_W2 + i] * voxel[_W1 + i]
             fill(shift(voxel, _U), 0, n)
+            fill(shift(voxel, _U_HIGH), 0, n)
+            fill(shift(voxel, _U_LOW), 0, n)
+            fill(w1, 0, n)
             if uniform:
                 by_label(by_uniform, labels, n, channels, shift(voxel, _U))
-
+                # Where the classes are about equally likely, the gradient of uniform is the
+                # difference of nearly equal numbers: keep one of them in twice the digits.
+                for i in range(n):
+                    factor = voxel[_M + i] * sum_of_uniform / (wide[i] + voxel[_E + i])
+                    rounded = like(voxel, factor)
+                    voxel[_U_HIGH + i] = rounded
+                    voxel[_U_LOW + i] = factor - rounded
             for i in range(n):
                 weight = voxel[_M + i]
                 excess = voxel[_A + i] - voxel[_H + i] * voxel[_Q + i]
                 slope = weight * voxel[_V + i]
-                shared = weight * (all_uniform - voxel[_H + i] - excess) + slope
+                shared = slope - weight * (voxel[_H + i] + excess)
                 voxel[_SHARED + i] = shared * voxel[_INVERSE + i]
-                own = weight * (voxel[_P + i] * (all_uniform - excess) - voxel[_U + i])
+                e = voxel[_E + i]
+                own = e * voxel[_U_HIGH + i] - weight * voxel[_U + i] + e * voxel[_U_LOW + i]
+                own -= weight * voxel[_P + i] * excess
                 voxel[_OWN + i] = own - slope * voxel[_Q + i]
             for c in range(channels):
                 x = shift(tile, c * width)
                 a = by_predicted[c] if predicted else zero
-                u = by_uniform[c] if uniform else zero
+                if uniform:
+                    _uniform_gradient_row(x, voxel, by_uniform[c], n)
                 if squared:
-                    _gradient_row_squared(x, voxel, labels, c, a, two * by_squared[c], u, n)
+                    _gradient_row_squared(x, voxel, labels, c, a, two * by_squared[c], n)
                 elif channels <= FEW:
-                    _gradient_row_few(x, voxel, labels, c, a, u, n)
+                    _gradient_row_few(x, voxel, labels, c, a, n)
                 else:
-                    _gradient_row(x, voxel, a, u, n)
+                    _gradient_row(x, voxel, a, n)
             if (channels > FEW) & (not squared):
                 for i in range(n):
                     tile[labels[i] * width + i] = voxel[_OWN + i]

@@ -25,6 +25,9 @@ MORE = 24
 """Up to so many classes a pass over the voxels for each is faster than to read by the label, and
 than to add by the label."""
 
+GROUP = 16
+"""So many channels are summed by themselves, as a long sum gathers the rounding of each step."""
+
 # The numbers of a kernel's ``plan``, then the sizes of the spatial axes.
 CHANNELS, VOXELS, TILE, BLOCK, BLOCKS, BATCH, IGNORE, AXES, SIZES = range(9)
 """IGNORE: 0 nothing, 1 the voxels that hold the number, 2 those of more than half that class."""
@@ -197,6 +200,14 @@ def fill(row, value, count):
 
 
 @inner
+def carry(row, total, count):
+    """Add the row to the total and begin it anew."""
+    for i in range(count):
+        total[i] += row[i]
+    fill(row, 0, count)
+
+
+@inner
 def raise_to(row, x, count):
     for i in range(count):
         a, b = x[i], row[i]
@@ -313,7 +324,8 @@ def power(base, gamma, count, row):
             row[i] = np.sqrt(base[i])
     else:
         exponent = like(row, gamma)
-        infinity, largest = like(row, np.inf), like(row, 88)
+        infinity = like(row, np.inf)
+        largest = like(row, 88 if item_size(row) == 4 else 709)  # that exp takes
         at_zero = like(row, 0.0 if gamma > 0 else np.inf)
         for i in range(count):
             q = base[i]

@@ -163,7 +163,7 @@ class _Call:
         return (
             _aligned(elements, self.dtype),
             np.empty(WIDTH, np.int32),
-            np.empty(WIDTH, np.float64),
+            np.empty(2 * WIDTH, np.float64),
         )
 
 

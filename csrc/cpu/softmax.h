@@ -1,0 +1,111 @@
+// Softmax for any target: the exponentials of a tile.
+#pragma once
+
+#include "tile.h"
+
+namespace {
+
+constexpr int kAhead = 4;  // rows
+
+// Loads the logits to x and their maximum to a row; turns them into x − largest where infinite.
+template <class T>
+void load_and_maximum(Tile<T>& t) {
+  constexpr int L = lanes<T>;
+  T* largest = t.row(kLargest);
+  int64_t classes = t.job.classes;
+  if (t.direct()) {
+    for (int64_t c = 0; c < classes; c += 2) {
+      const T *from = t.direct_row(c), *next = t.direct_row(c + 1 < classes ? c + 1 : c);
+      const T* before = c ? largest : from;
+      T *to = t.x + c * t.stride, *to_next = c + 1 < classes ? to + t.stride : to;
+      // The processor follows each row by itself but cannot guess where the next one starts.
+      const T *soon = t.row_ahead(c + kAhead), *soon_next = t.row_ahead(c + kAhead + 1);
+      for (int v = 0; v < t.padded; v += L) {
+        if (v % (64 / int(sizeof(T))) == 0) {
+          prefetch(soon + v);
+          prefetch(soon_next + v);
+        }
+        Vec<T> a = load<T>(from + v), b = load<T>(next + v);
+        store<T>(to + v, a);
+        store<T>(to_next + v, b);
+        store<T>(largest + v, larger(b, larger(a, load<T>(before + v))));
+      }
+    }
+  } else {
+    t.load_logits();
+    std::memcpy(largest, t.x, sizeof(T) * size_t(t.padded));
+    for (int64_t c = 1; c < classes; ++c)
+      for (int v = 0; v < t.padded; v += L)
+        store<T>(largest + v, larger(load<T>(t.x + c * t.stride + v), load<T>(largest + v)));
+  }
+  IVec<T> infinite{};
+  for (int v = 0; v < t.padded; v += L)
+    infinite |= absolute<T>(load<T>(largest + v)) == T(INFINITY);
+  if (any<T>(infinite)) {
+    // Classes that share an infinite maximum share the probability; the others have none.
+    for (int v = 0; v < t.padded; ++v) {
+      T most = largest[v];
+      if (!(std::fabs(most) == T(INFINITY))) continue;
+      for (int64_t c = 0; c < classes; ++c) {
+        T& x = t.x[c * t.stride + v];
+        x = x == most ? T(0) : x == x ? T(-INFINITY) : x;
+      }
+      largest[v] = T(0);
+    }
+  }
+}
+
+// As `exponentials`, for the U vectors of voxels that start at v, whose sums stay in registers.
+template <class T, int U>
+FL_INLINE void exponential_columns(Tile<T>& t, int v) {
+  constexpr int L = lanes<T>;
+  int64_t classes = t.job.classes;
+  Vec<T> largest[U], rest[U] = {};
+  IVec<T> ties[U] = {};  // −(number of classes at the maximum)
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u) largest[u] = load<T>(t.row(kLargest) + v + u * L);
+  // Sums of many classes are made of sums of a few: rounding errors then do not pile up.
+  for (int64_t first = 0; first < classes; first += kFewClasses) {
+    int64_t last = first + kFewClasses < classes ? first + kFewClasses : classes;
+    Vec<T> few[U] = {};
+    T* x = t.x + first * t.stride + v;
+    for (int64_t c = first; c < last; ++c, x += t.stride) {
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) {
+        Vec<T> d = load<T>(x + u * L) - largest[u];
+        Vec<T> e = exponential<T>(d);
+        IVec<T> top = d == T(0);
+        store<T>(x + u * L, e);
+        // The sum without its largest member is exact to the last bit where one class dominates,
+        // and with it 1−p and log p are.
+        few[u] += drop<T>(top, e);
+        ties[u] += top;
+      }
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) rest[u] += few[u];
+  }
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u) {
+    Vec<T> tied = from_bits<T>(Numbers<T>::round_bits - ties[u]) - Numbers<T>::round;
+    store<T>(t.row(kInverse) + v + u * L, T(1) / (rest[u] + tied));
+    store<T>(t.row(kRest) + v + u * L, rest[u] + (tied - T(1)));
+  }
+}
+
+// x becomes e^(x−largest); rest, the sum but for one largest member, and 1 / sum.
+template <class T>
+void exponentials(Tile<T>& t) {
+  constexpr int L = lanes<T>, U = kVectorBytes < 32 ? 4 : 2;
+  int v = 0;
+  for (; v + U * L <= t.padded; v += U * L) exponential_columns<T, U>(t, v);
+  for (; v < t.padded; v += L) exponential_columns<T, 1>(t, v);
+}
+
+// 1 − p from what `exponentials` leaves, where `gap` is largest − x.
+template <class T>
+FL_INLINE Vec<T> complement(Vec<T> e, Vec<T> gap, Vec<T> rest, Vec<T> inverse) {
+  return select<T>(gap == T(0), rest, (rest + T(1)) - e) * inverse;
+}
+
+}  // namespace
