@@ -230,6 +230,22 @@ def test_temporaries_live_long_enough(backend: str) -> None:
         torch.full((2, 3, 3000), np.nan)  # would take the memory if it had been freed
 
 
+def test_memory_that_lives_with_its_export_alone(backend: str) -> None:
+    """An exporter may make the array when it is asked for it, and keep no reference."""
+    torch = need("torch")
+
+    class Lazy(Exporter):
+        def __dlpack__(self, **options: Any) -> Any:
+            return torch.tensor(self.array).__dlpack__(**options)
+
+    x, y = example(2, 3, (3000,), dtype=np.float32)
+    expected, gradient = LOSS.value_and_grad(x, y)
+    for _ in range(5):
+        value, gradient_again = LOSS.value_and_grad(Lazy(x), Lazy(y))
+        assert value == expected
+        np.testing.assert_array_equal(gradient_again, gradient)
+
+
 def test_changes_to_the_memory_are_seen(backend: str) -> None:
     torch = need("torch")
     x, y = example(2, 3, (300,), dtype=np.float32)

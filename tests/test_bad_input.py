@@ -264,6 +264,8 @@ def test_out_that_overlaps_an_input() -> None:
     assert "overlaps the logits" in rejects(ValueError, "out", x, Y, out=shifted)
     reordered = x.reshape(X.shape)[..., ::-1]
     rejects(ValueError, "out", x, Y, out=reordered)
+    square = np.zeros((2, 3, 4, 4), np.float32)
+    rejects(ValueError, "out", square, Y[..., :4], out=square.swapaxes(2, 3))
     g = G.copy()
     assert "overlaps the target" in rejects(ValueError, "out", X, g, out=g)
     labels = memory.view(np.int64)[: Y.size].reshape(Y.shape)

@@ -216,6 +216,8 @@ def test_losses_do_not_follow_their_arguments() -> None:
     before = loss(X, Y)
     weight[:] = [9, 1, 1]
     assert loss(X, Y) == before
+    with pytest.raises(ValueError, match="read-only"):
+        loss.weight[0] = 9
 
 
 # ------------------------------------------------------------------ a term of one's own

@@ -110,7 +110,7 @@ inline int64_t block_voxels(int64_t classes, int64_t voxels) {
 
 // Bytes of working memory that a thread needs for one block.
 using ScratchSize = size_t (*)(const Job&);
-// Adds nothing: writes the block's sums (S, C) and its sum of voxel weights.
+// Writes the block's sums (S + 1, C), the last slot being waste, and its sum of voxel weights.
 using Reduce = void (*)(const Job&, int64_t sample, int64_t first, int64_t last, void* scratch,
                         double* sums, double* weight, Faults* faults);
 using Apply = void (*)(const Job&, int64_t sample, int64_t first, int64_t last, void* scratch);

@@ -271,7 +271,8 @@ class Passes {
   static void run_reduce(const Job& job, double* sums, double* voxels, Faults* faults) {
     int64_t block = block_voxels(job.classes, job.voxels);
     int64_t blocks = (job.voxels + block - 1) / block, count = job.batch * blocks;
-    int64_t size = job.slots.count * job.classes;
+    int64_t size = (job.slots.count + 1) * job.classes;  // see Reduce
+    int64_t wanted = job.slots.count * job.classes;
     std::vector<double> partial(size_t(count * size)), weights(static_cast<size_t>(count));
     std::vector<Faults> found(static_cast<size_t>(count));
     parallel(count, kernels->scratch_size(job), [&](int64_t i, void* scratch) {
@@ -279,7 +280,7 @@ class Passes {
       kernels->reduce(job, sample, first, std::min(first + block, job.voxels), scratch,
                       partial.data() + i * size, &weights[size_t(i)], &found[size_t(i)]);
     });
-    std::fill(sums, sums + size * job.batch, 0.0);
+    std::fill(sums, sums + wanted * job.batch, 0.0);
     std::fill(voxels, voxels + job.batch, 0.0);
     for (int64_t i = 0; i < count; ++i) {
       int64_t sample = i / blocks;

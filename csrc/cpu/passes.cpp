@@ -20,7 +20,7 @@ template <class T>
 void reduce_block(const Job& job, int64_t sample, int64_t first, int64_t last, void* scratch,
                   double* sums, double* weight, Faults* faults) {
   Tile<T> tile(job, sample, scratch);
-  int64_t count = int64_t(job.slots.count) * job.classes;
+  int64_t count = int64_t(job.slots.count + 1) * job.classes;
   for (int64_t i = 0; i < count; ++i) sums[i] = 0;
   *weight = 0;
   Path path = path_of(job);

@@ -231,15 +231,36 @@ FL_INLINE void load_label_run(const char* p, int64_t stride, int count, I classe
   }
 }
 
+// Widens labels that are all in [0, classes), which is quickly seen; false if some are not.
 template <class S, class I>
-void load_labels_as(const char* base, const Runs& runs, I classes, bool has_ignore, I ignore,
+FL_INLINE bool load_plain_labels(const char* p, int count, I classes, int32_t* y) {
+  if constexpr (std::is_integral<S>::value) {
+    S low = 0, high = 0;
+    for (int i = 0; i < count; ++i) {
+      S value = read<S>(p + i * int64_t(sizeof(S)));
+      low = value < low ? value : low;
+      high = value > high ? value : high;
+    }
+    if (low < 0 || I(high) >= classes) return false;
+    for (int i = 0; i < count; ++i) y[i] = int32_t(read<S>(p + i * int64_t(sizeof(S))));
+    return true;
+  }
+  return false;
+}
+
+// Returns whether all labels are known to be classes.
+template <class S, class I>
+bool load_labels_as(const char* base, const Runs& runs, I classes, bool has_ignore, I ignore,
                     int32_t* y) {
+  bool all = true, may_be_plain = !has_ignore || ignore < I(0) || ignore >= classes;
   for (int r = 0; r < runs.count; ++r) {
     const auto& run = runs.run[r];
     const char* p = base + run.offset;
     int32_t* to = y + run.first;
     int64_t stride = runs.stride;
     bool contiguous = stride == int64_t(sizeof(S));
+    if (contiguous && may_be_plain && load_plain_labels<S, I>(p, run.count, classes, to)) continue;
+    all = false;
     if (contiguous && has_ignore)
       load_label_run<S, I, true, true>(p, stride, run.count, classes, ignore, to);
     else if (contiguous)
@@ -248,16 +269,18 @@ void load_labels_as(const char* base, const Runs& runs, I classes, bool has_igno
       load_label_run<S, I, false, true>(p, stride, run.count, classes, ignore, to);
     else load_label_run<S, I, false, false>(p, stride, run.count, classes, ignore, to);
   }
+  return all;
 }
 
 template <class S>
-void load_labels_int32(const char* base, const Runs& runs, int64_t classes, bool has_ignore,
+bool load_labels_int32(const char* base, const Runs& runs, int64_t classes, bool has_ignore,
                        int64_t ignore, int32_t* y) {
   bool fits = ignore >= INT32_MIN && ignore <= INT32_MAX;
-  load_labels_as<S, int32_t>(base, runs, int32_t(classes), has_ignore && fits, int32_t(ignore), y);
+  return load_labels_as<S, int32_t>(base, runs, int32_t(classes), has_ignore && fits,
+                                    int32_t(ignore), y);
 }
 
-inline void load_labels(const char* base, DType dtype, const Runs& runs, int64_t classes,
+inline bool load_labels(const char* base, DType dtype, const Runs& runs, int64_t classes,
                         bool has_ignore, int64_t ignore, int32_t* y) {
   switch (dtype) {
     case DType::u8:

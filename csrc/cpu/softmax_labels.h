@@ -85,11 +85,10 @@ FL_INLINE void add_classes(const Tile<T>& t, int64_t c, T* rest, const T* slope,
 // dominates, and with it 1−p and log p are. Returns whether the logits were near.
 template <class T>
 bool begin_softmax_labels(Tile<T>& t, const T* slope, T* dot) {
-  constexpr int L = lanes<T>;
   t.find_stretches();
   bool near = exponentials_near(t);
   if (!near) exponentials_far(t);
-  T *own = t.row(kLabelExp), *rest = t.row(kRest), *inverse = t.row(kInverse);
+  T *own = t.row(kLabelExp), *rest = t.row(kRest);
   t.take_rows(t.x, own);
   int64_t classes = t.job.classes;
   T *many = t.row(kSumOfMany), *dot_of_many = t.row(kDotOfMany);
@@ -113,25 +112,15 @@ bool begin_softmax_labels(Tile<T>& t, const T* slope, T* dot) {
     t.add_row(many, rest);
     if (slope) t.add_row(dot_of_many, dot);
   }
-  for (int v = 0; v < t.padded; v += L)
-    store<T>(inverse + v, T(1) / (load<T>(rest + v) + load<T>(own + v)));
   return near;
 }
 
-// −log p of the label's class.
+// −log p of the label's class, for a vector of voxels.
 template <class T>
-void label_losses(Tile<T>& t, bool near, T* loss) {
-  constexpr int L = lanes<T>;
-  T *own = t.row(kLabelExp), *rest = t.row(kRest), *gap = t.row(kLabelGap);
-  if (near) {
-    for (int v = 0; v < t.padded; v += L)
-      store<T>(loss + v, log_one_plus<T>(load<T>(rest + v) / load<T>(own + v)));
-  } else {
-    for (int v = 0; v < t.padded; v += L) {
-      Vec<T> e = load<T>(own + v), others = load<T>(rest + v), g = load<T>(gap + v);
-      store<T>(loss + v, g + log_one_plus<T>(select<T>(g == T(0), others, (others + e) - T(1))));
-    }
-  }
+FL_INLINE Vec<T> label_loss(Tile<T>& t, bool near, int v, Vec<T> own, Vec<T> rest) {
+  if (near) return log_one_plus<T>(rest / own);
+  Vec<T> gap = load<T>(t.row(kLabelGap) + v);
+  return gap + log_one_plus<T>(select<T>(gap == T(0), rest, (rest + own) - T(1)));
 }
 
 // sums[c] += Σ_v x[c][v] scale[v] for R classes.
@@ -152,21 +141,23 @@ FL_INLINE void add_products(const Tile<T>& t, int64_t c, const T* scale, double*
 template <class T, int R, bool kStream>
 FL_INLINE void write_gradient(const Tile<T>& t, const Writer<T>& writer, int64_t c, const T* k,
                               const T* slope, const T* turn, const T* at_label) {
-  const T *x = t.x + c * t.stride, *label = t.rows + kLabel * kMaxTile;
+  const T* x = t.x + c * t.stride;
   T* to[R];
   Vec<T> factor[R];
+  IVec<T> number[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     to[r] = writer.row(c + r);
     factor[r] = splat<T>(k ? k[c + r] : T(0));
+    number[r] = IVec<T>{} + typename Types<T>::Int(c + r);
   }
   for (int v = 0; v < t.padded; v += lanes<T>) {
     Vec<T> a = load<T>(slope + v), b = load<T>(turn + v), own = load<T>(at_label + v);
-    Vec<T> y = load<T>(label + v);
+    IVec<T> y = t.labels(v);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       Vec<T> g = load<T>(x + r * t.stride + v) * (a * factor[r] - b);
-      g = select<T>(y == T(c + r), own, g);
+      g = select<T>(y == number[r], own, g);
       if (kStream) stream<T>(to[r] + v, g);
       else store<T>(to[r] + v, g);
     }
@@ -181,23 +172,26 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
   bool near = begin_softmax_labels<T>(t, nullptr, nullptr);
   T *m = t.row(kWeight), *rest = t.row(kRest), *inverse = t.row(kInverse);
   T *own = t.row(kLabelExp), *scale = t.row(kA), *value = t.row(kB), *loss = t.row(kC);
+  bool logs = s.cross_entropy >= 0 || s.gammas > 0;
 
-  t.scatter(m, sums + s.reference * classes);
-  if (s.reference_squared >= 0) t.scatter(m, sums + s.reference_squared * classes);
+  // x has no part of the label, whose p is added by itself.
   Vec<T> all{};
   for (int v = 0; v < t.padded; v += L) {
-    Vec<T> w = load<T>(m + v);
+    Vec<T> w = load<T>(m + v), e = load<T>(own + v), others = load<T>(rest + v);
+    Vec<T> i = T(1) / (e + others), factor = w * i;
     all += w;
-    store<T>(scale + v, w * load<T>(inverse + v));
+    store<T>(inverse + v, i);
+    store<T>(scale + v, factor);
+    store<T>(value + v, e * factor);
+    // A voxel without weight has finite logits, so this product is never 0 · ∞.
+    if (logs) store<T>(loss + v, w * label_loss(t, near, v, e, others));
   }
   *weight += total<T>(all);
-
-  // x has no part of the label, which is added by itself.
-  if (s.overlap >= 0) {
-    for (int v = 0; v < t.padded; v += L)
-      store<T>(value + v, load<T>(own + v) * load<T>(scale + v));
-    t.scatter(value, sums + s.overlap * classes);
-  }
+  auto to_sum = [&](int slot) { return sums + (slot >= 0 ? slot : s.count) * classes; };
+  const T* const values[3] = {m, value, logs ? loss : m};
+  double* const targets[3] = {to_sum(s.reference), to_sum(s.overlap), to_sum(s.cross_entropy)};
+  t.template scatter<3>(values, targets);
+  if (s.reference_squared >= 0) t.scatter(m, to_sum(s.reference_squared));
   if (s.predicted >= 0) {
     double* to = sums + s.predicted * classes;
     t.scatter(value, to);
@@ -220,18 +214,10 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
       to[c] += total<T>(a);
     }
   }
-  if (s.cross_entropy < 0 && s.gammas == 0 && s.uniform < 0) return;
-
-  label_losses(t, near, loss);
-  if (s.cross_entropy >= 0) {
-    // A voxel without weight has finite logits, so this product is never 0 · ∞.
-    for (int v = 0; v < t.padded; v += L) store<T>(value + v, load<T>(m + v) * load<T>(loss + v));
-    t.scatter(value, sums + s.cross_entropy * classes);
-  }
   for (int f = 0; f < s.gammas; ++f) {
     for (int v = 0; v < t.padded; v += L) {
       Vec<T> q = power<T>(load<T>(rest + v) * load<T>(inverse + v), T(s.gamma[f]));
-      store<T>(value + v, focal_value<Vec<T>>(q, load<T>(loss + v)) * load<T>(m + v));
+      store<T>(value + v, focal_value<Vec<T>>(q, load<T>(loss + v)));
     }
     t.scatter(value, sums + s.focal[f] * classes);
   }
@@ -264,14 +250,17 @@ void apply_softmax_labels(Tile<T>& t) {
   const T* by_squared = coefficients(s.predicted_squared);
   const T *by_loss = coefficients(s.cross_entropy), *by_uniform = coefficients(s.uniform);
 
-  T *m = t.row(kWeight), *label = t.row(kLabel), *rest = t.row(kRest), *inverse = t.row(kInverse);
+  T *m = t.row(kWeight), *rest = t.row(kRest), *inverse = t.row(kInverse);
   T* own = t.row(kLabelExp);
   // Σ p_c · (derivative by p_c) over the classes but the label, without the overlap's, without m.
   T* others = t.row(kA);
   bool near = begin_softmax_labels<T>(t, by_predicted, others);
   if (!by_predicted) std::memset(others, 0, sizeof(T) * kMaxTile);
-  for (int v = 0; v < t.padded; v += L)
-    store<T>(others + v, load<T>(others + v) * load<T>(inverse + v));
+  for (int v = 0; v < t.padded; v += L) {
+    Vec<T> i = T(1) / (load<T>(rest + v) + load<T>(own + v));
+    store<T>(inverse + v, i);
+    store<T>(others + v, load<T>(others + v) * i);
+  }
   if (by_squared)
     for (int64_t first = 0; first < classes; first += kFewClasses) {
       int64_t last = first + kFewClasses < classes ? first + kFewClasses : classes;
@@ -292,36 +281,39 @@ void apply_softmax_labels(Tile<T>& t) {
   // What the label decides: the whole gradient at the label's class, and for the other classes
   // Σ_j t_j, where t_j is the derivative by log p_j.
   T *at_label = t.row(kB), *slope = t.row(kC), *turn = t.row(kD);
-  T *label_overlap = t.row(kE), *label_region = t.row(kF), *label_loss = t.row(kLargest);
-  t.gather(by_overlap, label_overlap);
-  t.gather(by_loss, label_loss);
-  t.gather(by_predicted, label_region);
+  T *own_overlap = t.row(kE), *own_region = t.row(kF), *own_loss = t.row(kLargest);
+  const T* const tables[3] = {by_overlap, by_loss, by_predicted};
+  T* const gathered[3] = {own_overlap, own_loss, own_region};
+  t.template gather<3>(tables, gathered);
   if (s.gammas > 0) {
     // Focal slopes join the cross-entropy's coefficient.
     T *loss = at_label, *k = turn;
-    label_losses(t, near, loss);
+    for (int v = 0; v < t.padded; v += L)
+      store<T>(loss + v, label_loss(t, near, v, load<T>(own + v), load<T>(rest + v)));
     for (int f = 0; f < s.gammas; ++f) {
       T gamma = T(s.gamma[f]);
-      t.gather(t.table + s.focal[f] * classes, k);
+      const T* const focal[1] = {t.table + s.focal[f] * classes};
+      T* const to[1] = {k};
+      t.template gather<1>(focal, to);
       for (int v = 0; v < t.padded; v += L) {
         Vec<T> i = load<T>(inverse + v), q = load<T>(rest + v) * i, p = load<T>(own + v) * i;
         // p log p → 0 as p → 0, and (1−p)^(γ−1) log p → 0 as p → 1.
         Vec<T> p_log_p = drop<T>(p == T(0), -(p * load<T>(loss + v)));
         Vec<T> less = gamma == 0 ? Vec<T>{} : drop<T>(q == T(0), power<T>(q, gamma - 1));
         Vec<T> change = focal_slope<Vec<T>, T>(power<T>(q, gamma), less, p_log_p, gamma);
-        store<T>(label_loss + v, load<T>(label_loss + v) + load<T>(k + v) * change);
+        store<T>(own_loss + v, load<T>(own_loss + v) + load<T>(k + v) * change);
       }
     }
   }
   T two = 2;
   if (by_squared)
     for (int v = 0; v < t.padded; ++v)
-      label_region[v] += two * by_squared[t.y[v]] * own[v] * inverse[v];
+      own_region[v] += two * by_squared[t.y[v]] * own[v] * inverse[v];
   for (int v = 0; v < t.padded; v += L) {
     Vec<T> i = load<T>(inverse + v), w = load<T>(m + v);
     Vec<T> q = load<T>(rest + v) * i, p = load<T>(own + v) * i;
-    Vec<T> region = load<T>(label_region + v), rests = load<T>(others + v) - uniform_total;
-    Vec<T> own_slope = p * load<T>(label_overlap + v) - load<T>(label_loss + v);
+    Vec<T> region = load<T>(own_region + v), rests = load<T>(others + v) - uniform_total;
+    Vec<T> own_slope = p * load<T>(own_overlap + v) - load<T>(own_loss + v);
     Vec<T> factor = w * i;
     store<T>(at_label + v, w * (p * (region * q - rests) + own_slope * q));
     store<T>(turn + v, factor * (rests + p * region + own_slope));
@@ -346,14 +338,15 @@ void apply_softmax_labels(Tile<T>& t) {
     for (int64_t c = 0; c < classes; ++c) {
       const T* e = t.x + c * t.stride;
       T* to = writer.row(c);
-      Vec<T> k = splat<T>(by_predicted ? by_predicted[c] : T(0)), number = splat<T>(T(c));
+      Vec<T> k = splat<T>(by_predicted ? by_predicted[c] : T(0));
+      IVec<T> number = IVec<T>{} + typename Types<T>::Int(c);
       Vec<T> k2 = splat<T>(by_squared ? two * by_squared[c] : T(0));
       Vec<T> u = splat<T>(by_uniform ? by_uniform[c] : T(0));
       for (int v = 0; v < t.padded; v += L) {
         Vec<T> x = load<T>(e + v), p = x * load<T>(inverse + v);
         Vec<T> g = x * (load<T>(slope + v) * (k + k2 * p) - load<T>(turn + v));
         g -= load<T>(m + v) * u;
-        g = select<T>(load<T>(label + v) == number, load<T>(at_label + v), g);
+        g = select<T>(t.labels(v) == number, load<T>(at_label + v), g);
         writer.put(to + v, g);
       }
     }

@@ -14,7 +14,7 @@ using fastloss::Job;
 // Named rows of one number per voxel.
 enum Row {
   kWeight,     // m; 0 for voxels that do not count and for padding
-  kLabel,      // the label as a number of the working type
+  kLabel,      // the label as an integer of 64 bits, where the working type is double
   kLargest,    // largest logit
   kRest,       // Σ e^(x−largest) over the classes below the largest
   kInverse,    // 1 / Σ e^(x−largest)
@@ -131,31 +131,42 @@ struct Tile {
   }
 
   void load_labels_of_tile(Faults* faults) {
-    load_labels(job.target.data + sample * job.target.batch_stride, job.target.dtype, target_runs,
-                job.classes, job.has_ignore, job.ignore, y);
+    bool all = load_labels(job.target.data + sample * job.target.batch_stride, job.target.dtype,
+                           target_runs, job.classes, job.has_ignore, job.ignore, y);
+    if (!all) find_unlabelled(faults);
+    for (int v = n; v < padded; ++v) y[v] = 0;
+    if constexpr (sizeof(T) == 8) {
+      int64_t* wide = (int64_t*)row(kLabel);
+      for (int v = 0; v < padded; ++v) wide[v] = y[v];
+    }
+  }
+
+  // Takes the weight from voxels whose label is ignored or no class.
+  void find_unlabelled(Faults* faults) {
     int32_t lowest = 0;
     for (int v = 0; v < n; ++v) lowest = y[v] < lowest ? y[v] : lowest;
-    if (lowest < 0) {
-      T* m = row(kWeight);
-      for (int v = 0; v < n; ++v)
-        if (y[v] < 0) {
-          if (y[v] == -1 && faults && faults->labels++ == 0) faults->first_label = raw_label(v);
-          m[v] = T(0);
-          y[v] = 0;
-        }
-      even = ones = false;
-      holes = true;
-    }
-    for (int v = n; v < padded; ++v) y[v] = 0;
-    T* label = row(kLabel);
-    for (int v = 0; v < padded; ++v) label[v] = T(y[v]);
+    if (lowest == 0) return;
+    T* m = row(kWeight);
+    for (int v = 0; v < n; ++v)
+      if (y[v] < 0) {
+        if (y[v] == -1 && faults && faults->labels++ == 0) faults->first_label = raw_label(v);
+        m[v] = T(0);
+        y[v] = 0;
+      }
+    even = ones = false;
+    holes = true;
+  }
+
+  // The labels as integers of the vectors' lanes.
+  FL_INLINE IVec<T> labels(int v) const {
+    if constexpr (sizeof(T) == 4) return bits<T>(load<T>((const T*)(y + v)));
+    else return bits<T>(load<T>(rows + kLabel * kMaxTile + v));
   }
 
   // Fills `same`, which the functions on label rows below need.
   void find_stretches() {
-    const T* label = row(kLabel);
     for (int v = 0; v < padded; v += lanes<T>) {
-      bool differ = any<T>(load<T>(label + v) != splat<T>(label[v]));
+      bool differ = any<T>(labels(v) != IVec<T>{} + y[v]);
       same[v / lanes<T>] = differ ? -1 : y[v];
     }
   }
@@ -188,33 +199,48 @@ struct Tile {
     }
   }
 
-  // to[v] = values[label of v], or 0 if there are none.
-  void gather(const T* values, T* to) const {
+  // to[k][v] = values[k][label of v], or 0 where there are no values, for K tables.
+  template <int K>
+  void gather(const T* const (&values)[K], T* const (&to)[K]) const {
     for (int v = 0; v < padded; v += lanes<T>) {
       int32_t label = same[v / lanes<T>];
-      if (!values) store<T>(to + v, Vec<T>{});
-      else if (label >= 0) store<T>(to + v, splat<T>(values[label]));
-      else
-        for (int i = v; i < v + lanes<T>; ++i) to[i] = values[y[i]];
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k)
+        if (!values[k]) store<T>(to[k] + v, Vec<T>{});
+        else if (label >= 0) store<T>(to[k] + v, splat<T>(values[k][label]));
+        else
+          for (int i = v; i < v + lanes<T>; ++i) to[k][i] = values[k][y[i]];
     }
   }
 
-  // sums[label of v] += values[v].
-  void scatter(const T* values, double* sums) const {
-    Vec<T> stretch{};
+  // sums[k][label of v] += values[k][v] for K sets of sums.
+  template <int K>
+  void scatter(const T* const (&values)[K], double* const (&sums)[K]) const {
+    Vec<T> stretch[K] = {};
     int32_t current = -1;
     for (int v = 0; v < padded; v += lanes<T>) {
       int32_t label = same[v / lanes<T>];
       if (label != current) {
-        if (current >= 0) sums[current] += total<T>(stretch);
-        stretch = Vec<T>{};
+        if (current >= 0)
+          for (int k = 0; k < K; ++k) sums[k][current] += total<T>(stretch[k]);
+        for (int k = 0; k < K; ++k) stretch[k] = Vec<T>{};
         current = label;
       }
-      if (label >= 0) stretch += load<T>(values + v);
-      else
-        for (int i = v; i < v + lanes<T>; ++i) sums[y[i]] += double(values[i]);
+      if (label >= 0) {
+#pragma GCC unroll 4
+        for (int k = 0; k < K; ++k) stretch[k] += load<T>(values[k] + v);
+      } else {
+        for (int i = v; i < v + lanes<T>; ++i)
+          for (int k = 0; k < K; ++k) sums[k][y[i]] += double(values[k][i]);
+      }
     }
-    if (current >= 0) sums[current] += total<T>(stretch);
+    if (current >= 0)
+      for (int k = 0; k < K; ++k) sums[k][current] += total<T>(stretch[k]);
+  }
+  void scatter(const T* values, double* sums) const {
+    const T* const one[1] = {values};
+    double* const to[1] = {sums};
+    scatter<1>(one, to);
   }
 
   double raw_label(int v) {
@@ -256,9 +282,9 @@ struct Tile {
       for (int v = n; v < padded; ++v) g[v] = T(0);
       if (holes) clear_holes(g);
     } else {
-      const T* label = row(kLabel);
+      const IVec<T> number = IVec<T>{} + typename Types<T>::Int(c);
       for (int v = 0; v < padded; v += lanes<T>)
-        store<T>(g + v, keep<T>(load<T>(label + v) == T(c), splat<T>(1)));
+        store<T>(g + v, keep<T>(labels(v) == number, splat<T>(1)));
     }
   }
 

@@ -25,11 +25,11 @@ struct Pair {
 };
 
 template <class T>
-FL_INLINE Pair<T> pair(const T* x0, const T* x1, const T* label) {
+FL_INLINE Pair<T> pair(const T* x0, const T* x1, IVec<T> label) {
   const IVec<T> sign = bits<T>(splat<T>(T(-0.0)));
   Pair<T> r;
   Vec<T> a = load<T>(x0), b = load<T>(x1);
-  r.one = load<T>(label) != T(0);
+  r.one = label != IVec<T>{};
   Vec<T> d = drop<T>(a == b, b - a);  // equal infinities share
   r.margin = from_bits<T>(bits<T>(d) ^ (~r.one & sign));
   r.e = exponential<T>(from_bits<T>(bits<T>(d) | sign));
@@ -44,31 +44,47 @@ template <class T, bool kEven, bool kLogs>
 void reduce_two_rows(Tile<T>& t, const T* x0, const T* x1, double* sums, double* weight) {
   constexpr int L = lanes<T>;
   const auto& s = t.job.slots;
-  const T *m = t.row(kWeight), *label = t.row(kLabel);
+  const T* m = t.row(kWeight);
   // By label: voxels, probability of the label, probability of the other, loss.
   Vec<T> all{}, n1{}, own0{}, own1{}, other0{}, other1{}, loss0{}, loss1{};
-  for (int v = 0; v < t.padded; v += L) {
-    prefetch(x0 + v + kPrefetch);
-    prefetch(x1 + v + kPrefetch);
-    Pair<T> r = pair<T>(x0 + v, x1 + v, label + v);
-    if (!kEven) {
-      Vec<T> w = load<T>(m + v);
-      r.own *= w;
-      r.other *= w;
-      all += w;
-      n1 += keep<T>(r.one, w);
-    } else {
-      n1 += keep<T>(r.one, splat<T>(1));
+  constexpr int kStep = 8 * L;
+  for (int first = 0; first < t.padded; first += kStep) {
+    int last = first + kStep < t.padded ? first + kStep : t.padded;
+    // Σ log(1+e) = log Π(1+e), of which the product less 1 is exact where the e are small.
+    Vec<T> product0{}, product1{};
+    for (int v = first; v < last; v += L) {
+      prefetch(x0 + v + kPrefetch);
+      prefetch(x1 + v + kPrefetch);
+      Pair<T> r = pair<T>(x0 + v, x1 + v, t.labels(v));
+      if (kLogs) {
+        Vec<T> loss = larger(splat<T>(0), -r.margin);
+        if (kEven) {
+          Vec<T> e0 = drop<T>(r.one, r.e), e1 = keep<T>(r.one, r.e);
+          product0 = product0 * e0 + (product0 + e0);
+          product1 = product1 * e1 + (product1 + e1);
+        } else {
+          loss = load<T>(m + v) * (loss + log_one_plus_small(r.e));
+        }
+        loss0 += drop<T>(r.one, loss);
+        loss1 += keep<T>(r.one, loss);
+      }
+      if (kEven) {
+        n1 += keep<T>(r.one, splat<T>(1));
+      } else {
+        Vec<T> w = load<T>(m + v);
+        r.own *= w;
+        r.other *= w;
+        all += w;
+        n1 += keep<T>(r.one, w);
+      }
+      own0 += drop<T>(r.one, r.own);
+      own1 += keep<T>(r.one, r.own);
+      other0 += drop<T>(r.one, r.other);
+      other1 += keep<T>(r.one, r.other);
     }
-    own0 += drop<T>(r.one, r.own);
-    own1 += keep<T>(r.one, r.own);
-    other0 += drop<T>(r.one, r.other);
-    other1 += keep<T>(r.one, r.other);
-    if (kLogs) {
-      Vec<T> loss = larger(splat<T>(0), -r.margin) + log_one_plus_small(r.e);
-      if (!kEven) loss *= load<T>(m + v);
-      loss0 += drop<T>(r.one, loss);
-      loss1 += keep<T>(r.one, loss);
+    if (kLogs && kEven) {
+      loss0 += log_one_plus<T>(product0);
+      loss1 += log_one_plus<T>(product1);
     }
   }
   double n = kEven ? double(t.n) : total<T>(all), ones = total<T>(n1);
@@ -109,13 +125,13 @@ void apply_two_classes(Tile<T>& t) {
   T turn = k(s.predicted, 1) - k(s.predicted, 0);
   Vec<T> if0 = splat<T>(turn - k(s.overlap, 0)), if1 = splat<T>(turn + k(s.overlap, 1));
   Vec<T> loss0 = splat<T>(k(s.cross_entropy, 0)), loss1 = splat<T>(k(s.cross_entropy, 1));
-  const T *m = t.row(kWeight), *label = t.row(kLabel);
+  const T* m = t.row(kWeight);
   Writer<T> writer(t, t.second);
   T *to0 = writer.row(0), *to1 = writer.row(1);
   for (int v = 0; v < t.padded; v += L) {
     prefetch(x0 + v + kPrefetch);
     prefetch(x1 + v + kPrefetch);
-    Pair<T> r = pair<T>(x0 + v, x1 + v, label + v);
+    Pair<T> r = pair<T>(x0 + v, x1 + v, t.labels(v));
     // By x₁, label 1: p₀ (p₁ k − loss₁); label 0: p₁ (p₀ k + loss₀).
     Vec<T> g = r.other * (r.own * select<T>(r.one, if1, if0) + select<T>(r.one, -loss1, loss0));
     if (!t.even) g *= load<T>(m + v);
