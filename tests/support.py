@@ -136,16 +136,20 @@ def tolerances(dtype: Any) -> tuple[float, float, float]:
 
 
 def assert_agree(
-    value: Any, gradient: np.ndarray, expected: tuple[Any, np.ndarray], scale: float = 0.0
+    value: Any,
+    gradient: np.ndarray,
+    expected: tuple[Any, np.ndarray],
+    scale: float = 0.0,
+    value_scale: float = 0.5,
 ) -> None:
     """Value and gradient agree with a float64 evaluation, to what the dtype promises.
 
-    ``scale`` is the size in norm that the gradient would have if nothing cancelled: where it
-    does, what is left is rounding.
+    ``scale`` is the size in norm that the gradient would have if nothing cancelled, and
+    ``value_scale`` that of the value: where it does, what is left is rounding.
     """
     expected_value, expected_gradient = expected
     by_value, by_gradient, step = tolerances(gradient.dtype)
-    np.testing.assert_allclose(value, expected_value, rtol=by_value, atol=by_value / 2)
+    np.testing.assert_allclose(value, expected_value, rtol=by_value, atol=by_value * value_scale)
     error = norm(gradient.astype(np.float64) - expected_gradient)
     fine = 1e-12 if gradient.dtype == np.float64 else 1e-6
     allowed = (

@@ -42,7 +42,7 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="no README.md here")
 def test_readme(backend: str) -> None:
-    """The Python blocks in order, as one session."""
+    """The Python blocks in order, as one program."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert blocks

@@ -214,17 +214,16 @@ void apply_general(Tile<T>& t) {
     }
   }
   if (softmax) t.add_row(t.row(kSumOfMany), sum);
-  Writer<T> writer(t, t.x);
-  for (int64_t c = 0; c < classes; ++c) {
-    const T* x = t.x + c * t.stride;
-    const T* turn = t.second + c * t.stride;
-    T* to = writer.row(c);
-    if (softmax)
-      for (int v = 0; v < t.padded; v += L) writer.put(to + v, at(turn, v) - at(x, v) * at(sum, v));
-    else
-      for (int v = 0; v < t.padded; v += L) writer.put(to + v, at(x, v));
-  }
-  writer.finish(t.second);
+  write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
+    for (int64_t c = 0; c < classes; ++c) {
+      const T *x = t.x + c * t.stride, *turn = t.second + c * t.stride;
+      auto to = row(c);
+      if (softmax)
+        for (int v = 0; v < t.padded; v += L) put(to + v, at(turn, v) - at(x, v) * at(sum, v));
+      else
+        for (int v = 0; v < t.padded; v += L) put(to + v, at(x, v));
+    }
+  });
 }
 
 }  // namespace

@@ -300,8 +300,9 @@ class Passes {
     parallel(count, kernels->scratch_size(job), [&](int64_t i, void* scratch) {
       // Backwards: what the reduce pass read last is in the caches still.
       i = count - 1 - i;
-      int64_t sample = i / blocks, first = i % blocks * block;
-      kernels->apply(job, sample, first, std::min(first + block, job.voxels), scratch);
+      int64_t sample = i / blocks, lead = voxels_to_line(job, sample);
+      int64_t first = i % blocks * block, last = std::min(first + block + lead, job.voxels);
+      kernels->apply(job, sample, first ? std::min(first + lead, last) : 0, last, scratch);
     });
   }
 };

@@ -36,8 +36,13 @@ template <class T>
 void apply_block(const Job& job, int64_t sample, int64_t first, int64_t last, void* scratch) {
   Tile<T> tile(job, sample, scratch);
   Path path = path_of(job);
-  for (int64_t v = first; v < last; v += tile.stride) {
-    tile.move(v, int(last - v < tile.stride ? last - v : tile.stride), nullptr);
+  int64_t lead = fastloss::voxels_to_line(job, sample);
+  for (int64_t v = first; v < last;) {
+    int64_t next = v + tile.stride;
+    if (v < lead && next > lead) next = lead;
+    if (next > last) next = last;
+    tile.move(v, int(next - v), nullptr);
+    v = next;
     if (path == Path::two_classes) apply_two_classes(tile);
     else if (path == Path::softmax_labels) apply_softmax_labels(tile);
     else apply_general(tile);

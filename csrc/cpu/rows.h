@@ -113,6 +113,37 @@ FL_INLINE Half narrow_half(float value) {
   return {uint16_t(result | sign)};
 }
 
+// The number type in memory of a dtype that is computed in T: f(S{}) with S as it lies there.
+template <class T, class F>
+void with_storage(DType dtype, const F& f) {
+  if constexpr (sizeof(T) == 8) f(double{});
+  else if (dtype == DType::f16) f(Half{});
+  else if (dtype == DType::bf16) f(Brain{});
+  else f(float{});
+}
+
+// A vector of numbers from memory.
+template <class S, class T>
+FL_INLINE Vec<T> load_as(const S* p) {
+  if constexpr (std::is_same<S, T>::value) {
+    return load<T>(p);
+  } else {
+#if defined(__AVX512F__)
+    __m256i narrow = _mm256_loadu_si256((const __m256i*)p);
+    if constexpr (std::is_same<S, Half>::value) return (Vec<T>)_mm512_cvtph_ps(narrow);
+    else return (Vec<T>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+#elif defined(__AVX2__) && defined(__F16C__)
+    __m128i narrow = _mm_loadu_si128((const __m128i*)p);
+    if constexpr (std::is_same<S, Half>::value) return (Vec<T>)_mm256_cvtph_ps(narrow);
+    else return (Vec<T>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
+#else
+    T wide[lanes<T>];
+    for (int i = 0; i < lanes<T>; ++i) wide[i] = widen(p[i]);
+    return load<T>(wide);
+#endif
+  }
+}
+
 template <class S, class T>
 void load_run(const char* p, int64_t stride, int count, T* row) {
   if (stride == int64_t(sizeof(S))) {
@@ -172,6 +203,45 @@ FL_INLINE void narrow(float v, float* p) { std::memcpy(p, &v, sizeof v); }
 FL_INLINE void narrow(float v, Half* p) { *p = narrow_half(v); }
 FL_INLINE void narrow(float v, Brain* p) { *p = narrow_brain(v); }
 FL_INLINE void narrow(double v, double* p) { std::memcpy(p, &v, sizeof v); }
+
+// A vector of numbers to memory, rounded to nearest, ties to even; `kStream`: past the caches,
+// for which p must be aligned to what is written.
+template <class S, bool kStream, class T>
+FL_INLINE void store_as(S* p, Vec<T> v) {
+  if constexpr (std::is_same<S, T>::value) {
+    if (kStream) stream<T>(p, v);
+    else store<T>(p, v);
+  } else {
+#if defined(__AVX512F__)
+    __m256i narrow;
+    if constexpr (std::is_same<S, Half>::value) {
+      narrow = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+    } else {
+      IVec<T> w = bits<T>(v), rounded = w + 0x7fff + ((w >> 16) & 1);
+      rounded = v == v ? rounded : IVec<T>{} + 0x7fc00000;
+      narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)rounded, 16));
+    }
+    if (kStream) _mm256_stream_si256((__m256i*)p, narrow);
+    else _mm256_storeu_si256((__m256i*)p, narrow);
+#elif defined(__AVX2__) && defined(__F16C__)
+    __m128i narrow;
+    if constexpr (std::is_same<S, Half>::value) {
+      narrow = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+    } else {
+      IVec<T> w = bits<T>(v), rounded = w + 0x7fff + ((w >> 16) & 1);
+      rounded = v == v ? rounded : IVec<T>{} + 0x7fc00000;
+      __m256i high = _mm256_srli_epi32((__m256i)rounded, 16);
+      narrow = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    }
+    if (kStream) _mm_stream_si128((__m128i*)p, narrow);
+    else _mm_storeu_si128((__m128i*)p, narrow);
+#else
+    T wide[lanes<T>];
+    store<T>(wide, v);
+    for (int i = 0; i < lanes<T>; ++i) narrow(wide[i], p + i);
+#endif
+  }
+}
 
 template <class S, class T>
 void store_runs(char* base, const Runs& runs, const T* row, bool past_caches) {
@@ -330,19 +400,40 @@ FL_INLINE void transpose4(const float* from, int64_t from_step, float* to, int64
 #endif
 }
 
-// to[j][i] = from[i][j] for `rows` i and `columns` j.
+// As transpose, for a number of columns known to the compiler, which makes vectors of it.
+template <int kColumns>
+void split_columns(const float* __restrict from, float* __restrict to, int64_t to_step,
+                   int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int j = 0; j < kColumns; ++j) to[j * to_step + i] = from[i * kColumns + j];
+}
+template <int kRows>
+void join_rows(const float* __restrict from, int64_t from_step, float* __restrict to,
+               int64_t columns) {
+  for (int64_t j = 0; j < columns; ++j)
+    for (int i = 0; i < kRows; ++i) to[j * kRows + i] = from[i * from_step + j];
+}
+
+// to[j][i] = from[i][j] for `rows` i and `columns` j. `from` and `to` are apart.
 inline void transpose(const float* from, int64_t from_step, float* to, int64_t to_step,
                       int64_t rows, int64_t columns) {
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {
-    int64_t j = 0;
-    for (; j + 4 <= columns; j += 4)
-      transpose4(from + i * from_step + j, from_step, to + j * to_step + i, to_step);
-    for (; j < columns; ++j)
-      for (int64_t k = 0; k < 4; ++k) to[j * to_step + i + k] = from[(i + k) * from_step + j];
+  if (columns == 2 && from_step == 2) return split_columns<2>(from, to, to_step, rows);
+  if (columns == 3 && from_step == 3) return split_columns<3>(from, to, to_step, rows);
+  if (rows == 2 && to_step == 2) return join_rows<2>(from, from_step, to, columns);
+  if (rows == 3 && to_step == 3) return join_rows<3>(from, from_step, to, columns);
+  if (rows < 4 || columns < 4) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) to[j * to_step + i] = from[i * from_step + j];
+    return;
   }
-  for (; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) to[j * to_step + i] = from[i * from_step + j];
+  // The last blocks overlap those before them where 4 does not divide.
+  for (int64_t i = 0; i < rows; i += 4) {
+    int64_t a = i + 4 <= rows ? i : rows - 4;
+    for (int64_t j = 0; j < columns; j += 4) {
+      int64_t b = j + 4 <= columns ? j : columns - 4;
+      transpose4(from + a * from_step + b, from_step, to + b * to_step + a, to_step);
+    }
+  }
 }
 
 }  // namespace

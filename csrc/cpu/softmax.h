@@ -13,9 +13,10 @@ void load_and_maximum(Tile<T>& t) {
   constexpr int L = lanes<T>;
   T* largest = t.row(kLargest);
   int64_t classes = t.job.classes;
-  if (t.direct()) {
+  bool direct = t.contiguous() && item_size(t.job.logits.dtype) == int(sizeof(T));
+  if (direct) {
     for (int64_t c = 0; c < classes; c += 2) {
-      const T *from = t.direct_row(c), *next = t.direct_row(c + 1 < classes ? c + 1 : c);
+      const T *from = t.source_row(c), *next = t.source_row(c + 1 < classes ? c + 1 : c);
       const T* before = c ? largest : from;
       T *to = t.x + c * t.stride, *to_next = c + 1 < classes ? to + t.stride : to;
       // The processor follows each row by itself but cannot guess where the next one starts.

@@ -12,21 +12,19 @@ namespace {
 // Exponentials of logits this small need no maximum taken off, nor do their quotients overflow.
 constexpr int kNear = 40;
 
-// x becomes e^x if all logits are near 0. False: some are not, and x is of no use.
-template <class T>
-bool exponentials_near(Tile<T>& t) {
+// x becomes e^x, of rows that lie in memory as numbers of type S, row(c). False: some are not near.
+template <class S, class T, class Row>
+bool exponentials_of_rows(Tile<T>& t, const Row& row, bool ahead) {
   constexpr int L = lanes<T>;
-  bool direct = t.direct();
-  if (!direct) t.load_logits();
   Vec<T> low{}, high{};
   for (int64_t c = 0; c < t.job.classes; ++c) {
     T* to = t.x + c * t.stride;
-    const T* from = direct ? t.direct_row(c) : to;
+    const S* from = row(c);
     // The processor follows each row by itself but cannot guess where the next one starts.
-    const T* soon = direct ? t.row_ahead(c + kAhead) : to;
+    const S* soon = ahead ? t.template row_ahead<S>(c + kAhead) : from;
     for (int v = 0; v < t.padded; v += L) {
-      if (v % (64 / int(sizeof(T))) == 0) prefetch(soon + v);
-      Vec<T> x = load<T>(from + v);
+      if (v % (64 / int(sizeof(S))) == 0) prefetch(soon + v);
+      Vec<T> x = load_as<S, T>(from + v);
       low = smaller(x, low);
       high = larger(x, high);
       store<T>(to + v, exponential_near<T>(x));
@@ -34,6 +32,21 @@ bool exponentials_near(Tile<T>& t) {
   }
   // NaN is in neither and makes its own way: its exponential is NaN.
   return !any<T>((low < -T(kNear)) | (high > T(kNear)));
+}
+
+// x becomes e^x if all logits are near 0. False: some are not, and x is of no use.
+template <class T>
+bool exponentials_near(Tile<T>& t) {
+  if (!t.contiguous()) {
+    t.load_logits();
+    return exponentials_of_rows<T>(t, [&](int64_t c) { return t.x + c * t.stride; }, false);
+  }
+  bool near = false;
+  with_storage<T>(t.job.logits.dtype, [&](auto number) {
+    using S = decltype(number);
+    near = exponentials_of_rows<S>(t, [&](int64_t c) { return t.template source_row<S>(c); }, true);
+  });
+  return near;
 }
 
 // x becomes e^(x−largest); the label's gap to the largest is kept.
@@ -138,16 +151,16 @@ FL_INLINE void add_products(const Tile<T>& t, int64_t c, const T* scale, double*
 }
 
 // The gradient of R classes from their e^(x−largest).
-template <class T, int R, bool kStream>
-FL_INLINE void write_gradient(const Tile<T>& t, const Writer<T>& writer, int64_t c, const T* k,
-                              const T* slope, const T* turn, const T* at_label) {
+template <int R, class T, class Row, class Put>
+FL_INLINE void write_gradient(const Tile<T>& t, const Row& row, const Put& put, int64_t c,
+                              const T* k, const T* slope, const T* turn, const T* at_label) {
   const T* x = t.x + c * t.stride;
-  T* to[R];
+  decltype(row(c)) to[R];
   Vec<T> factor[R];
   IVec<T> number[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
-    to[r] = writer.row(c + r);
+    to[r] = row(c + r);
     factor[r] = splat<T>(k ? k[c + r] : T(0));
     number[r] = IVec<T>{} + typename Types<T>::Int(c + r);
   }
@@ -157,9 +170,7 @@ FL_INLINE void write_gradient(const Tile<T>& t, const Writer<T>& writer, int64_t
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       Vec<T> g = load<T>(x + r * t.stride + v) * (a * factor[r] - b);
-      g = select<T>(y == number[r], own, g);
-      if (kStream) stream<T>(to[r] + v, g);
-      else store<T>(to[r] + v, g);
+      put(to[r] + v, select<T>(y == number[r], own, g));
     }
   }
 }
@@ -322,36 +333,30 @@ void apply_softmax_labels(Tile<T>& t) {
   if (by_uniform)
     for (int v = 0; v < t.padded; ++v) at_label[v] -= m[v] * by_uniform[t.y[v]];
 
-  Writer<T> writer(t, t.x);
-  if (!by_squared && !by_uniform) {
-    auto write = [&](auto past_caches) {
-      constexpr bool kStream = decltype(past_caches)::value;
+  write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
+    if (!by_squared && !by_uniform) {
       int64_t c = 0;
       for (; c + 4 <= classes; c += 4)
-        write_gradient<T, 4, kStream>(t, writer, c, by_predicted, slope, turn, at_label);
+        write_gradient<4>(t, row, put, c, by_predicted, slope, turn, at_label);
       for (; c < classes; ++c)
-        write_gradient<T, 1, kStream>(t, writer, c, by_predicted, slope, turn, at_label);
-    };
-    if (writer.past_caches) write(std::true_type{});
-    else write(std::false_type{});
-  } else {
+        write_gradient<1>(t, row, put, c, by_predicted, slope, turn, at_label);
+      return;
+    }
     for (int64_t c = 0; c < classes; ++c) {
       const T* e = t.x + c * t.stride;
-      T* to = writer.row(c);
+      auto to = row(c);
       Vec<T> k = splat<T>(by_predicted ? by_predicted[c] : T(0));
-      IVec<T> number = IVec<T>{} + typename Types<T>::Int(c);
       Vec<T> k2 = splat<T>(by_squared ? two * by_squared[c] : T(0));
       Vec<T> u = splat<T>(by_uniform ? by_uniform[c] : T(0));
+      IVec<T> number = IVec<T>{} + typename Types<T>::Int(c);
       for (int v = 0; v < t.padded; v += L) {
         Vec<T> x = load<T>(e + v), p = x * load<T>(inverse + v);
         Vec<T> g = x * (load<T>(slope + v) * (k + k2 * p) - load<T>(turn + v));
         g -= load<T>(m + v) * u;
-        g = select<T>(t.labels(v) == number, load<T>(at_label + v), g);
-        writer.put(to + v, g);
+        put(to + v, select<T>(t.labels(v) == number, load<T>(at_label + v), g));
       }
     }
-  }
-  writer.finish(t.second);
+  });
 }
 
 }  // namespace

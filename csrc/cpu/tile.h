@@ -303,20 +303,21 @@ struct Tile {
       store<T>(r + v, drop<T>(load<T>(m + v) == T(0), load<T>(r + v)));
   }
 
-  // Whether the rows of the logits can be used where they lie.
-  bool direct() const {
-    return logit_runs.count == 1 && logit_runs.stride == int64_t(sizeof(T)) && n == padded &&
-           !holes && job.logits.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64);
+  // Whether the rows of the logits can be used where they lie, numbers of type S.
+  bool contiguous() const {
+    return logit_runs.count == 1 && logit_runs.stride == item_size(job.logits.dtype) &&
+           n == padded && !holes;
   }
-  const T* direct_row(int64_t c) const {
-    return (const T*)(logits() + c * job.logits.channel_stride + logit_runs.run[0].offset);
+  template <class S = T>
+  const S* source_row(int64_t c) const {
+    return (const S*)(logits() + c * job.logits.channel_stride + logit_runs.run[0].offset);
   }
-
   // Row c where rows past the last class are those of the next tile. For prefetching only.
-  const T* row_ahead(int64_t c) const {
+  template <class S = T>
+  const S* row_ahead(int64_t c) const {
     int64_t tiles = 0;
     for (; c >= job.classes; c -= job.classes) ++tiles;
-    return direct_row(c) + tiles * stride;
+    return source_row<S>(c) + tiles * stride;
   }
 
   bool channels_last(const Array& a, const Runs& runs) const {
@@ -362,16 +363,10 @@ struct Tile {
     }
   }
 
-  // Prepares for store_gradient_row.
   void find_out() { out_runs.find(job.out, voxel, n); }
-  bool out_direct() const {
-    return out_runs.count == 1 && out_runs.stride == int64_t(sizeof(T)) && n == padded &&
-           job.out.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64);
-  }
   char* out_base(int64_t c) const {
     return job.out.data + sample * job.out.batch_stride + c * job.out.channel_stride;
   }
-  T* out_row(int64_t c) const { return (T*)(out_base(c) + out_runs.run[0].offset); }
 
   // Writes all rows of `from` (C, stride) to the gradient; `spare` is a buffer of that size.
   void store_gradient(const T* from, T* spare) {
@@ -395,30 +390,44 @@ struct Tile {
   }
 };
 
-// Writes the rows of a gradient one after the other: straight to memory where that is possible.
-template <class T>
+// Where the rows of a gradient are written: straight to memory, as numbers of type S, where they
+// are contiguous there; else to a buffer of T, and from there by `finish`.
+template <class T, class S>
 struct Writer {
   Tile<T>& tile;
   bool straight, past_caches;
-  T* buffer;
 
-  // `buffer` takes the rows that cannot be written straight.
-  Writer(Tile<T>& t, T* b) : tile(t), buffer(b) {
+  explicit Writer(Tile<T>& t) : tile(t) {
     t.find_out();
-    straight = t.out_direct();
+    straight = t.out_runs.count == 1 && t.out_runs.stride == int64_t(sizeof(S)) &&
+               item_size(t.job.out.dtype) == int(sizeof(S)) && t.n == t.padded;
     past_caches = straight && t.job.stream;
     if (past_caches)
       for (int64_t c = 0; c < t.job.classes; ++c)
-        past_caches = past_caches && uintptr_t(t.out_row(c)) % kVectorBytes == 0;
+        past_caches = past_caches && uintptr_t(row(c)) % 64 == 0;
   }
-  T* row(int64_t c) const { return straight ? tile.out_row(c) : buffer + c * tile.stride; }
-  FL_INLINE void put(T* p, Vec<T> v) const {
-    if (past_caches) stream<T>(p, v);
-    else store<T>(p, v);
-  }
-  void finish(T* spare) {
-    if (!straight) tile.store_gradient(buffer, spare);
-  }
+  S* row(int64_t c) const { return (S*)(tile.out_base(c) + tile.out_runs.run[0].offset); }
 };
+
+// Calls write(row, put) with the place of row c, row(c), and put(p, v), which stores a vector
+// there; `buffer` takes what cannot go straight to memory, `spare` is another such buffer.
+template <class T, class F>
+void write_rows(Tile<T>& t, T* buffer, T* spare, const F& write) {
+  with_storage<T>(t.job.out.dtype, [&](auto number) {
+    using S = decltype(number);
+    Writer<T, S> writer(t);
+    if (writer.past_caches) {
+      write([&](int64_t c) { return writer.row(c); },
+            [](S* p, Vec<T> v) { store_as<S, true, T>(p, v); });
+    } else if (writer.straight) {
+      write([&](int64_t c) { return writer.row(c); },
+            [](S* p, Vec<T> v) { store_as<S, false, T>(p, v); });
+    } else {
+      write([&](int64_t c) { return buffer + c * t.stride; },
+            [](T* p, Vec<T> v) { store<T>(p, v); });
+      t.store_gradient(buffer, spare);
+    }
+  });
+}
 
 }  // namespace

@@ -24,11 +24,11 @@ struct Pair {
   Vec<T> e, own, other;
 };
 
-template <class T>
-FL_INLINE Pair<T> pair(const T* x0, const T* x1, IVec<T> label) {
+template <class T, class S>
+FL_INLINE Pair<T> pair(const S* x0, const S* x1, IVec<T> label) {
   const IVec<T> sign = bits<T>(splat<T>(T(-0.0)));
   Pair<T> r;
-  Vec<T> a = load<T>(x0), b = load<T>(x1);
+  Vec<T> a = load_as<S, T>(x0), b = load_as<S, T>(x1);
   r.one = label != IVec<T>{};
   Vec<T> d = drop<T>(a == b, b - a);  // equal infinities share
   r.margin = from_bits<T>(bits<T>(d) ^ (~r.one & sign));
@@ -40,8 +40,8 @@ FL_INLINE Pair<T> pair(const T* x0, const T* x1, IVec<T> label) {
   return r;
 }
 
-template <class T, bool kEven, bool kLogs>
-void reduce_two_rows(Tile<T>& t, const T* x0, const T* x1, double* sums, double* weight) {
+template <class T, class S, bool kEven, bool kLogs>
+void reduce_two_rows(Tile<T>& t, const S* x0, const S* x1, double* sums, double* weight) {
   constexpr int L = lanes<T>;
   const auto& s = t.job.slots;
   const T* m = t.row(kWeight);
@@ -55,7 +55,7 @@ void reduce_two_rows(Tile<T>& t, const T* x0, const T* x1, double* sums, double*
     for (int v = first; v < last; v += L) {
       prefetch(x0 + v + kPrefetch);
       prefetch(x1 + v + kPrefetch);
-      Pair<T> r = pair<T>(x0 + v, x1 + v, t.labels(v));
+      Pair<T> r = pair<T, S>(x0 + v, x1 + v, t.labels(v));
       if (kLogs) {
         Vec<T> loss = larger(splat<T>(0), -r.margin);
         if (kEven) {
@@ -101,44 +101,62 @@ void reduce_two_rows(Tile<T>& t, const T* x0, const T* x1, double* sums, double*
   add(s.cross_entropy, total<T>(loss0), total<T>(loss1));
 }
 
+// Calls f(x0, x1) with the two rows of logits, as they lie in memory or loaded.
+template <class T, class F>
+void with_two_rows(Tile<T>& t, const F& f) {
+  if (t.contiguous()) {
+    with_storage<T>(t.job.logits.dtype, [&](auto number) {
+      using S = decltype(number);
+      f(t.template source_row<S>(0), t.template source_row<S>(1));
+    });
+  } else {
+    t.load_logits();
+    f((const T*)t.x, (const T*)t.x + t.stride);
+  }
+}
+
 template <class T>
 void reduce_two_classes(Tile<T>& t, double* sums, double* weight) {
-  bool direct = t.direct();
-  if (!direct) t.load_logits();
-  const T* x0 = direct ? t.direct_row(0) : t.x;
-  const T* x1 = direct ? t.direct_row(1) : t.x + t.stride;
   bool logs = t.job.slots.cross_entropy >= 0;
-  auto run = logs ? (t.even ? reduce_two_rows<T, true, true> : reduce_two_rows<T, false, true>)
-                  : (t.even ? reduce_two_rows<T, true, false> : reduce_two_rows<T, false, false>);
-  run(t, x0, x1, sums, weight);
+  with_two_rows(t, [&](const auto* x0, const auto* x1) {
+    using S = std::remove_const_t<std::remove_pointer_t<decltype(x0)>>;
+    auto run =
+        logs ? (t.even ? reduce_two_rows<T, S, true, true> : reduce_two_rows<T, S, false, true>)
+             : (t.even ? reduce_two_rows<T, S, true, false> : reduce_two_rows<T, S, false, false>);
+    run(t, x0, x1, sums, weight);
+  });
 }
 
 template <class T>
 void apply_two_classes(Tile<T>& t) {
   constexpr int L = lanes<T>;
   const auto& s = t.job.slots;
-  bool direct = t.direct();
-  if (!direct) t.load_logits();
-  const T* x0 = direct ? t.direct_row(0) : t.x;
-  const T* x1 = direct ? t.direct_row(1) : t.x + t.stride;
   auto k = [&](int slot, int c) { return slot >= 0 ? t.table[slot * 2 + c] : T(0); };
   T turn = k(s.predicted, 1) - k(s.predicted, 0);
   Vec<T> if0 = splat<T>(turn - k(s.overlap, 0)), if1 = splat<T>(turn + k(s.overlap, 1));
-  Vec<T> loss0 = splat<T>(k(s.cross_entropy, 0)), loss1 = splat<T>(k(s.cross_entropy, 1));
+  Vec<T> loss0 = splat<T>(k(s.cross_entropy, 0)), loss1 = splat<T>(-k(s.cross_entropy, 1));
   const T* m = t.row(kWeight);
-  Writer<T> writer(t, t.second);
-  T *to0 = writer.row(0), *to1 = writer.row(1);
-  for (int v = 0; v < t.padded; v += L) {
-    prefetch(x0 + v + kPrefetch);
-    prefetch(x1 + v + kPrefetch);
-    Pair<T> r = pair<T>(x0 + v, x1 + v, t.labels(v));
-    // By x₁, label 1: p₀ (p₁ k − loss₁); label 0: p₁ (p₀ k + loss₀).
-    Vec<T> g = r.other * (r.own * select<T>(r.one, if1, if0) + select<T>(r.one, -loss1, loss0));
-    if (!t.even) g *= load<T>(m + v);
-    writer.put(to1 + v, g);
-    writer.put(to0 + v, -g);
-  }
-  writer.finish(t.x);
+  bool even = t.even;
+  // The gradient by x₁. Computed for the whole tile first: stores to the result between the loads
+  // of the logits would hold those up wherever both have the same place in a page.
+  T* gradient = t.row(kA);
+  with_two_rows(t, [&](const auto* x0, const auto* x1) {
+    using S = std::remove_const_t<std::remove_pointer_t<decltype(x0)>>;
+    for (int v = 0; v < t.padded; v += L) {
+      prefetch(x0 + v + kPrefetch);
+      prefetch(x1 + v + kPrefetch);
+      Pair<T> r = pair<T, S>(x0 + v, x1 + v, t.labels(v));
+      // Label 1: p₀ (p₁ k − loss₁); label 0: p₁ (p₀ k + loss₀).
+      Vec<T> g = r.other * (r.own * select<T>(r.one, if1, if0) + select<T>(r.one, loss1, loss0));
+      if (!even) g *= load<T>(m + v);
+      store<T>(gradient + v, g);
+    }
+  });
+  write_rows(t, t.second, t.x, [&](const auto& row, const auto& put) {
+    auto *to0 = row(0), *to1 = row(1);
+    for (int v = 0; v < t.padded; v += L) put(to0 + v, -load<T>(gradient + v));
+    for (int v = 0; v < t.padded; v += L) put(to1 + v, load<T>(gradient + v));
+  });
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastloss.backends._numba_math import exp, log_sum
+from fastloss.backends._numba_math import exp, exp_near, log_sum
 from fastloss.backends._numba_pointers import data, like, shift
 from fastloss.backends._numba_tile import (
     BATCH,
@@ -20,7 +20,6 @@ from fastloss.backends._numba_tile import (
     CHANNELS,
     COUNTS,
     CROSS_ENTROPY,
-    FEW,
     FOCAL,
     GROUP,
     LOGITS,
@@ -37,6 +36,7 @@ from fastloss.backends._numba_tile import (
     WEIGHT_SUM,
     WIDTH,
     add_by_label,
+    add_three_by_label,
     any_infinite,
     below_largest,
     blank,
@@ -83,6 +83,10 @@ _U_HIGH = 20 * WIDTH  # m / sum times the sum of the coefficients of uniform, an
 _U_LOW = 21 * WIDTH
 ROWS = 22
 
+_NEAR = 32
+"""Exponentials of logits up to so far from 0 need no maximum taken off: neither they nor their
+quotients and squares leave the range of float32, however many classes there are."""
+
 
 @summing
 def _uniform_row(x, voxel, count):
@@ -93,29 +97,48 @@ def _uniform_row(x, voxel, count):
     return np.float64(s)
 
 
-@inner
-def _exp_row(x, voxel, count):
+# Each row looks for the voxels of its class, and leaves 0 there.
+
+
+@summing
+def _near_row(x, voxel, labels, c, count):
+    """Return how many logits are not near 0."""
+    zero, one, near = like(x, 0), like(x, 1), like(x, _NEAR)
+    label = np.int32(c)  # 64 bits would halve the vectors
+    far = zero
     for i in range(count):
-        e = exp(x[i] - voxel[_MAX + i])
-        x[i] = e
-        voxel[_REST + i] += e
+        here = labels[i] == label
+        d = x[i]
+        e = exp_near(d)
+        other = zero if here else e
+        x[i] = other
+        voxel[_REST + i] += other
+        voxel[_E + i] += e if here else zero
+        far += one if abs(d) > near else zero
+    return far
 
 
-@inner
-def _exp_row_weighted(x, voxel, weight, count):
+@summing
+def _near_row_weighted(x, voxel, labels, c, weight, count):
+    zero, one, near = like(x, 0), like(x, 1), like(x, _NEAR)
+    label = np.int32(c)
+    far = zero
     for i in range(count):
-        e = exp(x[i] - voxel[_MAX + i])
-        x[i] = e
-        voxel[_REST + i] += e
-        voxel[_A + i] += e * weight
-
-
-# The same where there are few classes, and each row looks for its own voxels.
+        here = labels[i] == label
+        d = x[i]
+        e = exp_near(d)
+        other = zero if here else e
+        x[i] = other
+        voxel[_REST + i] += other
+        voxel[_E + i] += e if here else zero
+        voxel[_A + i] += other * weight
+        far += one if abs(d) > near else zero
+    return far
 
 
 @inner
-def _exp_row_few(x, voxel, labels, c, count):
-    zero, label = like(x, 0), np.int32(c)  # 64 bits would halve the vectors
+def _far_row(x, voxel, labels, c, count):
+    zero, label = like(x, 0), np.int32(c)
     for i in range(count):
         here = labels[i] == label
         d = x[i] - voxel[_MAX + i]
@@ -128,8 +151,8 @@ def _exp_row_few(x, voxel, labels, c, count):
 
 
 @inner
-def _exp_row_few_weighted(x, voxel, labels, c, weight, count):
-    zero, label = like(x, 0), np.int32(c)  # 64 bits would halve the vectors
+def _far_row_weighted(x, voxel, labels, c, weight, count):
+    zero, label = like(x, 0), np.int32(c)
     for i in range(count):
         here = labels[i] == label
         d = x[i] - voxel[_MAX + i]
@@ -143,24 +166,67 @@ def _exp_row_few_weighted(x, voxel, labels, c, weight, count):
 
 
 @inner
-def _load_tile(
-    plan, operands, ignore, sample, first, count, voxel, tile, labels, wide, counts
-):
-    """Logits, labels and weights, and the largest logit. An infinite one is taken out at once."""
-    channels = plan[CHANNELS]
-    width = plan[TILE]
+def _load_voxels(plan, operands, ignore, sample, first, count, voxel, labels, wide, counts):
+    """Labels and weights. Returns whether any weight is 0."""
     weights = shift(voxel, _M)
     zeros = load_weights(plan, operands, sample, first, count, weights, wide, counts)
     zeros |= load_labels(
         plan, operands, ignore, sample, first, count, labels, weights, wide, counts
     )
+    return zeros
+
+
+@inner
+def _begin_sums(voxel, wide, count):
+    fill(shift(voxel, _REST), 0, count)
+    fill(shift(voxel, _E), 0, count)
+    fill(shift(voxel, _A), 0, count)
+    fill(shift(voxel, _A_TOTAL), 0, count)
+    fill(wide, 0, count)
+
+
+@inner
+def _carry_sums(voxel, wide, c, count):
+    if c % GROUP == GROUP - 1:
+        carry(shift(voxel, _REST), wide, count)
+        carry(shift(voxel, _A), shift(voxel, _A_TOTAL), count)
+
+
+@inner
+def _activate_near(
+    plan, operand, sample, first, count, zeros, voxel, tile, labels, wide, weights, weighted
+):
+    """Exponentials of the other classes and of the own one, if all logits are near 0.
+
+    Otherwise False is returned, and nothing that was computed is of use.
+    """
+    _begin_sums(voxel, wide, count)
+    for c in range(plan[CHANNELS]):
+        x = shift(tile, c * plan[TILE])
+        load(plan, operand, sample, c, first, count, x)
+        if zeros:
+            blank(x, shift(voxel, _M), count)
+        if weighted:
+            far = _near_row_weighted(x, voxel, labels, c, weights[c], count)
+        else:
+            far = _near_row(x, voxel, labels, c, count)
+        if far > 0:
+            return False
+        _carry_sums(voxel, wide, c, count)
+    return True
+
+
+@inner
+def _load_tile(plan, operand, sample, first, count, zeros, voxel, tile):
+    """All logits and the largest. An infinite one is taken out at once."""
+    channels = plan[CHANNELS]
+    width = plan[TILE]
     largest = shift(voxel, _MAX)
-    operand = operands[LOGITS]
     for c in range(channels):
         x = shift(tile, c * width)
         load(plan, operand, sample, c, first, count, x)
         if zeros:
-            blank(x, weights, count)
+            blank(x, shift(voxel, _M), count)
         if c == 0:
             for i in range(count):
                 largest[i] = x[i]
@@ -173,53 +239,27 @@ def _load_tile(
 
 
 @inner
-def _activate(plan, voxel, tile, labels, wide, count, weights, weighted):
-    """Exponentials of the other classes, and all that is known of the own class.
+def _activate_far(plan, voxel, tile, labels, wide, count, weights, weighted):
+    """The same with the largest logit taken off."""
+    _begin_sums(voxel, wide, count)
+    fill(shift(voxel, _D), 0, count)
+    for c in range(plan[CHANNELS]):
+        x = shift(tile, c * plan[TILE])
+        if weighted:
+            _far_row_weighted(x, voxel, labels, c, weights[c], count)
+        else:
+            _far_row(x, voxel, labels, c, count)
+        _carry_sums(voxel, wide, c, count)
 
-    ``wide`` is filled with their sum.
-    """
-    channels = plan[CHANNELS]
-    width = plan[TILE]
-    fill(shift(voxel, _REST), 0, count)
-    if weighted:
-        fill(shift(voxel, _A), 0, count)
-    if channels <= FEW:
-        fill(shift(voxel, _E), 0, count)
-        fill(shift(voxel, _D), 0, count)
-        for c in range(channels):
-            x = shift(tile, c * width)
-            if weighted:
-                _exp_row_few_weighted(x, voxel, labels, c, weights[c], count)
-            else:
-                _exp_row_few(x, voxel, labels, c, count)
-        for i in range(count):
-            wide[i] = voxel[_REST + i]
-    else:
-        gone = like(tile, -np.inf)
-        for i in range(count):
-            place = labels[i] * width + i
-            voxel[_D + i] = tile[place]
-            tile[place] = gone
-        fill(shift(voxel, _A), 0, count)
-        fill(wide, 0, count)
-        fill(shift(voxel, _A_TOTAL), 0, count)
-        for c in range(channels):
-            x = shift(tile, c * width)
-            if weighted:
-                _exp_row_weighted(x, voxel, weights[c], count)
-            else:
-                _exp_row(x, voxel, count)
-            if c % GROUP == GROUP - 1:
-                carry(shift(voxel, _REST), wide, count)
-                carry(shift(voxel, _A), shift(voxel, _A_TOTAL), count)
+
+@inner
+def _normalise(plan, voxel, wide, count):
+    """All that is known of the own class, once the exponentials are."""
+    if plan[CHANNELS] > GROUP:
         carry(shift(voxel, _REST), wide, count)
         for i in range(count):
             voxel[_REST + i] = wide[i]
             voxel[_A + i] += voxel[_A_TOTAL + i]
-        for i in range(count):
-            d = voxel[_D + i] - voxel[_MAX + i]
-            voxel[_D + i] = d
-            voxel[_E + i] = exp(d)
     one = like(voxel, 1)
     for i in range(count):
         e = voxel[_E + i]
@@ -232,8 +272,13 @@ def _activate(plan, voxel, tile, labels, wide, count, weights, weighted):
 
 
 @inner
-def _logarithms(voxel, count):
+def _logarithms(near, voxel, count):
     """Their values mean nothing where a logit is NaN; all that they enter is NaN for it anyway."""
+    if near:
+        for i in range(count):
+            odds = voxel[_REST + i] / voxel[_E + i]
+            voxel[_NLL + i] = log_sum(odds, voxel[_P + i])
+        return
     one = like(voxel, 1)
     for i in range(count):
         # The exponential of the largest logit is exactly 1, so nothing small is lost here.
@@ -257,7 +302,9 @@ def reduce(
     predicted = slots[PREDICTED]
     squared = slots[PREDICTED_SQUARED]
     logs = (slots[CROSS_ENTROPY] >= 0) | (slots[UNIFORM] >= 0) | (gammas > 0)
-    m, v = shift(voxel, _M), shift(voxel, _V)
+    m, v, w2 = shift(voxel, _M), shift(voxel, _V), shift(voxel, _W2)
+    unused = data(np.zeros(channels))
+    operand = operands[LOGITS]
     for block in range(begin, end):
         sample = block // plan[BLOCKS]
         start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
@@ -266,25 +313,42 @@ def reduce(
         count_of = shift(data(counts), block * COUNTS)
         for first in range(start, stop, width):
             n = min(width, stop - first)
-            _load_tile(
-                plan, operands, numbers[0], sample, first, n, voxel, tile, labels, wide, count_of
+            zeros = _load_voxels(
+                plan, operands, numbers[0], sample, first, n, voxel, labels, wide, count_of
             )
+            near = False
+            if slots[UNIFORM] < 0:  # which needs the logits themselves
+                near = _activate_near(
+                    plan, operand, sample, first, n, zeros, voxel, tile, labels, wide, tile, False
+                )
+            if not near:
+                _load_tile(plan, operand, sample, first, n, zeros, voxel, tile)
+                if slots[UNIFORM] >= 0:
+                    row = shift(out, slots[UNIFORM] * channels)
+                    for c in range(channels):
+                        row[c] += _uniform_row(shift(tile, c * width), voxel, n)
+                _activate_far(plan, voxel, tile, labels, wide, n, tile, False)
+            _normalise(plan, voxel, wide, n)
             count_of[WEIGHT_SUM] += total(m, n)
-            add_by_label(m, labels, n, channels, shift(out, slots[REFERENCE] * channels))
-            if slots[UNIFORM] >= 0:
-                row = shift(out, slots[UNIFORM] * channels)
-                for c in range(channels):
-                    row[c] += _uniform_row(shift(tile, c * width), voxel, n)
-            _activate(plan, voxel, tile, labels, wide, n, tile, False)
             undefined = 0
             for i in range(n):
                 undefined += 0 if voxel[_REST + i] == voxel[_REST + i] else 1
                 undefined += 0 if voxel[_E + i] == voxel[_E + i] else 1
             count_of[UNDEFINED] += undefined
-            if slots[OVERLAP] >= 0:
+            if logs:
+                _logarithms(near, voxel, n)
                 for i in range(n):
-                    voxel[_V + i] = voxel[_M + i] * voxel[_P + i]
-                add_by_label(v, labels, n, channels, shift(out, slots[OVERLAP] * channels))
+                    voxel[_W2 + i] = product(voxel, voxel[_M + i], voxel[_NLL + i])
+            for i in range(n):
+                voxel[_V + i] = voxel[_M + i] * voxel[_P + i]
+            add_three_by_label(
+                m, v, w2 if slots[CROSS_ENTROPY] >= 0 else m, labels, n, channels,
+                shift(out, slots[REFERENCE] * channels),
+                shift(out, slots[OVERLAP] * channels) if slots[OVERLAP] >= 0 else unused,
+                shift(out, slots[CROSS_ENTROPY] * channels)
+                if slots[CROSS_ENTROPY] >= 0
+                else unused,
+            )
             if predicted >= 0:
                 # The own class is the overlap, which is added at the end.
                 row = shift(out, predicted * channels)
@@ -300,12 +364,6 @@ def reduce(
                 for i in range(n):
                     voxel[_V + i] = voxel[_M + i] * (voxel[_P + i] * voxel[_P + i])
                 add_by_label(v, labels, n, channels, row)
-            if logs:
-                _logarithms(voxel, n)
-            if slots[CROSS_ENTROPY] >= 0:
-                for i in range(n):
-                    voxel[_V + i] = product(voxel, voxel[_M + i], voxel[_NLL + i])
-                add_by_label(v, labels, n, channels, shift(out, slots[CROSS_ENTROPY] * channels))
             if slots[UNIFORM] >= 0:
                 row = shift(out, slots[UNIFORM] * channels)
                 shared = dot(m, shift(voxel, _LOG), n)
@@ -337,17 +395,11 @@ def _uniform_gradient_row(x, voxel, u, count):
 
 
 @inner
-def _gradient_row(x, voxel, a, count):
-    for i in range(count):
-        x[i] = x[i] * (voxel[_MI + i] * a + voxel[_SHARED + i]) + voxel[_W1 + i]
-
-
-@inner
-def _gradient_row_few(x, voxel, labels, c, a, count):
+def _gradient_row(x, voxel, labels, c, a, count):
     label = np.int32(c)
     for i in range(count):
         own = voxel[_OWN + i]
-        other = x[i] * (voxel[_MI + i] * a + voxel[_SHARED + i]) + voxel[_W1 + i]
+        other = x[i] * (voxel[_MI + i] * a + voxel[_SHARED + i])
         x[i] = own if labels[i] == label else other
 
 
@@ -375,6 +427,7 @@ def apply(
     wide = data(wide_scratch)
     gammas = numbers.size - 1
     unused = np.zeros(COUNTS)
+    operand = operands[LOGITS]
     h, v, w1, w2 = shift(voxel, _H), shift(voxel, _V), shift(voxel, _W1), shift(voxel, _W2)
     zero, two = like(voxel, 0), like(voxel, 2)
     for block in range(begin, end):
@@ -396,11 +449,17 @@ def apply(
                 sum_of_uniform += by_uniform[c]
         for first in range(start, stop, width):
             n = min(width, stop - first)
-            _load_tile(
-                plan, operands, numbers[0], sample, first, n, voxel, tile, labels, wide,
-                data(unused),
+            zeros = _load_voxels(
+                plan, operands, numbers[0], sample, first, n, voxel, labels, wide, data(unused)
             )
-            _activate(plan, voxel, tile, labels, wide, n, by_predicted, predicted)
+            near = _activate_near(
+                plan, operand, sample, first, n, zeros, voxel, tile, labels, wide, by_predicted,
+                predicted,
+            )
+            if not near:
+                _load_tile(plan, operand, sample, first, n, zeros, voxel, tile)
+                _activate_far(plan, voxel, tile, labels, wide, n, by_predicted, predicted)
+            _normalise(plan, voxel, wide, n)
 
             # The derivative by p_y, and with it Σ_c p_c (the derivative by p_c − that by p_y).
             fill(h, 0, n)
@@ -410,11 +469,8 @@ def apply(
                 by_label(by_overlap, labels, n, channels, w1)
                 for i in range(n):
                     voxel[_H + i] += voxel[_W1 + i]
-            if predicted:
-                for i in range(n):
-                    voxel[_A + i] *= voxel[_INVERSE + i]
-            else:
-                fill(shift(voxel, _A), 0, n)
+            for i in range(n):
+                voxel[_A + i] *= voxel[_INVERSE + i]
             if squared:
                 by_label(by_squared, labels, n, channels, w1)
                 for i in range(n):
@@ -434,7 +490,7 @@ def apply(
             if slots[CROSS_ENTROPY] >= 0:
                 by_label(shift(here, slots[CROSS_ENTROPY] * step), labels, n, channels, v)
             if gammas > 0:
-                _logarithms(voxel, n)
+                _logarithms(near, voxel, n)
                 for j in range(gammas):
                     _focal_slope(voxel, numbers[1 + j], n)
                     by_label(
@@ -448,6 +504,9 @@ def apply(
             fill(w1, 0, n)
             if uniform:
                 by_label(by_uniform, labels, n, channels, shift(voxel, _U))
+                if channels <= GROUP:
+                    for i in range(n):
+                        wide[i] = voxel[_REST + i]
                 # Where the classes are about equally likely, the gradient of uniform is the
                 # difference of nearly equal numbers: keep one of them in twice the digits.
                 for i in range(n):
@@ -470,17 +529,11 @@ def apply(
                 a = by_predicted[c] if predicted else zero
                 if uniform:
                     _uniform_gradient_row(x, voxel, by_uniform[c], n)
-                if squared:
-                    _gradient_row_squared(x, voxel, labels, c, a, two * by_squared[c], n)
-                elif channels <= FEW:
-                    _gradient_row_few(x, voxel, labels, c, a, n)
+                if squared | uniform:
+                    a2 = two * by_squared[c] if squared else zero
+                    _gradient_row_squared(x, voxel, labels, c, a, a2, n)
                 else:
-                    _gradient_row(x, voxel, a, n)
-            if (channels > FEW) & (not squared):
-                for i in range(n):
-                    tile[labels[i] * width + i] = voxel[_OWN + i]
-            for c in range(channels):
-                x = shift(tile, c * width)
+                    _gradient_row(x, voxel, labels, c, a, n)
                 store(plan, operands[OUT], sample, c, first, n, x)
 
 

@@ -296,6 +296,42 @@ def add_by_label(values, labels, count, classes, sums):
             sums[labels[i]] += values[i]
 
 
+@summing
+def add_three_by_label(a, b, c, labels, count, classes, to_a, to_b, to_c):
+    """Add every voxel's three values to the sums of its label."""
+    zero = like(a, 0)
+    if classes <= MORE:
+        for k in range(classes):
+            s, t, u = zero, zero, zero
+            label = np.int32(k)
+            for i in range(count):
+                here = labels[i] == label
+                x, y, z = a[i], b[i], c[i]
+                s += x if here else zero
+                t += y if here else zero
+                u += z if here else zero
+            to_a[k] += s
+            to_b[k] += t
+            to_c[k] += u
+    else:
+        # Neighbours mostly have one label: what is added up in registers need not wait for memory.
+        label = labels[0]
+        s, t, u = 0.0, 0.0, 0.0
+        for i in range(count):
+            if labels[i] != label:
+                to_a[label] += s
+                to_b[label] += t
+                to_c[label] += u
+                s, t, u = 0.0, 0.0, 0.0
+                label = labels[i]
+            s += a[i]
+            t += b[i]
+            u += c[i]
+        to_a[label] += s
+        to_b[label] += t
+        to_c[label] += u
+
+
 @inner
 def by_label(table, labels, count, classes, row):
     """Fill a row with the table's number for each voxel's label."""

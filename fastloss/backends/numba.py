@@ -21,6 +21,7 @@ from fastloss.backends import (
     _numba_softmax_dense,
     _numba_softmax_labels,
     _numba_tile,
+    _numba_two_classes,
 )
 from fastloss.backends._numba_rows import loader, storer
 from fastloss.backends._numba_threads import Pool
@@ -34,6 +35,7 @@ _TILE_BYTES = 1 << 18  # of the logits of a tile: they stay in the second-level 
 _BLOCK_VOXELS = 4096
 _BLOCK_LOGITS = 1 << 18
 _BLOCKS = 1024  # at most, of a sample: the sums of the blocks take little memory beside the logits
+_OF_TWO = frozenset(("region", "cross_entropy"))  # all that the kernels of two classes compute
 _FEW_LOGITS = 1 << 14  # so few that a second thread takes longer to wake than to help
 
 
@@ -130,7 +132,12 @@ class _Call:
             self.kernels: Any = _numba_channels
             self.options: tuple[bool, ...] = (arrays.dense, request.activation == "sigmoid")
         else:
-            self.kernels = _numba_softmax_dense if arrays.dense else _numba_softmax_labels
+            if arrays.dense:
+                self.kernels = _numba_softmax_dense
+            elif x.shape[1] == 2 and request.needs <= _OF_TWO:
+                self.kernels = _numba_two_classes
+            else:
+                self.kernels = _numba_softmax_labels
             self.options = ()
 
         operands = strides.copy()
