@@ -23,8 +23,7 @@ COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-t
 ISAS = {
     "x86_64_v2": ["-march=x86-64-v2"],
     "x86_64_v3": ["-march=x86-64-v3"],
-    "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512",
-                  "-Wno-maybe-uninitialized"],
+    "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-Wno-maybe-uninitialized"],
 }
 
 
@@ -44,7 +43,8 @@ class BuildKernels(build_ext):
         except Exception as error:
             print(
                 "\n*** fastloss: the C++ kernels could not be built, so Numba or NumPy will "
-                f"compute, slower.\n*** Install a C++17 compiler with OpenMP and reinstall. ({error})\n",
+                "compute, slower.\n*** Install a C++17 compiler with OpenMP and reinstall. "
+                f"({error})\n",
                 file=sys.stderr,
             )
 
@@ -139,8 +139,6 @@ class BuildKernels(build_ext):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[
-            Extension("fastloss._cpu", [str(SOURCES / "module.cpp")], optional=True)
-        ],
+        ext_modules=[Extension("fastloss._cpu", [str(SOURCES / "module.cpp")], optional=True)],
         cmdclass={"build_ext": BuildKernels},
     )

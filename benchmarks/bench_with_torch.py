@@ -26,8 +26,13 @@ def test_with_torch(size, benchmark, threads):
         def pair():
             for after_torch in seconds:
                 answer = run_apart(
-                    "time", folder, implementation=BACKEND, loss="dice_ce", threads=threads,
-                    after_torch=after_torch, repeats=15,
+                    "time",
+                    folder,
+                    implementation=BACKEND,
+                    loss="dice_ce",
+                    threads=threads,
+                    after_torch=after_torch,
+                    repeats=15,
                 )
                 seconds[after_torch].append(answer["seconds"])
 

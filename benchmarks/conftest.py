@@ -72,9 +72,7 @@ def timed(benchmark: Any, limits: dict[str, float]) -> Callable[..., None]:
             if iterations == 1:
                 benchmark.pedantic(function, setup=call.reset, rounds=rounds, warmup_rounds=1)
             else:
-                benchmark.pedantic(
-                    function, rounds=rounds, iterations=iterations, warmup_rounds=1
-                )
+                benchmark.pedantic(function, rounds=rounds, iterations=iterations, warmup_rounds=1)
         call.reset()
         if benchmark.stats is None:  # --benchmark-disable
             return

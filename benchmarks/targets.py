@@ -162,8 +162,16 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
     """The report in Markdown."""
     made = machine()
     header = (
-        "", "fastest peer", "its ms", "fastloss ms", "ratio", "ns per logit", "of limit",
-        "value, of limit", "copy GB/s", "read GB/s",
+        "",
+        "fastest peer",
+        "its ms",
+        "fastloss ms",
+        "ratio",
+        "ns per logit",
+        "of limit",
+        "value, of limit",
+        "copy GB/s",
+        "read GB/s",
     )
     rows = [
         (
@@ -187,9 +195,7 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
         "dense_ratio_per_byte": "dense float32 target, per byte moved",
         "numba_ratio": "Numba backend",
     }
-    ratios = [
-        (title, *(table.times(r[name]) for r in results)) for name, title in variants.items()
-    ]
+    ratios = [(title, *(table.times(r[name]) for r in results)) for name, title in variants.items()]
     isa = f", {made['instruction_set']}" if made["instruction_set"] else ""
     parts = [
         f"{made['processor']}, {made['cores']} cores, {made['threads']} threads{isa}; Python "
@@ -249,7 +255,10 @@ def main() -> int:
     if options.out is not None:
         (options.out / "targets.md").write_text(text, encoding="utf-8")
         everything = {
-            "machine": machine(), "backend": run.backend, "sizes": results, "small": small,
+            "machine": machine(),
+            "backend": run.backend,
+            "sizes": results,
+            "small": small,
             "missing": run.missing,
         }
         (options.out / "targets.json").write_text(

@@ -26,8 +26,6 @@ from fastloss.terms import (
 from fastloss.threads import get_num_threads, set_num_threads
 from fastloss.version import __version__
 
-
-
 __all__ = [
     "CrossEntropy",
     "Dice",

@@ -83,31 +83,48 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add(
-        "--volume", default=default_volume(), metavar="VOLUME",
+        "--volume",
+        default=default_volume(),
+        metavar="VOLUME",
         help="'brain' (tissues of the MNI152 template, from the nilearn package), 'phantom' (a "
         "procedural torso) or the path of a NIfTI label map",
     )
     add(
-        "--classes", type=_at_least(2), default=None, metavar="N",
+        "--classes",
+        type=_at_least(2),
+        default=None,
+        metavar="N",
         help="number of classes; as many as the volume has, or 4 for the phantom, if not given",
     )
     add(
-        "--size", type=_size, default="128", metavar="SIZE",
+        "--size",
+        type=_size,
+        default="128",
+        metavar="SIZE",
         help="voxels, as 128 or 128x128x96; the volume is cut around its middle, and mirrored "
         "where it is smaller",
     )
     add("--batch", type=_at_least(1), default=1, metavar="N", help="samples")
     add("--dtype", choices=DTYPES, default="float32", help="of the logits")
     add(
-        "--losses", type=_subset(LOSSES), default="dice_ce", metavar="LIST",
+        "--losses",
+        type=_subset(LOSSES),
+        default="dice_ce",
+        metavar="LIST",
         help=f"comma-separated, of {', '.join(LOSSES)}",
     )
     add(
-        "--backends", type=_subset(BACKENDS), default=",".join(BACKENDS), metavar="LIST",
+        "--backends",
+        type=_subset(BACKENDS),
+        default=",".join(BACKENDS),
+        metavar="LIST",
         help=f"comma-separated, of {', '.join(BACKENDS)}",
     )
     add(
-        "--peers", type=_subset(PEERS, everything=True), default="all", metavar="LIST",
+        "--peers",
+        type=_subset(PEERS, everything=True),
+        default="all",
+        metavar="LIST",
         help=f"comma-separated, of {', '.join(PEERS)}; 'all' or 'none'",
     )
     add("--repeats", type=_at_least(1), default=7, metavar="N", help="samples of each time")
@@ -166,9 +183,7 @@ def _at_least(low: int) -> Callable[[str], int]:
         except ValueError:
             value = low - 1
         if value < low:
-            raise argparse.ArgumentTypeError(
-                f"expected an integer of at least {low}, got {text!r}"
-            )
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {low}, got {text!r}")
         return value
 
     return convert
@@ -179,9 +194,7 @@ def _size(text: str) -> tuple[int, int, int]:
     if len(parts) in (1, 3) and all(p.isdecimal() and int(p) > 0 for p in parts):
         edges = [int(p) for p in parts] * (3 if len(parts) == 1 else 1)
         return edges[0], edges[1], edges[2]
-    raise argparse.ArgumentTypeError(
-        f"expected voxels as 128 or as 128x128x96, got {text!r}"
-    )
+    raise argparse.ArgumentTypeError(f"expected voxels as 128 or as 128x128x96, got {text!r}")
 
 
 def _subset(

@@ -16,9 +16,7 @@ _FOCAL_OPTIONS = ("gamma", "alpha")
 _CROSS_ENTROPY_OPTIONS = ("label_smoothing",)
 
 
-def cross_entropy_loss(
-    logits: Any, target: Any, voxel_weight: Any = None, **options: Any
-) -> Any:
+def cross_entropy_loss(logits: Any, target: Any, voxel_weight: Any = None, **options: Any) -> Any:
     """Cross-entropy; options of `fastloss.CrossEntropy` and `fastloss.Loss`, arrays as there."""
     return _loss((CrossEntropy,), options)(logits, target, voxel_weight)
 

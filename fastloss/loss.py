@@ -61,7 +61,9 @@ class Loss:
         if not terms:
             raise ValueError("terms: expected at least one term")
         given = {
-            "activation": activation, "ignore_index": ignore_index, "channel_axis": channel_axis
+            "activation": activation,
+            "ignore_index": ignore_index,
+            "channel_axis": channel_axis,
         }
         if activation is not None:
             check_choice("activation", activation, ACTIVATIONS)
@@ -205,7 +207,9 @@ class Loss:
             raise TypeError(f"statistics: expected Statistics, got {type(statistics).__name__}")
         request = statistics.request
         if (request.activation, request.ignore_index, request.needs) != (
-            self.activation, self.ignore_index, self._needs
+            self.activation,
+            self.ignore_index,
+            self._needs,
         ):
             raise ValueError("statistics: these are the sums of another loss")
         for _, term in self.terms:
@@ -215,7 +219,13 @@ class Loss:
         parts = [(weight, *term.combine(statistics)) for weight, term in self.terms]
         total = parts[0][1] if parts[0][0] == 1.0 else parts[0][0] * parts[0][1]
         for weight, value, _ in parts[1:]:
-            total = total + (value if weight == 1.0 else weight * value)
+            try:
+                total = total + (value if weight == 1.0 else weight * value)
+            except ValueError:
+                raise ValueError(
+                    "reduction: the values of the terms do not add, as their shapes are "
+                    + ", ".join(str(np.shape(part[1])) for part in parts)
+                ) from None
         shape = np.shape(total)
 
         def pullback(upstream: Any) -> np.ndarray:
@@ -327,7 +337,5 @@ def _reduce_to(upstream: Any, shape: tuple[int, ...], own: tuple[int, ...]) -> A
     if own == shape:
         return upstream
     axes = tuple(range(len(shape) - len(own)))
-    axes += tuple(
-        i + len(axes) for i, n in enumerate(own) if n == 1 and shape[i + len(axes)] != 1
-    )
+    axes += tuple(i + len(axes) for i, n in enumerate(own) if n == 1 and shape[i + len(axes)] != 1)
     return upstream.sum(axis=axes, keepdims=True).reshape(own)

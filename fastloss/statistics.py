@@ -57,6 +57,4 @@ class Statistics:
 
     def _describe(self) -> str:
         kind = "dense" if self.request.dense else "labels"
-        return (
-            f"{self.request.slots} of {kind} for batch {self.batch_size}, {self.classes} classes"
-        )
+        return f"{self.request.slots} of {kind} for batch {self.batch_size}, {self.classes} classes"

@@ -24,7 +24,9 @@ def set_num_threads(number: int) -> None:
         count = operator.index(number)
     except TypeError:
         raise TypeError(f"number: expected an integer, got {number!r}") from None
-    if isinstance(number, bool) or count < 1:
+    if isinstance(number, bool):
+        raise TypeError(f"number: expected an integer, got {number!r}")
+    if count < 1:
         raise ValueError(f"number: expected at least 1, got {number!r}")
     limit_threads(count)
 

@@ -59,7 +59,11 @@ def python(
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     return subprocess.run(
         [sys.executable, "-c", code],
-        capture_output=True, text=True, timeout=timeout, env=variables, check=False,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=variables,
+        check=False,
     )
 
 
@@ -152,7 +156,5 @@ def assert_agree(
     np.testing.assert_allclose(value, expected_value, rtol=by_value, atol=by_value * value_scale)
     error = norm(gradient.astype(np.float64) - expected_gradient)
     fine = 1e-12 if gradient.dtype == np.float64 else 1e-6
-    allowed = (
-        by_gradient * norm(expected_gradient) + fine * scale + step * np.sqrt(gradient.size)
-    )
+    allowed = by_gradient * norm(expected_gradient) + fine * scale + step * np.sqrt(gradient.size)
     assert error <= allowed, f"gradient off by {error:.3g}, allowed {allowed:.3g}"

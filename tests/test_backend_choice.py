@@ -126,9 +126,24 @@ def test_use_of_an_absent_backend_says_why() -> None:
 
 def test_import_brings_no_optional_package() -> None:
     optional = (
-        "torch", "jax", "jaxlib", "numba", "tensorflow", "cupy", "monai", "scipy", "ml_dtypes",
-        "matplotlib", "nibabel", "nilearn", "keras", "hypothesis", "pytest", "threadpoolctl",
-        "multiprocessing", "argparse",
+        "torch",
+        "jax",
+        "jaxlib",
+        "numba",
+        "tensorflow",
+        "cupy",
+        "monai",
+        "scipy",
+        "ml_dtypes",
+        "matplotlib",
+        "nibabel",
+        "nilearn",
+        "keras",
+        "hypothesis",
+        "pytest",
+        "threadpoolctl",
+        "multiprocessing",
+        "argparse",
     )
     out = run_python(
         "import sys, numpy\nbefore = set(sys.modules)\nimport fastloss\n"

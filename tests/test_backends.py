@@ -22,11 +22,26 @@ SPATIAL = (
 )  # fmt: skip
 CLASSES = (1, 2, 3, 4, 5, 7, 8, 9, 14, 15, 16, 17, 31, 32, 33, 40)
 LABEL_TYPES = (
-    "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64",
+    "uint8",
+    "int8",
+    "uint16",
+    "int16",
+    "uint32",
+    "int32",
+    "uint64",
+    "int64",
+    "float32",
+    "float64",
     "float16",
 )
 LAYOUTS = (
-    "contiguous", "channels last", "fortran", "cropped", "reversed", "stepped", "transposed",
+    "contiguous",
+    "channels last",
+    "fortran",
+    "cropped",
+    "reversed",
+    "stepped",
+    "transposed",
     "wide",
 )
 
@@ -86,7 +101,8 @@ def term(draw: st.DrawFn, classes: int, activation: str) -> fl.Term:
     reduction = draw(st.sampled_from(["mean", "sum"]))
     if name == "CrossEntropy":
         return fl.CrossEntropy(
-            weight=class_weight(classes), reduction=reduction,
+            weight=class_weight(classes),
+            reduction=reduction,
             label_smoothing=draw(st.sampled_from([0.0, 0.1, 0.5])),
         )
     if name == "Focal":
@@ -102,8 +118,10 @@ def term(draw: st.DrawFn, classes: int, activation: str) -> fl.Term:
     }
     if name == "Tversky":
         options |= {
-            "alpha": draw(st.sampled_from([0.3, 0.5])), "beta": draw(st.sampled_from([0.5, 0.7])),
-            "gamma": draw(st.sampled_from([1.0, 0.75, 1.5])),
+            "alpha": draw(st.sampled_from([0.3, 0.5])),
+            "beta": draw(st.sampled_from([0.5, 0.7])),
+            # With p² and soft targets 1 − TI crosses 0, where below γ = 1 its power has no slope.
+            "gamma": draw(st.sampled_from([1.0, 1.5] if options["squared"] else [1.0, 0.75, 1.5])),
         }
     if name == "GeneralizedDice":
         options["weighting"] = draw(st.sampled_from(["square", "simple", "uniform"]))
@@ -135,9 +153,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...]) -> Case:
     if ignore_index is not None and (classes == 1 or ignore_index == 100 >= classes):
         ignore_index = -1 if classes == 1 else 100
     labels = rng.integers(0, classes, (batch, *spatial))
-    kind = draw(
-        st.sampled_from(["labels", "labels", "labels", "one-hot", "multi-label", "soft"])
-    )
+    kind = draw(st.sampled_from(["labels", "labels", "labels", "one-hot", "multi-label", "soft"]))
     single = classes == 1 and activation != "softmax"
     # The softmax of one channel has one class: its target is a label map of zeros.
     if (kind == "labels" or classes == 1) and not single:
@@ -145,7 +161,8 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...]) -> Case:
             labels = np.where(rng.uniform(size=labels.shape) < 0.2, ignore_index, labels)
         low, high = labels.min(initial=0), labels.max(initial=0)
         possible = [
-            t for t in LABEL_TYPES
+            t
+            for t in LABEL_TYPES
             if np.dtype(t).kind == "f" or (np.iinfo(t).min <= low and high <= np.iinfo(t).max)
         ]
         if low >= 0 and high < 2:
@@ -163,9 +180,12 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...]) -> Case:
             types = ["uint8", "bool", "int32", "float16", "float32", "float64", "int64"]
             type_ = draw(st.sampled_from(types))
         target = dense.astype(type_)
-        if ignore_index is not None and not 0 <= ignore_index < classes and ignore_index in (
-            np.array([ignore_index]).astype(type_).astype(int)
-        ) and type_ != "bool":
+        if (
+            ignore_index is not None
+            and not 0 <= ignore_index < classes
+            and ignore_index in (np.array([ignore_index]).astype(type_).astype(int))
+            and type_ != "bool"
+        ):
             ignored = rng.uniform(size=(batch, *spatial)) < 0.2
             target = np.where(ignored[:, None], np.array(ignore_index, type_), target)
         if classes == 1 and single and draw(st.booleans()):
@@ -346,7 +366,8 @@ def test_channel_axis(backend: str, axis: int, kind: str) -> None:
     x, y = example(2, 3, (4, 5, 6), dtype=np.float32)
     expected = reference(plain, x, y)
     target = {
-        "labels": y, "labels with channel": np.expand_dims(y, axis),
+        "labels": y,
+        "labels with channel": np.expand_dims(y, axis),
         "dense": np.moveaxis(one_hot(y, 3), 1, axis),
     }[kind]
     loss = fl.Loss(plain, channel_axis=axis)

@@ -103,8 +103,19 @@ def test_logits_without_channels() -> None:
 @pytest.mark.parametrize(
     "shape",
     [
-        (), (2,), (2, 4), (2, 5, 4), (1, 4, 5), (3, 4, 5), (2, 4, 5, 1), (2, 2, 4, 5),
-        (2, 4, 4, 5), (2, 1, 4, 6), (1, 2, 4, 5), (2, 4, 5, 3), (2, 1, 1, 4, 5),
+        (),
+        (2,),
+        (2, 4),
+        (2, 5, 4),
+        (1, 4, 5),
+        (3, 4, 5),
+        (2, 4, 5, 1),
+        (2, 2, 4, 5),
+        (2, 4, 4, 5),
+        (2, 1, 4, 6),
+        (1, 2, 4, 5),
+        (2, 4, 5, 3),
+        (2, 1, 1, 4, 5),
     ],
 )
 def test_shape_of_target(shape: tuple[int, ...]) -> None:
@@ -128,10 +139,17 @@ def test_channel_axis_that_is_not_there(axis: int) -> None:
 # ------------------------------------------------------------------ numbers in the arrays
 
 BAD_LABELS = {
-    "uint8": [3, 255], "int8": [-1, 3], "uint16": [3, 65535], "int16": [-1, 300],
-    "uint32": [3, 2**32 - 1], "int32": [-1, 2**31 - 1], "uint64": [3, 2**32, 2**32 + 1],
-    "int64": [-1, 2**32, 2**32 + 1, -(2**32)], "float32": [0.5, -1.0, 3.0, 2.0**32],
-    "float64": [0.5, 2.5, -0.25, 3.0, 2.0**32], "float16": [0.5, -1.0, 3.0],
+    "uint8": [3, 255],
+    "int8": [-1, 3],
+    "uint16": [3, 65535],
+    "int16": [-1, 300],
+    "uint32": [3, 2**32 - 1],
+    "int32": [-1, 2**31 - 1],
+    "uint64": [3, 2**32, 2**32 + 1],
+    "int64": [-1, 2**32, 2**32 + 1, -(2**32)],
+    "float32": [0.5, -1.0, 3.0, 2.0**32],
+    "float64": [0.5, 2.5, -0.25, 3.0, 2.0**32],
+    "float16": [0.5, -1.0, 3.0],
 }
 
 
@@ -168,9 +186,15 @@ def test_nan_and_infinite_labels(backend: str) -> None:
 
 
 def test_labels_do_not_wrap_around_to_the_ignored_one(backend: str) -> None:
-    for dtype, label, ignore in (("uint8", 255, -1), ("int8", -1, 255), ("uint16", 65535, -1),
-                                 ("int64", 2**32 - 1, -1), ("int64", 2**32 + 255, 255),
-                                 ("uint64", 2**64 - 1, -1), ("int32", -1, 2**32 - 1)):
+    for dtype, label, ignore in (
+        ("uint8", 255, -1),
+        ("int8", -1, 255),
+        ("uint16", 65535, -1),
+        ("int64", 2**32 - 1, -1),
+        ("int64", 2**32 + 255, 255),
+        ("uint64", 2**64 - 1, -1),
+        ("int32", -1, 2**32 - 1),
+    ):
         y = Y.astype(dtype)
         y[0, 0, 0] = label
         message = rejects(ValueError, "target", X, y, loss=fl.Loss(LOSS, ignore_index=ignore))
@@ -193,9 +217,7 @@ def test_labels_are_checked_in_other_strides(backend: str) -> None:
 @pytest.mark.parametrize("weight", [-1.0, -1e-6, np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("dense", [False, True])
-def test_voxel_weights_out_of_range(
-    backend: str, weight: float, dtype: str, dense: bool
-) -> None:
+def test_voxel_weights_out_of_range(backend: str, weight: float, dtype: str, dense: bool) -> None:
     w = W.astype(dtype)
     w[1, 2, 3] = weight
     target = G if dense else Y
@@ -368,7 +390,10 @@ def test_options_that_do_not_fit_the_class_count() -> None:
     rejects(ValueError, "alpha", X, Y, loss=fl.Focal(alpha=[1, 2]))
     one = np.zeros((2, 1, 4), np.float32)
     rejects(
-        ValueError, "include_background", one, np.zeros((2, 4), int),
+        ValueError,
+        "include_background",
+        one,
+        np.zeros((2, 4), int),
         loss=fl.Dice(include_background=False),
     )
 

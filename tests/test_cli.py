@@ -21,17 +21,31 @@ def command(
         + "".join(f"sys.modules[{name!r}] = None\n" for name in absent)
         + f"sys.argv = ['fastloss', *{arguments!r}]\n"
         "runpy.run_module('fastloss', run_name='__main__', alter_sys=True)\n",
-        timeout=300, **{"FASTLOSS_BACKEND": None, **environment},
+        timeout=300,
+        **{"FASTLOSS_BACKEND": None, **environment},
     )
 
 
 def bench(
-    *arguments: str, backends: str = "reference", peers: str = "none",
+    *arguments: str,
+    backends: str = "reference",
+    peers: str = "none",
     absent: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
     return command(
-        "bench", "--volume", "phantom", "--size", "8", "--repeats", "1",
-        "--backends", backends, "--peers", peers, *arguments, absent=absent,
+        "bench",
+        "--volume",
+        "phantom",
+        "--size",
+        "8",
+        "--repeats",
+        "1",
+        "--backends",
+        backends,
+        "--peers",
+        peers,
+        *arguments,
+        absent=absent,
     )
 
 
@@ -111,14 +125,21 @@ def test_a_missing_backend_is_a_line_too() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--size", "0"), "--size"), (("--size", "8x8"), "--size"),
-        (("--size", "large"), "--size"), (("--classes", "1"), "--classes"),
-        (("--batch", "0"), "--batch"), (("--repeats", "0"), "--repeats"),
-        (("--repeats", "x"), "--repeats"), (("--dtype", "int8"), "--dtype"),
-        (("--losses", "hinge"), "--losses"), (("--losses", ""), "--losses"),
-        (("--backends", "cuda"), "--backends"), (("--peers", "keras"), "--peers"),
+        (("--size", "0"), "--size"),
+        (("--size", "8x8"), "--size"),
+        (("--size", "large"), "--size"),
+        (("--classes", "1"), "--classes"),
+        (("--batch", "0"), "--batch"),
+        (("--repeats", "0"), "--repeats"),
+        (("--repeats", "x"), "--repeats"),
+        (("--dtype", "int8"), "--dtype"),
+        (("--losses", "hinge"), "--losses"),
+        (("--losses", ""), "--losses"),
+        (("--backends", "cuda"), "--backends"),
+        (("--peers", "keras"), "--peers"),
         (("--volume", "nowhere.nii.gz"), "--volume"),
-        (("--json", "no/such/folder/file.json"), "--json"), (("--speed", "9"), "--speed"),
+        (("--json", "no/such/folder/file.json"), "--json"),
+        (("--speed", "9"), "--speed"),
     ],
 )
 def test_bad_arguments(arguments: tuple[str, str], named: str) -> None:

@@ -14,10 +14,16 @@ import fastloss as fl
 
 X, Y = example(2, 3, (300,))
 TERMS = (
-    fl.Dice(), fl.Dice(squared=True, include_background=False), fl.Jaccard(batch=True),
-    fl.Tversky(alpha=0.3, gamma=0.75), fl.GeneralizedDice(weighting="simple"),
-    fl.CrossEntropy(label_smoothing=0.1), fl.CrossEntropy(weight=[1, 2, 3], reduction="sum"),
-    fl.Focal(), fl.Focal(gamma=0.5, alpha=0.25), fl.Focal(gamma=0),
+    fl.Dice(),
+    fl.Dice(squared=True, include_background=False),
+    fl.Jaccard(batch=True),
+    fl.Tversky(alpha=0.3, gamma=0.75),
+    fl.GeneralizedDice(weighting="simple"),
+    fl.CrossEntropy(label_smoothing=0.1),
+    fl.CrossEntropy(weight=[1, 2, 3], reduction="sum"),
+    fl.Focal(),
+    fl.Focal(gamma=0.5, alpha=0.25),
+    fl.Focal(gamma=0),
 )
 
 
@@ -56,10 +62,16 @@ def test_ways_to_write_the_same() -> None:
     dice, entropy = fl.Dice(), fl.CrossEntropy()
     expected = fl.Loss(dice, 0.5 * entropy)(X, Y)
     for loss in (
-        dice + 0.5 * entropy, dice + entropy * 0.5, fl.Loss(dice) + 0.5 * entropy,
-        dice + fl.Loss(0.5 * entropy), fl.Loss(dice + 0.5 * entropy), sum([dice, 0.5 * entropy]),
-        0.5 * (2 * dice + entropy), dice + np.float32(0.5) * fl.Loss(entropy),
-        dice + 0.25 * entropy + 0.25 * entropy, 1 * dice + 0.5 * entropy,
+        dice + 0.5 * entropy,
+        dice + entropy * 0.5,
+        fl.Loss(dice) + 0.5 * entropy,
+        dice + fl.Loss(0.5 * entropy),
+        fl.Loss(dice + 0.5 * entropy),
+        sum([dice, 0.5 * entropy]),
+        0.5 * (2 * dice + entropy),
+        dice + np.float32(0.5) * fl.Loss(entropy),
+        dice + 0.25 * entropy + 0.25 * entropy,
+        1 * dice + 0.5 * entropy,
     ):
         assert loss(X, Y) == pytest.approx(expected, rel=1e-14)
     assert (0.5 * entropy + dice)(X, Y) == pytest.approx(expected, rel=1e-14)
@@ -186,7 +198,8 @@ def test_functions_do_not_confuse_equal_options() -> None:
 def test_repr_shows_what_would_make_it_again() -> None:
     loss = fl.Loss(
         fl.Dice(include_background=False) + 0.5 * fl.CrossEntropy(label_smoothing=0.1),
-        activation="sigmoid", ignore_index=255,
+        activation="sigmoid",
+        ignore_index=255,
     )
     again = eval(repr(loss), vars(fl))
     assert repr(again) == repr(loss)
@@ -256,8 +269,10 @@ class FowlkesMallows(fl.RegionTerm):
 @pytest.mark.parametrize(
     "term",
     [
-        LogCoshDice(), LogCoshDice(squared=True, weight=[1, 2, 3]),
-        LogCoshDice(batch=True, include_background=False), FowlkesMallows(),
+        LogCoshDice(),
+        LogCoshDice(squared=True, weight=[1, 2, 3]),
+        LogCoshDice(batch=True, include_background=False),
+        FowlkesMallows(),
         FowlkesMallows(power=1.5, reduction="sum"),
     ],
 )

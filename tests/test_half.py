@@ -12,7 +12,9 @@ import fastloss as fl
 
 EDGE = 256
 LOSS = fl.Loss(
-    fl.Dice(smooth_nr=0, smooth_dr=0), fl.Dice(squared=True, batch=True), fl.CrossEntropy(),
+    fl.Dice(smooth_nr=0, smooth_dr=0),
+    fl.Dice(squared=True, batch=True),
+    fl.CrossEntropy(),
     fl.Focal(),
 )
 SCALE = 65536.0  # where a loss scaler for float16 starts

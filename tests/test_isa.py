@@ -62,7 +62,8 @@ def test_unknown_instruction_set() -> None:
     result = python(
         "import numpy as np, fastloss as fl\n"
         "fl.Dice()(np.zeros((1, 2, 9), 'f4'), np.zeros((1, 9), int))",
-        FASTLOSS_BACKEND="cpu", FASTLOSS_ISA="quantum",
+        FASTLOSS_BACKEND="cpu",
+        FASTLOSS_ISA="quantum",
     )
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
@@ -76,7 +77,8 @@ def test_the_best_instruction_set_is_the_default() -> None:
     names = isas()
     out = run_python(
         "import fastloss as fl; print(fl.backends.load_backend('cpu').isa)",
-        FASTLOSS_ISA=None, FASTLOSS_BACKEND=None,
+        FASTLOSS_ISA=None,
+        FASTLOSS_BACKEND=None,
     )
     assert out.strip() in names
     assert fl.backends.load_backend("cpu").isa in names

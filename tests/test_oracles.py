@@ -74,7 +74,9 @@ def test_cross_entropy_of_labels_as_torch(
     }
     compare(
         fl.Loss(term, ignore_index=ignore_index),
-        lambda t: torch.nn.functional.cross_entropy(t, torch.tensor(y), **options), x, y,
+        lambda t: torch.nn.functional.cross_entropy(t, torch.tensor(y), **options),
+        x,
+        y,
     )
 
 
@@ -94,7 +96,9 @@ def test_cross_entropy_of_soft_targets_as_torch(
     }
     compare(
         fl.CrossEntropy(weight=weight, label_smoothing=label_smoothing, reduction=reduction),
-        lambda t: torch.nn.functional.cross_entropy(t, torch.tensor(g), **options), x, g,
+        lambda t: torch.nn.functional.cross_entropy(t, torch.tensor(g), **options),
+        x,
+        g,
     )
 
 
@@ -115,9 +119,7 @@ def test_cross_entropy_per_sample() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weight", [None, WEIGHT, 0.5])
-def test_binary_cross_entropy_as_torch(
-    reduction: str, label_smoothing: float, weight: Any
-) -> None:
+def test_binary_cross_entropy_as_torch(reduction: str, label_smoothing: float, weight: Any) -> None:
     torch = need("torch")
     x, _ = example(B, C, SPATIAL, seed=4)
     g = multi_label()
@@ -131,7 +133,8 @@ def test_binary_cross_entropy_as_torch(
         lambda t: torch.nn.functional.binary_cross_entropy_with_logits(
             t, moved, weight=per_class, reduction=reduction
         ),
-        x, g,
+        x,
+        g,
     )
 
 
@@ -161,9 +164,7 @@ def test_voxel_weights_as_torch() -> None:
 
     def dice(t: Any) -> Any:
         p, target = torch.softmax(t, 1), torch.tensor(one_hot(y, C))
-        o, sizes = (
-            (m[:, None] * a).sum((2, 3)) for a in (p * target, p**2 + target**2)
-        )
+        o, sizes = ((m[:, None] * a).sum((2, 3)) for a in (p * target, p**2 + target**2))
         return (1 - (2 * o + 0.02) / (sizes + 0.05)).mean()
 
     compare(fl.Dice(squared=True, **SMOOTHING), dice, x, y, w)
@@ -182,9 +183,7 @@ def test_sigmoid_focal_as_written_in_torchvision(
     def oracle(t: Any) -> Any:
         target = torch.tensor(g)
         p = torch.sigmoid(t)
-        entropy = torch.nn.functional.binary_cross_entropy_with_logits(
-            t, target, reduction="none"
-        )
+        entropy = torch.nn.functional.binary_cross_entropy_with_logits(t, target, reduction="none")
         p_t = p * target + (1 - p) * (1 - target)
         loss = entropy * (1 - p_t) ** gamma
         if alpha is not None:
@@ -233,16 +232,22 @@ def test_dice_as_monai(
     if weight is not None and not include_background:
         weight = weight[1:]
     shared = {
-        "include_background": include_background, "batch": batch, "reduction": reduction,
+        "include_background": include_background,
+        "batch": batch,
+        "reduction": reduction,
         **SMOOTHING,
     }
     oracle = losses.DiceLoss(
-        softmax=True, squared_pred=squared,
-        weight=None if weight is None else torch.tensor(weight), **shared,
+        softmax=True,
+        squared_pred=squared,
+        weight=None if weight is None else torch.tensor(weight),
+        **shared,
     )
     compare(
         fl.Dice(squared=squared, weight=weight, **shared),
-        lambda t: oracle(t, onehot_tensor(y)), x, y,
+        lambda t: oracle(t, onehot_tensor(y)),
+        x,
+        y,
     )
 
 
@@ -253,7 +258,11 @@ def test_jaccard_as_monai(batch: bool, squared: bool) -> None:
     x, y = example(B, C, SPATIAL, seed=8)
     # MONAI writes the index as 2 O / 2 U, and adds its smoothing to that.
     oracle = losses.DiceLoss(
-        softmax=True, jaccard=True, squared_pred=squared, batch=batch, smooth_nr=0.04,
+        softmax=True,
+        jaccard=True,
+        squared_pred=squared,
+        batch=batch,
+        smooth_nr=0.04,
         smooth_dr=0.1,
     )
     term = fl.Jaccard(batch=batch, squared=squared, **SMOOTHING)
@@ -295,8 +304,12 @@ def test_tversky_as_monai(include_background: bool, batch: bool, reduction: str)
     losses = monai_losses()
     x, y = example(B, C, SPATIAL, seed=10)
     shared = {
-        "include_background": include_background, "batch": batch, "reduction": reduction,
-        "alpha": 0.3, "beta": 0.7, **SMOOTHING,
+        "include_background": include_background,
+        "batch": batch,
+        "reduction": reduction,
+        "alpha": 0.3,
+        "beta": 0.7,
+        **SMOOTHING,
     }
     oracle = losses.TverskyLoss(softmax=True, **shared)
     compare(fl.Tversky(**shared), lambda t: oracle(t, onehot_tensor(y)), x, y)
@@ -318,7 +331,10 @@ def test_generalized_dice_as_monai(
     # MONAI forms the weights in float32.
     compare(
         fl.GeneralizedDice(weighting=weighting, **shared),
-        lambda t: oracle(t, onehot_tensor(y)), x, y, rtol=2e-6,
+        lambda t: oracle(t, onehot_tensor(y)),
+        x,
+        y,
+        rtol=2e-6,
     )
 
 
@@ -331,9 +347,14 @@ def test_dice_and_cross_entropy_as_monai(
     losses, torch = monai_losses(), need("torch")
     x, y = example(B, C, SPATIAL, seed=12)
     oracle = losses.DiceCELoss(
-        to_onehot_y=True, softmax=True, include_background=include_background,
-        label_smoothing=label_smoothing, lambda_dice=0.7, lambda_ce=1.3,
-        weight=None if weight is None else torch.tensor(weight), **SMOOTHING,
+        to_onehot_y=True,
+        softmax=True,
+        include_background=include_background,
+        label_smoothing=label_smoothing,
+        lambda_dice=0.7,
+        lambda_ce=1.3,
+        weight=None if weight is None else torch.tensor(weight),
+        **SMOOTHING,
     )
     dice_weight = weight if weight is None or include_background else weight[1:]
     dice = fl.Dice(include_background=include_background, weight=dice_weight, **SMOOTHING)
@@ -348,14 +369,20 @@ def test_focal_as_monai(gamma: float) -> None:
     # MONAI's mean runs over the zeros of the other classes too; and it computes in float32.
     softmax = losses.FocalLoss(to_onehot_y=True, use_softmax=True, gamma=gamma)
     compare(
-        fl.Focal(gamma=gamma), lambda t: C * softmax(t, torch.tensor(y)[:, None]), x, y,
+        fl.Focal(gamma=gamma),
+        lambda t: C * softmax(t, torch.tensor(y)[:, None]),
+        x,
+        y,
         rtol=2e-5,
     )
     sigmoid = losses.FocalLoss(gamma=gamma, alpha=0.3)
     g = multi_label()
     compare(
         fl.Loss(fl.Focal(gamma=gamma, alpha=0.3), activation="sigmoid"),
-        lambda t: sigmoid(t, torch.tensor(g)), x, g, rtol=2e-5,
+        lambda t: sigmoid(t, torch.tensor(g)),
+        x,
+        g,
+        rtol=2e-5,
     )
 
 
@@ -421,9 +448,7 @@ def test_gradient_with_ignored_voxels_by_finite_differences(
     )
     gradient = loss.gradient(x, target)
     assert not gradient[:, :, 2].any()
-    np.testing.assert_allclose(
-        gradient, finite_differences(loss, x, target), rtol=1e-6, atol=2e-8
-    )
+    np.testing.assert_allclose(gradient, finite_differences(loss, x, target), rtol=1e-6, atol=2e-8)
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -436,7 +461,10 @@ def test_ignored_voxels_are_as_if_cut_out(dense: bool, ignore_index: int) -> Non
         target[:, :, 4:7] = 255
     keep = (y != ignore_index)[0]
     terms = (
-        fl.Dice(squared=True), fl.Dice(), fl.CrossEntropy(label_smoothing=0.1), fl.Focal(),
+        fl.Dice(squared=True),
+        fl.Dice(),
+        fl.CrossEntropy(label_smoothing=0.1),
+        fl.Focal(),
     )
     loss, plain = fl.Loss(*terms, ignore_index=ignore_index), fl.Loss(*terms)
     value, gradient = loss.value_and_grad(x, target)

@@ -39,9 +39,7 @@ def test_chunks_add_up(backend: str, name: str, activation: str, dense: bool) ->
     total = sum(loss.statistics(*chunk) for chunk in cut)
     np.testing.assert_allclose(loss.value(total), whole, rtol=1e-12)
     parts = [loss.gradient(*chunk, statistics=total) for chunk in cut]
-    np.testing.assert_allclose(
-        np.concatenate(parts, axis=2), gradient, rtol=1e-10, atol=1e-15
-    )
+    np.testing.assert_allclose(np.concatenate(parts, axis=2), gradient, rtol=1e-10, atol=1e-15)
 
 
 def test_chunk_gradient_into_out_with_upstream(backend: str) -> None:
@@ -91,9 +89,7 @@ def test_statistics_are_small_and_pickle(backend: str) -> None:
         np.testing.assert_array_equal(again.sums, statistics.sums)
         assert loss.value(again) == loss.value(statistics)
         assert loss.value(again + statistics) == loss.value(statistics + statistics)
-        np.testing.assert_array_equal(
-            loss.gradient(x, y, statistics=again), loss.gradient(x, y)
-        )
+        np.testing.assert_array_equal(loss.gradient(x, y, statistics=again), loss.gradient(x, y))
 
 
 def test_adding_leaves_both_sides_alone() -> None:

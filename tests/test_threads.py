@@ -133,7 +133,8 @@ def test_environment_limits_threads(fast_backend: str) -> None:
     for threads in (1, 2):
         out = run_python(
             "import fastloss as fl; print(fl.get_num_threads())",
-            FASTLOSS_BACKEND=fast_backend, OMP_NUM_THREADS=str(threads),
+            FASTLOSS_BACKEND=fast_backend,
+            OMP_NUM_THREADS=str(threads),
             NUMBA_NUM_THREADS=str(threads),
         )
         assert int(out) == threads

@@ -99,7 +99,8 @@ FL_INLINE void add_classes(const Tile<T>& t, int64_t c, T* rest, const T* slope,
 template <class T>
 bool begin_softmax_labels(Tile<T>& t, const T* slope, T* dot) {
   t.find_stretches();
-  bool near = exponentials_near(t);
+  // One class alone has p = 1 exactly, which only the maximum makes sure of.
+  bool near = t.job.classes > 1 && exponentials_near(t);
   if (!near) exponentials_far(t);
   T *own = t.row(kLabelExp), *rest = t.row(kRest);
   t.take_rows(t.x, own);

@@ -68,9 +68,7 @@ ROWS = 14
 
 
 @inner
-def _load_voxels(
-    plan, operands, ignore, dense, sample, first, count, voxel, labels, wide, counts
-):
+def _load_voxels(plan, operands, ignore, dense, sample, first, count, voxel, labels, wide, counts):
     weights = shift(voxel, _M)
     zeros = load_weights(plan, operands, sample, first, count, weights, wide, counts)
     if dense:
@@ -127,8 +125,19 @@ def _load_channel(
 
 @kernel
 def reduce(
-    begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, sums, counts,
-    dense, sigmoid,
+    begin,
+    end,
+    plan,
+    operands,
+    numbers,
+    slots,
+    scratch,
+    label_scratch,
+    wide_scratch,
+    sums,
+    counts,
+    dense,
+    sigmoid,
 ):
     """The sums of the blocks from ``begin`` to ``end``."""
     channels = plan[CHANNELS]
@@ -139,7 +148,10 @@ def reduce(
     gammas = numbers.size - 1
     m, g, p, q = shift(voxel, _M), shift(voxel, _G), shift(voxel, _P), shift(voxel, _Q)
     mg, mr, nlp, nlq = (
-        shift(voxel, _MG), shift(voxel, _MR), shift(voxel, _NLP), shift(voxel, _NLQ)
+        shift(voxel, _MG),
+        shift(voxel, _MR),
+        shift(voxel, _NLP),
+        shift(voxel, _NLQ),
     )
     w1 = shift(voxel, _W1)
     logs = (slots[CROSS_ENTROPY] >= 0) | (slots[UNIFORM] >= 0) | (gammas > 0)
@@ -192,8 +204,18 @@ def reduce(
 
 @kernel
 def apply(
-    begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, coefficients,
-    dense, sigmoid,
+    begin,
+    end,
+    plan,
+    operands,
+    numbers,
+    slots,
+    scratch,
+    label_scratch,
+    wide_scratch,
+    coefficients,
+    dense,
+    sigmoid,
 ):
     """The gradient of the blocks from ``begin`` to ``end``."""
     channels = plan[CHANNELS]
@@ -213,12 +235,31 @@ def apply(
         for first in range(start, stop, width):
             n = min(width, stop - first)
             zeros = _load_voxels(
-                plan, operands, numbers[0], dense, sample, first, n, voxel, labels, wide,
+                plan,
+                operands,
+                numbers[0],
+                dense,
+                sample,
+                first,
+                n,
+                voxel,
+                labels,
+                wide,
                 data(unused),
             )
             for c in range(channels):
                 _load_channel(
-                    plan, operands, dense, sigmoid, gammas > 0, zeros, sample, c, first, n, voxel,
+                    plan,
+                    operands,
+                    dense,
+                    sigmoid,
+                    gammas > 0,
+                    zeros,
+                    sample,
+                    c,
+                    first,
+                    n,
+                    voxel,
                     labels,
                 )
                 a, a2, o, ce, rest, u = zero, zero, zero, zero, zero, zero
@@ -235,9 +276,7 @@ def apply(
                 if slots[UNIFORM] >= 0:
                     u = here[slots[UNIFORM] * step + c]
                 for i in range(n):
-                    voxel[_BY_P + i] = voxel[_M + i] * (
-                        a + a2 * voxel[_P + i] + o * voxel[_G + i]
-                    )
+                    voxel[_BY_P + i] = voxel[_M + i] * (a + a2 * voxel[_P + i] + o * voxel[_G + i])
                 for i in range(n):
                     voxel[_BY_LOG_P + i] = -(u * voxel[_M + i] + ce * voxel[_MG + i])
                     voxel[_BY_LOG_Q + i] = -(u * voxel[_M + i] + rest * voxel[_MR + i])

@@ -91,7 +91,9 @@ def call_row(
         builder.call(
             builder.inttoptr(args[0], kind.as_pointer()),
             [
-                builder.inttoptr(args[1], pointer), args[2], args[3],
+                builder.inttoptr(args[1], pointer),
+                args[2],
+                args[3],
                 builder.inttoptr(args[4], pointer),
             ],
         )

@@ -113,9 +113,7 @@ _compiled: list[Any] = []  # the addresses live as long as these
 
 
 def _compile(function: Any, source: Any, target: Any) -> int:
-    signature = types.void(
-        types.CPointer(source), types.intp, types.intp, types.CPointer(target)
-    )
+    signature = types.void(types.CPointer(source), types.intp, types.intp, types.CPointer(target))
     try:
         compiled = cfunc(signature, cache=True, error_model="numpy")(function)
     except RuntimeError:  # nowhere to keep the cache

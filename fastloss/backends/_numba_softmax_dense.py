@@ -185,8 +185,18 @@ def reduce(
         for first in range(start, stop, width):
             n = min(width, stop - first)
             _load_tile(
-                plan, operands, numbers[0], sample, first, n, voxel, tile, exponentials, targets,
-                wide, count_of,
+                plan,
+                operands,
+                numbers[0],
+                sample,
+                first,
+                n,
+                voxel,
+                tile,
+                exponentials,
+                targets,
+                wide,
+                count_of,
             )
             count_of[WEIGHT_SUM] += total(m, n)
             for c in range(channels):
@@ -245,8 +255,18 @@ def apply(
         for first in range(start, stop, width):
             n = min(width, stop - first)
             _load_tile(
-                plan, operands, numbers[0], sample, first, n, voxel, tile, exponentials, targets,
-                wide, data(unused),
+                plan,
+                operands,
+                numbers[0],
+                sample,
+                first,
+                n,
+                voxel,
+                tile,
+                exponentials,
+                targets,
+                wide,
+                data(unused),
             )
             fill(shift(voxel, _SUM), 0, n)
             fill(shift(voxel, _SUM_REST), 0, n)

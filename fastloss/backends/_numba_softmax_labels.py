@@ -255,7 +255,7 @@ def _activate_far(plan, voxel, tile, labels, wide, count, weights, weighted):
 @inner
 def _normalise(plan, voxel, wide, count):
     """All that is known of the own class, once the exponentials are."""
-    if plan[CHANNELS] > GROUP:
+    if plan[CHANNELS] >= GROUP:
         carry(shift(voxel, _REST), wide, count)
         for i in range(count):
             voxel[_REST + i] = wide[i]
@@ -342,7 +342,12 @@ def reduce(
             for i in range(n):
                 voxel[_V + i] = voxel[_M + i] * voxel[_P + i]
             add_three_by_label(
-                m, v, w2 if slots[CROSS_ENTROPY] >= 0 else m, labels, n, channels,
+                m,
+                v,
+                w2 if slots[CROSS_ENTROPY] >= 0 else m,
+                labels,
+                n,
+                channels,
                 shift(out, slots[REFERENCE] * channels),
                 shift(out, slots[OVERLAP] * channels) if slots[OVERLAP] >= 0 else unused,
                 shift(out, slots[CROSS_ENTROPY] * channels)
@@ -380,9 +385,7 @@ def reduce(
                 out[predicted * channels + c] += out[slots[OVERLAP] * channels + c]
         if slots[REFERENCE_SQUARED] >= 0:
             for c in range(channels):
-                out[slots[REFERENCE_SQUARED] * channels + c] = out[
-                    slots[REFERENCE] * channels + c
-                ]
+                out[slots[REFERENCE_SQUARED] * channels + c] = out[slots[REFERENCE] * channels + c]
 
 
 @inner
@@ -453,7 +456,17 @@ def apply(
                 plan, operands, numbers[0], sample, first, n, voxel, labels, wide, data(unused)
             )
             near = _activate_near(
-                plan, operand, sample, first, n, zeros, voxel, tile, labels, wide, by_predicted,
+                plan,
+                operand,
+                sample,
+                first,
+                n,
+                zeros,
+                voxel,
+                tile,
+                labels,
+                wide,
+                by_predicted,
                 predicted,
             )
             if not near:
@@ -493,9 +506,7 @@ def apply(
                 _logarithms(near, voxel, n)
                 for j in range(gammas):
                     _focal_slope(voxel, numbers[1 + j], n)
-                    by_label(
-                        shift(here, slots[FOCAL + 2 * j] * step), labels, n, channels, w2
-                    )
+                    by_label(shift(here, slots[FOCAL + 2 * j] * step), labels, n, channels, w2)
                     for i in range(n):
                         voxel[_V + i] += voxel[_W2 + i] * voxel[_W1 + i]
             fill(shift(voxel, _U), 0, n)
@@ -504,7 +515,7 @@ def apply(
             fill(w1, 0, n)
             if uniform:
                 by_label(by_uniform, labels, n, channels, shift(voxel, _U))
-                if channels <= GROUP:
+                if channels < GROUP:
                     for i in range(n):
                         wide[i] = voxel[_REST + i]
                 # Where the classes are about equally likely, the gradient of uniform is the

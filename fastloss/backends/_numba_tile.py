@@ -39,8 +39,15 @@ ADDRESS, BY_SAMPLE, BY_CHANNEL, ROW, ROW64, STRIDES = range(6)
 WEIGHT_SUM, BAD_LABELS, BAD_WEIGHTS, UNDEFINED, COUNTS = range(5)
 # The indices of the slots of the sums, −1 where not asked for; a pair for each gamma at the end.
 (
-    REFERENCE, OVERLAP, PREDICTED, PREDICTED_SQUARED, REFERENCE_SQUARED, CROSS_ENTROPY,
-    CROSS_ENTROPY_REST, UNIFORM, FOCAL,
+    REFERENCE,
+    OVERLAP,
+    PREDICTED,
+    PREDICTED_SQUARED,
+    REFERENCE_SQUARED,
+    CROSS_ENTROPY,
+    CROSS_ENTROPY_REST,
+    UNIFORM,
+    FOCAL,
 ) = range(9)
 
 inner = njit(error_model="numpy", nogil=True, fastmath={"contract"})
@@ -126,9 +133,7 @@ def load_weights(plan, operands, sample, first, count, weights, wide, counts):
 
 
 @inner
-def load_labels(
-    plan, operands, ignore, sample, first, count, labels, weights, wide, counts
-):
+def load_labels(plan, operands, ignore, sample, first, count, labels, weights, wide, counts):
     """Fill the labels, and weights of 0 where they are ignored; return whether any is."""
     operand = operands[TARGET]
     move(plan, operand, operand[ROW64], sample, 0, first, count, wide, False)
@@ -172,9 +177,7 @@ def ignore_dense(plan, operands, ignore, sample, first, count, weights, wide):
             for i in range(count):
                 zeros += 1 if wide[i] == ignore else 0
                 weight = weights[i]
-                weights[i] = settle(
-                    weights, like(weights, 0) if wide[i] == ignore else weight
-                )
+                weights[i] = settle(weights, like(weights, 0) if wide[i] == ignore else weight)
     return zeros > 0
 
 

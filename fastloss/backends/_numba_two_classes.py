@@ -122,9 +122,7 @@ def reduce(
         count_of = shift(data(counts), block * COUNTS)
         for first in range(start, stop, width):
             n = min(width, stop - first)
-            _load_tile(
-                plan, operands, numbers[0], sample, first, n, voxel, labels, wide, count_of
-            )
+            _load_tile(plan, operands, numbers[0], sample, first, n, voxel, labels, wide, count_of)
             m0, m1, own0, own1, other0, other1 = _probabilities(voxel, labels, n)
             count_of[WEIGHT_SUM] += np.float64(m0) + np.float64(m1)
             # Every p is finite, unless a logit was NaN.

@@ -75,7 +75,9 @@ class NumbaBackend(Backend):
         bad = counts.sum(axis=(0, 1))
         if bad[_numba_tile.BAD_LABELS]:
             raise bad_labels(
-                int(bad[_numba_tile.BAD_LABELS]), _first_bad_label(request, arrays), request,
+                int(bad[_numba_tile.BAD_LABELS]),
+                _first_bad_label(request, arrays),
+                request,
                 channels,
             )
         if bad[_numba_tile.BAD_WEIGHTS]:
@@ -94,9 +96,7 @@ class NumbaBackend(Backend):
         self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
     ) -> None:
         call = _Call(request, arrays, out)
-        self._run(
-            call, call.kernels.apply, np.ascontiguousarray(coefficients, arrays.value_dtype)
-        )
+        self._run(call, call.kernels.apply, np.ascontiguousarray(coefficients, arrays.value_dtype))
 
     def _run(self, call: _Call, kernel: Any, *results: np.ndarray) -> None:
         blocks = call.plan[_numba_tile.BATCH] * call.blocks
@@ -149,14 +149,10 @@ class _Call:
         if arrays.dense:
             operands[_numba_tile.TARGET, _numba_tile.ROW] = loader(arrays.target_dtype, computed)
         if not arrays.dense or request.ignore_index is not None:
-            operands[_numba_tile.TARGET, _numba_tile.ROW64] = loader(
-                arrays.target_dtype, "float64"
-            )
+            operands[_numba_tile.TARGET, _numba_tile.ROW64] = loader(arrays.target_dtype, "float64")
         if w is not None:
             operands[_numba_tile.WEIGHT, first] += _address(w)
-            operands[_numba_tile.WEIGHT, _numba_tile.ROW64] = loader(
-                arrays.weight_dtype, "float64"
-            )
+            operands[_numba_tile.WEIGHT, _numba_tile.ROW64] = loader(arrays.weight_dtype, "float64")
         if out is not None:
             operands[_numba_tile.OUT, first] += _address(out)
             operands[_numba_tile.OUT, _numba_tile.ROW] = storer(arrays.logits_dtype)
@@ -190,8 +186,14 @@ def _numbers(request: Request) -> tuple[np.ndarray, np.ndarray]:
     """The ignored label and the gammas; and the indices of the slots."""
     ignore = np.nan if request.ignore_index is None else float(request.ignore_index)
     names = [
-        "reference", "overlap", "predicted", "predicted_squared", "reference_squared",
-        "cross_entropy", "cross_entropy_rest", "uniform",
+        "reference",
+        "overlap",
+        "predicted",
+        "predicted_squared",
+        "reference_squared",
+        "cross_entropy",
+        "cross_entropy_rest",
+        "uniform",
     ]
     for gamma in request.gammas:
         names += [f"focal:{gamma!r}", f"focal_rest:{gamma!r}"]
@@ -251,7 +253,14 @@ def _layout(
         kind = 2 if dense and channels > 1 and 0 <= ignore < channels else 1
     plan = np.array(
         [
-            channels, voxels, width, block, -(-voxels // block), batch, kind, len(merged),
+            channels,
+            voxels,
+            width,
+            block,
+            -(-voxels // block),
+            batch,
+            kind,
+            len(merged),
             *(n for n, _ in merged),
         ],
         np.int64,

@@ -66,7 +66,7 @@ def _field(
         logs = log_p + log_q if request.activation == "sigmoid" else log_p
         return -_product(m, logs)
     if name == "focal":
-        return -_product(m * g * (1 - p) ** float(gamma), log_p)
+        return -_product(m * g * _complement(request, p, log_p) ** float(gamma), log_p)
     assert name == "focal_rest", name
     return -_product(m * (1 - g) * p ** float(gamma), log_q)
 
@@ -76,6 +76,7 @@ def _gradient(
 ) -> np.ndarray:
     """Σ over slots of k · (derivative of the slot's summand by each logit), (C, N)."""
     p, log_p, log_q = _activate(request.activation, x)
+    q = _complement(request, p, log_p)
     by_p = np.zeros_like(x)  # through p itself
     by_log_p = np.zeros_like(x)  # through log p
     by_log_q = np.zeros_like(x)  # through log(1−p)
@@ -95,15 +96,20 @@ def _gradient(
             by_log_p -= c * m
             by_log_q -= c * m
         elif name == "focal":
-            by_log_p -= c * m * g * _focal_slope(p, log_p, 1 - p, float(gamma))
+            by_log_p -= c * m * g * _focal_slope(p, log_p, q, float(gamma))
         elif name == "focal_rest":
-            by_log_q -= c * m * (1 - g) * _focal_slope(1 - p, log_q, p, float(gamma))
+            by_log_q -= c * m * (1 - g) * _focal_slope(q, log_q, p, float(gamma))
     if request.activation == "softmax":
         t = by_p * p + by_log_p
         return t - p * t.sum(axis=0)
     if request.activation == "sigmoid":
-        return by_p * p * (1 - p) + by_log_p * (1 - p) - by_log_q * p
+        return by_p * p * q + by_log_p * q - by_log_q * p
     return by_p + np.where(by_log_p == 0, 0.0, by_log_p / p)
+
+
+def _complement(request: Request, p: np.ndarray, log_p: np.ndarray) -> np.ndarray:
+    """1 − p, exact where p is near 1 as well."""
+    return 1 - p if request.activation == "none" else -np.expm1(log_p)
 
 
 def _focal_slope(p: np.ndarray, log_p: np.ndarray, q: np.ndarray, gamma: float) -> np.ndarray:

@@ -39,7 +39,10 @@ def run_apart(task: str, folder: Path, **options: Any) -> dict[str, Any]:
     }
     done = subprocess.run(
         [sys.executable, "-m", "fastloss.bench.worker", order],
-        capture_output=True, text=True, env=environment, check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:

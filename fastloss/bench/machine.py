@@ -14,7 +14,14 @@ import fastloss
 from fastloss.backends import current_backend, load_backend
 
 _PACKAGES = (
-    "torch", "monai", "jax", "jaxlib", "numba", "ml_dtypes", "nilearn", "nibabel",
+    "torch",
+    "monai",
+    "jax",
+    "jaxlib",
+    "numba",
+    "ml_dtypes",
+    "nilearn",
+    "nibabel",
 )
 
 

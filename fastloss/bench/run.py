@@ -102,9 +102,7 @@ def run(options: Options, progress: Progress) -> Report:
     threads = count_threads()
     fastloss.set_num_threads(threads)  # for all backends alike
     bandwidth = Bandwidth(threads)
-    report = Report(
-        options, machine(), case.logits.shape, case.count, 0.0, 0.0, bandwidth.method
-    )
+    report = Report(options, machine(), case.logits.shape, case.count, 0.0, 0.0, bandwidth.method)
     copies: list[float] = []
     reads: list[float] = []
 
@@ -138,8 +136,17 @@ def run(options: Options, progress: Progress) -> Report:
                 once, both = seconds[name, "forward"], seconds[name, "both"]
                 rows.append(
                     Row(
-                        loss, name, value, value_error, gradient_error, once, both,
-                        both / case.count * 1e9, 0.0, 0.0, memory,
+                        loss,
+                        name,
+                        value,
+                        value_error,
+                        gradient_error,
+                        once,
+                        both,
+                        both / case.count * 1e9,
+                        0.0,
+                        0.0,
+                        memory,
                     )
                 )
             _compare(rows)
@@ -224,9 +231,18 @@ def render(report: Report) -> str:
         f"{report.read_bandwidth / 1e9:.1f} GB/s",
     ]
     header = (
-        "", "value", "value\nerror", "gradient\nerror", "forward\nms", "of\nlimit",
-        "with\ngradient ms", "of\nlimit", "ns per\nlogit", "peak extra\nMiB",
-        "speed-up\nvs slowest", "time vs\nfastloss",
+        "",
+        "value",
+        "value\nerror",
+        "gradient\nerror",
+        "forward\nms",
+        "of\nlimit",
+        "with\ngradient ms",
+        "of\nlimit",
+        "ns per\nlogit",
+        "peak extra\nMiB",
+        "speed-up\nvs slowest",
+        "time vs\nfastloss",
     )
     notes = _notes(report)
     for loss in options.losses:

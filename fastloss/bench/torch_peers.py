@@ -83,9 +83,7 @@ def _monai(loss: str, classes: int) -> Function:
         return losses.DiceLoss(**shared, **smooth)
     if loss == "jaccard":
         # Numerator and denominator are twice ours, so the smoothing is as well.
-        return losses.DiceLoss(
-            **shared, jaccard=True, smooth_nr=2 * SMOOTH, smooth_dr=2 * SMOOTH
-        )
+        return losses.DiceLoss(**shared, jaccard=True, smooth_nr=2 * SMOOTH, smooth_dr=2 * SMOOTH)
     if loss == "tversky":
         return losses.TverskyLoss(**shared, **smooth, alpha=TVERSKY_ALPHA, beta=TVERSKY_BETA)
     if loss == "generalized_dice":

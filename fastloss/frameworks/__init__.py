@@ -1,4 +1,4 @@
-"""Whose arrays: one small adapter per framework, not imported before an array of its own arrives."""
+"""Whose arrays: an adapter per framework, not imported before an array of its own arrives."""
 
 from __future__ import annotations
 

@@ -79,9 +79,7 @@ class DlpackAdapter(Adapter):
 
 
 def _no_export(array: Any, name: str, error: Exception) -> TypeError:
-    return TypeError(
-        f"{name}: the {type(array).__name__} could not be exported by DLPack: {error}"
-    )
+    return TypeError(f"{name}: the {type(array).__name__} could not be exported by DLPack: {error}")
 
 
 def _export(array: Any) -> Any:

@@ -5,5 +5,12 @@ from fastloss.terms.distribution import CrossEntropy, Focal
 from fastloss.terms.region import Dice, GeneralizedDice, Jaccard, RegionTerm, Tversky
 
 __all__ = [
-    "CrossEntropy", "Dice", "Focal", "GeneralizedDice", "Jaccard", "RegionTerm", "Term", "Tversky",
+    "CrossEntropy",
+    "Dice",
+    "Focal",
+    "GeneralizedDice",
+    "Jaccard",
+    "RegionTerm",
+    "Term",
+    "Tversky",
 ]

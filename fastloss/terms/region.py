@@ -113,9 +113,7 @@ class RegionTerm(Term):
         return value, pullback
 
 
-def ratio(
-    numerator: np.ndarray, denominator: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """numerator / denominator and 1 / denominator.
 
     Where the denominator is 0 nothing was predicted and nothing is there: the ratio is 1, a
