@@ -128,12 +128,10 @@ def check_out(out: Borrowed, logits: Borrowed, others: list[tuple[str, Borrowed]
         raise TypeError(f"out: expected the logits' dtype {logits.dtype}, got {out.dtype}")
     if a.size and _overlaps_itself(a):
         raise ValueError("out: expected an array whose elements do not share memory")
-    same = (
-        a.__array_interface__["data"][0] == x.__array_interface__["data"][0]
-        and a.strides == x.strides
-    )
-    if not same and np.may_share_memory(a, x) and np.shares_memory(a, x):
-        raise ValueError("out: overlaps the logits without being the same array")
+    if a is not x and np.may_share_memory(a, x):
+        start = a.__array_interface__["data"][0] == x.__array_interface__["data"][0]
+        if not (start and a.strides == x.strides) and np.shares_memory(a, x):
+            raise ValueError("out: overlaps the logits without being the same array")
     for name, other in others:
         if np.may_share_memory(a, other.array) and np.shares_memory(a, other.array):
             raise ValueError(f"out: overlaps the {name}, which the gradient would overwrite")

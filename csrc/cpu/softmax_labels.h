@@ -64,16 +64,18 @@ void exponentials_far(Tile<T>& t) {
   }
 }
 
-// rest[v] += Σ x[c][v] over R classes, and with `slope` dot[v] += Σ slope[c] x[c][v].
+// rest[v] += Σ x[c][v] over R classes, and with `slope` dot[v] += Σ slope[c] x[c][v]. The first
+// classes of all start the sums.
 template <class T, int R>
 FL_INLINE void add_classes(const Tile<T>& t, int64_t c, T* rest, const T* slope, T* dot) {
   const T* x = t.x + c * t.stride;
+  bool first = c == 0;
   if (!slope) {
     for (int v = 0; v < t.padded; v += lanes<T>) {
       Vec<T> sum{};
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) sum += load<T>(x + r * t.stride + v);
-      store<T>(rest + v, load<T>(rest + v) + sum);
+      store<T>(rest + v, first ? sum : load<T>(rest + v) + sum);
     }
     return;
   }
@@ -88,8 +90,8 @@ FL_INLINE void add_classes(const Tile<T>& t, int64_t c, T* rest, const T* slope,
       sum += e;
       product += e * k[r];
     }
-    store<T>(rest + v, load<T>(rest + v) + sum);
-    store<T>(dot + v, load<T>(dot + v) + product);
+    store<T>(rest + v, first ? sum : load<T>(rest + v) + sum);
+    store<T>(dot + v, first ? product : load<T>(dot + v) + product);
   }
 }
 
@@ -106,8 +108,6 @@ bool begin_softmax_labels(Tile<T>& t, const T* slope, T* dot) {
   t.take_rows(t.x, own);
   int64_t classes = t.job.classes;
   T *many = t.row(kSumOfMany), *dot_of_many = t.row(kDotOfMany);
-  std::memset(rest, 0, sizeof(T) * kMaxTile);
-  if (slope) std::memset(dot, 0, sizeof(T) * kMaxTile);
   if (classes > kFewClasses) {
     std::memset(many, 0, sizeof(T) * kMaxTile);
     std::memset(dot_of_many, 0, sizeof(T) * kMaxTile);
@@ -195,9 +195,17 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
     store<T>(inverse + v, i);
     store<T>(scale + v, factor);
     store<T>(value + v, e * factor);
-    // A voxel without weight has finite logits, so this product is never 0 · ∞.
-    if (logs) store<T>(loss + v, w * label_loss(t, near, v, e, others));
+    if (near) store<T>(loss + v, others / e);
   }
+  // Loops of their own keep the chains of dependent operations short. A voxel without weight has
+  // finite logits, so these products are never 0 · ∞.
+  if (logs && near)
+    for (int v = 0; v < t.padded; v += L)
+      store<T>(loss + v, load<T>(m + v) * log_one_plus<T>(load<T>(loss + v)));
+  else if (logs)
+    for (int v = 0; v < t.padded; v += L)
+      store<T>(loss + v,
+               load<T>(m + v) * label_loss(t, near, v, load<T>(own + v), load<T>(rest + v)));
   *weight += total<T>(all);
   auto to_sum = [&](int slot) { return sums + (slot >= 0 ? slot : s.count) * classes; };
   const T* const values[3] = {m, value, logs ? loss : m};

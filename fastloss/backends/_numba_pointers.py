@@ -79,6 +79,17 @@ def like(typingctx: Any, pointer: Any, number: Any) -> Any:
 
 
 @intrinsic
+def select(typingctx: Any, condition: Any, yes: Any, no: Any) -> Any:
+    """One of two numbers, both computed. What Numba makes of an expression with "if" is a branch,
+    and where several depend on the same condition, LLVM joins them and vectorises none."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(args[0], args[1], args[2])
+
+    return yes(types.boolean, yes, yes), codegen
+
+
+@intrinsic
 def call_row(
     typingctx: Any, function: Any, source: Any, stride: Any, count: Any, target: Any
 ) -> Any:
@@ -120,6 +131,17 @@ def from_bits(typingctx: Any, bits: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def to_int32(typingctx: Any, number: Any) -> Any:
+    """A float64 in the range of int32, cut off. Numba itself goes by way of 64 bits, for which
+    processors without AVX-512 have no vectors."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fptosi(args[0], ir.IntType(32))
+
+    return types.int32(types.float64), codegen
 
 
 @intrinsic

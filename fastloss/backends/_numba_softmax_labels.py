@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastloss.backends._numba_math import exp, exp_near, log_sum
-from fastloss.backends._numba_pointers import data, like, shift
+from fastloss.backends._numba_pointers import data, like, select, shift
 from fastloss.backends._numba_tile import (
     BATCH,
     BLOCK,
@@ -37,6 +37,7 @@ from fastloss.backends._numba_tile import (
     WIDTH,
     add_by_label,
     add_three_by_label,
+    adding,
     any_infinite,
     below_largest,
     blank,
@@ -100,7 +101,7 @@ def _uniform_row(x, voxel, count):
 # Each row looks for the voxels of its class, and leaves 0 there.
 
 
-@summing
+@adding
 def _near_row(x, voxel, labels, c, count):
     """Return how many logits are not near 0."""
     zero, one, near = like(x, 0), like(x, 1), like(x, _NEAR)
@@ -110,15 +111,15 @@ def _near_row(x, voxel, labels, c, count):
         here = labels[i] == label
         d = x[i]
         e = exp_near(d)
-        other = zero if here else e
+        other = select(here, zero, e)
         x[i] = other
         voxel[_REST + i] += other
-        voxel[_E + i] += e if here else zero
-        far += one if abs(d) > near else zero
+        voxel[_E + i] += select(here, e, zero)
+        far += select(abs(d) > near, one, zero)
     return far
 
 
-@summing
+@adding
 def _near_row_weighted(x, voxel, labels, c, weight, count):
     zero, one, near = like(x, 0), like(x, 1), like(x, _NEAR)
     label = np.int32(c)
@@ -127,12 +128,12 @@ def _near_row_weighted(x, voxel, labels, c, weight, count):
         here = labels[i] == label
         d = x[i]
         e = exp_near(d)
-        other = zero if here else e
+        other = select(here, zero, e)
         x[i] = other
         voxel[_REST + i] += other
-        voxel[_E + i] += e if here else zero
+        voxel[_E + i] += select(here, e, zero)
         voxel[_A + i] += other * weight
-        far += one if abs(d) > near else zero
+        far += select(abs(d) > near, one, zero)
     return far
 
 
@@ -143,11 +144,11 @@ def _far_row(x, voxel, labels, c, count):
         here = labels[i] == label
         d = x[i] - voxel[_MAX + i]
         e = exp(d)
-        other = zero if here else e
+        other = select(here, zero, e)
         x[i] = other
         voxel[_REST + i] += other
-        voxel[_E + i] += e if here else zero
-        voxel[_D + i] += d if here else zero
+        voxel[_E + i] += select(here, e, zero)
+        voxel[_D + i] += select(here, d, zero)
 
 
 @inner
@@ -157,11 +158,11 @@ def _far_row_weighted(x, voxel, labels, c, weight, count):
         here = labels[i] == label
         d = x[i] - voxel[_MAX + i]
         e = exp(d)
-        other = zero if here else e
+        other = select(here, zero, e)
         x[i] = other
         voxel[_REST + i] += other
-        voxel[_E + i] += e if here else zero
-        voxel[_D + i] += d if here else zero
+        voxel[_E + i] += select(here, e, zero)
+        voxel[_D + i] += select(here, d, zero)
         voxel[_A + i] += other * weight
 
 
@@ -267,7 +268,7 @@ def _normalise(plan, voxel, wide, count):
         inverse = one / (rest + e)
         voxel[_INVERSE + i] = inverse
         voxel[_MI + i] = inverse * voxel[_M + i]
-        voxel[_P + i] = e * inverse
+        voxel[_P + i] = e / (rest + e)  # exactly 1 where the others vanish
         voxel[_Q + i] = rest * inverse
 
 
@@ -403,7 +404,7 @@ def _gradient_row(x, voxel, labels, c, a, count):
     for i in range(count):
         own = voxel[_OWN + i]
         other = x[i] * (voxel[_MI + i] * a + voxel[_SHARED + i])
-        x[i] = own if labels[i] == label else other
+        x[i] = select(labels[i] == label, own, other)
 
 
 @inner
@@ -414,7 +415,7 @@ def _gradient_row_squared(x, voxel, labels, c, a, a2, count):
         p = x[i] * voxel[_INVERSE + i]
         slope = voxel[_M + i] * (a + a2 * p)
         other = p * slope + (x[i] * voxel[_SHARED + i] + voxel[_W1 + i])
-        x[i] = own if labels[i] == label else other
+        x[i] = select(labels[i] == label, own, other)
 
 
 @kernel

@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 
 from fastloss.backends._numba_math import exp, log
-from fastloss.backends._numba_pointers import address, call_row, item_size, like
+from fastloss.backends._numba_pointers import address, call_row, item_size, like, select, to_int32
 
 WIDTH = 256
 FEW = 6
@@ -53,6 +53,10 @@ WEIGHT_SUM, BAD_LABELS, BAD_WEIGHTS, UNDEFINED, COUNTS = range(5)
 inner = njit(error_model="numpy", nogil=True, fastmath={"contract"})
 summing = njit(error_model="numpy", nogil=True, fastmath={"contract", "reassoc", "nsz"})
 """For sums alone: their order is left to LLVM, which fixes it when it compiles."""
+
+adding = njit(error_model="numpy", nogil=True, fastmath={"contract", "reassoc"})
+"""For sums of what `select` chose or 0: were the sign of 0 left to LLVM too, it would choose
+between the old sum and the new one instead, a sum that it does not vectorise."""
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -143,9 +147,10 @@ def load_labels(plan, operands, ignore, sample, first, count, labels, weights, w
     last = classes - 1.0
     for i in range(count):
         y = wide[i]
-        inside = y if y > 0.0 else 0.0  # NaN too is brought inside, and found in the comparison
-        inside = inside if inside < last else last
-        label = np.int32(inside)
+        # NaN too is brought inside, and found in the comparison.
+        inside = select(y > 0.0, y, 0.0)
+        inside = select(inside < last, inside, last)
+        label = to_int32(inside)
         labels[i] = label
         bad += 0 if np.float64(label) == y else 1
     if plan[IGNORE] != 0:
@@ -299,7 +304,7 @@ def add_by_label(values, labels, count, classes, sums):
             sums[labels[i]] += values[i]
 
 
-@summing
+@adding
 def add_three_by_label(a, b, c, labels, count, classes, to_a, to_b, to_c):
     """Add every voxel's three values to the sums of its label."""
     zero = like(a, 0)
@@ -309,10 +314,9 @@ def add_three_by_label(a, b, c, labels, count, classes, to_a, to_b, to_c):
             label = np.int32(k)
             for i in range(count):
                 here = labels[i] == label
-                x, y, z = a[i], b[i], c[i]
-                s += x if here else zero
-                t += y if here else zero
-                u += z if here else zero
+                s += select(here, a[i], zero)
+                t += select(here, b[i], zero)
+                u += select(here, c[i], zero)
             to_a[k] += s
             to_b[k] += t
             to_c[k] += u

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastloss.backends._numba_math import exp, log1p_small
-from fastloss.backends._numba_pointers import data, like, shift
+from fastloss.backends._numba_pointers import data, like, select, shift
 from fastloss.backends._numba_tile import (
     BATCH,
     BLOCK,
@@ -29,6 +29,7 @@ from fastloss.backends._numba_tile import (
     VOXELS,
     WEIGHT_SUM,
     WIDTH,
+    adding,
     blank,
     inner,
     kernel,
@@ -36,7 +37,6 @@ from fastloss.backends._numba_tile import (
     load_labels,
     load_weights,
     store,
-    summing,
 )
 
 # Rows of numbers per voxel, in units of elements.
@@ -45,7 +45,9 @@ _X0 = 1 * WIDTH  # the logits, and then the gradient
 _X1 = 2 * WIDTH
 _E = 3 * WIDTH  # e^−|d|
 _LOSS = 4 * WIDTH  # −log p of the label's class, less log(1 + e^−|d|)
-ROWS = 5
+_OWN = 5 * WIDTH  # p of the label's class, and of the other
+_OTHER = 6 * WIDTH
+ROWS = 7
 
 
 @inner
@@ -62,46 +64,55 @@ def _load_tile(plan, operands, ignore, sample, first, count, voxel, labels, wide
             blank(x, weights, count)
 
 
-@summing
+@inner
 def _probabilities(voxel, labels, count):
-    """By label: Σ m, Σ m p of the label's class, and Σ m p of the other class.
-
-    E and LOSS are filled for `_losses`.
-    """
+    """Without the weights; and E and LOSS."""
+    label0 = np.int32(0)  # 64 bits would halve the vectors
     zero, one = like(voxel, 0), like(voxel, 1)
-    m0, m1, own0, own1, other0, other1 = zero, zero, zero, zero, zero, zero
     for i in range(count):
-        m, a, b = voxel[_M + i], voxel[_X0 + i], voxel[_X1 + i]
-        first = labels[i] == 0
-        d = zero if a == b else b - a  # equal infinities share
+        a, b = voxel[_X0 + i], voxel[_X1 + i]
+        d = select(a == b, zero, b - a)  # equal infinities share
         e = exp(-abs(d))
         big = one / (one + e)
         little = e * big
-        margin = -d if first else d
+        margin = select(labels[i] == label0, -d, d)
         voxel[_E + i] = e
-        voxel[_LOSS + i] = -margin if margin < zero else zero
-        own = m * (little if margin < zero else big)
-        other = m * (big if margin < zero else little)
-        m0 += m if first else zero
-        m1 += zero if first else m
-        own0 += own if first else zero
-        own1 += zero if first else own
-        other0 += other if first else zero
-        other1 += zero if first else other
+        voxel[_LOSS + i] = select(margin < zero, -margin, zero)
+        voxel[_OWN + i] = select(margin < zero, little, big)
+        voxel[_OTHER + i] = select(margin < zero, big, little)
+
+
+@adding
+def _sums(voxel, labels, count):
+    """By label: Σ m, Σ m p of the label's class, and Σ m p of the other class."""
+    label0 = np.int32(0)
+    zero = like(voxel, 0)
+    m0, m1, own0, own1, other0, other1 = zero, zero, zero, zero, zero, zero
+    for i in range(count):
+        m = voxel[_M + i]
+        first = labels[i] == label0
+        own, other = m * voxel[_OWN + i], m * voxel[_OTHER + i]
+        m0 += select(first, m, zero)
+        m1 += select(first, zero, m)
+        own0 += select(first, own, zero)
+        own1 += select(first, zero, own)
+        other0 += select(first, other, zero)
+        other1 += select(first, zero, other)
     return m0, m1, own0, own1, other0, other1
 
 
-@summing
+@adding
 def _losses(voxel, labels, count):
     """By label: Σ m (−log p) of the label's class."""
     zero = like(voxel, 0)
+    label0 = np.int32(0)
     loss0, loss1 = zero, zero
     for i in range(count):
         # A voxel without weight has finite logits, so that this is never 0 times infinity.
         loss = voxel[_M + i] * (voxel[_LOSS + i] + log1p_small(voxel[_E + i]))
-        first = labels[i] == 0
-        loss0 += loss if first else zero
-        loss1 += zero if first else loss
+        first = labels[i] == label0
+        loss0 += select(first, loss, zero)
+        loss1 += select(first, zero, loss)
     return loss0, loss1
 
 
@@ -123,7 +134,8 @@ def reduce(
         for first in range(start, stop, width):
             n = min(width, stop - first)
             _load_tile(plan, operands, numbers[0], sample, first, n, voxel, labels, wide, count_of)
-            m0, m1, own0, own1, other0, other1 = _probabilities(voxel, labels, n)
+            _probabilities(voxel, labels, n)
+            m0, m1, own0, own1, other0, other1 = _sums(voxel, labels, n)
             count_of[WEIGHT_SUM] += np.float64(m0) + np.float64(m1)
             # Every p is finite, unless a logit was NaN.
             undefined = own0 + own1
@@ -144,20 +156,21 @@ def reduce(
 
 @inner
 def _gradient(voxel, labels, if0, if1, loss0, loss1, count):
-    """In place of the logits."""
+    """In place of the logits, in one loop: the probabilities are of no use afterwards."""
+    label0 = np.int32(0)
     zero, one = like(voxel, 0), like(voxel, 1)
     for i in range(count):
         a, b = voxel[_X0 + i], voxel[_X1 + i]
-        first = labels[i] == 0
-        d = zero if a == b else b - a
+        first = labels[i] == label0
+        d = select(a == b, zero, b - a)
         e = exp(-abs(d))
         big = one / (one + e)
         little = e * big
-        margin = -d if first else d
-        own = little if margin < zero else big
-        other = big if margin < zero else little
+        margin = select(first, -d, d)
+        own = select(margin < zero, little, big)
+        other = select(margin < zero, big, little)
         # By x₁, label 1: p₀ (p₁ k − loss₁); label 0: p₁ (p₀ k + loss₀).
-        slope = own * (if0 if first else if1) + (loss0 if first else -loss1)
+        slope = own * select(first, if0, if1) + select(first, loss0, -loss1)
         g = voxel[_M + i] * (other * slope)
         voxel[_X0 + i] = -g
         voxel[_X1 + i] = g

@@ -8,12 +8,26 @@ import numpy as np
 
 from fastloss.frameworks.base import Adapter, Borrowed
 
+# The name of a dtype takes NumPy longer to spell than a small volume takes to read. Of the dtypes
+# that compare equal only native ones are here.
+_PLAIN = {
+    np.dtype(name): name
+    for name in (
+        "float16", "float32", "float64", "bool",
+        "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+    )
+}  # fmt: skip
+
 
 class NumpyAdapter(Adapter):
     def serves(self, array: Any) -> bool:
         return isinstance(array, np.ndarray)
 
     def borrow(self, array: Any, name: str, *, write: bool = False) -> Borrowed:
+        if type(array) is np.ndarray and not write:
+            known = _PLAIN.get(array.dtype)
+            if known is not None:
+                return Borrowed(array, known)
         dtype = array.dtype
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(

@@ -30,21 +30,21 @@ class VoxelwiseTerm(Term):
 
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         coefficients, normaliser = self.linear(statistics)
-        per_sample = np.zeros(statistics.batch_size)
+        axis = 1 if self.reduction == "none" else None
+        value: Any = 0.0
         for slot, coefficient in coefficients.items():
+            sums = statistics[slot]
             if isinstance(coefficient, np.ndarray):
                 # A class of weight 0 counts for nothing, even where its sum is infinite.
-                sums = np.where(coefficient == 0, 0.0, statistics[slot]) * coefficient
-                per_sample += sums.sum(axis=1)
+                value = value + (np.where(coefficient == 0, 0.0, sums) * coefficient).sum(axis)
             elif coefficient != 0:
-                per_sample += coefficient * statistics[slot].sum(axis=1)
-
+                value = value + coefficient * sums.sum(axis)
         if self.reduction == "none":
+            value = np.broadcast_to(value, statistics.batch_size)[:, None]
             scale = inverse(normaliser)[:, None]
-            value = per_sample[:, None] * scale
         else:
             scale = inverse(normaliser.sum()) if self.reduction == "mean" else 1.0
-            value = per_sample.sum() * scale
+        value = value * scale
 
         def pullback(upstream: np.ndarray) -> Derivatives:
             factor = upstream * scale

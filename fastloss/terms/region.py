@@ -92,7 +92,8 @@ class RegionTerm(Term):
             sums = [s.sum(axis=0, keepdims=True) for s in sums]
         value, by_overlap, by_predicted = self.formula(*sums)
         weight: Any = 1.0 if self.weight is None or self.couples_classes else self.weight
-        value = value * weight
+        if isinstance(weight, np.ndarray) or weight != 1.0:
+            value = value * weight
         count = max(value.size, 1)
         scale = weight / count if self.reduction == "mean" else weight
         if self.reduction != "none":
