@@ -20,6 +20,7 @@ _COMMON = {
 }
 settings.register_profile("default", max_examples=80, **_COMMON)
 settings.register_profile("ci", max_examples=80, derandomize=True, **_COMMON)
+settings.register_profile("short", max_examples=25, derandomize=True, **_COMMON)
 settings.register_profile("thorough", max_examples=1500, **_COMMON)
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default")

@@ -25,7 +25,6 @@ ls fastloss/_cpu*.so > /dev/null
 cxx=${CXX:-g++}
 # CPython and its packages keep memory to the end of the process: leaks are not looked for here.
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
-export FASTLOSS_BACKEND_UNDER_TEST=cpu
 preload="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libubsan.so)"
 if [ "$short" = 1 ]; then
   export HYPOTHESIS_PROFILE=short
