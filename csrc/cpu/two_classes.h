@@ -16,35 +16,69 @@ inline bool suits_two_classes(const Job& job) {
 
 constexpr int kPrefetch = 256;  // voxels
 
-// Of one vector of voxels: the label's probability and the other's, with e^−|d|.
+// Fills two rows with d = x₁ − x₀ and e^−|d|. In a loop of its own, and what follows in another:
+// the processor looks only so many operations ahead, and keeps busy if chains of them are short.
+template <class T, class S>
+void differences(const Tile<T>& t, const S* x0, const S* x1, T* difference, T* exponentials) {
+  const IVec<T> sign = bits<T>(splat<T>(T(-0.0)));
+  for (int v = 0; v < t.padded; v += lanes<T>) {
+    prefetch(x0 + v + kPrefetch);
+    prefetch(x1 + v + kPrefetch);
+    Vec<T> a = load_as<S, T>(x0 + v), b = load_as<S, T>(x1 + v);
+    Vec<T> d = drop<T>(a == b, b - a);  // equal infinities share
+    store<T>(difference + v, d);
+    store<T>(exponentials + v, exponential<T>(from_bits<T>(bits<T>(d) | sign)));
+  }
+}
+
+// Calls f(x0, x1) with the two rows of logits, as they lie in memory or loaded.
+template <class T, class F>
+void with_two_rows(Tile<T>& t, const F& f) {
+  if (t.contiguous()) {
+    with_storage<T>(t.job.logits.dtype, [&](auto number) {
+      using S = decltype(number);
+      f(t.template source_row<S>(0), t.template source_row<S>(1));
+    });
+  } else {
+    t.load_logits();
+    f((const T*)t.x, (const T*)t.x + t.stride);
+  }
+}
+
+template <class T>
+void differences(Tile<T>& t, T* difference, T* exponentials) {
+  with_two_rows(
+      t, [&](const auto* x0, const auto* x1) { differences(t, x0, x1, difference, exponentials); });
+}
+
+// Of one vector of voxels: the label's probability and the other's.
 template <class T>
 struct Pair {
   IVec<T> one;    // where the label is 1
   Vec<T> margin;  // the label's logit less the other
-  Vec<T> e, own, other;
+  Vec<T> own, other;
 };
 
-template <class T, class S>
-FL_INLINE Pair<T> pair(const S* x0, const S* x1, IVec<T> label) {
+template <class T>
+FL_INLINE Pair<T> pair(Vec<T> d, Vec<T> e, IVec<T> label) {
   const IVec<T> sign = bits<T>(splat<T>(T(-0.0)));
   Pair<T> r;
-  Vec<T> a = load_as<S, T>(x0), b = load_as<S, T>(x1);
   r.one = label != IVec<T>{};
-  Vec<T> d = drop<T>(a == b, b - a);  // equal infinities share
   r.margin = from_bits<T>(bits<T>(d) ^ (~r.one & sign));
-  r.e = exponential<T>(from_bits<T>(bits<T>(d) | sign));
-  Vec<T> big = T(1) / (r.e + T(1)), little = r.e * big;
+  Vec<T> big = T(1) / (e + T(1)), little = e * big;
   IVec<T> right = r.margin > T(0);
   r.own = select<T>(right, big, little);
   r.other = select<T>(right, little, big);
   return r;
 }
 
-template <class T, class S, bool kEven, bool kLogs>
-void reduce_two_rows(Tile<T>& t, const S* x0, const S* x1, double* sums, double* weight) {
+template <class T, bool kEven, bool kLogs>
+void reduce_two_rows(Tile<T>& t, double* sums, double* weight) {
   constexpr int L = lanes<T>;
   const auto& s = t.job.slots;
   const T* m = t.row(kWeight);
+  T *difference = t.row(kA), *exponentials = t.row(kB);
+  differences(t, difference, exponentials);
   // By label: voxels, probability of the label, probability of the other, loss.
   Vec<T> all{}, n1{}, own0{}, own1{}, other0{}, other1{}, loss0{}, loss1{};
   constexpr int kStep = 8 * L;
@@ -53,17 +87,16 @@ void reduce_two_rows(Tile<T>& t, const S* x0, const S* x1, double* sums, double*
     // Σ log(1+e) = log Π(1+e), of which the product less 1 is exact where the e are small.
     Vec<T> product0{}, product1{};
     for (int v = first; v < last; v += L) {
-      prefetch(x0 + v + kPrefetch);
-      prefetch(x1 + v + kPrefetch);
-      Pair<T> r = pair<T, S>(x0 + v, x1 + v, t.labels(v));
+      Vec<T> e = load<T>(exponentials + v);
+      Pair<T> r = pair<T>(load<T>(difference + v), e, t.labels(v));
       if (kLogs) {
         Vec<T> loss = larger(splat<T>(0), -r.margin);
         if (kEven) {
-          Vec<T> e0 = drop<T>(r.one, r.e), e1 = keep<T>(r.one, r.e);
+          Vec<T> e0 = drop<T>(r.one, e), e1 = keep<T>(r.one, e);
           product0 = product0 * e0 + (product0 + e0);
           product1 = product1 * e1 + (product1 + e1);
         } else {
-          loss = load<T>(m + v) * (loss + log_one_plus_small(r.e));
+          loss = load<T>(m + v) * (loss + log_one_plus_small(e));
         }
         loss0 += drop<T>(r.one, loss);
         loss1 += keep<T>(r.one, loss);
@@ -101,30 +134,12 @@ void reduce_two_rows(Tile<T>& t, const S* x0, const S* x1, double* sums, double*
   add(s.cross_entropy, total<T>(loss0), total<T>(loss1));
 }
 
-// Calls f(x0, x1) with the two rows of logits, as they lie in memory or loaded.
-template <class T, class F>
-void with_two_rows(Tile<T>& t, const F& f) {
-  if (t.contiguous()) {
-    with_storage<T>(t.job.logits.dtype, [&](auto number) {
-      using S = decltype(number);
-      f(t.template source_row<S>(0), t.template source_row<S>(1));
-    });
-  } else {
-    t.load_logits();
-    f((const T*)t.x, (const T*)t.x + t.stride);
-  }
-}
-
 template <class T>
 void reduce_two_classes(Tile<T>& t, double* sums, double* weight) {
   bool logs = t.job.slots.cross_entropy >= 0;
-  with_two_rows(t, [&](const auto* x0, const auto* x1) {
-    using S = std::remove_const_t<std::remove_pointer_t<decltype(x0)>>;
-    auto run =
-        logs ? (t.even ? reduce_two_rows<T, S, true, true> : reduce_two_rows<T, S, false, true>)
-             : (t.even ? reduce_two_rows<T, S, true, false> : reduce_two_rows<T, S, false, false>);
-    run(t, x0, x1, sums, weight);
-  });
+  auto run = logs ? (t.even ? reduce_two_rows<T, true, true> : reduce_two_rows<T, false, true>)
+                  : (t.even ? reduce_two_rows<T, true, false> : reduce_two_rows<T, false, false>);
+  run(t, sums, weight);
 }
 
 template <class T>
@@ -139,19 +154,15 @@ void apply_two_classes(Tile<T>& t) {
   bool even = t.even;
   // The gradient by x₁. Computed for the whole tile first: stores to the result between the loads
   // of the logits would hold those up wherever both have the same place in a page.
-  T* gradient = t.row(kA);
-  with_two_rows(t, [&](const auto* x0, const auto* x1) {
-    using S = std::remove_const_t<std::remove_pointer_t<decltype(x0)>>;
-    for (int v = 0; v < t.padded; v += L) {
-      prefetch(x0 + v + kPrefetch);
-      prefetch(x1 + v + kPrefetch);
-      Pair<T> r = pair<T, S>(x0 + v, x1 + v, t.labels(v));
-      // Label 1: p₀ (p₁ k − loss₁); label 0: p₁ (p₀ k + loss₀).
-      Vec<T> g = r.other * (r.own * select<T>(r.one, if1, if0) + select<T>(r.one, loss1, loss0));
-      if (!even) g *= load<T>(m + v);
-      store<T>(gradient + v, g);
-    }
-  });
+  T *difference = t.row(kA), *exponentials = t.row(kB), *gradient = t.row(kC);
+  differences(t, difference, exponentials);
+  for (int v = 0; v < t.padded; v += L) {
+    Pair<T> r = pair<T>(load<T>(difference + v), load<T>(exponentials + v), t.labels(v));
+    // Label 1: p₀ (p₁ k − loss₁); label 0: p₁ (p₀ k + loss₀).
+    Vec<T> g = r.other * (r.own * select<T>(r.one, if1, if0) + select<T>(r.one, loss1, loss0));
+    if (!even) g *= load<T>(m + v);
+    store<T>(gradient + v, g);
+  }
   write_rows(t, t.second, t.x, [&](const auto& row, const auto& put) {
     auto *to0 = row(0), *to1 = row(1);
     for (int v = 0; v < t.padded; v += L) put(to0 + v, -load<T>(gradient + v));
