@@ -24,8 +24,8 @@ void reduce_block(const Job& job, int64_t sample, int64_t first, int64_t last, v
   for (int64_t i = 0; i < count; ++i) sums[i] = 0;
   *weight = 0;
   Path path = path_of(job);
-  for (int64_t v = first; v < last; v += tile.stride) {
-    tile.move(v, int(last - v < tile.stride ? last - v : tile.stride), faults);
+  for (int64_t v = first; v < last; v += tile.step) {
+    tile.move(v, int(last - v < tile.step ? last - v : tile.step), faults);
     if (path == Path::two_classes) reduce_two_classes(tile, sums, weight);
     else if (path == Path::softmax_labels) reduce_softmax_labels(tile, sums, weight);
     else reduce_general(tile, sums, weight);
@@ -38,7 +38,7 @@ void apply_block(const Job& job, int64_t sample, int64_t first, int64_t last, vo
   Path path = path_of(job);
   int64_t lead = fastloss::voxels_to_line(job, sample);
   for (int64_t v = first; v < last;) {
-    int64_t next = v + tile.stride;
+    int64_t next = v + tile.step;
     if (v < lead && next > lead) next = lead;
     if (next > last) next = last;
     tile.move(v, int(next - v), nullptr);

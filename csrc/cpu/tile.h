@@ -32,12 +32,15 @@ enum Row {
 };
 
 constexpr int64_t kFewClasses = 32;
+// Rows a power of two apart would share few places of the caches.
+constexpr int kPad = 16;
 
 template <class T>
 struct Tile {
   const Job& job;
   int64_t sample;
-  int stride;     // voxels from row to row of the buffers
+  int step;       // voxels of a tile
+  int stride;     // numbers from row to row of the buffers
   T* x;           // logits, later what is made of them: (C, stride)
   T* second;      // another buffer like it, or null
   T* rows;        // (kRows, 256)
@@ -60,13 +63,14 @@ struct Tile {
     return job.dense || job.slots.uniform >= 0;
   }
   static size_t bytes(const Job& job) {
-    size_t tile = size_t(fastloss::tile_voxels(job.classes)) * size_t(job.classes);
+    size_t tile = size_t(fastloss::tile_voxels(job.classes) + kPad) * size_t(job.classes);
     size_t numbers = tile * 2 + kRows * kMaxTile + size_t(job.slots.count) * size_t(job.classes);
     return numbers * sizeof(T) + 2 * kMaxTile * sizeof(int32_t) + 256;
   }
 
   Tile(const Job& j, int64_t b, void* scratch) : job(j), sample(b) {
-    stride = fastloss::tile_voxels(j.classes);
+    step = fastloss::tile_voxels(j.classes);
+    stride = step + kPad;
     T* p = (T*)(((uintptr_t)scratch + 63) / 64 * 64);
     int64_t size = int64_t(stride) * j.classes;
     x = p;
@@ -317,7 +321,7 @@ struct Tile {
   const S* row_ahead(int64_t c) const {
     int64_t tiles = 0;
     for (; c >= job.classes; c -= job.classes) ++tiles;
-    return source_row<S>(c) + tiles * stride;
+    return source_row<S>(c) + tiles * step;
   }
 
   bool channels_last(const Array& a, const Runs& runs) const {
