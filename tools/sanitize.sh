@@ -13,7 +13,7 @@ if [ "${1:-}" = "--short" ]; then short=1; shift; fi
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-cp -r fastloss csrc setup.py pyproject.toml README.md LICENSE tests "$folder/"
+cp -r fastloss csrc setup.py pyproject.toml README.md CONTRIBUTING.md LICENSE tests "$folder/"
 rm -f "$folder"/fastloss/_cpu*.so
 cd "$folder"
 

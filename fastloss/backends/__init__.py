@@ -11,15 +11,25 @@ from importlib import import_module
 
 from fastloss.backends.base import Backend
 
-__all__ = ["BACKENDS", "Backend", "current_backend", "limit_threads", "load_backend", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "REMEDIES",
+    "Backend",
+    "current_backend",
+    "limit_threads",
+    "load_backend",
+    "use_backend",
+]
 
 BACKENDS = ("cpu", "numba", "reference")
 """The names of the backends, fastest first."""
 
-_REMEDY = {
-    "cpu": "its C++ kernels are not there; install a C++ compiler and then fastloss again",
+REMEDIES = {
+    "cpu": "install a C++ compiler and then fastloss again",
     "numba": "pip install 'fastloss[numba]'",
 }
+"""What makes a backend that is absent available."""
+
 _loaded: dict[str, Backend] = {}
 _threads = 0  # set by limit_threads; 0: not set
 _chosen: ContextVar[Backend | None] = ContextVar("fastloss_backend", default=None)
@@ -84,7 +94,7 @@ def _fastest() -> Backend:
             missing.append(name)
             continue
         if missing:
-            remedies = "; ".join(_REMEDY[m] for m in missing)
+            remedies = "; ".join(f"for {m!r}, {REMEDIES[m]}" for m in missing)
             warnings.warn(
                 f"fastloss computes with the slower {name!r} backend: {remedies}", stacklevel=2
             )

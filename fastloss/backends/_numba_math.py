@@ -71,6 +71,10 @@ _S0, _S1, _S2, _S3, _S4, _S5, _S6, _S7 = (
 _TINY, _UP, _UP_EXPONENT = _f(2.0**-126), _f(2.0**23), _f(23)
 
 
+# Names for the kernels to call: Numba compiles the overloads below in their place, and they are
+# never run as Python.
+
+
 def exp(x: Any) -> Any:
     """e^x for x up to 88; in float32 0 below −87, and exactly 1 at 0."""
     raise NotImplementedError

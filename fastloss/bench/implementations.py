@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 
 import fastloss as fl
-from fastloss.backends import BACKENDS, load_backend
+from fastloss.backends import BACKENDS, REMEDIES, load_backend
 from fastloss.bench.errors import Unavailable
 from fastloss.bench.inputs import Case
 from fastloss.bench.losses import make_loss
@@ -105,11 +105,7 @@ def make_call(name: str, case: Case, loss: str, threads: int) -> Call:
 
 def backend_remedy(name: str, error: ImportError) -> str:
     """Why a backend is not there, and how to get it."""
-    remedy = {
-        "cpu": "install a C++ compiler and then fastloss again",
-        "numba": "pip install 'fastloss[numba]'",
-    }
-    return f"{error}; {remedy[name]}" if name in remedy else str(error)
+    return f"{error}; {REMEDIES[name]}" if name in REMEDIES else str(error)
 
 
 def backends_that_run() -> list[str]:
