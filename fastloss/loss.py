@@ -115,7 +115,7 @@ class Loss:
 
         An array where a term has ``reduction="none"``: see the terms for its shape.
         """
-        return self._inputs(logits, target, voxel_weight).value()
+        return adapter_of(logits, "logits").value(self, logits, target, voxel_weight)
 
     def value_and_grad(
         self,
@@ -137,11 +137,11 @@ class Loss:
         Raises:
             ValueError: ``out`` is read-only, or overlaps an input other than as the logits.
         """
-        inputs = self._inputs(logits, target, voxel_weight)
-        out, view = inputs.output(out)
-        value, pullback = self._combine(inputs.reduce())
-        inputs.apply(pullback(upstream), view)
-        return value, out
+        passes = self.passes(logits, target, voxel_weight)
+        out, view = passes.output(out)
+        value, pullback = self.combine(passes.reduce())
+        passes.apply(pullback(passes.adapter.upstream(upstream)), view)
+        return passes.adapter.result(value, logits), out
 
     def statistics(self, logits: Any, target: Any, voxel_weight: Any = None) -> Statistics:
         """The sums that the loss is a function of. They add: over chunks of a volume, over ranks.
@@ -153,12 +153,12 @@ class Loss:
         >>> bool(np.isclose(loss.value(total), loss(x, y)))
         True
         """
-        return self._inputs(logits, target, voxel_weight).reduce()
+        return self.passes(logits, target, voxel_weight).reduce()
 
     def value(self, statistics: Statistics) -> Any:
         """The value of the loss from the sums over all its chunks."""
         self._check_statistics(statistics)
-        return self._combine(statistics)[0]
+        return self.combine(statistics)[0]
 
     def gradient(
         self,
@@ -174,9 +174,9 @@ class Loss:
 
         Other arguments as in `value_and_grad`.
         """
-        inputs = self._inputs(logits, target, voxel_weight)
-        out, view = inputs.output(out)
-        own = inputs.reduce()  # also checks the labels
+        passes = self.passes(logits, target, voxel_weight)
+        out, view = passes.output(out)
+        own = passes.reduce()  # also checks the labels
         if statistics is None:
             statistics = own
         else:
@@ -186,13 +186,14 @@ class Loss:
                     "statistics: expected the sums of this loss over chunks like these arrays, got "
                     f"{statistics._describe()}"
                 )
-        inputs.apply(self._combine(statistics)[1](upstream), view)
+        passes.apply(self.combine(statistics)[1](passes.adapter.upstream(upstream)), view)
         return out
 
     # ------------------------------------------------------------------ how it is done
 
-    def _inputs(self, logits: Any, target: Any, voxel_weight: Any) -> _Inputs:
-        return _Inputs(self, logits, target, voxel_weight)
+    def passes(self, logits: Any, target: Any, voxel_weight: Any) -> Passes:
+        """The two passes over these arrays, for the adapters of frameworks."""
+        return Passes(self, logits, target, voxel_weight)
 
     def _request(self, arrays: Arrays) -> Request:
         classes = arrays.logits.shape[1]
@@ -215,7 +216,8 @@ class Loss:
         for _, term in self.terms:
             term.check(self.activation, statistics.classes)
 
-    def _combine(self, statistics: Statistics) -> tuple[Any, Callable[[Any], np.ndarray]]:
+    def combine(self, statistics: Statistics) -> tuple[Any, Callable[[Any], np.ndarray]]:
+        """The value, and from its upstream gradient (None: 1) the derivative by every sum."""
         parts = [(weight, *term.combine(statistics)) for weight, term in self.terms]
         total = parts[0][1] if parts[0][0] == 1.0 else parts[0][0] * parts[0][1]
         for weight, value, _ in parts[1:]:
@@ -274,7 +276,7 @@ class Loss:
         return f"Loss({', '.join(parts)})"
 
 
-class _Inputs:
+class Passes:
     """One call's arrays, and the two passes over them."""
 
     def __init__(self, loss: Loss, logits: Any, target: Any, voxel_weight: Any) -> None:
@@ -300,17 +302,6 @@ class _Inputs:
         voxels = np.empty(batch)
         self.backend.reduce(self.request, self.arrays, sums, voxels)
         return Statistics(self.request, sums, voxels, self.arrays.value_dtype)
-
-    def value(self) -> Any:
-        def forward() -> tuple[Any, Any]:
-            return self.loss._combine(self.reduce())
-
-        def backward(pullback: Any, upstream: np.ndarray) -> Any:
-            out, view = self.output(None)
-            self.apply(pullback(upstream), view)
-            return out
-
-        return self.adapter.differentiable(forward, backward, self.caller_logits)
 
     def output(self, out: Any) -> tuple[Any, Borrowed]:
         """The array that takes the gradient, as the caller sees it, and its view."""

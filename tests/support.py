@@ -141,7 +141,7 @@ def tolerances(dtype: Any) -> tuple[float, float, float]:
 
 def assert_agree(
     value: Any,
-    gradient: np.ndarray,
+    gradient: Any,
     expected: tuple[Any, np.ndarray],
     scale: float = 0.0,
     value_scale: float = 0.5,
@@ -152,6 +152,7 @@ def assert_agree(
     ``value_scale`` that of the value: where it does, what is left is rounding.
     """
     expected_value, expected_gradient = expected
+    gradient = np.asarray(gradient)
     by_value, by_gradient, step = tolerances(gradient.dtype)
     np.testing.assert_allclose(value, expected_value, rtol=by_value, atol=by_value * value_scale)
     error = norm(gradient.astype(np.float64) - expected_gradient)

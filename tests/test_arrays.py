@@ -50,8 +50,8 @@ def test_torch(backend: str, dtype: str, dense: bool) -> None:
         torch.tensor(x), torch.tensor(target), torch.tensor(w)
     )
     assert value_torch == value
-    assert isinstance(gradient_torch, np.ndarray)
-    assert gradient_torch.dtype == x.dtype
+    assert isinstance(gradient_torch, torch.Tensor)
+    assert gradient_torch.dtype == torch.tensor(x).dtype
     np.testing.assert_array_equal(gradient_torch, gradient)
 
 
@@ -78,20 +78,20 @@ def test_torch_bfloat16(backend: str) -> None:
     assert_agree(value, as_numpy(out).astype(bfloat16), expected)
 
     returned = LOSS.gradient(half, y)
-    assert isinstance(returned, np.ndarray)
-    assert returned.dtype == bfloat16
-    np.testing.assert_array_equal(returned.astype(np.float64), as_numpy(out))
+    assert returned.dtype == torch.bfloat16
+    np.testing.assert_array_equal(as_numpy(returned), as_numpy(out))
 
 
 def test_bfloat16_without_ml_dtypes_asks_for_out() -> None:
-    need("torch")
+    need("jax")
     run_python(
-        "import sys; sys.modules['ml_dtypes'] = None\n"
-        "import torch, numpy as np, pytest, fastloss as fl\n"
-        "x, y = torch.zeros(1, 2, 9, dtype=torch.bfloat16), np.zeros((1, 9), int)\n"
+        "import jax.numpy as jnp, numpy as np, pytest, sys, fastloss as fl\n"
+        "x, y = jnp.zeros((1, 2, 9), jnp.bfloat16), np.zeros((1, 9), int)\n"
+        "out = np.empty((1, 2, 9), jnp.bfloat16)\n"
+        "sys.modules['ml_dtypes'] = None\n"
         "with pytest.raises(TypeError, match='out.*ml_dtypes'):\n"
         "    fl.Dice().gradient(x, y)\n"
-        "assert fl.Dice().gradient(x, y, out=x) is x\n",
+        "assert fl.Dice().gradient(x, y, out=out) is out\n",
         FASTLOSS_BACKEND="reference",
     )
 
@@ -105,7 +105,7 @@ def test_torch_in_any_layout(backend: str) -> None:
     assert not last.is_contiguous()
     value, gradient = LOSS.value_and_grad(last, labels)
     assert_agree(value, gradient, expected)
-    assert gradient.strides == tuple(4 * s for s in last.stride())
+    assert gradient.stride() == last.stride()
     turned = tensor.permute(0, 1, 4, 3, 2).contiguous().permute(0, 1, 4, 3, 2)
     assert_agree(*LOSS.value_and_grad(turned, labels), expected)
     wide = torch.nn.functional.pad(tensor, (1, 2, 3, 1))

@@ -16,22 +16,35 @@ _DLPACK = DlpackAdapter()
 
 # From the root package of an array's type to the module whose `ADAPTER` serves it. Frameworks
 # that are not listed are borrowed by DLPack.
-_SPECIAL: dict[str, str] = {}
+_SPECIAL = {"torch": "fastloss.frameworks.torch"}
+_adapters: dict[type, Adapter | None] = {}
 
 
 def adapter_of(array: Any, name: str) -> Adapter:
     """The adapter for an array; TypeError naming the argument if it is of no known kind."""
     if _NUMPY.serves(array):
         return _NUMPY
-    module = _SPECIAL.get(type(array).__module__.partition(".")[0])
-    if module is not None:
-        adapter: Adapter = import_module(module).ADAPTER
+    kind = type(array)
+    if kind not in _adapters:
+        _adapters[kind] = _special(kind)
+    adapter = _adapters[kind]
+    if adapter is not None and adapter.serves(array):
         return adapter
     if _DLPACK.serves(array):
         return _DLPACK
     raise TypeError(
         f"{name}: expected a NumPy array or an array with __dlpack__, got {type(array).__name__}"
     )
+
+
+def _special(kind: type) -> Adapter | None:
+    """The adapter of the framework that this type, or one that it derives from, belongs to."""
+    for base in kind.__mro__:
+        module = _SPECIAL.get(base.__module__.partition(".")[0])
+        if module is not None:
+            adapter: Adapter = import_module(module).ADAPTER
+            return adapter
+    return None
 
 
 def borrow(array: Any, name: str, *, write: bool = False) -> Borrowed:

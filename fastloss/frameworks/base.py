@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from fastloss.loss import Loss
 
 
 class Borrowed(NamedTuple):
@@ -19,7 +21,7 @@ class Borrowed(NamedTuple):
 class Adapter:
     """Borrows a framework's arrays, allocates results, and hooks its automatic differentiation.
 
-    It is handed the two passes as functions and knows nothing of losses.
+    Of a loss it knows no more than that there are two passes and a step between them.
     """
 
     def serves(self, array: Any) -> bool:
@@ -44,18 +46,18 @@ class Adapter:
         new = np.empty_like(borrowed.array)
         return new.view(bfloat16), Borrowed(new, "bfloat16")
 
-    def differentiable(
-        self,
-        forward: Callable[[], tuple[np.ndarray, Any]],
-        backward: Callable[[Any, np.ndarray], Any],
-        logits: Any,
-    ) -> Any:
-        """The loss value for the caller, differentiable where the framework is.
+    def result(self, value: Any, array: Any) -> Any:
+        """The value of a loss as the caller of ``array`` knows numbers."""
+        return value
 
-        Args:
-            forward: the reduce pass; returns the value and what the backward pass needs.
-            backward: the apply pass; takes that and the gradient of the value, and returns the
-                gradient of the logits in the caller's kind of array.
-            logits: the caller's array.
+    def upstream(self, gradient: Any) -> Any:
+        """The gradient of the final result by the value, as something NumPy takes."""
+        return gradient
+
+    def value(self, loss: Loss, logits: Any, target: Any, voxel_weight: Any) -> Any:
+        """The loss of these arrays for the caller, differentiable where the framework is.
+
+        ``loss.passes`` borrows the arrays and runs the two passes over them, ``loss.combine``
+        joins the passes.
         """
-        return forward()[0]
+        return loss.combine(loss.passes(logits, target, voxel_weight).reduce())[0]

@@ -1,0 +1,155 @@
+"""PyTorch tensors: borrowed where they lie, differentiated by autograd."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+
+from fastloss.frameworks.base import Adapter, Borrowed
+
+if TYPE_CHECKING:
+    from fastloss.loss import Loss
+
+_NAMES = {
+    getattr(torch, name): name
+    for name in (
+        "float16", "bfloat16", "float32", "float64", "bool",
+        "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+    )
+    if hasattr(torch, name)
+}  # fmt: skip
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class TorchAdapter(Adapter):
+    def serves(self, array: Any) -> bool:
+        return isinstance(array, torch.Tensor)
+
+    def borrow(self, array: Any, name: str, *, write: bool = False) -> Borrowed:
+        if name not in ("logits", "out"):
+            refuse_gradient(array, name)
+        dtype = _NAMES.get(array.dtype)
+        if dtype is None:
+            raise TypeError(f"{name}: unsupported dtype {array.dtype}")
+        array = plain(array, name)
+        if not array.is_cpu:
+            _refuse_device(array, name)
+        if array.requires_grad:
+            array = array.detach()
+        try:
+            if dtype == "bfloat16":  # which NumPy lacks
+                view = array.view(torch.int16).numpy().view(np.uint16)
+            else:
+                view = array.numpy()
+        except (TypeError, RuntimeError) as error:
+            raise TypeError(f"{name}: the tensor's memory could not be read: {error}") from error
+        if write and not array.is_inference():
+            increment_version(array)
+        return Borrowed(view, dtype)
+
+    def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
+        new = torch.empty_like(plain(array, "logits"))
+        return new, self.borrow(new, "out")
+
+    def result(self, value: Any, array: Any) -> Any:
+        return torch.from_numpy(np.asarray(value))
+
+    def upstream(self, gradient: Any) -> Any:
+        if not isinstance(gradient, torch.Tensor):
+            return gradient
+        if gradient.ndim == 0:
+            return gradient.item()
+        # Straight to float64, which loses nothing of a gradient that was scaled for float16.
+        return gradient.detach().to("cpu", torch.float64).numpy()
+
+    def value(self, loss: Loss, logits: Any, target: Any, voxel_weight: Any) -> Any:
+        logits = plain(logits, "logits")
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
+            raise RuntimeError(
+                "logits: forward-mode derivatives are not computed; take the gradient by backward()"
+            )
+        if not (logits.requires_grad and torch.is_grad_enabled()):
+            passes = loss.passes(logits, target, voxel_weight)
+            return self.result(loss.combine(passes.reduce())[0], logits)
+        refuse_gradient(target, "target")
+        refuse_gradient(voxel_weight, "voxel_weight")
+        return _Value.apply(logits, target, voxel_weight, loss)
+
+
+def plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """The tensor itself, without what a subclass adds to it."""
+    if type(tensor) in _PLAIN:
+        return tensor
+    if hasattr(tensor, "__tensor_flatten__") or hasattr(tensor, "to_local"):
+        raise TypeError(
+            f"{name}: expected a tensor with memory of its own, got a {type(tensor).__name__}"
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(torch.Tensor)
+
+
+def refuse_gradient(array: Any, name: str) -> None:
+    """Raise TypeError for a tensor whose gradient would be lost without a word."""
+    if isinstance(array, torch.Tensor) and array.requires_grad and torch.is_grad_enabled():
+        raise TypeError(
+            f"{name}: got a tensor that requires a gradient, but gradients flow to the logits "
+            f"alone; pass {name}.detach()"
+        )
+
+
+def _refuse_device(tensor: torch.Tensor, name: str) -> None:
+    # This is where tensors on other devices part from those that NumPy can see.
+    if tensor.is_cuda:
+        raise TypeError(
+            f"{name}: got a tensor on {tensor.device}, and there is no CUDA backend yet; pass "
+            "a tensor in CPU memory"
+        )
+    raise TypeError(f"{name}: expected a tensor in CPU memory, got one on {tensor.device}")
+
+
+class _Value(torch.autograd.Function):
+    """The reduce pass forward, the apply pass backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Any, target: Any, voxel_weight: Any, loss: Loss) -> Any:
+        passes = loss.passes(logits, target, voxel_weight)
+        # Of the large arrays nothing but what autograd itself keeps may stay alive: it frees
+        # that after the backward pass, and only so offloading and checkpoints can move it.
+        given = (logits, target, voxel_weight)
+        ctx.save_for_backward(*(a if isinstance(a, torch.Tensor) else None for a in given))
+        ctx.others = tuple(None if isinstance(a, torch.Tensor) else a for a in given)
+        ctx.backend = passes.backend
+        ctx.loss = loss
+        value, ctx.pullback = loss.combine(passes.reduce())
+        return ADAPTER.result(value, logits)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        saved = zip(ctx.saved_tensors, ctx.others, strict=True)
+        logits, target, voxel_weight = (b if a is None else a for a, b in saved)
+        passes = ctx.loss.passes(logits, target, voxel_weight)
+        passes.backend = ctx.backend
+        gradient, view = passes.output(None)
+        passes.apply(ctx.pullback(ADAPTER.upstream(upstream[0])), view)
+        if torch.is_grad_enabled():
+            gradient = _Once.apply(gradient, upstream[0], logits)
+        return gradient, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that says so when it is differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, *by: torch.Tensor) -> torch.Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise RuntimeError("fastloss computes first derivatives alone: no second backward through")
+
+
+ADAPTER = TorchAdapter()
