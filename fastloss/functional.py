@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
+from fastloss.frameworks import adapter_of
 from fastloss.loss import Loss
 from fastloss.terms import CrossEntropy, Dice, Focal, GeneralizedDice, Jaccard, Tversky
 from fastloss.terms.base import Term
@@ -18,34 +19,34 @@ _CROSS_ENTROPY_OPTIONS = ("label_smoothing",)
 
 def cross_entropy_loss(logits: Any, target: Any, voxel_weight: Any = None, **options: Any) -> Any:
     """Cross-entropy; options of `fastloss.CrossEntropy` and `fastloss.Loss`, arrays as there."""
-    return _loss((CrossEntropy,), options)(logits, target, voxel_weight)
+    return _value((logits, target, voxel_weight), (CrossEntropy,), options)
 
 
 def focal_loss(logits: Any, target: Any, voxel_weight: Any = None, **options: Any) -> Any:
     """Focal loss; options of `fastloss.Focal` and `fastloss.Loss`, arrays as there."""
-    return _loss((Focal,), options)(logits, target, voxel_weight)
+    return _value((logits, target, voxel_weight), (Focal,), options)
 
 
 def dice_loss(logits: Any, target: Any, voxel_weight: Any = None, **options: Any) -> Any:
     """Soft Dice loss; options of `fastloss.Dice` and `fastloss.Loss`, arrays as there."""
-    return _loss((Dice,), options)(logits, target, voxel_weight)
+    return _value((logits, target, voxel_weight), (Dice,), options)
 
 
 def jaccard_loss(logits: Any, target: Any, voxel_weight: Any = None, **options: Any) -> Any:
     """Soft Jaccard loss; options of `fastloss.Jaccard` and `fastloss.Loss`, arrays as there."""
-    return _loss((Jaccard,), options)(logits, target, voxel_weight)
+    return _value((logits, target, voxel_weight), (Jaccard,), options)
 
 
 def tversky_loss(logits: Any, target: Any, voxel_weight: Any = None, **options: Any) -> Any:
     """Tversky loss; options of `fastloss.Tversky` and `fastloss.Loss`, arrays as there."""
-    return _loss((Tversky,), options)(logits, target, voxel_weight)
+    return _value((logits, target, voxel_weight), (Tversky,), options)
 
 
 def generalized_dice_loss(
     logits: Any, target: Any, voxel_weight: Any = None, **options: Any
 ) -> Any:
     """Generalised Dice loss; options of `fastloss.GeneralizedDice` and `fastloss.Loss`."""
-    return _loss((GeneralizedDice,), options)(logits, target, voxel_weight)
+    return _value((logits, target, voxel_weight), (GeneralizedDice,), options)
 
 
 def dice_ce_loss(
@@ -63,9 +64,14 @@ def dice_ce_loss(
         **options: ``label_smoothing`` goes to `fastloss.CrossEntropy`, ``ce_weight`` as its
             ``weight``; those of `fastloss.Loss` to it; the others to `fastloss.Dice`.
     """
-    factors = (dice_factor, ce_factor)
-    loss = _loss((Dice, CrossEntropy), options, factors, _CROSS_ENTROPY_OPTIONS, "ce_weight")
-    return loss(logits, target, voxel_weight)
+    return _value(
+        (logits, target, voxel_weight),
+        (Dice, CrossEntropy),
+        options,
+        (dice_factor, ce_factor),
+        _CROSS_ENTROPY_OPTIONS,
+        "ce_weight",
+    )
 
 
 def dice_focal_loss(
@@ -83,8 +89,12 @@ def dice_focal_loss(
         **options: ``gamma`` and ``alpha`` go to `fastloss.Focal`; those of `fastloss.Loss` to it;
             the others to `fastloss.Dice`.
     """
-    loss = _loss((Dice, Focal), options, (dice_factor, focal_factor), _FOCAL_OPTIONS)
-    return loss(logits, target, voxel_weight)
+    factors = (dice_factor, focal_factor)
+    return _value((logits, target, voxel_weight), (Dice, Focal), options, factors, _FOCAL_OPTIONS)
+
+
+def _value(arrays: tuple[Any, Any, Any], *recipe: Any) -> Any:
+    return adapter_of(arrays[0], "logits").value(partial(_loss, *recipe), *arrays)
 
 
 def _loss(

@@ -93,7 +93,7 @@ class Loss:
                 raise TypeError(f"terms: expected terms or losses, got {term!r}")
         self.terms: tuple[tuple[float, Term], ...] = tuple(weighted)
         self._options: dict[str, Any] = options
-        self._needs = frozenset().union(*(term.requires for _, term in self.terms))
+        self.needs = frozenset().union(*(term.requires for _, term in self.terms))
         self._checked: set[int] = set()
 
     @property
@@ -141,7 +141,7 @@ class Loss:
         out, view = passes.output(out)
         value, pullback = self.combine(passes.reduce())
         passes.apply(pullback(passes.adapter.upstream(upstream)), view)
-        return passes.adapter.result(value, logits), out
+        return passes.adapter.result(value), out
 
     def statistics(self, logits: Any, target: Any, voxel_weight: Any = None) -> Statistics:
         """The sums that the loss is a function of. They add: over chunks of a volume, over ranks.
@@ -201,7 +201,7 @@ class Loss:
             for _, term in self.terms:
                 term.check(self.activation, classes)
             self._checked.add(classes)
-        return make_request(self.activation, arrays.dense, self.ignore_index, self._needs)
+        return make_request(self.activation, arrays.dense, self.ignore_index, self.needs)
 
     def _check_statistics(self, statistics: Statistics) -> None:
         if not isinstance(statistics, Statistics):
@@ -210,7 +210,7 @@ class Loss:
         if (request.activation, request.ignore_index, request.needs) != (
             self.activation,
             self.ignore_index,
-            self._needs,
+            self.needs,
         ):
             raise ValueError("statistics: these are the sums of another loss")
         for _, term in self.terms:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from collections.abc import Callable
 from typing import Any
 
 from fastloss.frameworks.base import Adapter, Borrowed
@@ -14,9 +14,17 @@ __all__ = ["Adapter", "Borrowed", "adapter_of", "borrow"]
 _NUMPY = NumpyAdapter()
 _DLPACK = DlpackAdapter()
 
-# From the root package of an array's type to the module whose `ADAPTER` serves it. Frameworks
-# that are not listed are borrowed by DLPack.
-_SPECIAL = {"torch": "fastloss.frameworks.torch"}
+
+def _torch() -> Adapter:
+    # A statement: torch.compile follows it, as it does not follow `import_module`.
+    from fastloss.frameworks.torch import ADAPTER
+
+    return ADAPTER
+
+
+# From the root package of an array's type to the adapter that serves it. Frameworks that are not
+# listed are borrowed by DLPack.
+_SPECIAL: dict[str, Callable[[], Adapter]] = {"torch": _torch}
 _adapters: dict[type, Adapter | None] = {}
 
 
@@ -40,10 +48,9 @@ def adapter_of(array: Any, name: str) -> Adapter:
 def _special(kind: type) -> Adapter | None:
     """The adapter of the framework that this type, or one that it derives from, belongs to."""
     for base in kind.__mro__:
-        module = _SPECIAL.get(base.__module__.partition(".")[0])
-        if module is not None:
-            adapter: Adapter = import_module(module).ADAPTER
-            return adapter
+        load = _SPECIAL.get(base.__module__.partition(".")[0])
+        if load is not None:
+            return load()
     return None
 
 

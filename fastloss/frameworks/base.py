@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     from fastloss.loss import Loss
+    from fastloss.terms import Term
+
+    LossLike: TypeAlias = Loss | Term | partial[Loss]
+    """A loss, a term, which is one alone, or a function that makes one."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Borrowed(NamedTuple):
@@ -46,18 +54,36 @@ class Adapter:
         new = np.empty_like(borrowed.array)
         return new.view(bfloat16), Borrowed(new, "bfloat16")
 
-    def result(self, value: Any, array: Any) -> Any:
-        """The value of a loss as the caller of ``array`` knows numbers."""
+    def result(self, value: Any) -> Any:
+        """The value of a loss as the caller knows numbers."""
         return value
 
     def upstream(self, gradient: Any) -> Any:
         """The gradient of the final result by the value, as something NumPy takes."""
         return gradient
 
-    def value(self, loss: Loss, logits: Any, target: Any, voxel_weight: Any) -> Any:
+    def value(self, loss: LossLike, logits: Any, target: Any, voxel_weight: Any) -> Any:
         """The loss of these arrays for the caller, differentiable where the framework is.
 
-        ``loss.passes`` borrows the arrays and runs the two passes over them, ``loss.combine``
+        ``passes`` of the loss borrows the arrays and runs the two passes over them, ``combine``
         joins the passes.
         """
+        loss = as_loss(loss)
         return loss.combine(loss.passes(logits, target, voxel_weight).reduce())[0]
+
+
+def as_loss(loss: LossLike) -> Loss:
+    """The loss itself, the one that a term is, or the one that a function makes."""
+    if type(loss) is partial:
+        return loss()
+    return getattr(loss, "_loss", loss)  # type: ignore[arg-type]
+
+
+def constant(function: _Function) -> _Function:
+    """Mark a function whose result depends on its arguments alone.
+
+    `torch.compile` then takes the result as it is instead of tracing into the function. It is
+    `torch.compiler.assume_constant_result` without an import of torch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

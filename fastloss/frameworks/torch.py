@@ -9,9 +9,11 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from fastloss.frameworks.base import Adapter, Borrowed
+from fastloss.frameworks.base import Adapter, Borrowed, as_loss
+from fastloss.naming import text_of
 
 if TYPE_CHECKING:
+    from fastloss.frameworks.base import LossLike
     from fastloss.loss import Loss
 
 _NAMES = {
@@ -35,7 +37,7 @@ class TorchAdapter(Adapter):
         dtype = _NAMES.get(array.dtype)
         if dtype is None:
             raise TypeError(f"{name}: unsupported dtype {array.dtype}")
-        array = plain(array, name)
+        array = plain(array)
         if not array.is_cpu:
             _refuse_device(array, name)
         if array.requires_grad:
@@ -52,10 +54,10 @@ class TorchAdapter(Adapter):
         return Borrowed(view, dtype)
 
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
-        new = torch.empty_like(plain(array, "logits"))
+        new = torch.empty_like(plain(array))
         return new, self.borrow(new, "out")
 
-    def result(self, value: Any, array: Any) -> Any:
+    def result(self, value: Any) -> Any:
         return torch.from_numpy(np.asarray(value))
 
     def upstream(self, gradient: Any) -> Any:
@@ -66,30 +68,44 @@ class TorchAdapter(Adapter):
         # Straight to float64, which loses nothing of a gradient that was scaled for float16.
         return gradient.detach().to("cpu", torch.float64).numpy()
 
-    def value(self, loss: Loss, logits: Any, target: Any, voxel_weight: Any) -> Any:
-        logits = plain(logits, "logits")
+    def value(self, loss: LossLike, logits: Any, target: Any, voxel_weight: Any) -> Any:
+        refuse_gradient(target, "target")
+        refuse_gradient(voxel_weight, "voxel_weight")
+        if torch.compiler.is_compiling() or _is_traced(logits):
+            from fastloss.frameworks import torch_operators
+
+            return torch_operators.value(text_of(loss), logits, target, voxel_weight)
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "logits: the transforms of torch.func do not go through fastloss; take the "
+                "gradient by backward() or torch.autograd.grad"
+            )
+        loss = as_loss(loss)
+        if torch.is_grad_enabled() and logits.requires_grad:
+            return _Value.apply(plain(logits), target, voxel_weight, loss)
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
             raise RuntimeError(
                 "logits: forward-mode derivatives are not computed; take the gradient by backward()"
             )
-        if not (logits.requires_grad and torch.is_grad_enabled()):
-            passes = loss.passes(logits, target, voxel_weight)
-            return self.result(loss.combine(passes.reduce())[0], logits)
-        refuse_gradient(target, "target")
-        refuse_gradient(voxel_weight, "voxel_weight")
-        return _Value.apply(logits, target, voxel_weight, loss)
+        return self.result(loss.combine(loss.passes(logits, target, voxel_weight).reduce())[0])
 
 
-def plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
+def plain(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, without what a subclass adds to it."""
     if type(tensor) in _PLAIN:
         return tensor
-    if hasattr(tensor, "__tensor_flatten__") or hasattr(tensor, "to_local"):
-        raise TypeError(
-            f"{name}: expected a tensor with memory of its own, got a {type(tensor).__name__}"
-        )
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.as_subclass(torch.Tensor)
+
+
+def _is_traced(tensor: torch.Tensor) -> bool:
+    """Whether there is no memory to see, or somebody watches operators: fake tensors, tracers."""
+    kind = type(tensor)
+    return (
+        (kind not in _PLAIN and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__)
+        or tensor.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def refuse_gradient(array: Any, name: str) -> None:
@@ -125,7 +141,7 @@ class _Value(torch.autograd.Function):
         ctx.backend = passes.backend
         ctx.loss = loss
         value, ctx.pullback = loss.combine(passes.reduce())
-        return ADAPTER.result(value, logits)
+        return ADAPTER.result(value)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastloss.frameworks import adapter_of
 from fastloss.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -34,22 +35,25 @@ class Term:
         """The term's value and its pullback, from the sums alone."""
         raise NotImplementedError(f"{type(self).__name__} must define combine")
 
+    def value_shape(self, batch: int, classes: int) -> tuple[int, ...]:
+        """The shape of the value that `combine` returns: (), if it is not defined anew."""
+        return ()
+
     def __repr__(self) -> str:
-        hidden = ("requires", "_loss")
-        shown = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if k not in hidden)
+        shown = ", ".join(f"{k}={v!r}" for k, v in options_of(self).items())
         return f"{type(self).__name__}({shown})"
 
-    # A term alone is a loss too. Losses are built on terms, hence the late imports.
+    # A term alone is a loss too.
 
     @cached_property
     def _loss(self) -> Loss:
-        from fastloss.loss import Loss
+        from fastloss.loss import Loss  # which is built on terms
 
         return Loss(self)
 
     def __call__(self, logits: Any, target: Any, voxel_weight: Any = None) -> Any:
         """As `fastloss.Loss.__call__`, with the default options."""
-        return self._loss(logits, target, voxel_weight)
+        return adapter_of(logits, "logits").value(self, logits, target, voxel_weight)
 
     def value_and_grad(
         self, logits: Any, target: Any, voxel_weight: Any = None, **options: Any
@@ -79,6 +83,11 @@ class Term:
         return self._loss * factor
 
     __rmul__ = __mul__
+
+
+def options_of(term: Term) -> dict[str, Any]:
+    """The options that the term was made with, where it keeps them under their own names."""
+    return {k: v for k, v in vars(term).items() if k not in ("requires", "_loss")}
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:

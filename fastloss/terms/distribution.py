@@ -28,6 +28,9 @@ class VoxelwiseTerm(Term):
         """Per slot, the coefficient of each class; and each sample's normaliser, (B,)."""
         raise NotImplementedError(f"{type(self).__name__} must define linear")
 
+    def value_shape(self, batch: int, classes: int) -> tuple[int, ...]:
+        return (batch, 1) if self.reduction == "none" else ()
+
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         coefficients, normaliser = self.linear(statistics)
         axis = 1 if self.reduction == "none" else None

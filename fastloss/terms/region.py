@@ -81,6 +81,12 @@ class RegionTerm(Term):
             )
         check_class_count("weight", self.weight, counted)
 
+    def value_shape(self, batch: int, classes: int) -> tuple[int, ...]:
+        if self.reduction != "none":
+            return ()
+        counted = 1 if self.couples_classes else classes - (not self.include_background)
+        return (1 if self.batch else batch, counted)
+
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         suffix = "_squared" if self.squared else ""
         sums = [statistics["overlap"], statistics["predicted" + suffix]]
