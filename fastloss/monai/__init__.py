@@ -1,0 +1,74 @@
+"""MONAI's segmentation losses, computed by the fused kernels.
+
+A pipeline changes one import::
+
+    from fastloss.monai import DiceCELoss  # was: from monai.losses import DiceCELoss
+
+Signatures, defaults, values, gradients, shapes, errors and state dicts are those of MONAI 1.6.1,
+which need not be installed.
+
+Options shared by the losses:
+
+- include_background: whether channel 0 counts.
+- to_onehot_y: the target is a label map (B, 1, *spatial). It is never expanded.
+- sigmoid, softmax, other_act: at most one; without one, the input holds probabilities.
+- squared_pred: squares in the sizes of the regions.
+- jaccard: intersection over union in place of Dice.
+- reduction: "mean", "sum" or "none".
+- smooth_nr, smooth_dr: added to numerator and denominator.
+- batch: regions are summed over the batch.
+- weight: one number, or one per class that counts.
+- soft_label: sizes and overlap from Σ|p|, Σ|g| and Σ|p−g|, which for soft targets is a metric
+  (Wang et al. 2023, "Dice Semimetric Losses"). The same as without for hard targets.
+- ignore_index: voxels with this label count for nothing. In a dense target: those of this
+  channel, or where there is no such channel, those of none.
+
+What is fused: value and gradient take one pass over the logits each, and no memory but the
+gradient's. This holds for every loss and option except the following, which are computed by
+PyTorch's operations:
+
+- FocalLoss with ``reduction="none"``: one number per voxel. (The region loss of a compound one
+  is still fused.)
+- The sigmoid focal loss of a soft target, ``ignore_index`` as a channel of a soft target, and a
+  mask of fractions: MONAI's formulas are not linear in these. Floating targets and masks in CPU
+  memory are looked through for other numbers than 0 and 1; under ``torch.compile`` and on other
+  devices integers alone (bool for a mask) are known to be hard.
+- ``soft_label`` without ``squared_pred``, for a dense target or without activation.
+- The focal loss of softmax with one channel that counts, or of a label map with
+  ``ignore_index`` and without background.
+- Targets or weights that require a gradient, weights that are broadcast to other axes than the
+  channels, negative options, integer logits, no spatial axis, empty tensors.
+
+Compound losses are one fused loss if their parts have the same activation: DiceCELoss with
+softmax (sigmoid for a single channel), the focal ones with sigmoid. If not, as MONAI's
+cross-entropy has always softmax and the focal loss sigmoid, each part is fused for itself.
+``other_act`` runs in PyTorch and its result is read by the kernels.
+
+What differs from MONAI:
+
+- float16 and bfloat16 logits give a float32 value; float64 logits are computed in float64 by the
+  focal losses as well, and give a float64 value. The target's dtype does not matter.
+- Labels that are no class raise ValueError (RuntimeError), those with a fraction as well, which
+  MONAI truncates.
+- Voxels that are ignored or masked count for nothing even where they hold NaN.
+- The cross-entropy of voxels whose classes all have weight 0 is 0 (NaN).
+- Integer and bool targets are taken in every loss. Second derivatives are computed where the loss
+  is not fused.
+- Under ``torch.compile`` class weights are those of the last call without it, or of
+  ``load_state_dict``.
+"""
+
+from fastloss.monai._compound import DiceCELoss, DiceFocalLoss, GeneralizedDiceFocalLoss
+from fastloss.monai._focal import FocalLoss
+from fastloss.monai._region import DiceLoss, GeneralizedDiceLoss, MaskedDiceLoss, TverskyLoss
+
+__all__ = [
+    "DiceCELoss",
+    "DiceFocalLoss",
+    "DiceLoss",
+    "FocalLoss",
+    "GeneralizedDiceFocalLoss",
+    "GeneralizedDiceLoss",
+    "MaskedDiceLoss",
+    "TverskyLoss",
+]

@@ -1,0 +1,130 @@
+"""What all the losses are: modules with MONAI's options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.loss import _Loss
+
+from fastloss.monai._fused import Numbers
+from fastloss.monai._inputs import (
+    Inputs,
+    check_activation,
+    check_option,
+    check_shapes,
+    ignored_for_one_channel,
+)
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class Module(_Loss):
+    """A loss that shows the options it was given."""
+
+    def extra_repr(self) -> str:
+        shown = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, "class_weight" if name == "weight" else name, parameter.default)
+            if isinstance(value, Tensor):
+                value = value.tolist()
+            if value != parameter.default and not isinstance(value, torch.nn.Module):
+                shown.append(f"{name}={value!r}")
+        return ", ".join(shown)
+
+
+class Component(Module):
+    """One loss, alone or within a compound one."""
+
+    class_weight: Tensor | None
+    _numbers: Numbers
+
+    def __init__(
+        self, include_background: bool, to_onehot_y: bool, reduction: str, ignore_index: int | None
+    ) -> None:
+        super().__init__(reduction=check_option("reduction", reduction, REDUCTIONS))
+        self.include_background = include_background
+        self.to_onehot_y = to_onehot_y
+        self.ignore_index = ignore_index
+
+    def _inputs(
+        self,
+        logits: Tensor,
+        activation: str,
+        target: Tensor,
+        *,
+        classes: int,
+        labels: bool,
+        error: type[Exception] = AssertionError,
+    ) -> Inputs:
+        if self.to_onehot_y:
+            labels = classes > 1
+            if not labels:
+                ignored_for_one_channel("to_onehot_y=True")
+        first = 0
+        if not self.include_background:
+            first = int(classes > 1)
+            if not first:
+                ignored_for_one_channel("include_background=False")
+        target = check_shapes(logits, target, labels, classes, error)
+        return Inputs(logits, activation, target, labels, first, self.ignore_index)
+
+    def _weight_numbers(self, name: str, weight: Tensor) -> tuple[float, ...]:
+        """The numbers of a weight, of which none may be negative."""
+        numbers = self._numbers(weight)
+        if any(n < 0 for n in numbers):
+            raise ValueError(f"{name}: expected numbers of at least 0, got {list(numbers)}")
+        return numbers
+
+    def _hold_weight(self, weight: Any) -> None:
+        self.register_buffer("class_weight", None if weight is None else torch.as_tensor(weight))
+        self._numbers = Numbers()
+        remember(self)
+        self.register_load_state_dict_post_hook(remember)
+
+
+class Activated(Component):
+    """A component that turns logits into probabilities."""
+
+    def __init__(
+        self,
+        include_background: bool,
+        to_onehot_y: bool,
+        sigmoid: bool,
+        softmax: bool,
+        other_act: Callable | None,
+        reduction: str,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__(include_background, to_onehot_y, reduction, ignore_index)
+        check_activation(sigmoid, softmax, other_act)
+        self.sigmoid = sigmoid
+        self.softmax = softmax
+        self.other_act = other_act
+
+    def _read(self, input: Tensor, target: Tensor, *, labels: bool = False) -> Inputs:
+        """The tensors of a call; ``labels`` as if ``to_onehot_y`` were set."""
+        logits, activation = activated(input, self.sigmoid, self.softmax, self.other_act)
+        return self._inputs(logits, activation, target, classes=input.shape[1], labels=labels)
+
+
+def activated(
+    input: Tensor, sigmoid: bool, softmax: bool, other_act: Callable | None
+) -> tuple[Tensor, str]:
+    """What the kernels are to read, and the activation that is left for them to apply."""
+    activation = "sigmoid" if sigmoid else "none"
+    if softmax:
+        if input.shape[1] == 1:
+            ignored_for_one_channel("softmax=True")
+        else:
+            activation = "softmax"
+    return input if other_act is None else other_act(input), activation
+
+
+def remember(module: Any, _: Any = None) -> None:
+    """Read the class weights while nothing is being compiled."""
+    if module.class_weight is not None:
+        module._numbers(module.class_weight)
