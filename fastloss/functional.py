@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,34 +20,34 @@ _CROSS_ENTROPY_OPTIONS = ("label_smoothing",)
 
 def cross_entropy_loss(logits: Any, target: Any, voxel_weight: Any = None, **options: Any) -> Any:
     """Cross-entropy; options of `fastloss.CrossEntropy` and `fastloss.Loss`, arrays as there."""
-    return _value((logits, target, voxel_weight), (CrossEntropy,), options)
+    return _value((logits, target, voxel_weight), _loss, (CrossEntropy,), options)
 
 
 def focal_loss(logits: Any, target: Any, voxel_weight: Any = None, **options: Any) -> Any:
     """Focal loss; options of `fastloss.Focal` and `fastloss.Loss`, arrays as there."""
-    return _value((logits, target, voxel_weight), (Focal,), options)
+    return _value((logits, target, voxel_weight), _loss, (Focal,), options)
 
 
 def dice_loss(logits: Any, target: Any, voxel_weight: Any = None, **options: Any) -> Any:
     """Soft Dice loss; options of `fastloss.Dice` and `fastloss.Loss`, arrays as there."""
-    return _value((logits, target, voxel_weight), (Dice,), options)
+    return _value((logits, target, voxel_weight), _loss, (Dice,), options)
 
 
 def jaccard_loss(logits: Any, target: Any, voxel_weight: Any = None, **options: Any) -> Any:
     """Soft Jaccard loss; options of `fastloss.Jaccard` and `fastloss.Loss`, arrays as there."""
-    return _value((logits, target, voxel_weight), (Jaccard,), options)
+    return _value((logits, target, voxel_weight), _loss, (Jaccard,), options)
 
 
 def tversky_loss(logits: Any, target: Any, voxel_weight: Any = None, **options: Any) -> Any:
     """Tversky loss; options of `fastloss.Tversky` and `fastloss.Loss`, arrays as there."""
-    return _value((logits, target, voxel_weight), (Tversky,), options)
+    return _value((logits, target, voxel_weight), _loss, (Tversky,), options)
 
 
 def generalized_dice_loss(
     logits: Any, target: Any, voxel_weight: Any = None, **options: Any
 ) -> Any:
     """Generalised Dice loss; options of `fastloss.GeneralizedDice` and `fastloss.Loss`."""
-    return _value((logits, target, voxel_weight), (GeneralizedDice,), options)
+    return _value((logits, target, voxel_weight), _loss, (GeneralizedDice,), options)
 
 
 def dice_ce_loss(
@@ -64,14 +65,7 @@ def dice_ce_loss(
         **options: ``label_smoothing`` goes to `fastloss.CrossEntropy`, ``ce_weight`` as its
             ``weight``; those of `fastloss.Loss` to it; the others to `fastloss.Dice`.
     """
-    return _value(
-        (logits, target, voxel_weight),
-        (Dice, CrossEntropy),
-        options,
-        (dice_factor, ce_factor),
-        _CROSS_ENTROPY_OPTIONS,
-        "ce_weight",
-    )
+    return _value((logits, target, voxel_weight), dice_ce, options, dice_factor, ce_factor)
 
 
 def dice_focal_loss(
@@ -89,12 +83,22 @@ def dice_focal_loss(
         **options: ``gamma`` and ``alpha`` go to `fastloss.Focal`; those of `fastloss.Loss` to it;
             the others to `fastloss.Dice`.
     """
-    factors = (dice_factor, focal_factor)
-    return _value((logits, target, voxel_weight), (Dice, Focal), options, factors, _FOCAL_OPTIONS)
+    return _value((logits, target, voxel_weight), dice_focal, options, dice_factor, focal_factor)
 
 
-def _value(arrays: tuple[Any, Any, Any], *recipe: Any) -> Any:
-    return adapter_of(arrays[0], "logits").value(partial(_loss, *recipe), *arrays)
+def dice_ce(options: dict[str, Any], dice_factor: float, ce_factor: float) -> Loss:
+    """The loss of `dice_ce_loss`."""
+    factors = (dice_factor, ce_factor)
+    return _loss((Dice, CrossEntropy), options, factors, _CROSS_ENTROPY_OPTIONS, "ce_weight")
+
+
+def dice_focal(options: dict[str, Any], dice_factor: float, focal_factor: float) -> Loss:
+    """The loss of `dice_focal_loss`."""
+    return _loss((Dice, Focal), options, (dice_factor, focal_factor), _FOCAL_OPTIONS)
+
+
+def _value(arrays: tuple[Any, Any, Any], make: Callable[..., Loss], *arguments: Any) -> Any:
+    return adapter_of(arrays[0], "logits").value(partial(make, *arguments), *arrays)
 
 
 def _loss(

@@ -108,6 +108,11 @@ class Loss:
     def channel_axis(self) -> int:
         return int(self._options.get("channel_axis", 1))
 
+    @property
+    def sums_over_batch(self) -> bool:
+        """Whether nothing but the sums over the samples matters to any term."""
+        return all(term.sums_over_batch for _, term in self.terms)
+
     # ------------------------------------------------------------------ what a user calls
 
     def __call__(self, logits: Any, target: Any, voxel_weight: Any = None) -> Any:
@@ -270,6 +275,10 @@ class Loss:
 
     __rmul__ = __mul__
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The name of a loss may be understood by this process alone.
+        return {k: v for k, v in self.__dict__.items() if k != "_text"}
+
     def __repr__(self) -> str:
         parts = [repr(t) if w == 1.0 else f"{w!r} * {t!r}" for w, t in self.terms]
         parts += [f"{name}={value!r}" for name, value in self._options.items()]
@@ -308,11 +317,15 @@ class Passes:
         if out is None:
             return self.adapter.empty_like(self.caller_logits, self.logits)
         view = borrow(out, "out", write=True)
+        self.check_output(view)
+        return out, view
+
+    def check_output(self, view: Borrowed) -> None:
+        """Raise ValueError or TypeError if the gradient cannot be written here."""
         others = [("target", self.target)]
         if self.voxel_weight is not None:
             others.append(("voxel_weight", self.voxel_weight))
         check_out(view, self.logits, others)
-        return out, view
 
     def apply(self, coefficients: np.ndarray, out: Borrowed) -> None:
         view = out.array

@@ -14,6 +14,7 @@ from fastloss.naming import text_of
 
 if TYPE_CHECKING:
     from fastloss.frameworks.base import LossLike
+    from fastloss.frameworks.torch_distributed import Ranks
     from fastloss.loss import Loss
 
 _NAMES = {
@@ -68,26 +69,40 @@ class TorchAdapter(Adapter):
         # Straight to float64, which loses nothing of a gradient that was scaled for float16.
         return gradient.detach().to("cpu", torch.float64).numpy()
 
-    def value(self, loss: LossLike, logits: Any, target: Any, voxel_weight: Any) -> Any:
+    def value(
+        self,
+        loss: LossLike,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any,
+        *,
+        reuse_logits: bool = False,
+        ranks: Ranks | None = None,
+    ) -> Any:
         refuse_gradient(target, "target")
         refuse_gradient(voxel_weight, "voxel_weight")
         if torch.compiler.is_compiling() or _is_traced(logits):
             from fastloss.frameworks import torch_operators
 
-            return torch_operators.value(text_of(loss), logits, target, voxel_weight)
+            return torch_operators.value(text_of(loss), logits, target, voxel_weight, ranks)
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 "logits: the transforms of torch.func do not go through fastloss; take the "
                 "gradient by backward() or torch.autograd.grad"
             )
-        loss = as_loss(loss)
+        loss, logits = as_loss(loss), plain(logits)
         if torch.is_grad_enabled() and logits.requires_grad:
-            return _Value.apply(plain(logits), target, voxel_weight, loss)
+            if reuse_logits:
+                _check_reuse(logits)
+            return _Value.apply(logits, target, voxel_weight, loss, reuse_logits, ranks)
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
             raise RuntimeError(
                 "logits: forward-mode derivatives are not computed; take the gradient by backward()"
             )
-        return self.result(loss.combine(loss.passes(logits, target, voxel_weight).reduce())[0])
+        statistics = loss.passes(logits, target, voxel_weight).reduce()
+        if ranks is not None:
+            statistics, _ = ranks.join(loss, statistics)
+        return self.result(loss.combine(statistics)[0])
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -127,33 +142,68 @@ def _refuse_device(tensor: torch.Tensor, name: str) -> None:
     raise TypeError(f"{name}: expected a tensor in CPU memory, got one on {tensor.device}")
 
 
+def _check_reuse(logits: torch.Tensor) -> None:
+    """Raise ValueError where the gradient may not take the place of the logits."""
+    if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
+        raise ValueError(
+            "logits: reuse_logits=True would overwrite the values of a leaf tensor; pass what an "
+            "operation returned, such as a network's output"
+        )
+
+
 class _Value(torch.autograd.Function):
     """The reduce pass forward, the apply pass backward."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Any, target: Any, voxel_weight: Any, loss: Loss) -> Any:
+    def forward(
+        ctx: Any,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any,
+        loss: Loss,
+        reuse_logits: bool,
+        ranks: Ranks | None,
+    ) -> Any:
         passes = loss.passes(logits, target, voxel_weight)
+        if reuse_logits:
+            try:
+                passes.check_output(passes.logits)
+            except ValueError as error:
+                raise ValueError(f"logits: reuse_logits=True cannot write here, {error}") from None
+        statistics = passes.reduce()
+        ctx.first = 0
+        if ranks is not None:
+            statistics, ctx.first = ranks.join(loss, statistics)
+        value, ctx.pullback = loss.combine(statistics)
         # Of the large arrays nothing but what autograd itself keeps may stay alive: it frees
         # that after the backward pass, and only so offloading and checkpoints can move it.
         given = (logits, target, voxel_weight)
         ctx.save_for_backward(*(a if isinstance(a, torch.Tensor) else None for a in given))
         ctx.others = tuple(None if isinstance(a, torch.Tensor) else a for a in given)
-        ctx.backend = passes.backend
-        ctx.loss = loss
-        value, ctx.pullback = loss.combine(passes.reduce())
+        ctx.loss, ctx.backend, ctx.ranks = loss, passes.backend, ranks
+        ctx.reuse_logits, ctx.spent = reuse_logits, False
         return ADAPTER.result(value)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
+        if ctx.spent:
+            raise RuntimeError(
+                "reuse_logits=True: the first backward pass wrote the gradient over the logits, so "
+                "there can be no second"
+            )
         saved = zip(ctx.saved_tensors, ctx.others, strict=True)
         logits, target, voxel_weight = (b if a is None else a for a, b in saved)
         passes = ctx.loss.passes(logits, target, voxel_weight)
         passes.backend = ctx.backend
-        gradient, view = passes.output(None)
-        passes.apply(ctx.pullback(ADAPTER.upstream(upstream[0])), view)
+        coefficients = ctx.pullback(ADAPTER.upstream(upstream[0]))
+        if ctx.ranks is not None:
+            coefficients = ctx.ranks.own(coefficients, ctx.first, passes.arrays.logits.shape[0])
+        gradient, view = passes.output(logits.detach() if ctx.reuse_logits else None)
+        ctx.spent = ctx.reuse_logits
+        passes.apply(coefficients, view)
         if torch.is_grad_enabled():
             gradient = _Once.apply(gradient, upstream[0], logits)
-        return gradient, None, None, None
+        return gradient, None, None, None, None, None
 
 
 class _Once(torch.autograd.Function):

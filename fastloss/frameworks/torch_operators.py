@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastloss.frameworks.torch import ADAPTER
+from fastloss.frameworks.torch_distributed import Ranks
 from fastloss.loss import Loss
 from fastloss.naming import loss_of
 from fastloss.request import make_request
@@ -19,31 +20,44 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _library = torch.library.Library("fastloss", "DEF")
 _library.define(
-    "loss(Tensor logits, Tensor target, Tensor? voxel_weight, str loss)"
+    "loss(Tensor logits, Tensor target, Tensor? voxel_weight, str loss, str group, str shard)"
     " -> (Tensor value, Tensor sums, Tensor voxels)"
 )
 _library.define(
     "gradient(Tensor logits, Tensor target, Tensor? voxel_weight, Tensor sums, Tensor voxels,"
-    " Tensor upstream, str loss) -> Tensor"
+    " Tensor upstream, str loss, str group, str shard) -> Tensor"
 )
 
 
-def value(text: str, logits: Any, target: Any, voxel_weight: Any) -> torch.Tensor:
+def value(
+    text: str, logits: Any, target: Any, voxel_weight: Any, ranks: Ranks | None = None
+) -> torch.Tensor:
     """The loss of this name, by way of the operators."""
     if not isinstance(target, torch.Tensor):
         target = torch.as_tensor(target)
     if not (voxel_weight is None or isinstance(voxel_weight, torch.Tensor)):
         voxel_weight = torch.as_tensor(voxel_weight)
-    result: torch.Tensor = torch.ops.fastloss.loss(logits, target, voxel_weight, text)[0]
+    group, shard = ("", "") if ranks is None else (ranks.group, ranks.shard)
+    result: torch.Tensor = torch.ops.fastloss.loss(
+        logits, target, voxel_weight, text, group, shard
+    )[0]
     return result
 
 
 @torch.library.impl(_library, "loss", "CPU")
 def _loss(
-    logits: torch.Tensor, target: torch.Tensor, voxel_weight: torch.Tensor | None, text: str
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    voxel_weight: torch.Tensor | None,
+    text: str,
+    group: str,
+    shard: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     loss = loss_of(text)
     statistics = loss.passes(logits, target, voxel_weight).reduce()
+    if group:
+        _check_ranks(loss, shard)
+        statistics, _ = Ranks(group, shard).join(loss, statistics)
     return (
         ADAPTER.result(loss.combine(statistics)[0]),
         torch.from_numpy(statistics.sums),
@@ -60,19 +74,37 @@ def _gradient(
     voxels: torch.Tensor,
     upstream: torch.Tensor,
     text: str,
+    group: str,
+    shard: str,
 ) -> torch.Tensor:
     loss = loss_of(text)
     passes = loss.passes(logits, target, voxel_weight)
     statistics = Statistics(passes.request, sums.numpy(), voxels.numpy(), passes.arrays.value_dtype)
+    coefficients = loss.combine(statistics)[1](ADAPTER.upstream(upstream))
+    if group:
+        coefficients = Ranks(group, shard).own(coefficients, 0, logits.shape[0])
     gradient, view = passes.output(None)
-    passes.apply(loss.combine(statistics)[1](ADAPTER.upstream(upstream)), view)
+    passes.apply(coefficients, view)
     result: torch.Tensor = gradient
     return result
 
 
+def _check_ranks(loss: Loss, shard: str) -> None:
+    if shard == "batch" and not loss.sums_over_batch:
+        raise RuntimeError(
+            "process_group: under torch.compile the samples of other ranks can be summed but not "
+            "counted; give every region term batch=True, or compile the model without the loss"
+        )
+
+
 @torch.library.register_fake("fastloss::loss", lib=_library)
 def _fake_loss(
-    logits: torch.Tensor, target: torch.Tensor, voxel_weight: torch.Tensor | None, text: str
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    voxel_weight: torch.Tensor | None,
+    text: str,
+    group: str,
+    shard: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     loss = loss_of(text)
     if logits.dtype not in _FLOATS or logits.ndim < 2:
@@ -84,6 +116,9 @@ def _fake_loss(
     shape = torch.broadcast_shapes(*(t.value_shape(batch, classes) for _, t in loss.terms))
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     slots = _slots(loss)
+    if group:
+        _check_ranks(loss, shard)
+        batch = 1 if shard == "batch" else batch
     return (
         logits.new_empty(shape, dtype=dtype),
         logits.new_empty((slots, batch, classes), dtype=torch.float64),
@@ -102,7 +137,8 @@ def _fake_gradient(logits: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    *arrays, ctx.text = inputs
+    *arrays, text, group, shard = inputs
+    ctx.names = (text, group, shard)
     _, sums, voxels = output
     ctx.save_for_backward(*arrays, sums, voxels)
     ctx.mark_non_differentiable(sums, voxels)
@@ -112,8 +148,8 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> Any:
     gradient = None
     if upstream is not None and ctx.needs_input_grad[0]:
-        gradient = torch.ops.fastloss.gradient(*ctx.saved_tensors, upstream, ctx.text)
-    return gradient, None, None, None
+        gradient = torch.ops.fastloss.gradient(*ctx.saved_tensors, upstream, *ctx.names)
+    return gradient, None, None, None, None, None
 
 
 def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:

@@ -35,6 +35,11 @@ class Term:
         """The term's value and its pullback, from the sums alone."""
         raise NotImplementedError(f"{type(self).__name__} must define combine")
 
+    @property
+    def sums_over_batch(self) -> bool:
+        """Whether `combine` sums over the samples first, and so needs no sums of each."""
+        return False
+
     def value_shape(self, batch: int, classes: int) -> tuple[int, ...]:
         """The shape of the value that `combine` returns: (), if it is not defined anew."""
         return ()

@@ -28,6 +28,10 @@ class VoxelwiseTerm(Term):
         """Per slot, the coefficient of each class; and each sample's normaliser, (B,)."""
         raise NotImplementedError(f"{type(self).__name__} must define linear")
 
+    @property
+    def sums_over_batch(self) -> bool:
+        return self.reduction != "none"
+
     def value_shape(self, batch: int, classes: int) -> tuple[int, ...]:
         return (batch, 1) if self.reduction == "none" else ()
 

@@ -81,6 +81,10 @@ class RegionTerm(Term):
             )
         check_class_count("weight", self.weight, counted)
 
+    @property
+    def sums_over_batch(self) -> bool:
+        return self.batch
+
     def value_shape(self, batch: int, classes: int) -> tuple[int, ...]:
         if self.reduction != "none":
             return ()

@@ -1,0 +1,307 @@
+"""The losses as modules of PyTorch.
+
+Every module is called as ``module(logits, target, voxel_weight=None)`` with arrays as
+`fastloss.Loss` takes them, and takes besides the options of its terms
+
+- activation, ignore_index, channel_axis: as `fastloss.Loss`.
+- reuse_logits: write the gradient over the logits' memory in the backward pass, which then
+  allocates nothing. The logits' values are gone after it: autograd raises RuntimeError if another
+  operation of the graph needs them, and so does a second backward pass. ValueError for logits that
+  are a leaf, share memory with one, or repeat elements (expanded). Under `torch.compile` the
+  gradient takes memory of its own.
+- process_group: a group of `torch.distributed`, or True for the default one, whose processes hold
+  parts of one loss: the sums over voxels are joined between the two passes. The value is the
+  joined one on every rank. The gradient is multiplied by the number of ranks, as
+  `DistributedDataParallel` divides by it: together they train as one process on all the data.
+- shard: "batch" if every rank holds other samples, in numbers that may differ; "volume" if every
+  rank holds a part of the voxels of the same samples.
+
+Class weights (``weight``, ``alpha``) that are one number per class are buffers: they follow
+``.to()``, are kept in ``state_dict``, and what is loaded or written there is computed with. In a
+sum of several terms their names are ``term0_weight``, ``term1_weight``, ….
+
+>>> import torch, fastloss.torch
+>>> criterion = fastloss.torch.DiceCE(include_background=False, ce_weight=[0.5, 1.0, 2.0])
+>>> logits = torch.zeros(1, 3, 4, 4, 4, requires_grad=True)
+>>> criterion(logits, torch.zeros(1, 4, 4, 4, dtype=torch.uint8)).backward()
+>>> list(criterion.state_dict())
+['term1_weight']
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+import fastloss
+from fastloss.frameworks import torch_operators  # noqa: F401  registers what exported graphs call
+from fastloss.frameworks.torch import ADAPTER
+from fastloss.frameworks.torch_distributed import ranks
+from fastloss.functional import dice_ce, dice_focal
+from fastloss.terms.base import Term, check_class_weight, options_of
+
+__all__ = [
+    "CrossEntropy",
+    "DeepSupervision",
+    "Dice",
+    "DiceCE",
+    "DiceFocal",
+    "Focal",
+    "GeneralizedDice",
+    "Jaccard",
+    "Loss",
+    "Tversky",
+]
+
+
+class Loss(torch.nn.Module):
+    """Any loss as a module: ``Loss(fl.Dice() + 0.5 * fl.CrossEntropy())``.
+
+    Args:
+        *terms: terms and losses of `fastloss`, summed.
+        **options: see `fastloss.torch`.
+    """
+
+    def __init__(
+        self,
+        *terms: Any,
+        activation: str | None = None,
+        ignore_index: int | None = None,
+        channel_axis: int | None = None,
+        reuse_logits: bool = False,
+        process_group: Any = None,
+        shard: str = "batch",
+    ) -> None:
+        super().__init__()
+        self.loss = fastloss.Loss(
+            *terms, activation=activation, ignore_index=ignore_index, channel_axis=channel_axis
+        )
+        """What is computed."""
+        self.reuse_logits = bool(reuse_logits)
+        self._ranks = ranks(process_group, shard)
+        places: dict[str, tuple[int, str]] = {}
+        for i, (_, term) in enumerate(self.loss.terms):
+            for option, value in options_of(term).items():
+                if isinstance(value, np.ndarray):
+                    name = option if len(self.loss.terms) == 1 else f"term{i}_{option}"
+                    self.register_buffer(name, torch.tensor(value))
+                    places[name] = (i, option)
+        self._places = places  # from a buffer's name to its term and option
+        self._versions = self._seen()
+
+    def forward(self, logits: Any, target: Any, voxel_weight: Any = None) -> torch.Tensor:
+        """The value: a scalar, or as ``reduction="none"`` of the terms says."""
+        if not isinstance(logits, torch.Tensor):
+            raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
+        if self._places and not torch.compiler.is_compiling() and self._seen() != self._versions:
+            self._follow_buffers()
+        value: torch.Tensor = ADAPTER.value(
+            self.loss,
+            logits,
+            target,
+            voxel_weight,
+            reuse_logits=self.reuse_logits,
+            ranks=self._ranks,
+        )
+        return value
+
+    def _seen(self) -> list[int]:
+        """What changes when a buffer is written."""
+        buffers = [getattr(self, name) for name in self._places]
+        return [0 if b.is_inference() else b._version for b in buffers]
+
+    def _follow_buffers(self) -> None:
+        """Make the loss anew if the numbers in the buffers are not those that it has."""
+        terms = list(self.loss.terms)
+        changed = False
+        for name, (i, option) in self._places.items():
+            buffer = getattr(self, name)
+            if buffer.is_meta:
+                continue
+            numbers = buffer.detach().to("cpu", torch.float64).numpy()
+            weight, term = terms[i]
+            if not np.array_equal(getattr(term, option), numbers):
+                term = copy.copy(term)
+                vars(term).pop("_loss", None)
+                setattr(term, option, check_class_weight(name, numbers))
+                terms[i] = (weight, term)
+                changed = True
+        self._versions = self._seen()
+        if changed:  # and else the same object, for which compiled code need not be made again
+            self.loss = fastloss.Loss(
+                *(weight * term for weight, term in terms), **self.loss._options
+            )
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        module = super()._apply(fn, recurse)
+        self._follow_buffers()
+        return module
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._follow_buffers()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.__dict__.get("_places", ()):
+            self._follow_buffers()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._follow_buffers()
+
+    def extra_repr(self) -> str:
+        parts = [repr(self.loss).removeprefix("Loss(").removesuffix(")")]
+        if self.reuse_logits:
+            parts.append("reuse_logits=True")
+        if self._ranks is not None:
+            parts.append(f"process_group={self._ranks.group!r}, shard={self._ranks.shard!r}")
+        return ", ".join(parts)
+
+
+_LOSS_OPTIONS = (
+    "activation", "ignore_index", "channel_axis", "reuse_logits", "process_group", "shard"
+)  # fmt: skip
+
+
+class _Term(Loss):
+    """One term; its options and those of `Loss` are keyword arguments."""
+
+    term: ClassVar[type[Term]]
+
+    def __init__(self, **options: Any) -> None:
+        whole = {k: options.pop(k) for k in _LOSS_OPTIONS if k in options}
+        super().__init__(self.term(**options), **whole)
+
+
+class CrossEntropy(_Term):
+    """`fastloss.CrossEntropy`: weight, label_smoothing, reduction."""
+
+    term = fastloss.CrossEntropy
+
+
+class Focal(_Term):
+    """`fastloss.Focal`: gamma, alpha, reduction."""
+
+    term = fastloss.Focal
+
+
+class Dice(_Term):
+    """`fastloss.Dice`: the options of `fastloss.RegionTerm`."""
+
+    term = fastloss.Dice
+
+
+class Jaccard(_Term):
+    """`fastloss.Jaccard`: the options of `fastloss.RegionTerm`."""
+
+    term = fastloss.Jaccard
+
+
+class Tversky(_Term):
+    """`fastloss.Tversky`: alpha, beta, gamma, and the options of `fastloss.RegionTerm`."""
+
+    term = fastloss.Tversky
+
+
+class GeneralizedDice(_Term):
+    """`fastloss.GeneralizedDice`: weighting, and the options of `fastloss.RegionTerm`."""
+
+    term = fastloss.GeneralizedDice
+
+
+class DiceCE(Loss):
+    """Dice + cross-entropy: dice_factor, ce_factor, and options as `fastloss.dice_ce_loss`."""
+
+    def __init__(self, *, dice_factor: float = 1.0, ce_factor: float = 1.0, **options: Any) -> None:
+        whole = {k: options.pop(k) for k in _LOSS_OPTIONS if k in options}
+        super().__init__(dice_ce(options, dice_factor, ce_factor), **whole)
+
+
+class DiceFocal(Loss):
+    """Dice + focal loss: dice_factor, focal_factor, and options as `fastloss.dice_focal_loss`."""
+
+    def __init__(
+        self, *, dice_factor: float = 1.0, focal_factor: float = 1.0, **options: Any
+    ) -> None:
+        whole = {k: options.pop(k) for k in _LOSS_OPTIONS if k in options}
+        super().__init__(dice_focal(options, dice_factor, focal_factor), **whole)
+
+
+class DeepSupervision(torch.nn.Module):
+    """A weighted sum of one loss over outputs at several resolutions.
+
+    Args:
+        loss: a module or function of (logits, target), or (logits, target, voxel_weight).
+        weights: one number per output. None: 1, ½, ¼, … divided by their sum, as nnU-Net weighs
+            them. An output of weight 0 is not looked at.
+    """
+
+    def __init__(self, loss: Callable[..., Any], weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        self.loss = loss
+        self.weights = None if weights is None else tuple(float(w) for w in weights)
+
+    def forward(self, outputs: Any, target: Any, voxel_weight: Any = None) -> Any:
+        """The weighted sum.
+
+        Args:
+            outputs: a list or tuple of logits, or one tensor, whose loss it then is.
+            target: a list or tuple of one target per output; or one target, a label map or
+                dense, of which an output of another size gets the nearest voxels.
+            voxel_weight: None, or as ``target``.
+
+        Raises:
+            ValueError: not one weight, target or voxel weight per output.
+        """
+        if isinstance(outputs, torch.Tensor):
+            outputs = [outputs]
+        count = len(outputs)
+        weights = self.weights
+        if weights is None:
+            weights = tuple(2.0**-i / (2 - 2.0 ** (1 - count)) for i in range(count))
+        if len(weights) != count or count == 0:
+            raise ValueError(f"outputs: expected {len(weights)}, one per weight, got {count}")
+        targets = self._per_output("target", target, outputs)
+        voxel_weights = self._per_output("voxel_weight", voxel_weight, outputs)
+        total = None
+        for weight, logits, y, w in zip(weights, outputs, targets, voxel_weights, strict=True):
+            if weight != 0:
+                part = self.loss(logits, y()) if w is None else self.loss(logits, y(), w())
+                part = part if weight == 1 else weight * part
+                total = part if total is None else total + part
+        if total is None:
+            raise ValueError("weights: expected at least one that is not 0")
+        return total
+
+    def _per_output(self, name: str, given: Any, outputs: Any) -> list[Any]:
+        """For every output a function that makes its array, so that none is made for nothing."""
+        if given is None:
+            return [None] * len(outputs)
+        if not isinstance(given, (list, tuple)):
+            axis = getattr(getattr(self.loss, "loss", self.loss), "channel_axis", 1)
+            return [lambda x=x: _nearest(given, x, axis) for x in outputs]
+        if len(given) != len(outputs):
+            raise ValueError(f"{name}: expected {len(outputs)}, one per output, got {len(given)}")
+        return [lambda a=a: a for a in given]
+
+    def extra_repr(self) -> str:
+        return "" if self.weights is None else f"weights={self.weights}"
+
+
+def _nearest(array: torch.Tensor, logits: torch.Tensor, channel_axis: int) -> torch.Tensor:
+    """The array at the spatial size of the logits: of each voxel there, the one at its centre."""
+    channel_axis %= logits.ndim
+    axes = [i for i in range(1, logits.ndim) if i != channel_axis]
+    shift = logits.ndim - array.ndim  # 1 for an array without a channel axis
+    for axis in axes:
+        own = axis - (shift if axis > channel_axis else 0)
+        size, wanted = array.shape[own], logits.shape[axis]
+        if size != wanted:
+            centres = (torch.arange(wanted, device=array.device) * 2 + 1) * size // (2 * wanted)
+            array = array.index_select(own, centres)
+    return array
