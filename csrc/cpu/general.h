@@ -24,13 +24,13 @@ void begin_general(Tile<T>& t, bool logs) {
   load_and_maximum(t);
   if (logs)
     for (int64_t c = 0; c < t.job.classes; ++c)
-      for (int v = 0; v < t.padded; v += L)
+      for (int64_t v = 0, end = t.padded; v < end; v += L)
         store<T>(t.second + c * t.stride + v,
                  load<T>(t.row(kLargest) + v) - load<T>(t.x + c * t.stride + v));
   exponentials(t);
   // The largest logit is not needed any more; its row takes log Σ e^(x−largest).
   if (logs)
-    for (int v = 0; v < t.padded; v += L)
+    for (int64_t v = 0, end = t.padded; v < end; v += L)
       store<T>(t.row(kLargest) + v, log_one_plus<T>(load<T>(t.row(kRest) + v)));
 }
 
@@ -42,7 +42,7 @@ Fields<T> activate_row(Tile<T>& t, int64_t c, bool logs) {
   if (t.job.activation == Activation::softmax) {
     const T *inverse = t.row(kInverse), *rest = t.row(kRest), *log_sum = t.row(kLargest);
     const T* gap = t.second + c * t.stride;
-    for (int v = 0; v < t.padded; v += L) {
+    for (int64_t v = 0, end = t.padded; v < end; v += L) {
       Vec<T> e = load<T>(x + v), i = load<T>(inverse + v), r = load<T>(rest + v);
       store<T>(f.p + v, e * i);
       if (logs) {
@@ -51,7 +51,7 @@ Fields<T> activate_row(Tile<T>& t, int64_t c, bool logs) {
       }
     }
   } else if (t.job.activation == Activation::sigmoid) {
-    for (int v = 0; v < t.padded; v += L) {
+    for (int64_t v = 0, end = t.padded; v < end; v += L) {
       Vec<T> a = load<T>(x + v), e = exponential<T>(-absolute<T>(a));
       Vec<T> big = T(1) / (e + T(1)), little = e * big;
       IVec<T> positive = a > T(0);
@@ -64,7 +64,7 @@ Fields<T> activate_row(Tile<T>& t, int64_t c, bool logs) {
       }
     }
   } else {
-    for (int v = 0; v < t.padded; v += L) {
+    for (int64_t v = 0, end = t.padded; v < end; v += L) {
       Vec<T> p = load<T>(x + v);
       store<T>(f.p + v, p);
       store<T>(f.q + v, T(1) - p);
@@ -171,7 +171,7 @@ void apply_general(Tile<T>& t) {
     T squared = 2 * k(s.predicted_squared, c);
     T loss = k(s.cross_entropy, c), loss_rest = k(s.cross_entropy_rest, c);
     T uniform = k(s.uniform, c);
-    for (int v = 0; v < t.padded; v += L) {
+    for (int64_t v = 0, end = t.padded; v < end; v += L) {
       Vec<T> y = at(g, v), w = at(m, v);
       store<T>(by_p + v, w * (overlap * y + predicted + squared * at(f.p, v)));
       store<T>(by_log + v, -(w * (loss * y + uniform)));
@@ -180,7 +180,7 @@ void apply_general(Tile<T>& t) {
     for (int i = 0; i < s.gammas; ++i) {
       T gamma = T(s.gamma[i]), here = k(s.focal[i], c);
       T there = sigmoid ? k(s.focal_rest[i], c) : T(0);
-      for (int v = 0; v < t.padded; v += L) {
+      for (int64_t v = 0, end = t.padded; v < end; v += L) {
         Vec<T> y = at(g, v), w = at(m, v), p = at(f.p, v), q = at(f.q, v);
         store<T>(by_log + v,
                  at(by_log, v) - w * here * y * slope_of_focal<T>(p, at(f.loss, v), q, gamma));
@@ -194,7 +194,7 @@ void apply_general(Tile<T>& t) {
     if (softmax) {
       // t_c, the derivative by log p_c, takes the place of x − largest in `second`.
       T* turn = t.second + c * t.stride;
-      for (int v = 0; v < t.padded; v += L) {
+      for (int64_t v = 0, end = t.padded; v < end; v += L) {
         Vec<T> value = at(by_p, v) * at(f.p, v) + at(by_log, v);
         store<T>(turn + v, value);
         store<T>(sum + v, at(sum, v) + value);
@@ -202,12 +202,12 @@ void apply_general(Tile<T>& t) {
       }
       if (c % kFewClasses == kFewClasses - 1) t.add_row(sum, t.row(kSumOfMany));
     } else if (sigmoid) {
-      for (int v = 0; v < t.padded; v += L) {
+      for (int64_t v = 0, end = t.padded; v < end; v += L) {
         Vec<T> p = at(f.p, v), q = at(f.q, v);
         store<T>(x + v, at(by_p, v) * p * q + at(by_log, v) * q - at(by_rest, v) * p);
       }
     } else {
-      for (int v = 0; v < t.padded; v += L) {
+      for (int64_t v = 0, end = t.padded; v < end; v += L) {
         Vec<T> h = at(by_log, v);
         store<T>(x + v, at(by_p, v) + drop<T>(h == T(0), h / at(f.p, v)));
       }
@@ -219,9 +219,10 @@ void apply_general(Tile<T>& t) {
       const T *x = t.x + c * t.stride, *turn = t.second + c * t.stride;
       auto to = row(c);
       if (softmax)
-        for (int v = 0; v < t.padded; v += L) put(to + v, at(turn, v) - at(x, v) * at(sum, v));
+        for (int64_t v = 0, end = t.padded; v < end; v += L)
+          put(to + v, at(turn, v) - at(x, v) * at(sum, v));
       else
-        for (int v = 0; v < t.padded; v += L) put(to + v, at(x, v));
+        for (int64_t v = 0, end = t.padded; v < end; v += L) put(to + v, at(x, v));
     }
   });
 }

@@ -305,6 +305,15 @@ FL_INLINE void load_label_run(const char* p, int64_t stride, int count, I classe
 template <class S, class I>
 FL_INLINE bool load_plain_labels(const char* p, int count, I classes, int32_t* y) {
   if constexpr (std::is_integral<S>::value) {
+    if constexpr (sizeof(S) <= 4) {
+      uint32_t high = 0;
+      for (int i = 0; i < count; ++i) {
+        int32_t label = int32_t(read<S>(p + i * int64_t(sizeof(S))));
+        high = uint32_t(label) > high ? uint32_t(label) : high;
+        y[i] = label;
+      }
+      return int64_t(high) < int64_t(classes);
+    }
     S low = 0, high = 0;
     for (int i = 0; i < count; ++i) {
       S value = read<S>(p + i * int64_t(sizeof(S)));

@@ -21,7 +21,7 @@ void load_and_maximum(Tile<T>& t) {
       T *to = t.x + c * t.stride, *to_next = c + 1 < classes ? to + t.stride : to;
       // The processor follows each row by itself but cannot guess where the next one starts.
       const T *soon = t.row_ahead(c + kAhead), *soon_next = t.row_ahead(c + kAhead + 1);
-      for (int v = 0; v < t.padded; v += L) {
+      for (int64_t v = 0, end = t.padded; v < end; v += L) {
         if (v % (64 / int(sizeof(T))) == 0) {
           prefetch(soon + v);
           prefetch(soon_next + v);
@@ -36,15 +36,15 @@ void load_and_maximum(Tile<T>& t) {
     t.load_logits();
     std::memcpy(largest, t.x, sizeof(T) * size_t(t.padded));
     for (int64_t c = 1; c < classes; ++c)
-      for (int v = 0; v < t.padded; v += L)
+      for (int64_t v = 0, end = t.padded; v < end; v += L)
         store<T>(largest + v, larger(load<T>(t.x + c * t.stride + v), load<T>(largest + v)));
   }
   IVec<T> infinite{};
-  for (int v = 0; v < t.padded; v += L)
+  for (int64_t v = 0, end = t.padded; v < end; v += L)
     infinite |= absolute<T>(load<T>(largest + v)) == T(INFINITY);
   if (any<T>(infinite)) {
     // Classes that share an infinite maximum share the probability; the others have none.
-    for (int v = 0; v < t.padded; ++v) {
+    for (int64_t v = 0, end = t.padded; v < end; ++v) {
       T most = largest[v];
       if (!(std::fabs(most) == T(INFINITY))) continue;
       for (int64_t c = 0; c < classes; ++c) {

@@ -1,7 +1,6 @@
 // Softmax with a label map: the case that training mostly is.
 //
-// All that a voxel's label decides is computed once per voxel, not once per class, and added to the
-// sums of that class alone.
+// What a voxel's label decides is computed once per voxel, not once per class.
 #pragma once
 
 #include "softmax.h"
@@ -12,23 +11,35 @@ namespace {
 // Exponentials of logits this small need no maximum taken off, nor do their quotients overflow.
 constexpr int kNear = 40;
 
+// to[v] = e^from[v], and the least and greatest of from, for U vectors.
+template <class S, class T, int U>
+FL_INLINE void exponentials_of_vectors(const S* from, T* to, Vec<T>& low, Vec<T>& high) {
+  constexpr int L = lanes<T>;
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u) {
+    Vec<T> x = load_as<S, T>(from + u * L);
+    low = smaller(x, low);
+    high = larger(x, high);
+    store<T>(to + u * L, exponential_near<T>(x));
+  }
+}
+
 // x becomes e^x, of rows that lie in memory as numbers of type S, row(c). False: some are not near.
 template <class S, class T, class Row>
 bool exponentials_of_rows(Tile<T>& t, const Row& row, bool ahead) {
-  constexpr int L = lanes<T>;
+  constexpr int L = lanes<T>, U = 64 / int(sizeof(S)) / L;  // vectors of a cache line
   Vec<T> low{}, high{};
-  for (int64_t c = 0; c < t.job.classes; ++c) {
+  for (int64_t c = 0, classes = t.job.classes; c < classes; ++c) {
     T* to = t.x + c * t.stride;
     const S* from = row(c);
     // The processor follows each row by itself but cannot guess where the next one starts.
     const S* soon = ahead ? t.template row_ahead<S>(c + kAhead) : from;
-    for (int v = 0; v < t.padded; v += L) {
-      if (v % (64 / int(sizeof(S))) == 0) prefetch(soon + v);
-      Vec<T> x = load_as<S, T>(from + v);
-      low = smaller(x, low);
-      high = larger(x, high);
-      store<T>(to + v, exponential_near<T>(x));
+    int64_t v = 0, end = t.padded;
+    for (; v + U * L <= end; v += U * L) {
+      prefetch(soon + v);
+      exponentials_of_vectors<S, T, U>(from + v, to + v, low, high);
     }
+    for (; v < end; v += L) exponentials_of_vectors<S, T, 1>(from + v, to + v, low, high);
   }
   // NaN is in neither and makes its own way: its exponential is NaN.
   return !any<T>((low < -T(kNear)) | (high > T(kNear)));
@@ -55,57 +66,66 @@ void exponentials_far(Tile<T>& t) {
   constexpr int L = lanes<T>;
   load_and_maximum(t);
   T *largest = t.row(kLargest), *gap = t.row(kLabelGap);
-  t.gather_rows(t.x, gap);
-  for (int v = 0; v < t.padded; v += L) store<T>(gap + v, load<T>(largest + v) - load<T>(gap + v));
-  for (int64_t c = 0; c < t.job.classes; ++c) {
+  const auto* label = t.labels();
+  std::memset(gap, 0, sizeof(T) * kMaxTile);
+  for (int64_t c = 0, classes = t.job.classes; c < classes; ++c) {
     T* x = t.x + c * t.stride;
-    for (int v = 0; v < t.padded; v += L)
-      store<T>(x + v, exponential<T>(load<T>(x + v) - load<T>(largest + v)));
+    const IVec<T> number = class_number<T>(c);
+    for (int64_t v = 0, end = t.padded; v < end; v += L) {
+      Vec<T> below = load<T>(x + v) - load<T>(largest + v);
+      store<T>(gap + v, load<T>(gap + v) - keep<T>(label_lanes<T>(label + v) == number, below));
+      store<T>(x + v, exponential<T>(below));
+    }
   }
 }
 
-// rest[v] += Σ x[c][v] over R classes, and with `slope` dot[v] += Σ slope[c] x[c][v]. The first
-// classes of all start the sums.
+// Of R classes, for every voxel: adds the exponentials of those that are not the label to `rest`,
+// with `slope` also times it to `dot`, and puts the label's into `own`. Labels decide by masks: a
+// branch would be guessed wrongly wherever organs meet. The first classes of all start the sums.
 template <class T, int R>
-FL_INLINE void add_classes(const Tile<T>& t, int64_t c, T* rest, const T* slope, T* dot) {
+FL_INLINE void add_classes(const Tile<T>& t, int64_t c, T* own, T* rest, const T* slope, T* dot) {
   const T* x = t.x + c * t.stride;
-  bool first = c == 0;
-  if (!slope) {
-    for (int v = 0; v < t.padded; v += lanes<T>) {
-      Vec<T> sum{};
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum += load<T>(x + r * t.stride + v);
-      store<T>(rest + v, first ? sum : load<T>(rest + v) + sum);
-    }
-    return;
-  }
+  const int64_t stride = t.stride, end = t.padded;
+  const bool first = c == 0;
+  const auto* label = t.labels();
+  IVec<T> number[R];
   Vec<T> k[R];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) k[r] = splat<T>(slope[c + r]);
-  for (int v = 0; v < t.padded; v += lanes<T>) {
-    Vec<T> sum{}, product{};
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      Vec<T> e = load<T>(x + r * t.stride + v);
-      sum += e;
-      product += e * k[r];
-    }
-    store<T>(rest + v, first ? sum : load<T>(rest + v) + sum);
-    store<T>(dot + v, first ? product : load<T>(dot + v) + product);
+  for (int r = 0; r < R; ++r) {
+    number[r] = class_number<T>(c + r);
+    k[r] = splat<T>(slope ? slope[c + r] : T(0));
   }
+  auto run = [&](auto with_dot) {
+    for (int64_t v = 0; v < end; v += lanes<T>) {
+      const IVec<T> y = label_lanes<T>(label + v);
+      Vec<T> mine{}, sum{}, product{};
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        Vec<T> e = load<T>(x + r * stride + v);
+        IVec<T> is_label = y == number[r];
+        mine = either<T>(mine, keep<T>(is_label, e));
+        e = drop<T>(is_label, e);
+        sum += e;
+        if (with_dot) product += e * k[r];
+      }
+      store<T>(own + v, first ? mine : either<T>(load<T>(own + v), mine));
+      store<T>(rest + v, first ? sum : load<T>(rest + v) + sum);
+      if (with_dot) store<T>(dot + v, first ? product : load<T>(dot + v) + product);
+    }
+  };
+  if (slope) run(std::true_type{});
+  else run(std::false_type{});
 }
 
-// The exponentials of a tile and what follows from them. The label's exponential is taken out of x,
-// which holds 0 in its place: the sum of the others is then exact to the last bit where the label
-// dominates, and with it 1−p and log p are. Returns whether the logits were near.
+// The exponentials of a tile, the label's, and the sum of the others: kept apart, that sum is exact
+// to the last bit where the label dominates, and with it 1−p and log p are. Returns whether the
+// logits were near.
 template <class T>
 bool begin_softmax_labels(Tile<T>& t, const T* slope, T* dot) {
-  t.find_stretches();
   // One class alone has p = 1 exactly, which only the maximum makes sure of.
   bool near = t.job.classes > 1 && exponentials_near(t);
   if (!near) exponentials_far(t);
   T *own = t.row(kLabelExp), *rest = t.row(kRest);
-  t.take_rows(t.x, own);
   int64_t classes = t.job.classes;
   T *many = t.row(kSumOfMany), *dot_of_many = t.row(kDotOfMany);
   if (classes > kFewClasses) {
@@ -114,14 +134,15 @@ bool begin_softmax_labels(Tile<T>& t, const T* slope, T* dot) {
   }
   int64_t c = 0;
   for (; c + 4 <= classes; c += 4) {
-    add_classes<T, 4>(t, c, rest, slope, dot);
+    add_classes<T, 4>(t, c, own, rest, slope, dot);
     // Sums of many classes are made of sums of a few: rounding errors then do not pile up.
     if (classes > kFewClasses && (c + 4) % kFewClasses == 0) {
       t.add_row(rest, many);
       if (slope) t.add_row(dot, dot_of_many);
     }
   }
-  for (; c < classes; ++c) add_classes<T, 1>(t, c, rest, slope, dot);
+  for (; c + 2 <= classes; c += 2) add_classes<T, 2>(t, c, own, rest, slope, dot);
+  for (; c < classes; ++c) add_classes<T, 1>(t, c, own, rest, slope, dot);
   if (classes > kFewClasses) {
     t.add_row(many, rest);
     if (slope) t.add_row(dot_of_many, dot);
@@ -131,24 +152,138 @@ bool begin_softmax_labels(Tile<T>& t, const T* slope, T* dot) {
 
 // −log p of the label's class, for a vector of voxels.
 template <class T>
-FL_INLINE Vec<T> label_loss(Tile<T>& t, bool near, int v, Vec<T> own, Vec<T> rest) {
+FL_INLINE Vec<T> label_loss(Tile<T>& t, bool near, int64_t v, Vec<T> own, Vec<T> rest) {
   if (near) return log_one_plus<T>(rest / own);
   Vec<T> gap = load<T>(t.row(kLabelGap) + v);
   return gap + log_one_plus<T>(select<T>(gap == T(0), rest, (rest + own) - T(1)));
 }
 
-// sums[c] += Σ_v x[c][v] scale[v] for R classes.
+// The sums over the tile's voxels of one set of slots, (C,) each.
+struct ClassSums {
+  double *reference, *overlap, *predicted, *loss;
+};
+
+// Adds those of R classes: m g, m p g, m p and the loss, where p m is x · scale.
 template <class T, int R>
-FL_INLINE void add_products(const Tile<T>& t, int64_t c, const T* scale, double* sums) {
+FL_INLINE void add_to_classes(const Tile<T>& t, int64_t c, const T* m, const T* scale,
+                              const T* loss, const ClassSums& to) {
   const T* x = t.x + c * t.stride;
-  Vec<T> a[R] = {};
-  for (int v = 0; v < t.padded; v += lanes<T>) {
-    Vec<T> k = load<T>(scale + v);
+  const int64_t stride = t.stride;
+  const auto* label = t.labels();
+  Vec<T> reference[R] = {}, overlap[R] = {}, predicted[R] = {}, losses[R] = {};
+  for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
+    const IVec<T> y = label_lanes<T>(label + v);
+    const Vec<T> k = load<T>(scale + v), w = load<T>(m + v), l = load<T>(loss + v);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) a[r] += load<T>(x + r * t.stride + v) * k;
+    for (int r = 0; r < R; ++r) {
+      IVec<T> is_label = y == class_number<T>(c + r);
+      Vec<T> p = load<T>(x + r * stride + v) * k;
+      predicted[r] += p;
+      overlap[r] += keep<T>(is_label, p);
+      reference[r] += keep<T>(is_label, w);
+      losses[r] += keep<T>(is_label, l);
+    }
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) sums[c + r] += total<T>(a[r]);
+  for (int r = 0; r < R; ++r) {
+    to.reference[c + r] += total<T>(reference[r]);
+    to.overlap[c + r] += total<T>(overlap[r]);
+    to.predicted[c + r] += total<T>(predicted[r]);
+    to.loss[c + r] += total<T>(losses[r]);
+  }
+}
+
+// The same for many classes, where it is less work to look at each label once: `value` is m p of
+// the label.
+template <class T>
+void add_to_many_classes(const Tile<T>& t, const T* m, const T* scale, const T* loss,
+                         const T* value, const ClassSums& to) {
+  constexpr int L = lanes<T>;
+  const int64_t classes = t.job.classes, end = t.padded, stride = t.stride;
+  const int32_t* y = t.y;
+  // Labels come in stretches: vectors of one label are summed as vectors.
+  Vec<T> reference{}, overlap{}, losses{};
+  int32_t current = y[0];
+  auto finish = [&] {
+    to.reference[current] += total<T>(reference);
+    to.overlap[current] += total<T>(overlap);
+    to.loss[current] += total<T>(losses);
+    reference = overlap = losses = Vec<T>{};
+  };
+  const auto* label = t.labels();
+  for (int64_t v = 0; v < end; v += L) {
+    if (any<T>(label_lanes<T>(label + v) != class_number<T>(y[v]))) {
+      for (int64_t i = v; i < v + L; ++i) {
+        to.reference[y[i]] += double(m[i]);
+        to.overlap[y[i]] += double(value[i]);
+        to.loss[y[i]] += double(loss[i]);
+      }
+      continue;
+    }
+    if (y[v] != current) {
+      finish();
+      current = y[v];
+    }
+    reference += load<T>(m + v);
+    overlap += load<T>(value + v);
+    losses += load<T>(loss + v);
+  }
+  finish();
+  auto add = [&](int64_t c, auto count) {
+    constexpr int R = decltype(count)::value;
+    const T* x = t.x + c * stride;
+    Vec<T> a[R] = {};
+    for (int64_t v = 0; v < end; v += L) {
+      Vec<T> k = load<T>(scale + v);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) a[r] += load<T>(x + r * stride + v) * k;
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) to.predicted[c + r] += total<T>(a[r]);
+  };
+  int64_t c = 0;
+  for (; c + 4 <= classes; c += 4) add(c, std::integral_constant<int, 4>{});
+  for (; c < classes; ++c) add(c, std::integral_constant<int, 1>{});
+}
+
+// sums[c] += Σ value over the voxels of label c.
+template <class T>
+void add_by_label(const Tile<T>& t, const T* value, double* sums) {
+  const auto* label = t.labels();
+  for (int64_t c = 0, classes = t.job.classes; c < classes; ++c) {
+    const IVec<T> number = class_number<T>(c);
+    Vec<T> sum{};
+    for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>)
+      sum += keep<T>(label_lanes<T>(label + v) == number, load<T>(value + v));
+    sums[c] += total<T>(sum);
+  }
+}
+
+// to[v] = table[label of v], or 0 without a table.
+template <class T>
+void look_up(const Tile<T>& t, const T* table, T* to) {
+  constexpr int L = lanes<T>;
+  const int64_t classes = t.job.classes, end = t.padded;
+  if (!table) {
+    std::memset(to, 0, sizeof(T) * size_t(end));
+    return;
+  }
+  if constexpr (kPicks<T>) {
+    if (classes <= 2 * L) {
+      T few[2 * L] = {};
+      for (int64_t c = 0; c < classes; ++c) few[c] = table[c];
+      const Vec<T> low = load<T>(few), high = load<T>(few + L);
+      const auto* label = t.labels();
+      if (classes <= L)
+        for (int64_t v = 0; v < end; v += L) store<T>(to + v, pick(low, label_lanes<T>(label + v)));
+      else
+        for (int64_t v = 0; v < end; v += L)
+          store<T>(to + v, pick(low, high, label_lanes<T>(label + v)));
+      return;
+    }
+  }
+  const int32_t* y = t.y;
+  for (int64_t v = 0; v < end; ++v) to[v] = table[y[v]];
 }
 
 // The gradient of R classes from their e^(x−largest).
@@ -156,6 +291,8 @@ template <int R, class T, class Row, class Put>
 FL_INLINE void write_gradient(const Tile<T>& t, const Row& row, const Put& put, int64_t c,
                               const T* k, const T* slope, const T* turn, const T* at_label) {
   const T* x = t.x + c * t.stride;
+  const int64_t stride = t.stride;
+  const auto* label = t.labels();
   decltype(row(c)) to[R];
   Vec<T> factor[R];
   IVec<T> number[R];
@@ -163,14 +300,14 @@ FL_INLINE void write_gradient(const Tile<T>& t, const Row& row, const Put& put, 
   for (int r = 0; r < R; ++r) {
     to[r] = row(c + r);
     factor[r] = splat<T>(k ? k[c + r] : T(0));
-    number[r] = IVec<T>{} + typename Types<T>::Int(c + r);
+    number[r] = class_number<T>(c + r);
   }
-  for (int v = 0; v < t.padded; v += lanes<T>) {
+  for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
     Vec<T> a = load<T>(slope + v), b = load<T>(turn + v), own = load<T>(at_label + v);
-    IVec<T> y = t.labels(v);
+    IVec<T> y = label_lanes<T>(label + v);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      Vec<T> g = load<T>(x + r * t.stride + v) * (a * factor[r] - b);
+      Vec<T> g = load<T>(x + r * stride + v) * (a * factor[r] - b);
       put(to[r] + v, select<T>(y == number[r], own, g));
     }
   }
@@ -186,66 +323,60 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
   T *own = t.row(kLabelExp), *scale = t.row(kA), *value = t.row(kB), *loss = t.row(kC);
   bool logs = s.cross_entropy >= 0 || s.gammas > 0;
 
-  // x has no part of the label, whose p is added by itself.
   Vec<T> all{};
-  for (int v = 0; v < t.padded; v += L) {
+  for (int64_t v = 0, end = t.padded; v < end; v += L) {
     Vec<T> w = load<T>(m + v), e = load<T>(own + v), others = load<T>(rest + v);
-    Vec<T> i = T(1) / (e + others), factor = w * i;
+    Vec<T> i = T(1) / (e + others);
     all += w;
     store<T>(inverse + v, i);
-    store<T>(scale + v, factor);
-    store<T>(value + v, e * factor);
+    store<T>(scale + v, w * i);
+    store<T>(value + v, e * (w * i));
     if (near) store<T>(loss + v, others / e);
   }
+  *weight += total<T>(all);
   // Loops of their own keep the chains of dependent operations short. A voxel without weight has
   // finite logits, so these products are never 0 · ∞.
   if (logs && near)
-    for (int v = 0; v < t.padded; v += L)
+    for (int64_t v = 0, end = t.padded; v < end; v += L)
       store<T>(loss + v, load<T>(m + v) * log_one_plus<T>(load<T>(loss + v)));
   else if (logs)
-    for (int v = 0; v < t.padded; v += L)
+    for (int64_t v = 0, end = t.padded; v < end; v += L)
       store<T>(loss + v,
                load<T>(m + v) * label_loss(t, near, v, load<T>(own + v), load<T>(rest + v)));
-  *weight += total<T>(all);
   auto to_sum = [&](int slot) { return sums + (slot >= 0 ? slot : s.count) * classes; };
-  const T* const values[3] = {m, value, logs ? loss : m};
-  double* const targets[3] = {to_sum(s.reference), to_sum(s.overlap), to_sum(s.cross_entropy)};
-  t.template scatter<3>(values, targets);
-  if (s.reference_squared >= 0) t.scatter(m, to_sum(s.reference_squared));
-  if (s.predicted >= 0) {
-    double* to = sums + s.predicted * classes;
-    t.scatter(value, to);
-    int64_t c = 0;
-    for (; c + 4 <= classes; c += 4) add_products<T, 4>(t, c, scale, to);
-    for (; c < classes; ++c) add_products<T, 1>(t, c, scale, to);
+  const ClassSums to = {to_sum(s.reference), to_sum(s.overlap), to_sum(s.predicted),
+                        to_sum(s.cross_entropy)};
+  const T* losses = logs ? loss : m;
+  int64_t c = 0;
+  if (classes > kFewClasses) {
+    add_to_many_classes(t, m, scale, losses, value, to);
+  } else {
+    for (; c + 2 <= classes; c += 2) add_to_classes<T, 2>(t, c, m, scale, losses, to);
+    for (; c < classes; ++c) add_to_classes<T, 1>(t, c, m, scale, losses, to);
   }
-  if (s.predicted_squared >= 0) {
-    double* to = sums + s.predicted_squared * classes;
-    for (int v = 0; v < t.padded; v += L)
-      store<T>(value + v, load<T>(value + v) * (load<T>(own + v) * load<T>(inverse + v)));
-    t.scatter(value, to);
-    for (int64_t c = 0; c < classes; ++c) {
+  if (s.reference_squared >= 0) add_by_label(t, m, to_sum(s.reference_squared));
+  if (s.predicted_squared >= 0)
+    for (c = 0; c < classes; ++c) {
       const T* e = t.x + c * t.stride;
       Vec<T> a{};
-      for (int v = 0; v < t.padded; v += L) {
+      for (int64_t v = 0, end = t.padded; v < end; v += L) {
         Vec<T> x = load<T>(e + v);
         a += (x * load<T>(scale + v)) * (x * load<T>(inverse + v));
       }
-      to[c] += total<T>(a);
+      sums[s.predicted_squared * classes + c] += total<T>(a);
     }
-  }
   for (int f = 0; f < s.gammas; ++f) {
-    for (int v = 0; v < t.padded; v += L) {
+    for (int64_t v = 0, end = t.padded; v < end; v += L) {
       Vec<T> q = power<T>(load<T>(rest + v) * load<T>(inverse + v), T(s.gamma[f]));
       store<T>(value + v, focal_value<Vec<T>>(q, load<T>(loss + v)));
     }
-    t.scatter(value, sums + s.focal[f] * classes);
+    add_by_label(t, value, sums + s.focal[f] * classes);
   }
   if (s.uniform >= 0) {
     // −log p_c = log Σe − x_c, x less its largest if far. The exponentials have replaced x, so it
     // is loaded again.
     T* log_sum = t.row(kD);
-    for (int v = 0; v < t.padded; v += L)
+    for (int64_t v = 0, end = t.padded; v < end; v += L)
       store<T>(log_sum + v, logarithm<T>(load<T>(rest + v) + load<T>(own + v)));
     load_and_maximum(t);
     T* largest = t.row(kLargest);
@@ -253,7 +384,7 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
     for (int64_t c = 0; c < classes; ++c) {
       const T* x = t.x + c * t.stride;
       Vec<T> a{};
-      for (int v = 0; v < t.padded; v += L)
+      for (int64_t v = 0, end = t.padded; v < end; v += L)
         a += load<T>(m + v) * (load<T>(log_sum + v) + (load<T>(largest + v) - load<T>(x + v)));
       sums[s.uniform * classes + c] += total<T>(a);
     }
@@ -276,23 +407,26 @@ void apply_softmax_labels(Tile<T>& t) {
   T* others = t.row(kA);
   bool near = begin_softmax_labels<T>(t, by_predicted, others);
   if (!by_predicted) std::memset(others, 0, sizeof(T) * kMaxTile);
-  for (int v = 0; v < t.padded; v += L) {
+  for (int64_t v = 0, end = t.padded; v < end; v += L) {
     Vec<T> i = T(1) / (load<T>(rest + v) + load<T>(own + v));
     store<T>(inverse + v, i);
     store<T>(others + v, load<T>(others + v) * i);
   }
-  if (by_squared)
+  if (by_squared) {
+    const auto* label = t.labels();
     for (int64_t first = 0; first < classes; first += kFewClasses) {
       int64_t last = first + kFewClasses < classes ? first + kFewClasses : classes;
-      for (int v = 0; v < t.padded; v += L) {
+      for (int64_t v = 0, end = t.padded; v < end; v += L) {
         Vec<T> few{};
         for (int64_t c = first; c < last; ++c) {
           Vec<T> p = load<T>(t.x + c * t.stride + v) * load<T>(inverse + v);
-          few += (2 * by_squared[c]) * (p * p);
+          IVec<T> is_label = label_lanes<T>(label + v) == class_number<T>(c);
+          few += drop<T>(is_label, (2 * by_squared[c]) * (p * p));
         }
         store<T>(others + v, load<T>(others + v) + few);
       }
     }
+  }
   double uniform_sum = 0;
   if (by_uniform)
     for (int64_t c = 0; c < classes; ++c) uniform_sum += double(by_uniform[c]);
@@ -302,20 +436,18 @@ void apply_softmax_labels(Tile<T>& t) {
   // Σ_j t_j, where t_j is the derivative by log p_j.
   T *at_label = t.row(kB), *slope = t.row(kC), *turn = t.row(kD);
   T *own_overlap = t.row(kE), *own_region = t.row(kF), *own_loss = t.row(kLargest);
-  const T* const tables[3] = {by_overlap, by_loss, by_predicted};
-  T* const gathered[3] = {own_overlap, own_loss, own_region};
-  t.template gather<3>(tables, gathered);
+  look_up(t, by_overlap, own_overlap);
+  look_up(t, by_loss, own_loss);
+  look_up(t, by_predicted, own_region);
   if (s.gammas > 0) {
     // Focal slopes join the cross-entropy's coefficient.
     T *loss = at_label, *k = turn;
-    for (int v = 0; v < t.padded; v += L)
+    for (int64_t v = 0, end = t.padded; v < end; v += L)
       store<T>(loss + v, label_loss(t, near, v, load<T>(own + v), load<T>(rest + v)));
     for (int f = 0; f < s.gammas; ++f) {
       T gamma = T(s.gamma[f]);
-      const T* const focal[1] = {t.table + s.focal[f] * classes};
-      T* const to[1] = {k};
-      t.template gather<1>(focal, to);
-      for (int v = 0; v < t.padded; v += L) {
+      look_up(t, t.table + s.focal[f] * classes, k);
+      for (int64_t v = 0, end = t.padded; v < end; v += L) {
         Vec<T> i = load<T>(inverse + v), q = load<T>(rest + v) * i, p = load<T>(own + v) * i;
         // p log p → 0 as p → 0, and (1−p)^(γ−1) log p → 0 as p → 1.
         Vec<T> p_log_p = drop<T>(p == T(0), -(p * load<T>(loss + v)));
@@ -327,9 +459,9 @@ void apply_softmax_labels(Tile<T>& t) {
   }
   T two = 2;
   if (by_squared)
-    for (int v = 0; v < t.padded; ++v)
+    for (int64_t v = 0, end = t.padded; v < end; ++v)
       own_region[v] += two * by_squared[t.y[v]] * own[v] * inverse[v];
-  for (int v = 0; v < t.padded; v += L) {
+  for (int64_t v = 0, end = t.padded; v < end; v += L) {
     Vec<T> i = load<T>(inverse + v), w = load<T>(m + v);
     Vec<T> q = load<T>(rest + v) * i, p = load<T>(own + v) * i;
     Vec<T> region = load<T>(own_region + v), rests = load<T>(others + v) - uniform_total;
@@ -340,13 +472,15 @@ void apply_softmax_labels(Tile<T>& t) {
     store<T>(slope + v, factor);
   }
   if (by_uniform)
-    for (int v = 0; v < t.padded; ++v) at_label[v] -= m[v] * by_uniform[t.y[v]];
+    for (int64_t v = 0, end = t.padded; v < end; ++v) at_label[v] -= m[v] * by_uniform[t.y[v]];
 
   write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
     if (!by_squared && !by_uniform) {
       int64_t c = 0;
       for (; c + 4 <= classes; c += 4)
         write_gradient<4>(t, row, put, c, by_predicted, slope, turn, at_label);
+      for (; c + 2 <= classes; c += 2)
+        write_gradient<2>(t, row, put, c, by_predicted, slope, turn, at_label);
       for (; c < classes; ++c)
         write_gradient<1>(t, row, put, c, by_predicted, slope, turn, at_label);
       return;
@@ -357,12 +491,13 @@ void apply_softmax_labels(Tile<T>& t) {
       Vec<T> k = splat<T>(by_predicted ? by_predicted[c] : T(0));
       Vec<T> k2 = splat<T>(by_squared ? two * by_squared[c] : T(0));
       Vec<T> u = splat<T>(by_uniform ? by_uniform[c] : T(0));
-      IVec<T> number = IVec<T>{} + typename Types<T>::Int(c);
-      for (int v = 0; v < t.padded; v += L) {
+      IVec<T> number = class_number<T>(c);
+      const auto* label = t.labels();
+      for (int64_t v = 0, end = t.padded; v < end; v += L) {
         Vec<T> x = load<T>(e + v), p = x * load<T>(inverse + v);
         Vec<T> g = x * (load<T>(slope + v) * (k + k2 * p) - load<T>(turn + v));
         g -= load<T>(m + v) * u;
-        put(to + v, select<T>(t.labels(v) == number, load<T>(at_label + v), g));
+        put(to + v, select<T>(label_lanes<T>(label + v) == number, load<T>(at_label + v), g));
       }
     }
   });

@@ -11,6 +11,18 @@ using fastloss::Activation;
 using fastloss::Faults;
 using fastloss::Job;
 
+template <class T>
+FL_INLINE IVec<T> label_lanes(const typename Types<T>::Int* p) {
+  IVec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+// A class as the labels' lanes hold it.
+template <class T>
+FL_INLINE IVec<T> class_number(int64_t c) {
+  return IVec<T>{} + typename Types<T>::Int(c);
+}
+
 // Named rows of one number per voxel.
 enum Row {
   kWeight,     // m; 0 for voxels that do not count and for padding
@@ -39,14 +51,13 @@ template <class T>
 struct Tile {
   const Job& job;
   int64_t sample;
-  int step;       // voxels of a tile
-  int stride;     // numbers from row to row of the buffers
-  T* x;           // logits, later what is made of them: (C, stride)
-  T* second;      // another buffer like it, or null
-  T* rows;        // (kRows, 256)
-  T* table;       // coefficients of the sample: (S, C)
-  int32_t* y;     // labels
-  int32_t* same;  // per vector: the label of all its voxels, or −1 if they differ
+  int step;    // voxels of a tile
+  int stride;  // numbers from row to row of the buffers
+  T* x;        // logits, later what is made of them: (C, stride)
+  T* second;   // another buffer like it, or null
+  T* rows;     // (kRows, 256)
+  T* table;    // coefficients of the sample: (S, C)
+  int32_t* y;  // labels
   Runs logit_runs, target_runs, weight_runs, out_runs;
   int64_t voxel = 0;   // the first one
   int n = 0;           // voxels
@@ -65,7 +76,7 @@ struct Tile {
   static size_t bytes(const Job& job) {
     size_t tile = size_t(fastloss::tile_voxels(job.classes) + kPad) * size_t(job.classes);
     size_t numbers = tile * 2 + kRows * kMaxTile + size_t(job.slots.count) * size_t(job.classes);
-    return numbers * sizeof(T) + 2 * kMaxTile * sizeof(int32_t) + 256;
+    return numbers * sizeof(T) + kMaxTile * sizeof(int32_t) + 256;
   }
 
   Tile(const Job& j, int64_t b, void* scratch) : job(j), sample(b) {
@@ -77,8 +88,7 @@ struct Tile {
     second = x + size;
     rows = second + size;
     y = (int32_t*)(rows + kRows * kMaxTile);
-    same = y + kMaxTile;
-    table = (T*)(same + kMaxTile);
+    table = (T*)(y + kMaxTile);
     if (j.coefficients)
       for (int32_t s = 0; s < j.slots.count; ++s)
         for (int64_t c = 0; c < j.classes; ++c)
@@ -162,89 +172,9 @@ struct Tile {
   }
 
   // The labels as integers of the vectors' lanes.
-  FL_INLINE IVec<T> labels(int v) const {
-    if constexpr (sizeof(T) == 4) return bits<T>(load<T>((const T*)(y + v)));
-    else return bits<T>(load<T>(rows + kLabel * kMaxTile + v));
-  }
-
-  // Fills `same`, which the functions on label rows below need.
-  void find_stretches() {
-    for (int v = 0; v < padded; v += lanes<T>) {
-      bool differ = any<T>(labels(v) != IVec<T>{} + y[v]);
-      same[v / lanes<T>] = differ ? -1 : y[v];
-    }
-  }
-
-  // to[v] = from[label of v][v]. Labels come in stretches, which are copied whole.
-  void gather_rows(const T* from, T* to) const {
-    for (int v = 0; v < padded; v += lanes<T>) {
-      int32_t label = same[v / lanes<T>];
-      if (label >= 0) store<T>(to + v, load<T>(from + int64_t(label) * stride + v));
-      else
-        for (int i = v; i < v + lanes<T>; ++i) to[i] = from[int64_t(y[i]) * stride + i];
-    }
-  }
-
-  // As gather_rows, leaving 0 behind.
-  void take_rows(T* from, T* to) const {
-    for (int v = 0; v < padded; v += lanes<T>) {
-      int32_t label = same[v / lanes<T>];
-      if (label >= 0) {
-        T* p = from + int64_t(label) * stride + v;
-        store<T>(to + v, load<T>(p));
-        store<T>(p, Vec<T>{});
-      } else {
-        for (int i = v; i < v + lanes<T>; ++i) {
-          T* p = from + int64_t(y[i]) * stride + i;
-          to[i] = *p;
-          *p = T(0);
-        }
-      }
-    }
-  }
-
-  // to[k][v] = values[k][label of v], or 0 where there are no values, for K tables.
-  template <int K>
-  void gather(const T* const (&values)[K], T* const (&to)[K]) const {
-    for (int v = 0; v < padded; v += lanes<T>) {
-      int32_t label = same[v / lanes<T>];
-#pragma GCC unroll 4
-      for (int k = 0; k < K; ++k)
-        if (!values[k]) store<T>(to[k] + v, Vec<T>{});
-        else if (label >= 0) store<T>(to[k] + v, splat<T>(values[k][label]));
-        else
-          for (int i = v; i < v + lanes<T>; ++i) to[k][i] = values[k][y[i]];
-    }
-  }
-
-  // sums[k][label of v] += values[k][v] for K sets of sums.
-  template <int K>
-  void scatter(const T* const (&values)[K], double* const (&sums)[K]) const {
-    Vec<T> stretch[K] = {};
-    int32_t current = -1;
-    for (int v = 0; v < padded; v += lanes<T>) {
-      int32_t label = same[v / lanes<T>];
-      if (label != current) {
-        if (current >= 0)
-          for (int k = 0; k < K; ++k) sums[k][current] += total<T>(stretch[k]);
-        for (int k = 0; k < K; ++k) stretch[k] = Vec<T>{};
-        current = label;
-      }
-      if (label >= 0) {
-#pragma GCC unroll 4
-        for (int k = 0; k < K; ++k) stretch[k] += load<T>(values[k] + v);
-      } else {
-        for (int i = v; i < v + lanes<T>; ++i)
-          for (int k = 0; k < K; ++k) sums[k][y[i]] += double(values[k][i]);
-      }
-    }
-    if (current >= 0)
-      for (int k = 0; k < K; ++k) sums[k][current] += total<T>(stretch[k]);
-  }
-  void scatter(const T* values, double* sums) const {
-    const T* const one[1] = {values};
-    double* const to[1] = {sums};
-    scatter<1>(one, to);
+  const typename Types<T>::Int* labels() const {
+    if constexpr (sizeof(T) == 4) return y;
+    else return (const int64_t*)(rows + kLabel * kMaxTile);
   }
 
   double raw_label(int v) {
@@ -286,15 +216,16 @@ struct Tile {
       for (int v = n; v < padded; ++v) g[v] = T(0);
       if (holes) clear_holes(g);
     } else {
-      const IVec<T> number = IVec<T>{} + typename Types<T>::Int(c);
-      for (int v = 0; v < padded; v += lanes<T>)
-        store<T>(g + v, keep<T>(labels(v) == number, splat<T>(1)));
+      const IVec<T> number = class_number<T>(c);
+      const auto* label = labels();
+      for (int64_t v = 0, end = padded; v < end; v += lanes<T>)
+        store<T>(g + v, keep<T>(label_lanes<T>(label + v) == number, splat<T>(1)));
     }
   }
 
   // to += from, and from = 0.
   void add_row(T* from, T* to) const {
-    for (int v = 0; v < padded; v += lanes<T>) {
+    for (int64_t v = 0, end = padded; v < end; v += lanes<T>) {
       store<T>(to + v, load<T>(to + v) + load<T>(from + v));
       store<T>(from + v, Vec<T>{});
     }
@@ -303,7 +234,7 @@ struct Tile {
   // What a voxel that does not count holds is no matter, NaN included.
   void clear_holes(T* r) {
     const T* m = row(kWeight);
-    for (int v = 0; v < padded; v += lanes<T>)
+    for (int64_t v = 0, end = padded; v < end; v += lanes<T>)
       store<T>(r + v, drop<T>(load<T>(m + v) == T(0), load<T>(r + v)));
   }
 

@@ -20,15 +20,22 @@ constexpr int kPrefetch = 256;  // voxels
 // the processor looks only so many operations ahead, and keeps busy if chains of them are short.
 template <class T, class S>
 void differences(const Tile<T>& t, const S* x0, const S* x1, T* difference, T* exponentials) {
+  constexpr int L = lanes<T>, U = 64 / int(sizeof(S)) / L;  // vectors of a cache line
   const IVec<T> sign = bits<T>(splat<T>(T(-0.0)));
-  for (int v = 0; v < t.padded; v += lanes<T>) {
-    prefetch(x0 + v + kPrefetch);
-    prefetch(x1 + v + kPrefetch);
+  auto one = [&](int64_t v) {
     Vec<T> a = load_as<S, T>(x0 + v), b = load_as<S, T>(x1 + v);
     Vec<T> d = drop<T>(a == b, b - a);  // equal infinities share
     store<T>(difference + v, d);
     store<T>(exponentials + v, exponential<T>(from_bits<T>(bits<T>(d) | sign)));
+  };
+  int64_t v = 0, end = t.padded;
+  for (; v + U * L <= end; v += U * L) {
+    prefetch(x0 + v + kPrefetch);
+    prefetch(x1 + v + kPrefetch);
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) one(v + u * L);
   }
+  for (; v < end; v += L) one(v);
 }
 
 // Calls f(x0, x1) with the two rows of logits, as they lie in memory or loaded.
@@ -51,25 +58,17 @@ void differences(Tile<T>& t, T* difference, T* exponentials) {
       t, [&](const auto* x0, const auto* x1) { differences(t, x0, x1, difference, exponentials); });
 }
 
-// Of one vector of voxels: the label's probability and the other's.
+// The probabilities, of one class where the mask is set and of the other where it is not.
 template <class T>
 struct Pair {
-  IVec<T> one;    // where the label is 1
-  Vec<T> margin;  // the label's logit less the other
-  Vec<T> own, other;
+  Vec<T> set, unset;
 };
 
+// `less` is set where the class is the less probable one.
 template <class T>
-FL_INLINE Pair<T> pair(Vec<T> d, Vec<T> e, IVec<T> label) {
-  const IVec<T> sign = bits<T>(splat<T>(T(-0.0)));
-  Pair<T> r;
-  r.one = label != IVec<T>{};
-  r.margin = from_bits<T>(bits<T>(d) ^ (~r.one & sign));
-  Vec<T> big = T(1) / (e + T(1)), little = e * big;
-  IVec<T> right = r.margin > T(0);
-  r.own = select<T>(right, big, little);
-  r.other = select<T>(right, little, big);
-  return r;
+FL_INLINE Pair<T> probabilities(Vec<T> e, IVec<T> less) {
+  const Vec<T> big = T(1) / (e + T(1)), little = e * big;
+  return {select<T>(less, little, big), select<T>(less, big, little)};
 }
 
 template <class T, bool kEven, bool kLogs>
@@ -79,58 +78,62 @@ void reduce_two_rows(Tile<T>& t, double* sums, double* weight) {
   const T* m = t.row(kWeight);
   T *difference = t.row(kA), *exponentials = t.row(kB);
   differences(t, difference, exponentials);
-  // By label: voxels, probability of the label, probability of the other, loss.
-  Vec<T> all{}, n1{}, own0{}, own1{}, other0{}, other1{}, loss0{}, loss1{};
+  const auto* label = t.labels();
+  // Voxels, those of label 0, both probabilities, those of the label, loss by label.
+  Vec<T> all{}, n0{}, predicted0{}, predicted1{}, own0{}, own1{}, loss0{}, loss1{};
   constexpr int kStep = 8 * L;
-  for (int first = 0; first < t.padded; first += kStep) {
-    int last = first + kStep < t.padded ? first + kStep : t.padded;
+  for (int64_t first = 0, end = t.padded; first < end; first += kStep) {
+    int64_t last = first + kStep < end ? first + kStep : end;
     // Σ log(1+e) = log Π(1+e), of which the product less 1 is exact where the e are small.
     Vec<T> product0{}, product1{};
-    for (int v = first; v < last; v += L) {
-      Vec<T> e = load<T>(exponentials + v);
-      Pair<T> r = pair<T>(load<T>(difference + v), e, t.labels(v));
+    for (int64_t v = first; v < last; v += L) {
+      const Vec<T> d = load<T>(difference + v), e = load<T>(exponentials + v);
+      const IVec<T> zero = label_lanes<T>(label + v) == IVec<T>{};
+      auto [p1, p0] = probabilities<T>(e, bits<T>(d) < 0);
       if (kLogs) {
-        Vec<T> loss = larger(splat<T>(0), -r.margin);
+        // −log p is the logit's gap to the larger one, and log(1+e).
+        Vec<T> gap0 = larger(splat<T>(0), d), gap1 = larger(splat<T>(0), -d);
         if (kEven) {
-          Vec<T> e0 = drop<T>(r.one, e), e1 = keep<T>(r.one, e);
+          Vec<T> e0 = keep<T>(zero, e), e1 = drop<T>(zero, e);
           product0 = product0 * e0 + (product0 + e0);
           product1 = product1 * e1 + (product1 + e1);
         } else {
-          loss = load<T>(m + v) * (loss + log_one_plus_small(e));
+          Vec<T> rest = log_one_plus_small(e), w = load<T>(m + v);
+          gap0 = w * (gap0 + rest);
+          gap1 = w * (gap1 + rest);
         }
-        loss0 += drop<T>(r.one, loss);
-        loss1 += keep<T>(r.one, loss);
+        loss0 += keep<T>(zero, gap0);
+        loss1 += drop<T>(zero, gap1);
       }
       if (kEven) {
-        n1 += keep<T>(r.one, splat<T>(1));
+        n0 += keep<T>(zero, splat<T>(1));
       } else {
         Vec<T> w = load<T>(m + v);
-        r.own *= w;
-        r.other *= w;
+        p0 *= w;
+        p1 *= w;
         all += w;
-        n1 += keep<T>(r.one, w);
+        n0 += keep<T>(zero, w);
       }
-      own0 += drop<T>(r.one, r.own);
-      own1 += keep<T>(r.one, r.own);
-      other0 += drop<T>(r.one, r.other);
-      other1 += keep<T>(r.one, r.other);
+      predicted0 += p0;
+      predicted1 += p1;
+      own0 += keep<T>(zero, p0);
+      own1 += drop<T>(zero, p1);
     }
     if (kLogs && kEven) {
       loss0 += log_one_plus<T>(product0);
       loss1 += log_one_plus<T>(product1);
     }
   }
-  double n = kEven ? double(t.n) : total<T>(all), ones = total<T>(n1);
+  double n = kEven ? double(t.n) : total<T>(all), zeros = total<T>(n0);
   *weight += n;
   auto add = [&](int slot, double a, double b) {
     if (slot < 0) return;
     sums[slot * 2] += a;
     sums[slot * 2 + 1] += b;
   };
-  double o0 = total<T>(own0), o1 = total<T>(own1);
-  add(s.reference, n - ones, ones);
-  add(s.overlap, o0, o1);
-  add(s.predicted, o0 + total<T>(other1), o1 + total<T>(other0));
+  add(s.reference, zeros, n - zeros);
+  add(s.overlap, total<T>(own0), total<T>(own1));
+  add(s.predicted, total<T>(predicted0), total<T>(predicted1));
   add(s.cross_entropy, total<T>(loss0), total<T>(loss1));
 }
 
@@ -156,17 +159,20 @@ void apply_two_classes(Tile<T>& t) {
   // of the logits would hold those up wherever both have the same place in a page.
   T *difference = t.row(kA), *exponentials = t.row(kB), *gradient = t.row(kC);
   differences(t, difference, exponentials);
-  for (int v = 0; v < t.padded; v += L) {
-    Pair<T> r = pair<T>(load<T>(difference + v), load<T>(exponentials + v), t.labels(v));
+  const auto* label = t.labels();
+  for (int64_t v = 0, end = t.padded; v < end; v += L) {
+    const IVec<T> zero = label_lanes<T>(label + v) == IVec<T>{};
+    const IVec<T> less = bits<T>(load<T>(difference + v)) ^ zero;  // its sign alone counts
     // Label 1: p₀ (p₁ k − loss₁); label 0: p₁ (p₀ k + loss₀).
-    Vec<T> g = r.other * (r.own * select<T>(r.one, if1, if0) + select<T>(r.one, loss1, loss0));
+    auto [own, other] = probabilities<T>(load<T>(exponentials + v), less < 0);
+    Vec<T> g = other * (own * select<T>(zero, if0, if1) + select<T>(zero, loss0, loss1));
     if (!even) g *= load<T>(m + v);
     store<T>(gradient + v, g);
   }
   write_rows(t, t.second, t.x, [&](const auto& row, const auto& put) {
     auto *to0 = row(0), *to1 = row(1);
-    for (int v = 0; v < t.padded; v += L) put(to0 + v, -load<T>(gradient + v));
-    for (int v = 0; v < t.padded; v += L) put(to1 + v, load<T>(gradient + v));
+    for (int64_t v = 0, end = t.padded; v < end; v += L) put(to0 + v, -load<T>(gradient + v));
+    for (int64_t v = 0, end = t.padded; v < end; v += L) put(to1 + v, load<T>(gradient + v));
   });
 }
 

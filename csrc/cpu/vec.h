@@ -76,6 +76,11 @@ template <class T>
 FL_INLINE Vec<T> drop(IVec<T> mask, Vec<T> v) {
   return from_bits<T>(~mask & bits<T>(v));
 }
+// The one of two that is not 0.
+template <class T>
+FL_INLINE Vec<T> either(Vec<T> a, Vec<T> b) {
+  return from_bits<T>(bits<T>(a) | bits<T>(b));
+}
 template <class T>
 FL_INLINE Vec<T> select(IVec<T> mask, Vec<T> yes, Vec<T> no) {
   return mask ? yes : no;
@@ -108,6 +113,25 @@ FL_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) {
 }
 FL_INLINE Vec<double> smaller(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
 
+// Lookups in a table of as many numbers as two vectors hold, without memory.
+template <class T>
+constexpr bool kPicks = false;
+#if defined(__AVX2__)
+template <>
+constexpr bool kPicks<float> = true;
+// from[index], of a table that one vector holds.
+FL_INLINE Vec<float> pick(Vec<float> from, IVec<float> index) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_permutexvar_ps((__m512i)index, (__m512)from);
+#else
+  return (Vec<float>)_mm256_permutevar8x32_ps((__m256)from, (__m256i)index);
+#endif
+}
+FL_INLINE Vec<float> pick(Vec<float> low, Vec<float> high, IVec<float> index) {
+  return select<float>(index < lanes<float>, pick(low, index), pick(high, index));
+}
+#endif
+
 template <class T>
 FL_INLINE Vec<T> absolute(Vec<T> v) {
   return drop<T>(bits<T>(splat<T>(T(-0.0))), v);
@@ -128,14 +152,25 @@ FL_INLINE bool any(IVec<T> mask) {
   return all != 0;
 #endif
 }
+// Σ of the lanes, in pairs.
 template <class T>
 FL_INLINE double total(Vec<T> v) {
   T parts[lanes<T>];
   store<T>(parts, v);
+#pragma GCC unroll 4
   for (int width = lanes<T> / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
     for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
   return double(parts[0]);
 }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <>
+FL_INLINE double total<float>(Vec<float> v) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return double(_mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two))));
+}
+#endif
 // Brings the cache line at p near; any address will do.
 FL_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 // Stores past the caches; `p` must be aligned to the vector.
