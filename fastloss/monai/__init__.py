@@ -36,6 +36,7 @@ PyTorch's operations:
 - ``soft_label`` without ``squared_pred``, for a dense target or without activation.
 - The focal loss of softmax with one channel that counts, or of a label map with
   ``ignore_index`` and without background.
+- MaskedDiceLoss under ``torch.compile``, of a label map with background.
 - Targets or weights that require a gradient, weights that are broadcast to other axes than the
   channels, negative options, integer logits, no spatial axis, empty tensors.
 

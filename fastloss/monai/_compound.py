@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastloss.monai._focal import FocalLoss
-from fastloss.monai._fused import Fused, Numbers, evaluate, fuse, recipe
+from fastloss.monai._fused import Fused, Numbers, evaluate, fixed, fuse, is_size, recipe
 from fastloss.monai._inputs import (
     Inputs,
     at_least_float32,
@@ -31,7 +31,7 @@ def check_factor(name: str, value: Any) -> Any:
 
 def joined(a: Any, part: Fused | None, b: Any, other: Fused | None) -> Tensor | None:
     """a · part + b · other in one pass; None if they do not read the same."""
-    if part is None or other is None or not (_is_factor(a) and _is_factor(b)):
+    if part is None or other is None or not (is_size(a) and is_size(b)):
         return None
     same = (
         part.logits is other.logits
@@ -39,12 +39,9 @@ def joined(a: Any, part: Fused | None, b: Any, other: Fused | None) -> Tensor | 
         and part.voxel_weight is other.voxel_weight
         and part.activation == other.activation
         and part.ignore_index == other.ignore_index
+        and part.divisor == other.divisor == 1
     )
-    return evaluate((float(a), part), (float(b), other)) if same else None
-
-
-def _is_factor(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return evaluate((fixed(a), part), (fixed(b), other)) if same else None
 
 
 class DiceCELoss(Module):
@@ -171,7 +168,7 @@ class DiceCELoss(Module):
         made = recipe(
             CrossEntropy,
             weight=numbers,
-            label_smoothing=part.label_smoothing,
+            label_smoothing=fixed(part.label_smoothing),
             reduction=part.reduction,
         )
         return fuse(inputs, made, "softmax")

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.monai._fused import Fused, Numbers, evaluate, fuse, is_binary, recipe
+from fastloss.monai._fused import Fused, Numbers, evaluate, fixed, fuse, is_binary, is_size, recipe
 from fastloss.monai._inputs import Inputs, check_option
 from fastloss.monai._module import REDUCTIONS, Component
-from fastloss.monai._region import is_size
 from fastloss.monai._terms import ChannelFocal
 
 Factors = tuple[float, ...]
@@ -136,13 +135,11 @@ class FocalLoss(Component):
             return None
         if weight is not None and weight.requires_grad:
             return None
-        voxels = None
         without = bool(self.use_softmax and first)  # softmax over the other channels alone
-        if self.use_softmax and (channels == 1 or (without and inputs.labels and masked)):
+        # A voxel of background has no label then, but still counts in the mean.
+        unlabelled = without and inputs.labels
+        if (self.use_softmax and channels == 1) or (unlabelled and masked):
             return None
-        if without and inputs.labels:
-            # A voxel of background has no label then, but still counts in the mean.
-            voxels = math.prod(inputs.logits.shape[2:])
         factors = self._weight_factors(channels)
         hidden = (0.0,) * (0 if without else first)
         positive, negative = (
@@ -153,21 +150,23 @@ class FocalLoss(Component):
             inputs,
             recipe(
                 ChannelFocal,
-                gamma=float(self.gamma),
+                gamma=fixed(self.gamma),
                 positive=positive,
                 negative=negative,
-                channels=1 if masked else channels,
+                channels=1 if masked else len(factors),
                 reduction=self.reduction,
-                voxels=voxels,
+                voxels=1 if unlabelled else None,
             ),
         )
         if fused is None:
             return None
         if without:
             fused = fused._replace(logits=fused.logits[:, 1:])
-            if inputs.labels:
-                return fused._replace(target=fused.target.to(torch.int32) - 1, ignore_index=-1)
-            return fused._replace(target=fused.target[:, 1:])
+            if not unlabelled:
+                return fused._replace(target=fused.target[:, 1:])
+            labels = fused.target.to(torch.int32) - 1
+            voxels = math.prod(labels.shape[2:])
+            return fused._replace(target=labels, ignore_index=-1, divisor=voxels)
         if self.use_softmax or inputs.labels or is_binary(inputs.target):
             return fused
         return None  # MONAI's factor (1−p)^γ is not linear in a soft target

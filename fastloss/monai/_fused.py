@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ Recipe = tuple[type[Term], tuple[tuple[str, Any], ...]]
 
 
 class Fused(NamedTuple):
-    """What the kernels are asked."""
+    """What the kernels are asked, and what the value is then divided by."""
 
     recipe: Recipe
     activation: str
@@ -26,6 +27,7 @@ class Fused(NamedTuple):
     target: Tensor
     voxel_weight: Tensor | None = None
     ignore_index: int | None = None
+    divisor: int = 1
 
 
 def recipe(kind: type[Term], **options: Any) -> Recipe:
@@ -36,17 +38,31 @@ def evaluate(*parts: tuple[float, Fused]) -> Tensor:
     """The weighted sum of parts that read the same tensors through the same activation."""
     first = parts[0][1]
     recipes = [(factor, part.recipe) for factor, part in parts]
-    # Made in the adapter, where `torch.compile` does not look.
+    # Made by the adapter, where `torch.compile` does not look.
     loss = partial(_loss, first.activation, first.ignore_index, *recipes)
     adapter = adapter_of(first.logits, "input")
     value: Tensor = adapter.value(loss, first.logits, first.target, first.voxel_weight)
-    return value
+    return value if first.divisor == 1 else value / first.divisor
+
+
+def _loss(*recipe: Any) -> Loss:
+    return _cached(*recipe)
 
 
 @lru_cache(maxsize=256)
-def _loss(activation: str, ignore_index: int | None, *parts: tuple[float, Recipe]) -> Loss:
+def _cached(activation: str, ignore_index: int | None, *parts: tuple[float, Recipe]) -> Loss:
     terms = [factor * kind(**dict(options)) for factor, (kind, options) in parts]
     return Loss(*terms, activation=activation, ignore_index=ignore_index)
+
+
+def is_size(value: Any) -> bool:
+    """Whether this is a number that a term takes as a weight or exponent."""
+    return isinstance(value, (int, float)) and 0 <= value < math.inf
+
+
+def fixed(number: float) -> float:
+    """The number, which `torch.compile` then takes for a constant rather than for a variable."""
+    return float.fromhex(float(number).hex())
 
 
 def fuse(inputs: Inputs, made: Recipe, activation: str | None = None) -> Fused | None:

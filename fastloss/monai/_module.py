@@ -61,14 +61,15 @@ class Component(Module):
         error: type[Exception] = AssertionError,
     ) -> Inputs:
         if self.to_onehot_y:
-            labels = classes > 1
-            if not labels:
+            if classes == 1:
                 ignored_for_one_channel("to_onehot_y=True")
+            labels = bool(classes > 1)
         first = 0
         if not self.include_background:
-            first = int(classes > 1)
-            if not first:
+            if classes == 1:
                 ignored_for_one_channel("include_background=False")
+            else:
+                first = 1
         target = check_shapes(logits, target, labels, classes, error)
         return Inputs(logits, activation, target, labels, first, self.ignore_index)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.monai._fused import Fused, evaluate, fuse, is_binary, recipe
+from fastloss.monai._fused import Fused, evaluate, fixed, fuse, is_binary, is_size, recipe
 from fastloss.monai._inputs import Inputs, check_activation, check_option
 from fastloss.monai._module import REDUCTIONS, Activated, activated
 from fastloss.monai._terms import GeneralizedOverlap, MaskedOverlap, Overlap
@@ -63,13 +63,13 @@ class Region(Activated):
         by_differences = self.soft_label and not self.squared_pred
         if by_differences and not (inputs.labels and inputs.activation != "none"):
             return None
-        if not (self.smooth_nr >= 0 and self.smooth_dr >= 0):
+        if not (is_size(self.smooth_nr) and is_size(self.smooth_dr)):
             return None
         return {
             "include_background": not inputs.first,
             "batch": bool(self.batch),
-            "smooth_nr": self.smooth_nr,
-            "smooth_dr": self.smooth_dr,
+            "smooth_nr": fixed(self.smooth_nr),
+            "smooth_dr": fixed(self.smooth_dr),
             "reduction": check_option("reduction", self.reduction, REDUCTIONS),
         }
 
@@ -266,6 +266,8 @@ class MaskedDiceLoss(DiceLoss):
         if fused is None:
             return None
         if inputs.labels and not inputs.first:
+            if torch.compiler.is_compiling():
+                return None  # a loss cannot hold a number of voxels that may vary
             voxels = math.prod(inputs.logits.shape[2:])
             made = recipe(MaskedOverlap, voxels=voxels, **dict(fused.recipe[1]))
             fused = fused._replace(recipe=made)
@@ -343,8 +345,8 @@ class TverskyLoss(Region):
         if options is None or not (is_size(self.alpha) and is_size(self.beta)):
             return None
         # Our formula has MONAI's numerator and denominator twice.
-        options.update(smooth_nr=2 * self.smooth_nr, smooth_dr=2 * self.smooth_dr)
-        return recipe(Overlap, alpha=float(self.alpha), beta=float(self.beta), **options)
+        options.update({name: 2 * options[name] for name in ("smooth_nr", "smooth_dr")})
+        return recipe(Overlap, alpha=fixed(self.alpha), beta=fixed(self.beta), **options)
 
     def _formula(
         self, overlap: Tensor, predicted: Tensor, reference: Tensor, volume: Tensor
@@ -409,7 +411,3 @@ class GeneralizedDiceLoss(Region):
         score = 2 * (weight * overlap).sum(axis, keepdim=True) + self.smooth_nr
         size = (weight * (predicted + reference)).sum(axis, keepdim=True) + self.smooth_dr
         return 1 - score / size
-
-
-def is_size(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value < math.inf
