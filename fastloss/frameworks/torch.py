@@ -91,14 +91,14 @@ class TorchAdapter(Adapter):
                 "gradient by backward() or torch.autograd.grad"
             )
         loss, logits = as_loss(loss), plain(logits)
-        if torch.is_grad_enabled() and logits.requires_grad:
-            if reuse_logits:
-                _check_reuse(logits)
-            return _Value.apply(logits, target, voxel_weight, loss, reuse_logits, ranks)
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
             raise RuntimeError(
                 "logits: forward-mode derivatives are not computed; take the gradient by backward()"
             )
+        if torch.is_grad_enabled() and logits.requires_grad:
+            if reuse_logits:
+                _check_reuse(logits)
+            return _Value.apply(logits, target, voxel_weight, loss, reuse_logits, ranks)
         statistics = loss.passes(logits, target, voxel_weight).reduce()
         if ranks is not None:
             statistics, _ = ranks.join(loss, statistics)
