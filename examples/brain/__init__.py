@@ -1,0 +1,1 @@
+"""The parts of ``train_brain.py``: volume, network, training, memory, pictures."""

@@ -1,0 +1,102 @@
+"""Pictures of a run: the curves, and the tissues over the anatomy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from brain.history import History
+from brain.volume import CLASSES, Brain, planes
+
+TISSUE_COLOURS = ("tab:orange", "tab:cyan")
+# The second is drawn in dashes over the first, so that both are seen where they agree.
+LINES = ({"linestyle": "-", "linewidth": 3.5, "alpha": 0.5}, {"linestyle": "--", "linewidth": 1.2})
+VIEWS = {2: "axial", 1: "coronal", 0: "sagittal"}
+
+
+def draw_curves(histories: list[History], path: Path) -> None:
+    """The loss at each step, the Dice in the held-out slab, and how far two runs are apart."""
+    both = len(histories) == 2
+    figure = Figure(figsize=(15 if both else 10, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3 if both else 2)
+    for history, line in zip(histories, LINES, strict=False):
+        steps = range(1, len(history.loss) + 1)
+        axes[0].plot(steps, history.loss, color="tab:purple", label=history.implementation, **line)
+        for name, colour in zip(CLASSES[1:], TISSUE_COLOURS, strict=True):
+            axes[1].plot(
+                list(history.held_out),
+                [dice[name] for dice in history.held_out.values()],
+                color=colour,
+                label=f"{name}, {history.implementation}",
+                **line,
+            )
+    axes[0].set(title="Dice + cross-entropy, training patches", xlabel="step", ylabel="loss")
+    axes[1].set(title="Held-out slab", xlabel="step", ylabel="Dice coefficient", ylim=(0, 1))
+    if both:
+        first, second = (np.array(history.loss) for history in histories)
+        apart = np.abs(first - second) / np.abs(second)
+        # A logarithm has no place for the steps at which both are the same number.
+        axes[2].semilogy(range(1, len(apart) + 1), np.maximum(apart, 1e-9), color="tab:grey")
+        axes[2].axhline(2.0**-23, color="black", linewidth=0.8, linestyle=":")
+        axes[2].annotate("float32's last digit", (1, 2.0**-23), (0, 3), textcoords="offset points")
+        axes[2].set(title="Relative difference of the losses", xlabel="step")
+    for ax in axes[:2]:
+        ax.legend()
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def draw_overlay(brain: Brain, histories: list[History], path: Path) -> None:
+    """A row each for the anatomy, the true tissues and the predicted ones; a column a view."""
+    views = planes(brain)
+    rows: dict[str, list[np.ndarray | None]] = {
+        "T1": [None for _ in views],
+        "truth": [brain.labels.take(index, axis=axis) for axis, index in views],
+    }
+    for history in histories:
+        rows[f"predicted,\n{history.implementation}"] = list(history.slices)
+    figure = Figure(figsize=(11, 3.6 * len(rows)), layout="constrained", facecolor="black")
+    grid = figure.subplots(len(rows), len(views))
+    for axes, (name, labels) in zip(grid, rows.items(), strict=True):
+        for ax, (axis, index), own in zip(axes, views, labels, strict=True):
+            ax.imshow(_coloured(brain.image.take(index, axis=axis), own), origin="lower")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            _mark_held_out(ax, brain, axis)
+        axes[0].set_ylabel(name, color="white", fontsize=13)
+    for ax, (axis, _) in zip(grid[0], views, strict=True):
+        held_out = "in the held-out slab" if axis == 1 else "held out: between the lines"
+        ax.set_title(f"{VIEWS[axis]}, {held_out}", color="white")
+    handles = [
+        Patch(color=colour, label=name)
+        for name, colour in zip(CLASSES[1:], TISSUE_COLOURS, strict=True)
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=2, labelcolor="white", facecolor="black"
+    )
+    figure.savefig(path, dpi=110)
+
+
+def _coloured(image: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    """(height, width, 3) in [0, 1]: the anatomy in grey under the colours of the tissues."""
+    low, high = image.min(), np.percentile(image, 99.5)
+    grey = np.clip((image - low) / (high - low), 0, 1).T[..., None].repeat(3, axis=2)
+    if labels is not None:
+        for label, colour in enumerate(TISSUE_COLOURS, start=1):
+            where = np.equal(labels.T, label)
+            grey[where] = 0.45 * grey[where] + 0.55 * np.array(to_rgb(colour))
+    return grey
+
+
+def _mark_held_out(ax: Axes, brain: Brain, axis: int) -> None:
+    for edge in (brain.held_out.start - 0.5, brain.held_out.stop - 0.5):
+        if axis == 2:
+            ax.axhline(edge, color="white", linewidth=0.8, linestyle="--")
+        elif axis == 0:
+            ax.axvline(edge, color="white", linewidth=0.8, linestyle="--")

@@ -1,0 +1,146 @@
+"""Training with one implementation of the loss, and what a step of it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from brain.history import History
+from brain.memory import peak
+from brain.unet import DIVISOR, SMALLEST_PATCH, UNet
+from brain.volume import CLASSES, Brain, Patches, planes
+
+BATCH = 4
+LEARNING_RATE = 0.05
+SMOOTH = 1e-5
+POINTS = 12
+"""How often the held-out Dice is taken, at equal distances."""
+CONTEXT = 12
+"""Voxels seen on each side of what is predicted."""
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def make_loss(implementation: str) -> LossFunction:
+    """Dice + cross-entropy of logits (B, C, D, H, W) and a label map (B, 1, D, H, W).
+
+    The Dice is that of the batch as a whole: a tissue that one patch lacks would cost it 1.
+    """
+    if implementation == "monai":
+        from monai.losses import DiceCELoss
+
+        return DiceCELoss(
+            to_onehot_y=True, softmax=True, batch=True, smooth_nr=SMOOTH, smooth_dr=SMOOTH
+        )
+
+    import fastloss as fl
+
+    return fl.Dice(batch=True, smooth_nr=SMOOTH, smooth_dr=SMOOTH) + fl.CrossEntropy()
+
+
+def train(implementation: str, brain: Brain, steps: int, size: int, seed: int) -> History:
+    """Train a new network, and print how it goes. Start it in a fresh process."""
+    history = History(implementation)
+    # First, as what training leaves behind would hide a peak.
+    history.loss_memory, history.step_memory = _peak_memory(implementation, brain, size)
+    torch.manual_seed(seed)
+    net = UNet(len(CLASSES))
+    loss_function = make_loss(implementation)
+    optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE, momentum=0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    patches = Patches(brain, size, seed)
+    every = max(1, steps // POINTS)
+    for step in range(1, steps + 1):
+        net.train()
+        image, labels = map(torch.from_numpy, patches.draw(BATCH))
+        start = perf_counter()
+        optimizer.zero_grad()
+        logits = net(image)
+        loss = loss_function(logits, labels)
+        loss.backward()
+        optimizer.step()
+        history.seconds.append(perf_counter() - start)
+        history.loss.append(loss.item())
+        schedule.step()
+        if step == 1 or step % every == 0 or step == steps:
+            history.held_out[step] = held_out_dice(net, brain)
+            _report(history, steps)
+    history.loss_seconds = _seconds(loss_function, logits.detach(), labels)
+    history.slices = [
+        _predict(net, brain, axis, slice(index, index + 1)).squeeze(axis)
+        for axis, index in planes(brain)
+    ]
+    return history
+
+
+def _report(history: History, steps: int) -> None:
+    step = len(history.loss)
+    dice = ", ".join(f"{name} {value:.3f}" for name, value in history.held_out[step].items())
+    print(
+        f"{history.implementation:>8}  step {step:>{len(str(steps))}}/{steps}"
+        f"  loss {history.loss[-1]:.4f}  {median(history.seconds):.3f} s/step"
+        f"  held-out Dice: {dice}",
+        flush=True,
+    )
+
+
+def _seconds(loss_function: LossFunction, logits: Tensor, labels: Tensor) -> float:
+    """Median seconds of forward and backward into a new gradient."""
+    logits.requires_grad_(True)
+    samples = []
+    for _ in range(21):
+        logits.grad = None
+        start = perf_counter()
+        loss_function(logits, labels).backward()
+        samples.append(perf_counter() - start)
+    return median(samples[1:])
+
+
+def _peak_memory(implementation: str, brain: Brain, size: int) -> tuple[int | None, int | None]:
+    """Of the loss alone, and of forward and backward of a whole step."""
+    loss_function = make_loss(implementation)
+    net = UNet(len(CLASSES))
+    image, labels = map(torch.from_numpy, Patches(brain, size, seed=0).draw(BATCH))
+    logits = torch.randn(BATCH, len(CLASSES), size, size, size, requires_grad=True)
+
+    # Once on a corner, for what is loaded or started at the first call.
+    edge = slice(0, SMALLEST_PATCH)
+    corner = (..., edge, edge, edge)
+    loss_function(net(image[corner]), labels[corner]).backward()
+    net.zero_grad()
+
+    alone = peak(lambda: loss_function(logits, labels).backward())
+    logits.grad = None
+    return alone, peak(lambda: loss_function(net(image), labels).backward())
+
+
+# ---------------------------------------------------------------------- prediction
+
+
+def held_out_dice(net: UNet, brain: Brain) -> dict[str, float]:
+    """The Dice coefficient of each tissue's predicted voxels in the held-out slab."""
+    predicted = _predict(net, brain, 1, brain.held_out)
+    truth = brain.labels[:, brain.held_out]
+    dice = {}
+    for label, name in enumerate(CLASSES[1:], start=1):
+        ours, theirs = predicted == label, truth == label
+        dice[name] = 2 * float((ours & theirs).sum()) / float(ours.sum() + theirs.sum())
+    return dice
+
+
+@torch.inference_mode()
+def _predict(net: UNet, brain: Brain, axis: int, part: slice) -> np.ndarray:
+    """The labels of a part of the volume along one axis, seen with what is around it."""
+    start = max(0, part.start - CONTEXT)
+    around = brain.image.take(range(start, min(part.stop + CONTEXT, brain.image.shape[axis])), axis)
+    pad = [(0, -n % DIVISOR) for n in around.shape]
+    net.eval()
+    logits = net(torch.from_numpy(np.pad(around, pad, mode="edge"))[None, None])
+    labels = logits[0].argmax(dim=0).to(torch.uint8).numpy()
+    labels = labels[tuple(slice(0, n) for n in around.shape)]
+    return labels.take(range(part.start - start, part.stop - start), axis)

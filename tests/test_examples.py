@@ -1,0 +1,118 @@
+"""The examples run from beginning to end, and show what their page says."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import ROOT, need
+
+SCRIPT = ROOT / "examples" / "train_brain.py"
+STEPS = 2
+
+
+def train_brain(*arguments: str, absent: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """The script, where some packages cannot be found."""
+    program = (
+        "import importlib.util, runpy, sys\n"
+        "find = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name: None if name in {absent!r} else find(name)\n"
+        f"sys.argv = [{str(SCRIPT)!r}, *{arguments!r}]\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", program] if absent else [sys.executable, SCRIPT, *arguments]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        # On cores that others use, threads that wait for each other take many times as long.
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the output of a few steps with each loss."""
+    for package in ("torch", "monai", "nilearn", "nibabel", "matplotlib"):
+        need(package)
+    out = tmp_path_factory.mktemp("example") / "not" / "there yet"
+    options = ["--loss-impl", "both", "--steps", str(STEPS), "--patch", "16", "--out", str(out)]
+    result = train_brain(*options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return out, result.stdout
+
+
+def test_same_curve(run: tuple[Path, str]) -> None:
+    out, _ = run
+    with (out / "curve.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    losses = {
+        name: [float(row["loss"]) for row in rows if row["implementation"] == name]
+        for name in ("fastloss", "monai")
+    }
+    assert len(losses["fastloss"]) == STEPS
+    assert len(set(losses["fastloss"])) == STEPS  # it learns, or at least moves
+    # The first depends on the value alone, the second on the gradient as well.
+    np.testing.assert_allclose(losses["fastloss"], losses["monai"], rtol=1e-5)
+    summary = json.loads((out / "summary.json").read_text("utf-8"))
+    expected = max(abs(a - b) / b for a, b in zip(losses["fastloss"], losses["monai"], strict=True))
+    assert summary["difference"]["loss"] == pytest.approx(expected)
+
+
+def test_progress_and_table(run: tuple[Path, str]) -> None:
+    out, printed = run
+    for name in ("fastloss", "monai"):
+        for step in range(1, STEPS + 1):
+            assert f"{name}  step {step}/{STEPS}  loss " in printed
+    for row in ("step, median", "loss alone, forward + backward", "peak memory of a step"):
+        assert f"\n{row} " in printed
+    assert "The losses differ by at most" in printed
+    assert str(out) in printed
+
+
+def test_memory_of_the_loss(run: tuple[Path, str]) -> None:
+    """Less than MONAI's, and not less than the gradient: 4 patches of 3 classes in float32."""
+    out, _ = run
+    measured = json.loads((out / "summary.json").read_text("utf-8"))["implementations"]
+    peaks = {name: one["loss_peak_bytes"] for name, one in measured.items()}
+    if None in peaks.values():
+        pytest.skip("the system does not tell the peak of a process")
+    assert 0.9 * 4 * 3 * 16**3 * 4 <= peaks["fastloss"] < peaks["monai"]
+
+
+@pytest.mark.parametrize("name", ["curve.png", "overlay.png"])
+def test_pictures_show_something(run: tuple[Path, str], name: str) -> None:
+    image = need("matplotlib.image").imread(run[0] / name)[..., :3]
+    assert min(image.shape[:2]) > 300
+    assert len(np.unique(image[..., 0])) > 50
+    coloured = np.ptp(image, axis=2) > 0.3
+    assert coloured.mean() > 0.005
+
+
+def test_absent_package_is_named_before_work_begins() -> None:
+    result = train_brain("--loss-impl", "monai", absent=("monai",))
+    assert result.returncode == 2
+    assert "package monai is not there: pip install monai" in result.stderr
+    result = train_brain(absent=("matplotlib",))
+    assert result.returncode == 2
+    assert "package matplotlib is not there: pip install '.[examples]'" in result.stderr
+    assert not result.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--steps", "0"), ("--patch", "18"), ("--seed", "-1")]
+)
+def test_bad_option(option: str, value: str) -> None:
+    result = train_brain(option, value)
+    assert result.returncode == 2
+    assert f"{option}: expected" in result.stderr
+    assert f"got {value}" in result.stderr
