@@ -57,8 +57,8 @@ def loss_of(text: str) -> Loss:
             parts = json.loads(text)
             terms = [weight * _term(*name) for weight, *name in parts.pop("terms")]
             loss = Loss(*terms, **parts)
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"loss: {text!r} names no loss of this library") from error
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"loss: {text!r} names no loss: {error}") from error
         _losses[text] = loss
     return loss
 
@@ -96,14 +96,14 @@ def _term(name: str, options: dict[str, Any] | str) -> Term:
     if isinstance(options, str):
         if options not in _foreign:
             raise ValueError(
-                f"loss: the term {qualified} of {module} is not one of fastloss, and no process "
-                "but the one that compiled or exported it can compute it"
+                f"the term {qualified} of {module} is not one of fastloss, and no process but the "
+                "one that compiled or exported it can compute it"
             )
         return _foreign[options]
     kind: Any = import_module(module) if module.partition(".")[0] == "fastloss" else None
     for part in qualified.split("."):
         kind = getattr(kind, part)
-    term = kind(**options)
-    if not isinstance(term, Term):
+    # A file that was exported elsewhere names terms, and may not name anything else to be called.
+    if not (isinstance(kind, type) and issubclass(kind, Term)):
         raise TypeError(f"{name} is no term")
-    return term
+    return kind(**options)
