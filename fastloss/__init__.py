@@ -9,6 +9,7 @@ from fastloss.functional import (
     focal_loss,
     generalized_dice_loss,
     jaccard_loss,
+    top_k_cross_entropy_loss,
     tversky_loss,
 )
 from fastloss.loss import Loss
@@ -21,6 +22,7 @@ from fastloss.terms import (
     Jaccard,
     RegionTerm,
     Term,
+    TopKCrossEntropy,
     Tversky,
 )
 from fastloss.threads import get_num_threads, set_num_threads
@@ -36,6 +38,7 @@ __all__ = [
     "RegionTerm",
     "Statistics",
     "Term",
+    "TopKCrossEntropy",
     "Tversky",
     "__version__",
     "cross_entropy_loss",
@@ -47,6 +50,7 @@ __all__ = [
     "get_num_threads",
     "jaccard_loss",
     "set_num_threads",
+    "top_k_cross_entropy_loss",
     "tversky_loss",
     "use_backend",
 ]

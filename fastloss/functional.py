@@ -10,7 +10,15 @@ import numpy as np
 
 from fastloss.frameworks import adapter_of
 from fastloss.loss import Loss
-from fastloss.terms import CrossEntropy, Dice, Focal, GeneralizedDice, Jaccard, Tversky
+from fastloss.terms import (
+    CrossEntropy,
+    Dice,
+    Focal,
+    GeneralizedDice,
+    Jaccard,
+    TopKCrossEntropy,
+    Tversky,
+)
 from fastloss.terms.base import Term
 
 _LOSS_OPTIONS = ("activation", "ignore_index", "channel_axis")
@@ -48,6 +56,14 @@ def generalized_dice_loss(
 ) -> Any:
     """Generalised Dice loss; options of `fastloss.GeneralizedDice` and `fastloss.Loss`."""
     return _value((logits, target, voxel_weight), _loss, (GeneralizedDice,), options)
+
+
+def top_k_cross_entropy_loss(
+    logits: Any, target: Any, voxel_weight: Any = None, **options: Any
+) -> Any:
+    """Cross-entropy of the hardest voxels; options of `fastloss.TopKCrossEntropy` and
+    `fastloss.Loss`."""
+    return _value((logits, target, voxel_weight), _loss, (TopKCrossEntropy,), options)
 
 
 def dice_ce_loss(

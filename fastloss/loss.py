@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from fastloss.frameworks import Borrowed, adapter_of, borrow
 from fastloss.request import ACTIVATIONS, Request, make_request
 from fastloss.statistics import Statistics
 from fastloss.terms.base import Term, check_choice
+from fastloss.terms.distribution import TopKCrossEntropy
+from fastloss.voxel_losses import VoxelLosses
 
 
 class Loss:
@@ -94,6 +97,7 @@ class Loss:
         self.terms: tuple[tuple[float, Term], ...] = tuple(weighted)
         self._options: dict[str, Any] = options
         self.needs = frozenset().union(*(term.requires for _, term in self.terms))
+        self._of_voxels = _term_of_voxels([term for _, term in self.terms])
         self._checked: set[int] = set()
 
     @property
@@ -107,6 +111,11 @@ class Loss:
     @property
     def channel_axis(self) -> int:
         return int(self._options.get("channel_axis", 1))
+
+    @property
+    def additive(self) -> bool:
+        """Whether the sums over a volume's chunks determine the value."""
+        return self._of_voxels is None
 
     @property
     def sums_over_batch(self) -> bool:
@@ -158,6 +167,7 @@ class Loss:
         >>> bool(np.isclose(loss.value(total), loss(x, y)))
         True
         """
+        self.check_additive("statistics")
         return self.passes(logits, target, voxel_weight).reduce()
 
     def value(self, statistics: Statistics) -> Any:
@@ -185,6 +195,7 @@ class Loss:
         if statistics is None:
             statistics = own
         else:
+            self.check_additive("statistics")
             self._check_statistics(statistics)
             if statistics.sums.shape != own.sums.shape or statistics.request != own.request:
                 raise ValueError(
@@ -206,7 +217,20 @@ class Loss:
             for _, term in self.terms:
                 term.check(self.activation, classes)
             self._checked.add(classes)
+        if arrays.dense and not self.additive:
+            raise ValueError(
+                f"target: {type(self._of_voxels).__name__} takes a label map, got a dense target "
+                f"{arrays.target.shape}"
+            )
         return make_request(self.activation, arrays.dense, self.ignore_index, self.needs)
+
+    def check_additive(self, name: str) -> None:
+        """Raise ValueError, naming the argument, if the loss is no function of sums."""
+        if not self.additive:
+            raise ValueError(
+                f"{name}: {type(self._of_voxels).__name__} is no function of sums over voxels, so "
+                "parts of the data cannot be joined"
+            )
 
     def _check_statistics(self, statistics: Statistics) -> None:
         if not isinstance(statistics, Statistics):
@@ -304,12 +328,22 @@ class Passes:
         )
         self.request = loss._request(self.arrays)
         self.backend = current_backend()
+        self._losses: VoxelLosses | None = None
 
     def reduce(self) -> Statistics:
         batch, classes = self.arrays.logits.shape[:2]
         sums = np.empty((len(self.request.slots), batch, classes))
         voxels = np.empty(batch)
-        self.backend.reduce(self.request, self.arrays, sums, voxels)
+        term = self.loss._of_voxels
+        if term is None:
+            self.backend.reduce(self.request, self.arrays, sums, voxels)
+        else:
+            values = np.empty((batch, prod(self.arrays.target.shape[1:])), self.arrays.value_dtype)
+            self._losses = VoxelLosses(values, term.class_weight(classes))
+            self.backend.reduce(self.request, self.arrays, sums, voxels, self._losses)
+            sums[self.request.index["top_k"]] = 0.0
+            if sums.size:
+                sums[self.request.index["top_k"], 0, 0] = self._losses.keep_largest(term.k)
         return Statistics(self.request, sums, voxels, self.arrays.value_dtype)
 
     def output(self, out: Any) -> tuple[Any, Borrowed]:
@@ -328,10 +362,20 @@ class Passes:
         check_out(view, self.logits, others)
 
     def apply(self, coefficients: np.ndarray, out: Borrowed) -> None:
+        if self._losses is None and not self.loss.additive:
+            self.reduce()  # in another call than the first
         view = out.array
         if self.loss.channel_axis != 1:
             view = channels_second(view, self.loss.channel_axis, "out")
-        self.backend.apply(self.request, self.arrays, coefficients, view)
+        self.backend.apply(self.request, self.arrays, coefficients, view, self._losses)
+
+
+def _term_of_voxels(terms: list[Term]) -> TopKCrossEntropy | None:
+    """The term that looks at single voxels, of which there may be one."""
+    found = [term for term in terms if isinstance(term, TopKCrossEntropy)]
+    if len(found) > 1:
+        raise ValueError("terms: expected at most one TopKCrossEntropy in a loss")
+    return found[0] if found else None
 
 
 def _reduce_to(upstream: Any, shape: tuple[int, ...], own: tuple[int, ...]) -> Any:

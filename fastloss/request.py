@@ -28,6 +28,7 @@ class Request:
     ``uniform``               m (−log p); sigmoid: m (−log p − log(1−p))
     ``focal:γ``               m g (1−p)^γ (−log p)
     ``focal_rest:γ``          m (1−g) p^γ (−log(1−p)), sigmoid only
+    ``top_k``                 no sum: see `fastloss.voxel_losses`; softmax of a label map only
     ========================  ==============================================================
     """
 
@@ -35,7 +36,7 @@ class Request:
     dense: bool
     ignore_index: int | None
     needs: frozenset[str]
-    """Families of slots: "region", "squared", "cross_entropy", "uniform", "focal:γ"."""
+    """Families of slots: "region", "squared", "cross_entropy", "uniform", "focal:γ", "top_k"."""
 
     @cached_property
     def gammas(self) -> tuple[float, ...]:
@@ -55,6 +56,8 @@ class Request:
             names += ["cross_entropy"] + ["cross_entropy_rest"] * sigmoid
         if "uniform" in self.needs:
             names.append("uniform")
+        if "top_k" in self.needs:
+            names.append("top_k")
         for gamma in self.gammas:
             names += [f"focal:{gamma!r}"] + [f"focal_rest:{gamma!r}"] * sigmoid
         return tuple(names)

@@ -55,6 +55,7 @@ struct Slots {
   int32_t cross_entropy = -1;
   int32_t cross_entropy_rest = -1;
   int32_t uniform = -1;
+  int32_t top_k = -1;  // no sum: what `losses` holds
   int32_t focal[kMaxGammas];
   int32_t focal_rest[kMaxGammas];
   double gamma[kMaxGammas];
@@ -75,6 +76,10 @@ struct Job {
   bool weighted = false;                 // `weight` is there
   bool stream = false;                   // write the gradient past the caches
   const double* coefficients = nullptr;  // (S, B, C), apply only
+  // One number per voxel, (B, voxels) of the working type: reduce writes m w_y (−log p_y) there,
+  // and apply multiplies by it the derivative by the slot `top_k`.
+  void* losses = nullptr;
+  const double* loss_weights = nullptr;  // w, (C,), reduce only
 };
 
 // What was wrong in the caller's data, in voxel order.

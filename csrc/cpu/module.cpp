@@ -208,6 +208,7 @@ class Passes {
       else if (name == "cross_entropy") s.cross_entropy = i;
       else if (name == "cross_entropy_rest") s.cross_entropy_rest = i;
       else if (name == "uniform") s.uniform = i;
+      else if (name == "top_k") s.top_k = i;
       else if (name.rfind("focal_rest:", 0) == 0) s.focal_rest[focal_rest++] = i;
       else if (name.rfind("focal:", 0) == 0) s.focal[focal++] = i;
       else throw py::value_error("unknown sum " + name);
@@ -218,8 +219,15 @@ class Passes {
   py::object reduce(const py::array& logits, const std::string& logits_dtype,
                     const py::array& target, const std::string& target_dtype,
                     const py::object& weight, const std::string& weight_dtype,
-                    py::array_t<double> sums, py::array_t<double> voxels) const {
+                    py::array_t<double> sums, py::array_t<double> voxels, const py::object& losses,
+                    const py::object& loss_weights) const {
     Job job = fill(logits, logits_dtype, target, target_dtype, weight, weight_dtype);
+    py::array_t<double> weights;
+    if (!losses.is_none()) {
+      job.losses = losses.cast<py::array>().mutable_data();
+      weights = loss_weights.cast<py::array_t<double>>();
+      job.loss_weights = weights.data();
+    }
     double *to = sums.mutable_data(), *to_voxels = voxels.mutable_data();
     Faults faults;
     {
@@ -233,8 +241,9 @@ class Passes {
   void apply(const py::array& logits, const std::string& logits_dtype, const py::array& target,
              const std::string& target_dtype, const py::object& weight,
              const std::string& weight_dtype, const py::array_t<double>& coefficients,
-             py::array out) const {
+             py::array out, const py::object& losses) const {
     Job job = fill(logits, logits_dtype, target, target_dtype, weight, weight_dtype);
+    if (!losses.is_none()) job.losses = losses.cast<py::array>().mutable_data();
     if (!out.writeable()) throw py::value_error("out: expected a writable array");
     job.out = view(out, logits_dtype, true);
     job.coefficients = coefficients.data();

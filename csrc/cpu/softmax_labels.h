@@ -321,7 +321,7 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
   bool near = begin_softmax_labels<T>(t, nullptr, nullptr);
   T *m = t.row(kWeight), *rest = t.row(kRest), *inverse = t.row(kInverse);
   T *own = t.row(kLabelExp), *scale = t.row(kA), *value = t.row(kB), *loss = t.row(kC);
-  bool logs = s.cross_entropy >= 0 || s.gammas > 0;
+  bool logs = s.cross_entropy >= 0 || s.gammas > 0 || t.job.losses;
 
   Vec<T> all{};
   for (int64_t v = 0, end = t.padded; v < end; v += L) {
@@ -365,6 +365,11 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
       }
       sums[s.predicted_squared * classes + c] += total<T>(a);
     }
+  if (t.job.losses) {
+    look_up(t, t.table, value);
+    T* losses = t.losses();
+    for (int64_t v = 0, end = t.n; v < end; ++v) losses[v] = value[v] * loss[v];
+  }
   for (int f = 0; f < s.gammas; ++f) {
     for (int64_t v = 0, end = t.padded; v < end; v += L) {
       Vec<T> q = power<T>(load<T>(rest + v) * load<T>(inverse + v), T(s.gamma[f]));
@@ -439,6 +444,11 @@ void apply_softmax_labels(Tile<T>& t) {
   look_up(t, by_overlap, own_overlap);
   look_up(t, by_loss, own_loss);
   look_up(t, by_predicted, own_region);
+  if (s.top_k >= 0) {
+    const T* chosen = t.losses();
+    look_up(t, t.table + s.top_k * classes, turn);
+    for (int64_t v = 0, end = t.n; v < end; ++v) own_loss[v] += turn[v] * chosen[v];
+  }
   if (s.gammas > 0) {
     // Focal slopes join the cross-entropy's coefficient.
     T *loss = at_label, *k = turn;

@@ -90,9 +90,11 @@ struct Tile {
     y = (int32_t*)(rows + kRows * kMaxTile);
     table = (T*)(y + kMaxTile);
     if (j.coefficients)
-      for (int32_t s = 0; s < j.slots.count; ++s)
+      for (int32_t i = 0; i < j.slots.count; ++i)
         for (int64_t c = 0; c < j.classes; ++c)
-          table[s * j.classes + c] = T(j.coefficients[(s * j.batch + b) * j.classes + c]);
+          table[i * j.classes + c] = T(j.coefficients[(i * j.batch + b) * j.classes + c]);
+    else if (j.loss_weights)
+      for (int64_t c = 0; c < j.classes; ++c) table[c] = T(j.loss_weights[c]);
   }
 
   // Moves to the tile that starts at a voxel: weights, labels, and where everything lies.
@@ -176,6 +178,9 @@ struct Tile {
     if constexpr (sizeof(T) == 4) return y;
     else return (const int64_t*)(rows + kLabel * kMaxTile);
   }
+
+  // The tile's part of the losses of single voxels.
+  T* losses() const { return (T*)job.losses + sample * job.voxels + voxel; }
 
   double raw_label(int v) {
     double values[kMaxTile];

@@ -11,7 +11,7 @@ namespace {
 inline bool suits_two_classes(const Job& job) {
   const auto& s = job.slots;
   return job.activation == Activation::softmax && !job.dense && job.classes == 2 &&
-         s.predicted_squared < 0 && s.uniform < 0 && s.gammas == 0;
+         s.predicted_squared < 0 && s.uniform < 0 && s.gammas == 0 && s.top_k < 0;
 }
 
 constexpr int kPrefetch = 256;  // voxels

@@ -30,6 +30,7 @@ from fastloss.backends._numba_tile import (
     REFERENCE,
     REFERENCE_SQUARED,
     TILE,
+    TOP_K,
     UNDEFINED,
     UNIFORM,
     VOXELS,
@@ -290,7 +291,19 @@ def _logarithms(near, voxel, count):
 
 @kernel
 def reduce(
-    begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, sums, counts
+    begin,
+    end,
+    plan,
+    operands,
+    numbers,
+    slots,
+    scratch,
+    label_scratch,
+    wide_scratch,
+    sums,
+    counts,
+    losses,
+    loss_weights,
 ):
     """The sums of the blocks from ``begin`` to ``end``."""
     channels = plan[CHANNELS]
@@ -302,7 +315,8 @@ def reduce(
     gammas = numbers.size - 1
     predicted = slots[PREDICTED]
     squared = slots[PREDICTED_SQUARED]
-    logs = (slots[CROSS_ENTROPY] >= 0) | (slots[UNIFORM] >= 0) | (gammas > 0)
+    top_k = slots[TOP_K] >= 0
+    logs = (slots[CROSS_ENTROPY] >= 0) | (slots[UNIFORM] >= 0) | (gammas > 0) | top_k
     m, v, w2 = shift(voxel, _M), shift(voxel, _V), shift(voxel, _W2)
     unused = data(np.zeros(channels))
     operand = operands[LOGITS]
@@ -340,6 +354,11 @@ def reduce(
                 _logarithms(near, voxel, n)
                 for i in range(n):
                     voxel[_W2 + i] = product(voxel, voxel[_M + i], voxel[_NLL + i])
+            if top_k:
+                by_label(data(loss_weights), labels, n, channels, shift(voxel, _W1))
+                loss = shift(data(losses), sample * plan[VOXELS] + first)
+                for i in range(n):
+                    loss[i] = product(voxel, voxel[_W1 + i], voxel[_W2 + i])
             for i in range(n):
                 voxel[_V + i] = voxel[_M + i] * voxel[_P + i]
             add_three_by_label(
@@ -420,7 +439,18 @@ def _gradient_row_squared(x, voxel, labels, c, a, a2, count):
 
 @kernel
 def apply(
-    begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, coefficients
+    begin,
+    end,
+    plan,
+    operands,
+    numbers,
+    slots,
+    scratch,
+    label_scratch,
+    wide_scratch,
+    coefficients,
+    losses,
+    loss_weights,
 ):
     """The gradient of the blocks from ``begin`` to ``end``."""
     channels = plan[CHANNELS]
@@ -503,6 +533,11 @@ def apply(
             fill(v, 0, n)
             if slots[CROSS_ENTROPY] >= 0:
                 by_label(shift(here, slots[CROSS_ENTROPY] * step), labels, n, channels, v)
+            if slots[TOP_K] >= 0:
+                by_label(shift(here, slots[TOP_K] * step), labels, n, channels, w2)
+                share = shift(data(losses), sample * plan[VOXELS] + first)
+                for i in range(n):
+                    voxel[_V + i] += voxel[_W2 + i] * share[i]
             if gammas > 0:
                 _logarithms(near, voxel, n)
                 for j in range(gammas):

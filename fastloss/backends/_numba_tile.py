@@ -47,8 +47,9 @@ WEIGHT_SUM, BAD_LABELS, BAD_WEIGHTS, UNDEFINED, COUNTS = range(5)
     CROSS_ENTROPY,
     CROSS_ENTROPY_REST,
     UNIFORM,
+    TOP_K,
     FOCAL,
-) = range(9)
+) = range(10)
 
 inner = njit(error_model="numpy", nogil=True, fastmath={"contract"})
 summing = njit(error_model="numpy", nogil=True, fastmath={"contract", "reassoc", "nsz"})

@@ -8,6 +8,7 @@ import numpy as np
 
 from fastloss.arrays import Arrays
 from fastloss.request import Request
+from fastloss.voxel_losses import VoxelLosses
 
 
 class Backend:
@@ -16,9 +17,16 @@ class Backend:
     name = ""
 
     def reduce(
-        self, request: Request, arrays: Arrays, sums: np.ndarray, voxels: np.ndarray
+        self,
+        request: Request,
+        arrays: Arrays,
+        sums: np.ndarray,
+        voxels: np.ndarray,
+        losses: VoxelLosses | None = None,
     ) -> None:
         """Write the sums of ``request.slots``, (S, B, C), and of the voxel weights, (B,).
+
+        Also the loss of every voxel, where ``losses`` are wanted; their slot's sum means nothing.
 
         Raises:
             ValueError: a label outside [0, C) that is not ignored, or a negative voxel weight.
@@ -26,9 +34,16 @@ class Backend:
         raise NotImplementedError(f"{type(self).__name__} must define reduce")
 
     def apply(
-        self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
+        self,
+        request: Request,
+        arrays: Arrays,
+        coefficients: np.ndarray,
+        out: np.ndarray,
+        losses: VoxelLosses | None = None,
     ) -> None:
         """Write the gradient by the logits, given the derivative by each sum, (S, B, C).
+
+        The derivative by the slot of the ``losses`` is multiplied by what they hold.
 
         ``out`` has the shape and dtype of ``arrays.logits`` and may be the same memory. The
         arrays are those of an earlier `reduce`, which checked them.

@@ -11,6 +11,7 @@ from fastloss import _cpu
 from fastloss.arrays import Arrays
 from fastloss.backends.base import Backend, bad_labels, bad_weights
 from fastloss.request import ACTIVATIONS, Request
+from fastloss.voxel_losses import VoxelLosses
 
 
 class CpuBackend(Backend):
@@ -27,7 +28,12 @@ class CpuBackend(Backend):
         return tuple(_cpu.available_isas())
 
     def reduce(
-        self, request: Request, arrays: Arrays, sums: np.ndarray, voxels: np.ndarray
+        self,
+        request: Request,
+        arrays: Arrays,
+        sums: np.ndarray,
+        voxels: np.ndarray,
+        losses: VoxelLosses | None = None,
     ) -> None:
         faults = _passes(request).reduce(
             arrays.logits,
@@ -38,6 +44,8 @@ class CpuBackend(Backend):
             arrays.weight_dtype,
             sums,
             voxels,
+            None if losses is None else losses.values,
+            None if losses is None else losses.class_weight,
         )
         if faults is not None:
             labels, first_label, weights, first_weight = faults
@@ -46,7 +54,12 @@ class CpuBackend(Backend):
             raise bad_weights(weights, first_weight)
 
     def apply(
-        self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
+        self,
+        request: Request,
+        arrays: Arrays,
+        coefficients: np.ndarray,
+        out: np.ndarray,
+        losses: VoxelLosses | None = None,
     ) -> None:
         _passes(request).apply(
             arrays.logits,
@@ -57,6 +70,7 @@ class CpuBackend(Backend):
             arrays.weight_dtype,
             coefficients,
             out,
+            None if losses is None else losses.values,
         )
 
     def get_num_threads(self) -> int:

@@ -28,6 +28,7 @@ from fastloss.backends._numba_threads import Pool
 from fastloss.backends._numba_tile import WIDTH
 from fastloss.backends.base import Backend, bad_labels, bad_weights
 from fastloss.request import Request
+from fastloss.voxel_losses import VoxelLosses
 
 _config: Any = _untyped_config  # its attributes are made at run time
 
@@ -62,9 +63,14 @@ class NumbaBackend(Backend):
         return int(_config.NUMBA_NUM_THREADS)
 
     def reduce(
-        self, request: Request, arrays: Arrays, sums: np.ndarray, voxels: np.ndarray
+        self,
+        request: Request,
+        arrays: Arrays,
+        sums: np.ndarray,
+        voxels: np.ndarray,
+        losses: VoxelLosses | None = None,
     ) -> None:
-        call = _Call(request, arrays, None)
+        call = _Call(request, arrays, None, losses)
         batch, channels = arrays.logits.shape[:2]
         slots = len(request.slots)
         partial = np.zeros((batch * call.blocks, slots, channels))
@@ -93,9 +99,14 @@ class NumbaBackend(Backend):
                     total[undefined] = np.nan
 
     def apply(
-        self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
+        self,
+        request: Request,
+        arrays: Arrays,
+        coefficients: np.ndarray,
+        out: np.ndarray,
+        losses: VoxelLosses | None = None,
     ) -> None:
-        call = _Call(request, arrays, out)
+        call = _Call(request, arrays, out, losses)
         self._run(call, call.kernels.apply, np.ascontiguousarray(coefficients, arrays.value_dtype))
 
     def _run(self, call: _Call, kernel: Any, *results: np.ndarray) -> None:
@@ -113,7 +124,13 @@ class NumbaBackend(Backend):
 class _Call:
     """What a kernel takes, and the arrays whose addresses are in it."""
 
-    def __init__(self, request: Request, arrays: Arrays, out: np.ndarray | None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        arrays: Arrays,
+        out: np.ndarray | None,
+        losses: VoxelLosses | None,
+    ) -> None:
         x, w = arrays.logits, arrays.voxel_weight
         self.arrays, self.out = arrays, out
         self.dtype = arrays.value_dtype
@@ -130,7 +147,7 @@ class _Call:
         self.blocks = int(self.plan[_numba_tile.BLOCKS])
         if request.activation != "softmax":
             self.kernels: Any = _numba_channels
-            self.options: tuple[bool, ...] = (arrays.dense, request.activation == "sigmoid")
+            self.options: tuple[Any, ...] = (arrays.dense, request.activation == "sigmoid")
         else:
             if arrays.dense:
                 self.kernels = _numba_softmax_dense
@@ -139,6 +156,12 @@ class _Call:
             else:
                 self.kernels = _numba_softmax_labels
             self.options = ()
+            if self.kernels is _numba_softmax_labels:
+                nothing = np.empty(0, self.dtype)
+                self.options = (
+                    nothing if losses is None else losses.values.reshape(-1),
+                    nothing if losses is None else losses.class_weight.astype(self.dtype),
+                )
 
         operands = strides.copy()
         computed = self.dtype.name
@@ -194,6 +217,7 @@ def _numbers(request: Request) -> tuple[np.ndarray, np.ndarray]:
         "cross_entropy",
         "cross_entropy_rest",
         "uniform",
+        "top_k",
     ]
     for gamma in request.gammas:
         names += [f"focal:{gamma!r}", f"focal_rest:{gamma!r}"]

@@ -7,6 +7,7 @@ import numpy as np
 from fastloss.arrays import Arrays
 from fastloss.backends.base import Backend, bad_labels, bad_weights
 from fastloss.request import Request
+from fastloss.voxel_losses import VoxelLosses
 
 Fields = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -15,7 +16,12 @@ class ReferenceBackend(Backend):
     name = "reference"
 
     def reduce(
-        self, request: Request, arrays: Arrays, sums: np.ndarray, voxels: np.ndarray
+        self,
+        request: Request,
+        arrays: Arrays,
+        sums: np.ndarray,
+        voxels: np.ndarray,
+        losses: VoxelLosses | None = None,
     ) -> None:
         _check(request, arrays)
         for b in range(arrays.logits.shape[0]):
@@ -25,14 +31,24 @@ class ReferenceBackend(Backend):
                 voxels[b] = m.sum()
                 for slot, total in zip(request.slots, sums[:, b], strict=True):
                     total[:] = _field(slot, request, p, log_p, log_q, g, m).sum(axis=1)
+                if losses is not None:
+                    each = _field("cross_entropy", request, p, log_p, log_q, g, m)
+                    losses.values[b] = _product(losses.class_weight[:, None], each).sum(axis=0)
 
     def apply(
-        self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
+        self,
+        request: Request,
+        arrays: Arrays,
+        coefficients: np.ndarray,
+        out: np.ndarray,
+        losses: VoxelLosses | None = None,
     ) -> None:
         for b in range(arrays.logits.shape[0]):
             x, g, m = _sample(request, arrays, b)
             with np.errstate(all="ignore"):
                 k = dict(zip(request.slots, coefficients[:, b, :, None], strict=True))
+                if losses is not None:
+                    k["top_k"] = k["top_k"] * losses.values[b]
                 gradient = _gradient(request, k, x, g, m)
                 out[b] = _store(gradient.reshape(out[b].shape), arrays.logits_dtype)
 
@@ -48,7 +64,7 @@ def _field(
 ) -> np.ndarray:
     """The summand of one slot, (C, N); see `fastloss.request.Request`."""
     name, _, gamma = slot.partition(":")
-    if name == "reference":
+    if name in ("reference", "top_k"):
         return m * g
     if name == "overlap":
         return m * p * g
@@ -88,7 +104,7 @@ def _gradient(
             by_p += c * m
         elif name == "predicted_squared":
             by_p += c * m * 2 * p
-        elif name == "cross_entropy":
+        elif name in ("cross_entropy", "top_k"):
             by_log_p -= c * m * g
         elif name == "cross_entropy_rest":
             by_log_q -= c * m * (1 - g)

@@ -30,6 +30,7 @@ class Ranks(NamedTuple):
 
     def join(self, loss: Loss, statistics: Statistics) -> tuple[Statistics, int]:
         """The sums over all ranks, and the place of this rank's first sample among them."""
+        loss.check_additive("process_group")
         sums, voxels = statistics.sums, statistics.voxels
         first = 0
         if self.shard == "batch" and not loss.sums_over_batch:

@@ -1,7 +1,7 @@
 """What each loss means, on sums over voxels."""
 
 from fastloss.terms.base import Term
-from fastloss.terms.distribution import CrossEntropy, Focal
+from fastloss.terms.distribution import CrossEntropy, Focal, TopKCrossEntropy
 from fastloss.terms.region import Dice, GeneralizedDice, Jaccard, RegionTerm, Tversky
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "Jaccard",
     "RegionTerm",
     "Term",
+    "TopKCrossEntropy",
     "Tversky",
 ]

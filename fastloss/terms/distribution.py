@@ -157,3 +157,60 @@ class Focal(VoxelwiseTerm):
             return coefficients, statistics.voxels
         coefficients[f"focal_rest:{self.gamma!r}"] = 1.0 if alpha is None else 1.0 - alpha
         return coefficients, statistics.voxels * statistics.classes
+
+
+class TopKCrossEntropy(Term):
+    """Cross-entropy of the hardest voxels: the mean of the largest k percent of all voxels' losses.
+
+    The loss of a voxel of label y is −w_y log p_y times its voxel weight, and 0 where it is
+    ignored; the largest are taken over the whole batch, whose voxels all count, ignored ones
+    too, at least one. Voxels that tie for the last places share them. Softmax of a label map
+    only; one such term in a loss.
+
+    It is no function of sums over voxels: chunks of a volume and the ranks of a process group
+    cannot be joined, and the backward pass of a framework reads the logits once more than other
+    losses do. One number per voxel is held in addition.
+
+    Args:
+        k: percent of the voxels, above 0 and at most 100.
+        weight: a weight per class, (C,), or one number; non-negative.
+
+    Raises:
+        ValueError, TypeError: an option out of its range.
+
+    Source: Wu et al. 2016, "Bridging Category-level and Instance-level Semantic Image
+    Segmentation" (online bootstrapping), in the form that nnU-Net uses.
+
+    >>> import numpy as np, fastloss as fl
+    >>> logits = np.array([[[0.0, 3.0, 1.0, 5.0], [0.0, 0.0, 0.0, 0.0]]])
+    >>> print(round(float(fl.TopKCrossEntropy(k=25)(logits, np.zeros((1, 4), int))), 3))
+    0.693
+    """
+
+    requires = frozenset({"top_k"})
+
+    def __init__(self, *, k: float = 10.0, weight: Any = None) -> None:
+        self.k = check_number("k", k, 0.0, 100.0)
+        if self.k == 0:
+            raise ValueError("k: expected a number above 0, got 0")
+        self.weight = check_class_weight("weight", weight)
+
+    def check(self, activation: str, classes: int) -> None:
+        if activation != "softmax":
+            raise ValueError(
+                f"activation: top-k cross-entropy is defined for 'softmax', got {activation!r}"
+            )
+        check_class_count("weight", self.weight, classes)
+
+    def class_weight(self, classes: int) -> np.ndarray:
+        """The weight of every class, (C,)."""
+        weight = 1.0 if self.weight is None else self.weight
+        return np.broadcast_to(np.asarray(weight, np.float64), (classes,)).copy()
+
+    def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
+        weight = self.class_weight(statistics.classes)
+
+        def pullback(upstream: np.ndarray) -> Derivatives:
+            return {"top_k": upstream * weight}
+
+        return statistics["top_k"].sum(), pullback
