@@ -245,7 +245,7 @@ def test_bad_names() -> None:
 
     calls = ("os:getcwd", "fastloss:Loss", "fastloss.backends:os.getcwd", "fastloss:Dice.mro")
     for bad in ("", "{}", "[]", *(f'{{"terms": [[1, "{call}", {{}}]]}}' for call in calls)):
-        with pytest.raises(ValueError, match="^loss: "):
+        with pytest.raises(ValueError, match=r"^loss: "):
             loss_of(bad)
 
 
