@@ -1,0 +1,68 @@
+"""nnU-Net's losses, computed by the fused kernels.
+
+A trainer changes its imports::
+
+    from fastloss.nnunet import DC_and_CE_loss  # was: from nnunetv2.training.loss.compound_losses
+
+or none at all: `fastloss.nnunet.trainer` has a trainer to name with ``-tr``, and `from_nnunet`
+turns a loss that was built already into ours. Signatures, defaults, values and gradients are those
+of nnU-Net 2.8, which need not be installed.
+
+Cross-entropy and Dice are one fused loss, which takes two passes over the logits and no memory but
+the gradient's; with an ignore channel of regions, one byte per voxel more, and with top-k
+cross-entropy one number per voxel and a third pass. The following are
+computed by PyTorch's operations:
+
+- ``apply_nonlin`` other than softmax over the channels, sigmoid and None. Its result is read by
+  the kernels.
+- Cross-entropy with ``reduction="none"``, with negative class weights, or of one vector of logits
+  per sample; binary cross-entropy with ``reduction="none"`` or with weights that are not one per
+  channel; top-k cross-entropy with ``label_smoothing``.
+- A Dice or cross-entropy of another class, as ``dice_class`` or in place of the attributes ``dc``
+  and ``ce``.
+
+Cross-entropy and Dice are two fused losses where ``ce_kwargs`` has an ``ignore_index`` that is a
+class, which the Dice loss does count.
+
+With ``ddp`` the sums of the batch Dice are joined over the ranks of the default process group;
+the cross-entropy remains that of each rank, as nnU-Net has it.
+
+What differs from nnU-Net:
+
+- float16 and bfloat16 logits are computed in float32 and give a float32 value; float64 logits are
+  computed in float64 and give a float64 value.
+- Labels that are no class raise ValueError (RuntimeError or IndexError), those with a fraction as
+  well, which nnU-Net truncates. Negative numbers in ``smooth`` or a mask raise ValueError, and so
+  does a background that is the only class and does not count (NaN).
+- ``DC_and_CE_loss`` of a dense target raises ValueError (its channel 0 was read as labels), unless
+  ``weight_ce`` is 0.
+- Voxels that are ignored or masked count for nothing even where they hold NaN.
+- The largest k percent are one voxel at least (NaN), and voxels that tie for the last places share
+  them in the gradient.
+- The cross-entropy over no voxel, or over voxels whose classes all have weight 0, is 0 (NaN).
+- ``ddp`` takes batches of unequal size on the ranks.
+- ``DeepSupervisionWrapper`` raises ValueError for fewer outputs than weights, and takes None for
+  weights that are all 1, as its documentation says (TypeError).
+- Dictionaries of options are not written to.
+- Under ``torch.compile`` class weights are those of the last call without it, or of
+  ``load_state_dict``.
+"""
+
+from fastloss.nnunet._compound import DC_and_BCE_loss, DC_and_CE_loss, DC_and_topk_loss
+from fastloss.nnunet._convert import from_nnunet
+from fastloss.nnunet._deep_supervision import DeepSupervisionWrapper
+from fastloss.nnunet._dice import MemoryEfficientSoftDiceLoss, SoftDiceLoss, softmax_helper_dim1
+from fastloss.nnunet._entropy import RobustCrossEntropyLoss, TopKLoss
+
+__all__ = [
+    "DC_and_BCE_loss",
+    "DC_and_CE_loss",
+    "DC_and_topk_loss",
+    "DeepSupervisionWrapper",
+    "MemoryEfficientSoftDiceLoss",
+    "RobustCrossEntropyLoss",
+    "SoftDiceLoss",
+    "TopKLoss",
+    "from_nnunet",
+    "softmax_helper_dim1",
+]

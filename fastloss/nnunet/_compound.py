@@ -1,0 +1,319 @@
+"""nnU-Net's sums of a Dice loss and a voxel-wise one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastloss.monai._fused import Fused, Numbers, evaluate, fixed, kernels_take, recipe
+from fastloss.nnunet._dice import (
+    Dice,
+    MemoryEfficientSoftDiceLoss,
+    SoftDiceLoss,
+    softmax_helper_dim1,
+)
+from fastloss.nnunet._entropy import RobustCrossEntropyLoss, TopKLoss
+from fastloss.nnunet._terms import BinaryCrossEntropy
+
+DICE_CLASSES: dict[str, type[Dice]] = {
+    kind.__name__: kind for kind in (SoftDiceLoss, MemoryEfficientSoftDiceLoss)
+}
+
+
+class Compound(nn.Module):
+    """weight_ce · ``self.ce`` + weight_dice · ``self.dc``."""
+
+    ce: Any
+    dc: Any
+
+    def __init__(self, weight_ce: float, weight_dice: float) -> None:
+        super().__init__()
+        self.weight_ce = weight_ce
+        self.weight_dice = weight_dice
+
+    def _own_dice(self) -> Dice | None:
+        """The Dice loss if it is one of ours, torch.compile'd or not, and so can be fused."""
+        dice = getattr(self.dc, "_orig_mod", self.dc)
+        return dice if type(dice) in DICE_CLASSES.values() else None
+
+    def _joined(self, ce: Fused | None, dc: Fused | None) -> Tensor | None:
+        """The sum in one pass; None if the parts do not read the same."""
+        if ce is None or dc is None:
+            return None
+        weights = (self.weight_ce, self.weight_dice)
+        if not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
+            return None
+        same = (
+            ce.logits is dc.logits
+            and ce.activation == dc.activation
+            and ce.voxel_weight is dc.voxel_weight
+            and ce.ignore_index == dc.ignore_index
+        )
+        if not same:
+            return None
+        return evaluate((fixed(self.weight_dice), dc), (fixed(self.weight_ce), ce))
+
+
+def dice_class_of(kind: Any) -> Any:
+    """Our class in place of nnU-Net's own of the same name."""
+    if getattr(kind, "__module__", "") == "nnunetv2.training.loss.dice":
+        return DICE_CLASSES.get(kind.__name__, kind)
+    return kind
+
+
+class OfLabels(Compound):
+    """A sum for label maps and softmax.
+
+    Args:
+        ignore_label: voxels of this label count for nothing; or None.
+    """
+
+    def __init__(self, weight_ce: float, weight_dice: float, ignore_label: int | None) -> None:
+        super().__init__(weight_ce, weight_dice)
+        self.ignore_label = ignore_label
+
+    def forward(self, net_output: Tensor, target: Tensor) -> Any:
+        """The loss.
+
+        Args:
+            net_output: logits, (B, C, *spatial).
+            target: a label map, (B, 1, *spatial), of any dtype.
+        """
+        self._check(net_output, target)
+        dc = ce = None
+        own = self._own_dice()
+        if self.weight_dice != 0 and own is not None:
+            dc = own.fused(net_output, target, ignore_index=self.ignore_label)
+        if self.weight_ce != 0:
+            ce = self._fused_entropy(net_output, target)
+        if ce is not None and dc is not None and dc.ignore_index is None:
+            ce = _counting_all(ce)
+        value = self._joined(ce, dc)
+        if value is not None:
+            return value
+        dice: Any = 0
+        entropy: Any = 0
+        if dc is not None:
+            dice = evaluate((1.0, dc))
+        elif self.weight_dice != 0:
+            dice = self._other_dice(net_output, target)
+        if ce is not None:
+            entropy = evaluate((1.0, ce))
+        elif self.weight_ce != 0 and self._counts(target):
+            entropy = self._entropy(net_output, target)
+        return self.weight_ce * entropy + self.weight_dice * dice
+
+    def _check(self, net_output: Tensor, target: Tensor) -> None:
+        labels = target.ndim == net_output.ndim and target.shape[1] == 1
+        if self.ignore_label is not None and not labels:
+            raise AssertionError(
+                "target: with an ignore label expected a label map (B, 1, *spatial), got shape "
+                f"{tuple(target.shape)}"
+            )
+        if self.weight_ce != 0 and not labels:
+            raise ValueError(
+                f"target: for {tuple(net_output.shape)} expected a label map (B, 1, *spatial), "
+                f"got shape {tuple(target.shape)}"
+            )
+
+    def _counts(self, target: Tensor) -> bool:
+        return self.ignore_label is None or bool((target != self.ignore_label).any())
+
+    def _other_dice(self, net_output: Tensor, target: Tensor) -> Tensor:
+        """The value of a Dice loss that is not ours."""
+        mask = None
+        if self.ignore_label is not None:
+            mask = target != self.ignore_label
+            target = torch.where(mask, target, 0)
+        value: Tensor = self.dc(net_output, target, loss_mask=mask)
+        return value
+
+    def _fused_entropy(self, net_output: Tensor, target: Tensor) -> Fused | None:
+        if type(self.ce) not in (RobustCrossEntropyLoss, TopKLoss):
+            return None
+        fused: Fused | None = self.ce.fused(net_output, target)
+        return fused
+
+    def _entropy(self, net_output: Tensor, target: Tensor) -> Tensor:
+        """The value of a voxel-wise loss that is not fused."""
+        value: Tensor = self.ce(net_output, target)
+        return value
+
+
+def _counting_all(ce: Fused) -> Fused:
+    """The cross-entropy beside a Dice loss that counts all voxels.
+
+    A label that is no class is then an error, whether or not the cross-entropy ignores it.
+    """
+    is_class = ce.ignore_index in range(ce.logits.shape[1])
+    return ce if is_class else ce._replace(ignore_index=None)
+
+
+def with_ignore_index(ce_kwargs: dict[str, Any], ignore_label: int | None) -> dict[str, Any]:
+    return ce_kwargs if ignore_label is None else {**ce_kwargs, "ignore_index": ignore_label}
+
+
+class DC_and_CE_loss(OfLabels):
+    """weight_ce · cross-entropy + weight_dice · Dice of softmax, as nnU-Net's class of this name.
+
+    Args:
+        soft_dice_kwargs: for ``dice_class``, without ``apply_nonlin``.
+        ce_kwargs: for `RobustCrossEntropyLoss`.
+        weight_ce, weight_dice: a part of weight 0 is not computed.
+        ignore_label: voxels of this label count for nothing; or None.
+        dice_class: `SoftDiceLoss` or `MemoryEfficientSoftDiceLoss`, ours or nnU-Net's, which are
+            fused with the cross-entropy; or another, which is computed for itself.
+
+    Raises:
+        AssertionError: when it is called with an ignore label and a target that is no label map.
+        ValueError: as the parts.
+    """
+
+    def __init__(
+        self,
+        soft_dice_kwargs: dict[str, Any],
+        ce_kwargs: dict[str, Any],
+        weight_ce: float = 1,
+        weight_dice: float = 1,
+        ignore_label: int | None = None,
+        dice_class: Any = SoftDiceLoss,
+    ) -> None:
+        super().__init__(weight_ce, weight_dice, ignore_label)
+        self.ce = RobustCrossEntropyLoss(**with_ignore_index(ce_kwargs, ignore_label))
+        self.dc = dice_class_of(dice_class)(apply_nonlin=softmax_helper_dim1, **soft_dice_kwargs)
+
+    def _entropy(self, net_output: Tensor, target: Tensor) -> Tensor:
+        return super()._entropy(net_output, target[:, 0])
+
+
+class DC_and_topk_loss(OfLabels):
+    """weight_ce · top-k cross-entropy + weight_dice · Dice of softmax.
+
+    As nnU-Net's class of this name. Arguments and errors as `DC_and_CE_loss`, ``ce_kwargs`` for
+    `TopKLoss`; the Dice loss is `SoftDiceLoss`.
+    """
+
+    def __init__(
+        self,
+        soft_dice_kwargs: dict[str, Any],
+        ce_kwargs: dict[str, Any],
+        weight_ce: float = 1,
+        weight_dice: float = 1,
+        ignore_label: int | None = None,
+    ) -> None:
+        super().__init__(weight_ce, weight_dice, ignore_label)
+        self.ce = TopKLoss(**with_ignore_index(ce_kwargs, ignore_label))
+        self.dc = SoftDiceLoss(apply_nonlin=softmax_helper_dim1, **soft_dice_kwargs)
+
+
+class DC_and_BCE_loss(Compound):
+    """weight_ce · binary cross-entropy + weight_dice · Dice of sigmoid, for regions.
+
+    As nnU-Net's class of this name. With an ignore channel the binary cross-entropy is divided by
+    the number of voxels that count, without it by that of voxels times channels.
+
+    Args:
+        bce_kwargs: for ``torch.nn.BCEWithLogitsLoss``; ``weight`` and ``pos_weight`` are fused if
+            they are one number, or one per channel with axes of 1 in place of the spatial ones.
+        soft_dice_kwargs: for ``dice_class``, without ``apply_nonlin``.
+        weight_ce, weight_dice: the factors.
+        use_ignore_label: the last channel of the target is 1 where voxels count for nothing.
+        dice_class: as for `DC_and_CE_loss`.
+
+    Raises:
+        ValueError: when it is called, tensors that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        bce_kwargs: dict[str, Any],
+        soft_dice_kwargs: dict[str, Any],
+        weight_ce: float = 1,
+        weight_dice: float = 1,
+        use_ignore_label: bool = False,
+        dice_class: Any = MemoryEfficientSoftDiceLoss,
+    ) -> None:
+        super().__init__(weight_ce, weight_dice)
+        self.use_ignore_label = use_ignore_label
+        if use_ignore_label:
+            bce_kwargs = {**bce_kwargs, "reduction": "none"}
+        self.ce = nn.BCEWithLogitsLoss(**bce_kwargs)
+        self.dc = dice_class_of(dice_class)(apply_nonlin=torch.sigmoid, **soft_dice_kwargs)
+        self._numbers = {"weight": Numbers(), "pos_weight": Numbers()}
+        _remember(self)
+        self.register_load_state_dict_post_hook(_remember)
+
+    def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
+        """The loss.
+
+        Args:
+            net_output: logits, (B, C, *spatial).
+            target: the regions, dense: (B, C, *spatial), or (B, C + 1, *spatial) with
+                ``use_ignore_label``.
+        """
+        channels = net_output.shape[1] + bool(self.use_ignore_label)
+        wanted = (net_output.shape[0], channels, *net_output.shape[2:])
+        if target.shape != wanted:
+            raise ValueError(f"target: expected shape {wanted}, got {tuple(target.shape)}")
+        mask = None
+        if self.use_ignore_label:
+            last = target[:, -1:]
+            mask = ~last if last.dtype == torch.bool else last != 1
+            target = target[:, :-1]
+        own = self._own_dice()
+        dc = None if own is None else own.fused(net_output, target, mask)
+        ce = self._fused_entropy(net_output, target, mask)
+        value = self._joined(ce, dc)
+        if value is not None:
+            return value
+        dice = self.dc(net_output, target, loss_mask=mask)
+        if ce is not None:
+            entropy = evaluate((1.0, ce))
+        else:
+            dtype = torch.promote_types(net_output.dtype, torch.float32)
+            entropy = self.ce(net_output, target.to(dtype))
+            if mask is not None:
+                entropy = (entropy * mask).sum() / mask.sum().clip(min=1)
+        return self.weight_ce * entropy + self.weight_dice * dice
+
+    def _fused_entropy(self, logits: Tensor, target: Tensor, mask: Tensor | None) -> Fused | None:
+        reductions = ("mean", "sum") if mask is None else ("none",)
+        if type(self.ce) is not nn.BCEWithLogitsLoss or self.ce.reduction not in reductions:
+            return None
+        weight = self._per_channel("weight", logits)
+        positive = self._per_channel("pos_weight", logits)
+        if weight is None or positive is None or not kernels_take(logits, target):
+            return None
+        channels = logits.shape[1]
+        weight, positive = (n * channels if len(n) == 1 else n for n in (weight, positive))
+        term = recipe(
+            BinaryCrossEntropy,
+            positive=tuple(w * p for w, p in zip(weight, positive, strict=True)),
+            negative=weight,
+            per_voxel=mask is not None,
+            reduction="sum" if self.ce.reduction == "sum" else "mean",
+        )
+        return Fused(term, "sigmoid", logits, target.detach(), mask)
+
+    def _per_channel(self, name: str, logits: Tensor) -> tuple[float, ...] | None:
+        """One number or one per channel; None for weights of another kind."""
+        tensor = getattr(self.ce, name)
+        if tensor is None:
+            return (1.0,)
+        numbers = self._numbers[name](tensor)
+        shape = (1,) * (logits.ndim - tensor.ndim) + tuple(tensor.shape)
+        of_channels = shape[1] in (1, logits.shape[1]) and len(numbers) == shape[1]
+        if len(shape) != logits.ndim or not of_channels or tensor.requires_grad:
+            return None
+        return numbers if all(0 <= n < math.inf for n in numbers) else None
+
+
+def _remember(loss: Any, _: Any = None) -> None:
+    """Read the weights while nothing is being compiled."""
+    for name, numbers in loss._numbers.items():
+        tensor = getattr(loss.ce, name, None)
+        if tensor is not None:
+            numbers(tensor)

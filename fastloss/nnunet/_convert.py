@@ -1,0 +1,104 @@
+"""From the losses that nnU-Net's trainers build to ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastloss.nnunet._compound import (
+    DICE_CLASSES,
+    DC_and_BCE_loss,
+    DC_and_CE_loss,
+    DC_and_topk_loss,
+)
+from fastloss.nnunet._deep_supervision import DeepSupervisionWrapper
+from fastloss.nnunet._entropy import RobustCrossEntropyLoss, TopKLoss
+
+
+def from_nnunet(loss: nn.Module) -> nn.Module:
+    """The same loss of this module, with the options of nnU-Net's.
+
+    Args:
+        loss: a module of ``nnunetv2.training.loss``, torch.compile'd or not. Parts of it that are
+            of other classes, such as a Dice loss of your own, remain as they are.
+
+    Raises:
+        TypeError: no loss of nnU-Net's; a subclass of one is none, as it may compute anything.
+    """
+    converted = _converted(loss)
+    if converted is None:
+        kind = type(loss)
+        raise TypeError(
+            f"loss: expected a loss of nnunetv2.training.loss, got {kind.__module__}."
+            f"{kind.__qualname__}, which has no counterpart in fastloss.nnunet"
+        )
+    return converted
+
+
+def _converted(loss: Any) -> nn.Module | None:
+    loss = getattr(loss, "_orig_mod", loss)  # what torch.compile wraps
+    kind = type(loss)
+    package, _, module = kind.__module__.rpartition(".")
+    if package == "fastloss.nnunet":
+        own: nn.Module = loss
+        return own
+    convert = _CONVERTERS.get((module, kind.__name__))
+    return convert(loss) if package == "nnunetv2.training.loss" and convert else None
+
+
+def _part(module: nn.Module) -> nn.Module:
+    return _converted(module) or module
+
+
+def _dice(loss: Any) -> nn.Module:
+    names = ["apply_nonlin", "batch_dice", "do_bg", "smooth", "ddp"]
+    names += ["clip_tp"] * hasattr(loss, "clip_tp")
+    return DICE_CLASSES[type(loss).__name__](**{name: getattr(loss, name) for name in names})
+
+
+def _cross_entropy(loss: Any) -> nn.Module:
+    return RobustCrossEntropyLoss(
+        weight=loss.weight,
+        ignore_index=loss.ignore_index,
+        reduction=loss.reduction,
+        label_smoothing=loss.label_smoothing,
+    )
+
+
+def _top_k(loss: Any) -> nn.Module:
+    return TopKLoss(loss.weight, loss.ignore_index, loss.k, loss.label_smoothing)
+
+
+def _dc_and_topk(loss: Any) -> nn.Module:
+    new = DC_and_topk_loss({}, {}, loss.weight_ce, loss.weight_dice, loss.ignore_label)
+    new.dc, new.ce = _part(loss.dc), _part(loss.ce)
+    return new
+
+
+def _dc_and_ce(loss: Any) -> nn.Module:
+    new = DC_and_CE_loss({}, {}, loss.weight_ce, loss.weight_dice, loss.ignore_label)
+    new.dc, new.ce = _part(loss.dc), _part(loss.ce)
+    return new
+
+
+def _dc_and_bce(loss: Any) -> nn.Module:
+    new = DC_and_BCE_loss({}, {}, loss.weight_ce, loss.weight_dice, loss.use_ignore_label)
+    new.dc, new.ce = _part(loss.dc), loss.ce
+    return new
+
+
+def _deep_supervision(loss: Any) -> nn.Module:
+    return DeepSupervisionWrapper(from_nnunet(loss.loss), loss.weight_factors)
+
+
+_CONVERTERS = {
+    ("dice", "SoftDiceLoss"): _dice,
+    ("dice", "MemoryEfficientSoftDiceLoss"): _dice,
+    ("robust_ce_loss", "RobustCrossEntropyLoss"): _cross_entropy,
+    ("robust_ce_loss", "TopKLoss"): _top_k,
+    ("compound_losses", "DC_and_CE_loss"): _dc_and_ce,
+    ("compound_losses", "DC_and_topk_loss"): _dc_and_topk,
+    ("compound_losses", "DC_and_BCE_loss"): _dc_and_bce,
+    ("deep_supervision", "DeepSupervisionWrapper"): _deep_supervision,
+}

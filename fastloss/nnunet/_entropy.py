@@ -1,0 +1,154 @@
+"""nnU-Net's cross-entropy losses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastloss.monai._fused import (
+    Fused,
+    Numbers,
+    Recipe,
+    evaluate,
+    fixed,
+    kernels_take,
+    recipe,
+)
+from fastloss.terms import CrossEntropy, TopKCrossEntropy
+
+
+class RobustCrossEntropyLoss(nn.CrossEntropyLoss):
+    """Cross-entropy of a label map of any dtype, as nnU-Net's class of this name.
+
+    Args:
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as
+            ``torch.nn.CrossEntropyLoss``.
+
+    Raises:
+        ValueError: when it is called, tensors that do not fit each other, or a label that is
+            neither a class nor ``ignore_index``.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self._numbers = Numbers()
+        remember_weight(self)
+        self.register_load_state_dict_post_hook(remember_weight)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss.
+
+        Args:
+            input: logits, (B, C, *spatial).
+            target: a label map, (B, *spatial) or (B, 1, *spatial).
+        """
+        target = without_channel(input, target)
+        fused = self.fused(input, target)
+        return self._unfused(input, target.long()) if fused is None else evaluate((1.0, fused))
+
+    def fused(self, input: Tensor, target: Tensor) -> Fused | None:
+        """What the kernels are asked; None where they cannot compute it."""
+        numbers = None if self.weight is None else self._numbers(self.weight)
+        taken = are_weights(self.weight, numbers, input.shape[1]) and kernels_take(input, target)
+        term = self._recipe(numbers) if taken else None
+        if term is None:
+            return None
+        return Fused(term, "softmax", input, target, None, self.ignore_index)
+
+    def _recipe(self, weight: tuple[float, ...] | None) -> Recipe | None:
+        if self.reduction not in ("mean", "sum") or not 0 <= self.label_smoothing <= 1:
+            return None
+        return recipe(
+            CrossEntropy,
+            weight=weight,
+            label_smoothing=fixed(self.label_smoothing),
+            reduction=self.reduction,
+        )
+
+    def _unfused(self, input: Tensor, target: Tensor) -> Tensor:
+        return super().forward(input, target)
+
+
+class TopKLoss(RobustCrossEntropyLoss):
+    """The mean of the largest k percent of the voxels' cross-entropies.
+
+    As nnU-Net's class of this name. Ignored voxels count among all voxels, with a loss of 0.
+
+    Args:
+        weight, ignore_index, label_smoothing: as ``torch.nn.CrossEntropyLoss``.
+        k: percent of the voxels of the batch, above 0 and at most 100.
+
+    Raises:
+        ValueError: ``k`` out of its range; when it is called, as `RobustCrossEntropyLoss`.
+
+    Source: see `fastloss.TopKCrossEntropy`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        k: float = 10,
+        label_smoothing: float = 0,
+    ) -> None:
+        if not 0 < k <= 100:
+            raise ValueError(f"k: expected a number above 0 and at most 100, got {k!r}")
+        super().__init__(
+            weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+        )
+        self.k = k
+
+    def forward(self, inp: Tensor, target: Tensor) -> Tensor:
+        """The loss.
+
+        Args:
+            inp: logits, (B, C, *spatial).
+            target: a label map, (B, 1, *spatial).
+        """
+        return super().forward(inp, target)
+
+    def _recipe(self, weight: tuple[float, ...] | None) -> Recipe | None:
+        if self.label_smoothing != 0:
+            return None
+        return recipe(TopKCrossEntropy, weight=weight, k=fixed(self.k))
+
+    def _unfused(self, input: Tensor, target: Tensor) -> Tensor:
+        losses = super()._unfused(input, target).flatten()
+        count = max(1, int(losses.numel() * self.k / 100))
+        return torch.topk(losses, count, sorted=False).values.mean()
+
+
+def without_channel(input: Tensor, target: Tensor) -> Tensor:
+    """The label map (B, *spatial)."""
+    if target.ndim != input.ndim:
+        return target
+    if target.shape[1] != 1:
+        raise AssertionError(
+            f"target: expected a label map with one channel, got shape {tuple(target.shape)}"
+        )
+    return target[:, 0]
+
+
+def are_weights(weight: Tensor | None, numbers: tuple[float, ...] | None, classes: int) -> bool:
+    """Whether the kernels take these numbers, one per class, and no gradient is asked by them."""
+    if weight is None or numbers is None:
+        return True
+    constant = weight.shape == (classes,) and not weight.requires_grad
+    return constant and all(0 <= n < math.inf for n in numbers)
+
+
+def remember_weight(loss: Any, _: Any = None) -> None:
+    """Read the class weights while nothing is being compiled."""
+    if loss.weight is not None:
+        loss._numbers(loss.weight)

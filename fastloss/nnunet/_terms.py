@@ -1,0 +1,90 @@
+"""nnU-Net's formulas where they are not those of `fastloss.terms`, on sums over voxels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from fastloss.frameworks.torch_distributed import WORLD, Ranks
+from fastloss.statistics import Statistics
+from fastloss.terms.base import Derivatives, Pullback, check_class_count, check_class_weight
+from fastloss.terms.distribution import VoxelwiseTerm
+from fastloss.terms.region import RegionTerm
+
+LEAST_SIZE = 1e-8
+"""Smaller denominators are taken for this."""
+
+
+class NegativeDice(RegionTerm):
+    """−(2 O + s_nr) / max(P + G + s_dr, 1e-8).
+
+    Args:
+        clip_tp: the least overlap, of which the true positives in P and G are made as well; or
+            None.
+        ddp: with ``batch``, sum over the samples of all ranks.
+
+    Other options as in `fastloss.RegionTerm`.
+    """
+
+    def __init__(self, *, clip_tp: float | None = None, ddp: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.clip_tp = clip_tp
+        self.ddp = ddp
+
+    def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
+        if not (self.batch and self.ddp):
+            return super().combine(statistics)
+        # Joined here rather than for the whole loss: cross-entropy remains each rank's own.
+        joined, _ = Ranks(WORLD, "batch").join(self._loss, statistics)
+        value, pullback = super().combine(joined)
+        ranks = dist.get_world_size()
+
+        def times_ranks(upstream: np.ndarray) -> Derivatives:
+            return pullback(upstream * ranks)
+
+        return value, times_ranks
+
+    def formula(
+        self, overlap: np.ndarray, predicted: np.ndarray, reference: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        clipped, slope = overlap, np.ones_like(overlap)
+        if self.clip_tp is not None:
+            clipped = np.maximum(overlap, self.clip_tp)
+            slope = (overlap >= self.clip_tp).astype(overlap.dtype)
+        size = predicted + reference + 2.0 * (clipped - overlap) + self.smooth_dr
+        dice = (2.0 * clipped + self.smooth_nr) / np.maximum(size, LEAST_SIZE)
+        inverse = 1.0 / np.maximum(size, LEAST_SIZE)
+        by_size = np.where(size >= LEAST_SIZE, dice * inverse, 0.0)
+        return -dice, 2.0 * (by_size * (slope - 1.0) - inverse * slope), by_size
+
+
+class BinaryCrossEntropy(VoxelwiseTerm):
+    """Binary cross-entropy as torch.nn.BCEWithLogitsLoss, its classes' weights included.
+
+    Args:
+        positive, negative: the weight where the target is 1 and where it is 0, one number or one
+            per channel.
+        per_voxel: divide the sum by the number of voxels, rather than of voxels and channels.
+        reduction: "mean" or "sum".
+    """
+
+    requires = frozenset({"cross_entropy"})
+
+    def __init__(
+        self, *, positive: Any, negative: Any, per_voxel: bool = False, reduction: str = "mean"
+    ) -> None:
+        self.positive = check_class_weight("pos_weight", positive)
+        self.negative = check_class_weight("weight", negative)
+        self.per_voxel = per_voxel
+        self.reduction = reduction
+
+    def check(self, activation: str, classes: int) -> None:
+        check_class_count("pos_weight", self.positive, classes)
+        check_class_count("weight", self.negative, classes)
+
+    def linear(self, statistics: Statistics) -> tuple[dict[str, Any], np.ndarray]:
+        coefficients = {"cross_entropy": self.positive, "cross_entropy_rest": self.negative}
+        channels = 1 if self.per_voxel else statistics.classes
+        return coefficients, statistics.voxels * channels
