@@ -12,10 +12,10 @@ from conftest import BACKEND, case_of
 
 from fastloss.bench.apart import peak_memory, saved
 from fastloss.bench.errors import Unavailable
-from fastloss.bench.implementations import PEERS
+from fastloss.bench.implementations import FRAMEWORKS, PEERS
 
 
-@pytest.mark.parametrize("name", [BACKEND, *PEERS])
+@pytest.mark.parametrize("name", [BACKEND, *FRAMEWORKS, *PEERS])
 def test_memory(name, benchmark, threads):
     case = case_of(96, 4)
     with saved(case) as folder:

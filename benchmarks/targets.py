@@ -48,6 +48,16 @@ def title(size: str) -> str:
     return f"B{batch} C{classes} {edge}³"
 
 
+def forgetting(call: Call) -> Callable[[], None]:
+    """Value and gradient, and nothing left of them."""
+
+    def run() -> None:
+        call.forward_backward()
+        call.reset()
+
+    return run
+
+
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
@@ -98,6 +108,9 @@ class Run:
         }
         if self.backend != "numba" and "numba" in self.backends:
             variants["numba"] = ("numba", lambda: plain)
+        variants["new_gradient"] = (self.backend, lambda: plain)
+        variants["torch"] = ("torch", lambda: plain)
+        variants["torch_bfloat16"] = ("torch", lambda: with_dtype(plain, "bfloat16"))
         for peer in self.peers:
             variants[peer] = (peer, lambda: plain)
 
@@ -107,6 +120,8 @@ class Run:
             if prepared is None:
                 continue
             timed[variant] = forward_backward(prepared[1])
+            if variant == "new_gradient":
+                timed[variant] = Timed(prepared[1].with_new_gradient, active=prepared[1].active)
             if variant == "fastloss":
                 timed["value"] = forward(prepared[1])
 
@@ -123,6 +138,9 @@ class Run:
         ours = seconds["fastloss"]
         peers = {name: seconds[name] for name in self.peers if name in seconds}
         fastest = min(peers, key=peers.__getitem__) if peers else None
+
+        def between(a: float | None, b: float | None) -> float | None:
+            return a / b if a and b else None
 
         def ratio(name: str, factor: float = 1.0) -> float | None:
             return seconds[name] / ours * factor if name in seconds else None
@@ -146,6 +164,10 @@ class Run:
             # Two passes read a dense float32 target as well: 20 bytes a logit in place of 12.
             "dense_ratio_per_byte": ratio("dense", 12 / 20),
             "numba_ratio": ratio("numba"),
+            "torch_seconds": seconds.get("torch"),
+            "torch_speedup": between(peers.get(fastest or ""), seconds.get("torch")),
+            "torch_over_new_gradient": between(seconds.get("torch"), seconds.get("new_gradient")),
+            "torch_bfloat16_ratio": between(seconds.get("torch_bfloat16"), seconds.get("torch")),
         }
 
     def small(self) -> dict[str, float]:
@@ -154,7 +176,16 @@ class Run:
         case = phantom_case(16, 2)
         call = make_call(self.backend, case, LOSS, self.threads)
         number = 2 if self.backend == "reference" else 200
-        timed = {"value": forward(call, number), "gradient": forward_backward(call, number)}
+        timed = {
+            "value": forward(call, number),
+            "gradient": forward_backward(call, number),
+        }
+        again = make_call(self.backend, case, LOSS, self.threads)
+        timed["new_gradient"] = Timed(again.with_new_gradient, active=again.active, number=number)
+        prepared = self.prepare("torch", lambda: case)
+        if prepared is not None:
+            # A loop would add up gradients: the logits forget theirs, which takes no time.
+            timed["torch"] = Timed(forgetting(prepared[1]), number=number)
         return interleave(timed, max(self.repeats, 9))
 
 
@@ -196,6 +227,24 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
         "numba_ratio": "Numba backend",
     }
     ratios = [(title, *(table.times(r[name]) for r in results)) for name, title in variants.items()]
+    torch_rows = [
+        (
+            title(r["size"]),
+            table.milliseconds(r["torch_seconds"]),
+            table.times(r["torch_speedup"]),
+            table.times(r["torch_over_new_gradient"]),
+            table.times(r["torch_bfloat16_ratio"]),
+        )
+        for r in results
+        if r["torch_seconds"] is not None
+    ]
+    torch_header = (
+        "",
+        "ms",
+        "fastest peer, over it",
+        "over NumPy with a new gradient",
+        "bfloat16 over float32",
+    )
     isa = f", {made['instruction_set']}" if made["instruction_set"] else ""
     parts = [
         f"{made['processor']}, {made['cores']} cores, {made['threads']} threads{isa}; Python "
@@ -208,6 +257,17 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
         f"One call on 16³ voxels, two classes: value {table.number(small['value'] * 1e6)} µs, "
         f"value and gradient {table.number(small['gradient'] * 1e6)} µs.",
     ]
+    if torch_rows:
+        parts += [
+            "Through PyTorch's autograd, forward and `.backward()` into a new gradient:",
+            table.markdown_table(torch_header, torch_rows),
+        ]
+    if "torch" in small:
+        overhead = small["torch"] - small["new_gradient"]
+        parts.append(
+            f"On 16³ voxels autograd takes {table.number(small['torch'] * 1e6)} µs, of which "
+            f"{table.number(overhead * 1e6)} are over NumPy with a new gradient."
+        )
     if run.missing:
         parts.append("Not measured:\n\n" + "\n".join(f"- {note}" for note in run.missing))
     return "\n\n".join(parts) + "\n"

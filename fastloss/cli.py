@@ -76,7 +76,7 @@ def info() -> str:
 
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
-    from fastloss.bench.implementations import PEERS
+    from fastloss.bench.implementations import FRAMEWORKS, PEERS
     from fastloss.bench.inputs import DTYPES
     from fastloss.bench.losses import LOSSES
     from fastloss.bench.volumes import default_volume
@@ -121,6 +121,14 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         help=f"comma-separated, of {', '.join(BACKENDS)}",
     )
     add(
+        "--frameworks",
+        type=_subset(FRAMEWORKS, everything=True),
+        default="all",
+        metavar="LIST",
+        help="fastloss through the automatic differentiation of a framework: comma-separated, of "
+        f"{', '.join(FRAMEWORKS)}; 'all' or 'none'",
+    )
+    add(
         "--peers",
         type=_subset(PEERS, everything=True),
         default="all",
@@ -159,6 +167,7 @@ def _bench(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
                 dtype=options.dtype,
                 losses=options.losses,
                 backends=options.backends,
+                frameworks=options.frameworks,
                 peers=options.peers,
                 repeats=options.repeats,
             ),

@@ -14,10 +14,14 @@ from fastloss.bench.losses import make_loss
 
 PEERS = ("monai", "monai-compile", "nnunet", "nnunet-compile", "jax")
 
+FRAMEWORKS = ("torch",)
+"""The library through the automatic differentiation of a framework."""
+
 TITLES = {
     "cpu": "fastloss (C++)",
     "numba": "fastloss (Numba)",
     "reference": "fastloss (reference)",
+    "torch": "fastloss in PyTorch",
     "monai": "MONAI",
     "monai-compile": "MONAI, compiled",
     "nnunet": "nnU-Net formula",

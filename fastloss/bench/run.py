@@ -15,7 +15,7 @@ from fastloss.bench import table
 from fastloss.bench.apart import peak_memory, saved
 from fastloss.bench.bandwidth import Bandwidth
 from fastloss.bench.errors import Unavailable, reason
-from fastloss.bench.implementations import TITLES, Call, make_call
+from fastloss.bench.implementations import FRAMEWORKS, TITLES, Call, make_call
 from fastloss.bench.inputs import Case, make_case, size_text
 from fastloss.bench.machine import available_memory, machine
 from fastloss.bench.machine import threads as count_threads
@@ -42,6 +42,7 @@ class Options:
     dtype: str = "float32"
     losses: tuple[str, ...] = ("dice_ce",)
     backends: tuple[str, ...] = BACKENDS
+    frameworks: tuple[str, ...] = FRAMEWORKS
     peers: tuple[str, ...] = ()
     repeats: int = 7
 
@@ -168,7 +169,7 @@ def _prepare(
     truth = find_truth(case, loss)
     calls: dict[str, Call] = {}
     accuracy = {}
-    for name in (*options.backends, *options.peers):
+    for name in (*options.backends, *options.frameworks, *options.peers):
         progress(f"{loss}: preparing {name}")
         try:
             _check_memory(name, case)

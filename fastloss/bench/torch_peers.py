@@ -1,4 +1,4 @@
-"""The implementations that run in PyTorch: MONAI, and nnU-Net's formula."""
+"""The implementations that run in PyTorch: this library, MONAI, and nnU-Net's formula."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from fastloss.bench.errors import Unavailable
 from fastloss.bench.implementations import Call
 from fastloss.bench.inputs import Case
-from fastloss.bench.losses import GAMMA, SMOOTH, TVERSKY_ALPHA, TVERSKY_BETA
+from fastloss.bench.losses import GAMMA, SMOOTH, TVERSKY_ALPHA, TVERSKY_BETA, make_loss
 
 INSTALL = "pip install 'fastloss[peers]'"
 
@@ -27,7 +27,7 @@ class TorchCall(Call):
         except ImportError as error:
             raise Unavailable(f"PyTorch is not there ({error}); {INSTALL}") from None
         self.torch = torch
-        make = {"monai": _monai, "nnunet": _nnunet}[kind]
+        make = {"torch": _fastloss, "monai": _monai, "nnunet": _nnunet}[kind]
         function = make(loss, case.classes)
         torch.set_num_threads(threads)
         if compiled:
@@ -43,7 +43,10 @@ class TorchCall(Call):
         else:
             self.logits = torch.from_numpy(memory)
         self.logits.requires_grad_(True)
-        self.target = torch.from_numpy(case.target.astype(np.int64)[:, None])
+        if kind == "torch":
+            self.target = torch.from_numpy(case.target)
+        else:
+            self.target = torch.from_numpy(case.target.astype(np.int64)[:, None])
 
     def forward(self) -> object:
         with self.torch.no_grad():
@@ -68,6 +71,10 @@ class TorchCall(Call):
         if gradient.dtype == self.torch.bfloat16:
             gradient = gradient.float()  # exact, and NumPy has no bfloat16 of its own
         return float(value.detach()), gradient.numpy()
+
+
+def _fastloss(loss: str, classes: int) -> Function:
+    return make_loss(loss)
 
 
 def _monai(loss: str, classes: int) -> Function:

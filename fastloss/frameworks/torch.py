@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from fastloss.frameworks.base import Adapter, Borrowed, as_loss
+from fastloss.frameworks.memory import advise_huge_pages
 from fastloss.naming import text_of
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ class TorchAdapter(Adapter):
 
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
         new = torch.empty_like(plain(array))
-        return new, self.borrow(new, "out")
+        view = self.borrow(new, "out")
+        advise_huge_pages(view.array)
+        return new, view
 
     def result(self, value: Any) -> Any:
         return torch.from_numpy(np.asarray(value))
