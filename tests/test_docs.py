@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import ROOT, need_backend
+from support import ROOT, need, need_backend
 
 import fastloss
 
@@ -20,10 +20,21 @@ MODULES = ["fastloss"] + [
     for m in pkgutil.walk_packages(fastloss.__path__, "fastloss.")
     if not m.name.startswith(("fastloss._", "fastloss.bench", "fastloss.__main__"))
 ]
+NEEDED = {
+    "fastloss.frameworks.torch": "torch",
+    "fastloss.torch": "torch",
+    "fastloss.monai": "torch",
+    "fastloss.nnunet": "torch",
+    "fastloss.nnunet.trainer": "nnunetv2",
+}
+"""What the modules whose names begin so import."""
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(backend: str, name: str) -> None:
+    for prefix, package in NEEDED.items():
+        if name.startswith(prefix):
+            need(package)
     try:
         module = importlib.import_module(name)
     except ImportError:
@@ -44,17 +55,24 @@ def test_there_are_examples() -> None:
     assert examples >= 8
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
-def test_page(backend: str, page: str) -> None:
-    """The Python blocks in order, as one program."""
+@pytest.mark.parametrize(
+    ("page", "package"), [("README.md", ""), ("README.md", "torch"), ("CONTRIBUTING.md", "")]
+)
+def test_page(backend: str, page: str, package: str) -> None:
+    """The Python blocks in order, as one program; those that say they need a package with it."""
+    if package:
+        need(package)
     text = (ROOT / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert blocks
+    blocks = re.findall(
+        r"(?:^<!-- needs: (\w+) -->\n)?^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+    )
+    assert any(needed == package for needed, _ in blocks)
     names: dict[str, object] = {"__name__": "page"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for number, block in enumerate(blocks):
-            exec(compile(block, f"{page}, block {number}", "exec"), names)
+        for number, (needed, block) in enumerate(blocks):
+            if needed in ("", package):
+                exec(compile(block, f"{page}, block {number}", "exec"), names)
     if page == "CONTRIBUTING.md":  # the example's derivatives are those of its formula
         rng = np.random.default_rng(0)
         x, y = rng.normal(size=(2, 3, 5, 4)), rng.integers(0, 3, (2, 5, 4))
