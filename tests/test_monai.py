@@ -56,9 +56,10 @@ def in_float64() -> Iterator[None]:
 
 # --------------------------------------------------------------------------- what is drawn
 
-ODD = st.sampled_from([0.0, 1e-5, 1.0])
+SMOOTH = st.sampled_from([0.0, 1e-5, 1.0])
 WEIGHT = st.floats(0.1, 3.0)
-FACTOR = st.just(0.0) | st.floats(0.05, 2.0)
+SLOPE = st.floats(0.05, 2.0)
+FACTOR = st.just(0.0) | SLOPE
 SHARE = st.integers(0, 64).map(lambda n: n / 64)  # exact in float32, like 1 minus it
 
 
@@ -76,22 +77,22 @@ def options_of(draw: Any, name: str, channels: int) -> dict[str, Any]:
         "squared_pred": draw(st.booleans()),
         "jaccard": draw(st.booleans()),
         "reduction": draw(st.sampled_from(reductions)),
-        "smooth_nr": draw(ODD),
-        "smooth_dr": draw(ODD),
+        "smooth_nr": draw(SMOOTH),
+        "smooth_dr": draw(SMOOTH),
         "batch": draw(st.booleans()),
         "soft_label": draw(st.booleans()),
         "ignore_index": draw(ignore),
         "gamma": draw(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.5])),
         "use_softmax": draw(st.booleans()),
         "w_type": draw(st.sampled_from(["square", "simple", "uniform"])),
-        "beta": draw(FACTOR),
+        "beta": draw(SLOPE),
         "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
     }
     if activation is not None:
         drawn[activation] = torch.atan if activation == "other_act" else True
     drawn |= {key: draw(FACTOR) for key in accepted if key.startswith("lambda_")}
     if name == "TverskyLoss":
-        drawn["alpha"] = draw(FACTOR)
+        drawn["alpha"] = draw(SLOPE)
     else:
         per_channel = st.lists(SHARE, min_size=counted, max_size=counted)
         kinds = [st.none(), SHARE] + [per_channel] * (name == "FocalLoss")
@@ -114,7 +115,7 @@ def calls(draw: Any, name: str, dtype: Any = np.float64) -> Call:
     batch = draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = (batch, channels, *spatial)
-    if {"sigmoid", "softmax", "use_softmax"} & options.keys():
+    if name == "FocalLoss" or "sigmoid" in options or ("softmax" in options and channels > 1):
         x = 2 * rng.normal(size=shape)
     else:
         x = rng.uniform(0.05, 0.95, shape)

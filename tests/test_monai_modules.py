@@ -159,7 +159,7 @@ PASSES: list[tuple[int, str, dict[str, Any], np.ndarray, np.ndarray]] = [
     (2, "DiceFocalLoss", SOFTMAX, LOGITS, LABELS),
     (1, "GeneralizedDiceFocalLoss", SIGMOID, LOGITS, LABELS),
     (1, "FocalLoss", ONE_HOT | FOREGROUND | {"use_softmax": True}, LOGITS, LABELS),
-    (1, "FocalLoss", FOREGROUND | {"use_softmax": True}, LOGITS, SOFT),
+    (1, "FocalLoss", FOREGROUND | {"use_softmax": True, "reduction": "sum"}, LOGITS, SOFT),
     (0, "FocalLoss", {}, LOGITS, SOFT),
     (0, "FocalLoss", ONE_HOT | {"reduction": "none"}, LOGITS, LABELS),
 ]
@@ -169,7 +169,7 @@ PASSES: list[tuple[int, str, dict[str, Any], np.ndarray, np.ndarray]] = [
 def test_what_is_fused(
     passes: int, name: str, options: dict[str, Any], x: np.ndarray, y: np.ndarray
 ) -> None:
-    """The number of passes each way; and nothing the size of the logits is kept for backward."""
+    """The number of passes each way; nothing the size of the logits is kept for backward."""
     backend = fl.backends.load_backend("reference")
     logits, target, kept = torch.tensor(x, requires_grad=True), torch.tensor(y), []
     with (
@@ -183,6 +183,10 @@ def test_what_is_fused(
         given = {t.untyped_storage().data_ptr() for t in (logits, target)}
         large = [t for t in kept if t.numel() > x.size / x.shape[1]]
         assert {t.untyped_storage().data_ptr() for t in large} <= given
+
+    expected = torch.tensor(x, requires_grad=True)
+    getattr(monai_losses, name)(**options)(expected, target).sum().backward()
+    torch.testing.assert_close(logits.grad, expected.grad, rtol=1e-5, atol=1e-8)
 
 
 def test_masked_is_fused() -> None:
