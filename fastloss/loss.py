@@ -42,8 +42,14 @@ class Loss:
     - voxel_weight: None, or (B, *spatial) or (B, 1, *spatial), non-negative: a mask or weights. A
       voxel of weight 0 counts for nothing, whatever its logits hold.
 
-    and raises ValueError or TypeError, naming the argument, for arrays that do not fit each
-    other, for labels outside [0, C) that are not ``ignore_index``, and for negative weights.
+    PyTorch tensors give PyTorch tensors. A loss that is called with logits that require a gradient
+    is differentiated by autograd, once: gradients flow to the logits alone, and second derivatives
+    raise RuntimeError. Beside the gradient no memory is taken; the arrays are kept until the
+    backward pass. `torch.compile` and `torch.export` take a loss into the graph. The methods record
+    no graph, whatever their tensors require.
+
+    Every method raises ValueError or TypeError, naming the argument, for arrays that do not fit
+    each other, for labels outside [0, C) that are not ``ignore_index``, and for negative weights.
 
     >>> import numpy as np, fastloss as fl
     >>> logits = np.zeros((1, 2, 4, 4, 4), np.float32)

@@ -236,8 +236,12 @@ def test_saved_tensors_may_be_moved() -> None:
     x, y, w = tensors(weighted=True)
     _, expected = value_and_gradient(LOSS, x, y, w)
     leaf = x.clone().requires_grad_()
-    with torch.autograd.graph.save_on_cpu():
-        value = LOSS(leaf * 1, y, w)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+        logits = leaf * 1
+        value = LOSS(logits, y, w)
+    gone = weakref.ref(logits)
+    del logits
+    assert gone() is None
     value.backward()
     assert torch.equal(leaf.grad, expected)
 

@@ -34,9 +34,9 @@ def adapter_of(array: Any, name: str) -> Adapter:
         return _NUMPY
     kind = type(array)
     if kind not in _adapters:
-        _adapters[kind] = _special(kind)
+        _adapters[kind] = _special(array)
     adapter = _adapters[kind]
-    if adapter is not None and adapter.serves(array):
+    if adapter is not None:
         return adapter
     if _DLPACK.serves(array):
         return _DLPACK
@@ -45,12 +45,13 @@ def adapter_of(array: Any, name: str) -> Adapter:
     )
 
 
-def _special(kind: type) -> Adapter | None:
-    """The adapter of the framework that this type, or one that it derives from, belongs to."""
-    for base in kind.__mro__:
+def _special(array: Any) -> Adapter | None:
+    """The adapter of the framework that the array's type, or a base of it, belongs to."""
+    for base in type(array).__mro__:
         load = _SPECIAL.get(base.__module__.partition(".")[0])
         if load is not None:
-            return load()
+            adapter = load()
+            return adapter if adapter.serves(array) else None
     return None
 
 

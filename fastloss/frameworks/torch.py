@@ -26,6 +26,7 @@ _NAMES = {
     )
     if hasattr(torch, name)
 }  # fmt: skip
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -34,15 +35,16 @@ class TorchAdapter(Adapter):
         return isinstance(array, torch.Tensor)
 
     def borrow(self, array: Any, name: str, *, write: bool = False) -> Borrowed:
-        if name not in ("logits", "out"):
-            refuse_gradient(array, name)
         dtype = _NAMES.get(array.dtype)
         if dtype is None:
             raise TypeError(f"{name}: unsupported dtype {array.dtype}")
-        array = plain(array)
+        if type(array) not in _PLAIN:
+            array = plain(array)
         if not array.is_cpu:
             _refuse_device(array, name)
         if array.requires_grad:
+            if name not in ("logits", "out"):
+                refuse_gradient(array, name)
             array = array.detach()
         try:
             if dtype == "bfloat16":  # which NumPy lacks
@@ -178,11 +180,12 @@ class _Value(torch.autograd.Function):
         if ranks is not None:
             statistics, ctx.first = ranks.join(loss, statistics)
         value, ctx.pullback = loss.combine(statistics)
-        # Of the large arrays nothing but what autograd itself keeps may stay alive: it frees
-        # that after the backward pass, and only so offloading and checkpoints can move it.
+        # Of the large arrays nothing may live longer than what autograd itself keeps of them: it
+        # frees that after the backward pass, and hooks may move it, as offloading does.
         given = (logits, target, voxel_weight)
         ctx.save_for_backward(*(a if isinstance(a, torch.Tensor) else None for a in given))
         ctx.others = tuple(None if isinstance(a, torch.Tensor) else a for a in given)
+        ctx.passes = None if _saved_tensors_hooks(True) else passes
         ctx.loss, ctx.backend, ctx.ranks = loss, passes.backend, ranks
         ctx.reuse_logits, ctx.spent = reuse_logits, False
         return ADAPTER.result(value)
@@ -196,8 +199,10 @@ class _Value(torch.autograd.Function):
             )
         saved = zip(ctx.saved_tensors, ctx.others, strict=True)
         logits, target, voxel_weight = (b if a is None else a for a, b in saved)
-        passes = ctx.loss.passes(logits, target, voxel_weight)
-        passes.backend = ctx.backend
+        passes, ctx.passes = ctx.passes, None
+        if passes is None:
+            passes = ctx.loss.passes(logits, target, voxel_weight)
+            passes.backend = ctx.backend
         coefficients = ctx.pullback(ADAPTER.upstream(upstream[0]))
         if ctx.ranks is not None:
             coefficients = ctx.ranks.own(coefficients, ctx.first, passes.arrays.logits.shape[0])
