@@ -177,7 +177,7 @@ def test_what_is_fused(
         mock.patch.object(backend, "apply", wraps=backend.apply) as apply,
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
     ):
-        getattr(ours, name)(**options)(logits, target).sum().backward()
+        getattr(ours, name)(**options).double()(logits, target).sum().backward()
     assert (reduce.call_count, apply.call_count) == (passes, passes)
     if passes and "other_act" not in options:
         given = {t.untyped_storage().data_ptr() for t in (logits, target)}
@@ -185,7 +185,7 @@ def test_what_is_fused(
         assert {t.untyped_storage().data_ptr() for t in large} <= given
 
     expected = torch.tensor(x, requires_grad=True)
-    getattr(monai_losses, name)(**options)(expected, target).sum().backward()
+    getattr(monai_losses, name)(**options).double()(expected, target).sum().backward()
     torch.testing.assert_close(logits.grad, expected.grad, rtol=1e-5, atol=1e-8)
 
 
