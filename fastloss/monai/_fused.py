@@ -114,7 +114,10 @@ def is_binary(tensor: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling() or not tensor.is_cpu:
         return False
-    return bool(((tensor == 0) | (tensor == 1)).all())
+    # Channel by channel: soft targets show at the first one, and little memory is needed.
+    return all(
+        bool(((channel == 0) | (channel == 1)).all()) for sample in tensor for channel in sample
+    )
 
 
 class Numbers:
