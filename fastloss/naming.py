@@ -30,6 +30,11 @@ def text_of(loss: LossLike) -> str:
     has the library. A term from elsewhere is named by its class and a number, which this process
     alone understands.
     """
+    if not vars(loss) and type(loss).__module__.partition(".")[0] == "fastloss":
+        # All that is known while it is being traced is that there will be a loss.
+        raise RuntimeError(
+            "loss: it is made inside a compiled function; make it outside, and call it inside"
+        )
     loss = as_loss(loss)
     text: str | None = loss.__dict__.get("_text")
     if text is None:

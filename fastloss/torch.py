@@ -54,6 +54,7 @@ __all__ = [
     "GeneralizedDice",
     "Jaccard",
     "Loss",
+    "TopKCrossEntropy",
     "Tversky",
 ]
 
@@ -182,6 +183,12 @@ class CrossEntropy(_Term):
     """`fastloss.CrossEntropy`: weight, label_smoothing, reduction."""
 
     term = fastloss.CrossEntropy
+
+
+class TopKCrossEntropy(_Term):
+    """`fastloss.TopKCrossEntropy`: k, weight."""
+
+    term = fastloss.TopKCrossEntropy
 
 
 class Focal(_Term):

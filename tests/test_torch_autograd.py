@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from support import BACKENDS, need, need_backend, python
 from torch_support import (
     PARTS,
+    TOP_K,
     needs_torch,  # noqa: F401
     options,
     tensors,
@@ -39,6 +40,13 @@ def test_gradcheck(part: Any, activation: str) -> None:
         loss = fl.Loss(part, **options(activation, kind))
         x.requires_grad_()
         assert torch.autograd.gradcheck(lambda x: loss(x, y, w), (x,))  # noqa: B023
+
+
+@pytest.mark.parametrize("part", TOP_K, ids=repr)
+def test_gradcheck_of_the_hardest_voxels(part: Any, backend: str) -> None:
+    x, y, w = tensors(kind="ignored", weighted=True)
+    loss = fl.Loss(part, ignore_index=255)
+    assert torch.autograd.gradcheck(lambda x: loss(x, y, w), (x.requires_grad_(),))
 
 
 @pytest.mark.parametrize("part", PARTS, ids=repr)

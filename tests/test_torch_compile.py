@@ -13,6 +13,7 @@ from support import need, need_backend, python, run_python
 from torch_support import (
     PARTS,
     SUMS,
+    TOP_K,
     LogCoshDice,
     needs_torch,  # noqa: F401
     options,
@@ -47,7 +48,7 @@ def name_of(loss: Any) -> str:
 # ------------------------------------------------------------------ operators
 
 
-@pytest.mark.parametrize("part", PARTS, ids=repr)
+@pytest.mark.parametrize("part", [*PARTS, *TOP_K], ids=repr)
 def test_opcheck(part: Any) -> None:
     """PyTorch's own tests of an operator: schema, fake tensors, autograd, dynamic shapes."""
     import fastloss.torch  # noqa: F401  registers the operators
@@ -121,7 +122,7 @@ def gradients(net: Any, *arguments: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "loss", [*SUMS, fl.Dice(), LogCoshDice(), fl.Loss(LOSS, activation="sigmoid")], ids=repr
+    "loss", [*SUMS, *TOP_K, fl.Dice(), LogCoshDice(), fl.Loss(LOSS, activation="sigmoid")], ids=repr
 )
 def test_model_and_loss_in_one_graph_of_any_shape(loss: Any) -> None:
     loss = copy.deepcopy(loss)  # that nothing has called yet
@@ -156,6 +157,27 @@ def test_every_way_of_calling() -> None:
     ):
         got = value_and_gradient(compiled(function), x)
         torch.testing.assert_close(got, value_and_gradient(function, x))
+
+
+def test_the_first_tensor_that_arrives_is_traced() -> None:
+    """Nothing of what serves PyTorch has been imported then, as no tensor was there before."""
+    run_python(
+        "import fastloss as fl\n"
+        "loss, term = fl.Dice() + fl.CrossEntropy(), fl.Focal()\n"
+        "import torch\n"
+        "fast = torch.compile(lambda x, y: loss(x, y) + fl.dice_loss(x, y) + term(x, y),\n"
+        "                     fullgraph=True, backend='aot_eager')\n"
+        "x = torch.zeros(1, 2, 8, requires_grad=True)\n"
+        "fast(x, torch.zeros(1, 8, dtype=torch.int64)).backward()\n"
+        "assert x.grad.any()\n"
+    )
+
+
+def test_a_loss_made_inside_a_compiled_function() -> None:
+    x, y, _ = tensors()
+    for make in (fl.Dice, lambda: fl.Loss(LOSS)):
+        with pytest.raises(RuntimeError, match="make it outside, and call it inside"):
+            compiled(lambda x, make=make: make()(x, y))(x)
 
 
 def test_backend_of_a_compiled_loss() -> None:

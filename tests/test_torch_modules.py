@@ -46,6 +46,7 @@ def test_every_module_computes_its_loss() -> None:
             ft.Dice(include_background=False, **sigmoid),
             fl.Loss(fl.Dice(include_background=False), **sigmoid),
         ),
+        (ft.TopKCrossEntropy(k=20, weight=W), fl.TopKCrossEntropy(k=20, weight=W)),
         (ft.Jaccard(batch=True), fl.Jaccard(batch=True)),
         (ft.Tversky(alpha=0.3, beta=0.7), fl.Tversky(alpha=0.3, beta=0.7)),
         (ft.GeneralizedDice(weighting="simple"), fl.GeneralizedDice(weighting="simple")),
@@ -131,6 +132,8 @@ def test_bad_arguments_of_modules() -> None:
         ft.Dice(process_group=3)
     with pytest.raises(TypeError, match="smoothing"):
         ft.Dice(smoothing=3)
+    with pytest.raises(ValueError, match=r"^process_group: TopKCrossEntropy"):
+        ft.TopKCrossEntropy(process_group=True)(x, y)
     with pytest.raises(RuntimeError, match="init_process_group"):
         ft.Dice(process_group=True)(x, y)
 

@@ -68,6 +68,8 @@ SUMS = [
     fl.Dice(reduction="none") + fl.CrossEntropy(reduction="none"),
 ]
 PARTS = [*TERMS, *SUMS]
+TOP_K = [fl.TopKCrossEntropy(k=30), fl.Dice() + fl.TopKCrossEntropy(k=100, weight=W3)]
+"""Defined for softmax of label maps."""
 
 
 def tensors(

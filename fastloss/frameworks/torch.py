@@ -38,8 +38,7 @@ class TorchAdapter(Adapter):
         dtype = _NAMES.get(array.dtype)
         if dtype is None:
             raise TypeError(f"{name}: unsupported dtype {array.dtype}")
-        if type(array) not in _PLAIN:
-            array = plain(array)
+        array = plain(array)
         if not array.is_cpu:
             _refuse_device(array, name)
         if array.requires_grad:
