@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import copy
+import importlib
+import inspect
+import os
+import pickle
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import need, need_backend
+from support import ROOT, need, need_backend, python
 
 import fastloss as fl
 
@@ -86,7 +101,7 @@ def cross_entropy(x: Any, y: Any, **options: Any) -> Any:
     return functional.cross_entropy(x, y.long(), **options)
 
 
-def top_k(x: Any, y: Any, *, k: float, **options: Any) -> Any:
+def top_k(x: Any, y: Any, *, k: float = 10, **options: Any) -> Any:
     losses = cross_entropy(x, y, reduction="none", **options).flatten()
     return losses.sort(descending=True).values[: int(losses.numel() * k / 100)].mean()
 
@@ -109,7 +124,7 @@ def dc_and_ce(
         known = y * mask
         ce_kwargs = ce_kwargs | {"ignore_index": ignore_label}
     value = weight_dice * dice(x.softmax(1), known, mask, **soft_dice_kwargs)
-    if mask is None or mask.any():
+    if weight_ce != 0 and (mask is None or mask.any()):
         value = value + weight_ce * entropy(x, y, **ce_kwargs)
     return value
 
@@ -328,3 +343,573 @@ def test_nnunet_itself(name: str, data: Any) -> None:
     call = data.draw(calls(name, torch.float32))
     with fl.use_backend(need_backend("cpu")):
         assert_same(run(made(our, call), call), run(made(their, call), call), 3e-5)
+
+
+@pytest.mark.parametrize("name", WHERE)
+def test_signatures(name: str) -> None:
+    for function in (our(name), our(name).forward):
+        theirs = their(name) if function is our(name) else their(name).forward
+        own, other = (inspect.signature(f).parameters for f in (function, theirs))
+        assert list(own) == list(other)
+        for parameter in own:
+            assert own[parameter].kind == other[parameter].kind
+            if parameter != "dice_class":
+                assert own[parameter].default == other[parameter].default
+            else:
+                assert own[parameter].default.__name__ == other[parameter].default.__name__
+
+
+# --------------------------------------------------------------------------- what is not drawn
+
+RNG = np.random.default_rng(1)
+LOGITS = torch.tensor(2 * RNG.normal(size=(2, 3, 4, 5)))
+LABELS = torch.tensor(RNG.integers(0, 3, (2, 1, 4, 5)))
+WITH_IGNORED = torch.where(torch.tensor(RNG.random((2, 1, 4, 5)) < 0.3), 3, LABELS)
+REGIONS = torch.tensor(RNG.random((2, 3, 4, 5)) < 0.4)
+WITH_CHANNEL = torch.tensor(RNG.random((2, 4, 4, 5)) < 0.4)
+WEIGHT = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+BATCH_DICE = {"batch_dice": True, "do_bg": False, "smooth": 1e-5, "ddp": False}
+
+
+def own_call(name: str, y: Any, x: Any = LOGITS, **options: Any) -> Call:
+    for part in ("soft_dice_kwargs", "ce_kwargs", "bce_kwargs"):
+        if part in inspect.signature(our(name)).parameters:
+            options.setdefault(part, BATCH_DICE if part == "soft_dice_kwargs" else {})
+    return Call(name, options, x, y)
+
+
+class HalfDice(torch.nn.Module):
+    """A Dice class that is nobody's."""
+
+    def __init__(self, apply_nonlin: Any, **options: Any) -> None:
+        super().__init__()
+        self.apply_nonlin, self.options = apply_nonlin, options
+
+    def forward(self, x: Any, y: Any, loss_mask: Any = None) -> Any:
+        return dice(self.apply_nonlin(x), y, loss_mask, **self.options) / 2
+
+
+IGNORED = {"ignore_label": 3}
+SMOOTHED = {"ce_kwargs": {"weight": WEIGHT, "label_smoothing": 0.1}}
+PER_CHANNEL = {"bce_kwargs": {"pos_weight": WEIGHT.reshape(3, 1, 1)}}
+PASSES: list[tuple[int, Call]] = [
+    (1, own_call("DC_and_CE_loss", LABELS, **SMOOTHED)),
+    (1, own_call("DC_and_CE_loss", WITH_IGNORED, **IGNORED)),
+    (1, own_call("DC_and_CE_loss", LABELS, ce_kwargs={"ignore_index": 255})),
+    (1, own_call("DC_and_CE_loss", LABELS, weight_ce=0)),
+    (2, own_call("DC_and_CE_loss", LABELS, ce_kwargs={"ignore_index": 0})),
+    (1, own_call("DC_and_CE_loss", LABELS, ce_kwargs={"reduction": "none"})),
+    (1, own_call("DC_and_BCE_loss", REGIONS, **PER_CHANNEL)),
+    (1, own_call("DC_and_BCE_loss", WITH_CHANNEL, use_ignore_label=True)),
+    (1, own_call("DC_and_topk_loss", WITH_IGNORED, **IGNORED)),
+    (1, own_call("TopKLoss", WITH_IGNORED, ignore_index=3)),
+]
+
+
+@pytest.mark.parametrize(("passes", "call"), PASSES)
+def test_what_is_fused(passes: int, call: Call) -> None:
+    """The passes that write a gradient; and nothing the size of the logits is kept for them."""
+    backend, kept = fl.backends.load_backend("reference"), []
+    with (
+        mock.patch.object(backend, "apply", wraps=backend.apply) as apply,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        x = call.x.clone().requires_grad_()
+        made(our, call)(x, call.y).sum().backward()
+    assert apply.call_count == passes
+    if call.options.get("ce_kwargs") != {"reduction": "none"}:
+        given = {t.untyped_storage().data_ptr() for t in (x, call.y)}
+        large = [t for t in kept if t.numel() > x.numel() / x.shape[1]]
+        assert {t.untyped_storage().data_ptr() for t in large} <= given
+
+
+@pytest.mark.parametrize("call", [call for _, call in PASSES], ids=lambda c: c.name)
+@pytest.mark.usefixtures("backend")
+def test_backends(call: Call) -> None:
+    single = call._replace(x=call.x.float())
+    assert_same(run(made(our, single), single), by_formula(call), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("call", [call for _, call in PASSES[:1] + PASSES[6:]])
+def test_half(call: Call, dtype: Any) -> None:
+    """Half logits are computed in float32, with a gradient scaled for float16."""
+    x = call.x.to(dtype)
+    value, gradient = run(lambda *a: 4096 * made(our, call)(*a), call._replace(x=x))
+    expected, exact = by_formula(call._replace(x=x.double()))
+    assert (value.dtype, gradient.dtype) == (torch.float32, dtype)
+    np.testing.assert_allclose(value / 4096, expected, rtol=1e-6)
+    scale = float(exact.abs().max())
+    np.testing.assert_allclose(gradient.double() / 4096, exact, rtol=1e-2, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        own_call("DC_and_CE_loss", LABELS, dice_class=HalfDice),
+        own_call("DC_and_CE_loss", WITH_IGNORED, dice_class=HalfDice, **IGNORED),
+        own_call("DC_and_BCE_loss", WITH_CHANNEL, dice_class=HalfDice, use_ignore_label=True),
+    ],
+)
+def test_dice_class_of_others(call: Call) -> None:
+    half = call.options | {"weight_dice": 0.5}
+    with mock.patch.object(ours, "HalfDice", HalfDice, create=True):
+        loss = getattr(ours, call.name)(**call.options)
+    assert_same(run(loss, call), by_formula(call._replace(options=half)), 1e-9)
+
+
+@pytest.mark.parametrize("function", [torch.nn.Softmax(dim=1), torch.nn.Softmax(1).forward])
+def test_other_softmax(function: Any) -> None:
+    call = Call("SoftDiceLoss", {"apply_nonlin": "softmax", "ddp": False}, LOGITS, LABELS)
+    loss = ours.SoftDiceLoss(function, ddp=False)
+    assert_same(run(loss, call), by_formula(call), 1e-9)
+
+
+def test_compiled_dice_is_fused() -> None:
+    """nnU-Net's trainers compile the Dice loss inside the compound one."""
+    call = PASSES[0][1]
+    loss = made(our, call)
+    loss.dc = torch.compile(loss.dc, backend="aot_eager")
+    backend = fl.backends.load_backend("reference")
+    with mock.patch.object(backend, "apply", wraps=backend.apply) as apply:
+        result = run(loss, call)
+    assert apply.call_count == 1
+    assert_same(result, by_formula(call), 1e-9)
+
+
+@pytest.mark.parametrize("call", [PASSES[i][1] for i in (1, 6, 8)], ids=lambda c: c.name)
+def test_compiled(call: Call) -> None:
+    """No graph break, and any size."""
+    torch.compiler.reset()
+    loss = made(our, call)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in (5, 4, 3):
+        part = call._replace(x=call.x[..., :size], y=call.y[..., :size])
+        assert_same(run(compiled, part), run(loss, part), 1e-12)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("call", [PASSES[i][1] for i in (1, 7, 8)], ids=lambda c: c.name)
+def test_ignored_voxels_may_hold_anything(call: Call) -> None:
+    ignored = call.y[:, -1:] == (1 if call.name == "DC_and_BCE_loss" else 3)
+    x = call.x.masked_fill(ignored, torch.nan)
+    value, gradient = run(made(our, call), call._replace(x=x))
+    expected, exact = by_formula(call)
+    np.testing.assert_allclose(value, expected, rtol=1e-9)
+    np.testing.assert_allclose(gradient, exact * ~ignored, rtol=1e-9, atol=1e-12)
+
+
+def test_class_weights_are_state() -> None:
+    """They have nnU-Net's names, follow `load_state_dict`, and what is written to them counts."""
+    call = own_call("DC_and_CE_loss", LABELS, ce_kwargs={"weight": WEIGHT})
+    loss = made(our, call)
+    assert list(loss.state_dict()) == ["ce.weight"]
+    other = own_call("DC_and_CE_loss", LABELS, ce_kwargs={"weight": WEIGHT.flip(0)})
+    loss(LOGITS, LABELS)
+    loss.load_state_dict(made(our, other).state_dict())
+    np.testing.assert_allclose(loss(LOGITS, LABELS), formula(other), rtol=1e-9)
+    loss.ce.weight.copy_(WEIGHT)
+    np.testing.assert_allclose(loss(LOGITS, LABELS), formula(call), rtol=1e-9)
+
+
+@pytest.mark.parametrize("call", [PASSES[i][1] for i in (0, 6, 8)], ids=lambda c: c.name)
+def test_copies(call: Call) -> None:
+    loss = made(our, call)
+    value = loss(call.x, call.y)
+    for again in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(again(call.x, call.y), value)
+
+
+def test_options_are_not_written_to() -> None:
+    ce, bce = {"label_smoothing": 0.1}, {"pos_weight": WEIGHT.reshape(3, 1, 1)}
+    ours.DC_and_CE_loss({}, ce, ignore_label=3)
+    ours.DC_and_topk_loss({}, {"k": 5}, ignore_label=3)
+    ours.DC_and_BCE_loss(bce, {}, use_ignore_label=True)
+    assert list(ce) == ["label_smoothing"]
+    assert list(bce) == ["pos_weight"]
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "call"),
+    [
+        (AssertionError, "ignore label", own_call("DC_and_CE_loss", REGIONS, **IGNORED)),
+        (ValueError, "target.*label map", own_call("DC_and_CE_loss", REGIONS)),
+        (ValueError, "target.*label map", own_call("DC_and_CE_loss", LABELS[:, 0])),
+        (ValueError, "label.* 3", own_call("DC_and_CE_loss", LABELS + 1)),
+        (ValueError, "label.* 3", own_call("RobustCrossEntropyLoss", LABELS + 1)),
+        (AssertionError, "one channel", own_call("RobustCrossEntropyLoss", REGIONS)),
+        (ValueError, "target.*4", own_call("DC_and_BCE_loss", REGIONS, use_ignore_label=True)),
+        (ValueError, "target", own_call("DC_and_BCE_loss", LABELS)),
+        (ValueError, "smooth", own_call("SoftDiceLoss", LABELS, smooth=-1.0)),
+        (ValueError, "k: ", own_call("TopKLoss", LABELS, k=0)),
+        (RuntimeError, "process_group", own_call("SoftDiceLoss", LABELS, batch_dice=True)),
+    ],
+)
+def test_bad_input(error: Any, match: str, call: Call) -> None:
+    with pytest.raises(error, match=match):
+        getattr(ours, call.name)(**call.options)(call.x, call.y)
+
+
+def test_import_needs_torch_alone() -> None:
+    python("import sys, fastloss.nnunet; assert 'nnunetv2' not in sys.modules").check_returncode()
+
+
+# --------------------------------------------------------------------------- deep supervision
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.25, 0.0), np.array([0.6, 0.3, 0.1]), None])
+def test_deep_supervision(weights: Any) -> None:
+    outputs = [LOGITS[..., ::step, ::step].clone().requires_grad_() for step in (1, 2, 3)]
+    targets = [LABELS[..., ::step, ::step] for step in (1, 2, 3)]
+    call = PASSES[0][1]
+    loss = ours.DeepSupervisionWrapper(made(our, call), weights)
+    factors = (1, 1, 1) if weights is None else weights
+    expected = sum(
+        w * formula(call._replace(x=x, y=y))
+        for w, x, y in zip(factors, outputs, targets, strict=True)
+    )
+    value = loss(outputs, targets)
+    np.testing.assert_allclose(value.detach(), expected.detach(), rtol=1e-9)
+    used = [x for w, x in zip(factors, outputs, strict=True) if w]
+    for got, exact in zip(
+        torch.autograd.grad(value, used), torch.autograd.grad(expected, used), strict=True
+    ):
+        np.testing.assert_allclose(got, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_deep_supervision_refuses() -> None:
+    loss = ours.RobustCrossEntropyLoss()
+    with pytest.raises(AssertionError, match="not 0"):
+        ours.DeepSupervisionWrapper(loss, (0, 0))
+    wrapper = ours.DeepSupervisionWrapper(loss, (1, 0.5))
+    with pytest.raises(AssertionError, match="lists or tuples"):
+        wrapper(LOGITS, LABELS)
+    with pytest.raises(ValueError, match="zip"):
+        wrapper([LOGITS], [LABELS])
+
+
+# --------------------------------------------------------------------------- trainers
+
+STAND_IN = {
+    "training/loss/dice.py": """
+        from torch import nn
+
+        class SoftDiceLoss(nn.Module):
+            def __init__(self, apply_nonlin=None, **options):
+                super().__init__()
+                vars(self).update(options, apply_nonlin=apply_nonlin, clip_tp=None)
+
+        class MemoryEfficientSoftDiceLoss(nn.Module):
+            def __init__(self, apply_nonlin=None, **options):
+                super().__init__()
+                vars(self).update(options, apply_nonlin=apply_nonlin)
+    """,
+    "training/loss/robust_ce_loss.py": """
+        from torch import nn
+
+        class RobustCrossEntropyLoss(nn.CrossEntropyLoss):
+            pass
+
+        class TopKLoss(RobustCrossEntropyLoss):
+            def __init__(self, weight=None, ignore_index=-100, k=10, label_smoothing=0):
+                super().__init__(weight, None, ignore_index, None, "none", label_smoothing)
+                self.k = k
+    """,
+    "training/loss/compound_losses.py": """
+        import torch
+        from torch import nn
+        from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss, SoftDiceLoss
+        from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss, TopKLoss
+        from nnunetv2.utilities.helpers import softmax_helper_dim1
+
+        class DC_and_CE_loss(nn.Module):
+            def __init__(self, soft_dice_kwargs, ce_kwargs, weight_ce=1, weight_dice=1,
+                         ignore_label=None, dice_class=SoftDiceLoss):
+                super().__init__()
+                if ignore_label is not None:
+                    ce_kwargs["ignore_index"] = ignore_label
+                self.weight_ce, self.weight_dice = weight_ce, weight_dice
+                self.ignore_label = ignore_label
+                self.ce = RobustCrossEntropyLoss(**ce_kwargs)
+                self.dc = dice_class(softmax_helper_dim1, **soft_dice_kwargs)
+
+        class DC_and_topk_loss(nn.Module):
+            def __init__(self, soft_dice_kwargs, ce_kwargs, weight_ce=1, weight_dice=1,
+                         ignore_label=None):
+                super().__init__()
+                self.weight_ce, self.weight_dice = weight_ce, weight_dice
+                self.ignore_label = ignore_label
+                self.ce = TopKLoss(**ce_kwargs)
+                self.dc = SoftDiceLoss(softmax_helper_dim1, **soft_dice_kwargs)
+
+        class DC_and_BCE_loss(nn.Module):
+            def __init__(self, bce_kwargs, soft_dice_kwargs, weight_ce=1, weight_dice=1,
+                         use_ignore_label=False, dice_class=MemoryEfficientSoftDiceLoss):
+                super().__init__()
+                if use_ignore_label:
+                    bce_kwargs["reduction"] = "none"
+                self.weight_ce, self.weight_dice = weight_ce, weight_dice
+                self.use_ignore_label = use_ignore_label
+                self.ce = nn.BCEWithLogitsLoss(**bce_kwargs)
+                self.dc = dice_class(torch.sigmoid, **soft_dice_kwargs)
+    """,
+    "training/loss/deep_supervision.py": """
+        from torch import nn
+
+        class DeepSupervisionWrapper(nn.Module):
+            def __init__(self, loss, weight_factors=None):
+                super().__init__()
+                self.loss, self.weight_factors = loss, weight_factors
+    """,
+    "training/nnUNetTrainer/nnUNetTrainer.py": """
+        import numpy as np
+        import torch
+        from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+        from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+        from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
+        class nnUNetTrainer:
+            def _build_loss(self):
+                dice = {"batch_dice": self.configuration_manager.batch_dice, "smooth": 1e-5,
+                        "do_bg": self.label_manager.has_regions, "ddp": self.is_ddp}
+                ignore = self.label_manager.ignore_label
+                if self.label_manager.has_regions:
+                    loss = DC_and_BCE_loss({}, dice, use_ignore_label=ignore is not None)
+                else:
+                    loss = DC_and_CE_loss(dice, {}, ignore_label=ignore,
+                                          dice_class=MemoryEfficientSoftDiceLoss)
+                if self._do_i_compile():
+                    loss.dc = torch.compile(loss.dc)
+                if self.enable_deep_supervision:
+                    weights = 0.5 ** np.arange(len(self._get_deep_supervision_scales()))
+                    weights[-1] = 0
+                    loss = DeepSupervisionWrapper(loss, weights / weights.sum())
+                return loss
+    """,
+    "utilities/helpers.py": """
+        def softmax_helper_dim1(x):
+            return x.softmax(1)
+    """,
+}
+"""A package with what nnU-Net's default trainer builds its loss of; none of it computes a loss."""
+
+
+@pytest.fixture
+def nnunet(tmp_path: Path) -> Iterator[Path]:
+    """The folder of a stand-in for nnU-Net, which is what is imported while a test runs."""
+    for name, text in STAND_IN.items():
+        file = tmp_path / "nnunetv2" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (*file.parents[: name.count("/")], file.parent):
+            (folder / "__init__.py").touch()
+        file.write_text(textwrap.dedent(text))
+
+    def take() -> dict[str, Any]:
+        names = [n for n in sys.modules if n.partition(".")[0] == "nnunetv2"]
+        return {n: sys.modules.pop(n) for n in [*names, TRAINER] if n in sys.modules}
+
+    held = take()
+    sys.path.insert(0, str(tmp_path))
+    importlib.invalidate_caches()
+    yield tmp_path
+    sys.path.remove(str(tmp_path))
+    take()
+    sys.modules.update(held)
+
+
+TRAINER = "fastloss.nnunet.trainer"
+
+
+def trainer(kind: Any, *, regions: bool, ignore: int | None, compiled: bool = False) -> Any:
+    """A trainer with what `_build_loss` looks at."""
+    made = object.__new__(kind)
+    made.label_manager = SimpleNamespace(has_regions=regions, ignore_label=ignore)
+    made.configuration_manager = SimpleNamespace(batch_dice=True)
+    made.is_ddp, made.enable_deep_supervision, made.device = False, True, torch.device("cpu")
+    made._get_deep_supervision_scales = lambda: [1, 0.5, 0.25]
+    made._do_i_compile = lambda: compiled
+    return made
+
+
+TRAINED: list[tuple[bool, int | None, Any]] = [
+    (False, None, LABELS),
+    (False, 3, WITH_IGNORED),
+    (True, None, REGIONS),
+    (True, 3, WITH_CHANNEL),
+]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("regions", "ignore", "y"), TRAINED)
+@pytest.mark.usefixtures("nnunet")
+def test_trainer(regions: bool, ignore: int | None, y: Any, compiled: bool) -> None:
+    kind = importlib.import_module(TRAINER).nnUNetTrainerFastloss
+    loss = trainer(kind, regions=regions, ignore=ignore, compiled=compiled)._build_loss()
+    assert type(loss.loss).__module__.startswith("fastloss.")
+    dice_options = BATCH_DICE | {"do_bg": regions}
+    if regions:
+        options: dict[str, Any] = {"use_ignore_label": ignore is not None}
+        call = own_call("DC_and_BCE_loss", y, soft_dice_kwargs=dice_options, **options)
+    else:
+        options = {"ignore_label": ignore}
+        call = own_call("DC_and_CE_loss", y, soft_dice_kwargs=dice_options, **options)
+    outputs, targets = ([a[..., ::n] for n in (1, 2, 3)] for a in (LOGITS, y))
+    backend = fl.backends.load_backend("reference")
+    with mock.patch.object(backend, "reduce", wraps=backend.reduce) as reduce:
+        value = loss(outputs, targets)
+    assert reduce.call_count == 2  # one for each output of a weight
+    each = [formula(call._replace(x=a, y=b)) for a, b in zip(outputs, targets, strict=True)]
+    np.testing.assert_allclose(value, (2 * each[0] + each[1]) / 3, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("regions", "ignore", "y"), TRAINED)
+def test_trainer_of_nnunet_itself(regions: bool, ignore: int | None, y: Any) -> None:
+    need("nnunetv2.training.nnUNetTrainer.nnUNetTrainer")
+    kind = importlib.import_module(TRAINER).nnUNetTrainerFastloss
+    own, theirs = (
+        trainer(k, regions=regions, ignore=ignore)._build_loss() for k in kind.__mro__[::2][:2]
+    )
+    outputs, targets = ([a[..., ::n] for n in (1, 2, 3)] for a in (LOGITS, y))
+    assert type(theirs).__module__.startswith("nnunetv2.")
+    np.testing.assert_allclose(own(outputs, targets), theirs(outputs, targets), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("nnunet")
+def test_from_nnunet() -> None:
+    """Options and parts are kept, those that are nobody's as they are."""
+    losses = importlib.import_module("nnunetv2.training.loss.compound_losses")
+    dice_options = {"batch_dice": True, "do_bg": False, "smooth": 0.5, "ddp": False}
+    given = losses.DC_and_topk_loss(dice_options, {"k": 30, "ignore_index": 3}, 0.5, 2, 3)
+    given.dc.clip_tp = 2.0
+    call = own_call(
+        "DC_and_topk_loss",
+        WITH_IGNORED,
+        soft_dice_kwargs=dice_options | {"clip_tp": 2.0},
+        ce_kwargs={"k": 30},
+        weight_ce=0.5,
+        weight_dice=2,
+        **IGNORED,
+    )
+    assert_same(run(ours.from_nnunet(given), call), by_formula(call), 1e-9)
+    weight = WEIGHT.flip(0)
+    given = losses.RobustCrossEntropyLoss(weight, label_smoothing=0.2, reduction="sum")
+    options = {"weight": weight, "label_smoothing": 0.2, "reduction": "sum"}
+    call = own_call("RobustCrossEntropyLoss", LABELS, **options)
+    assert_same(run(ours.from_nnunet(given), call), by_formula(call), 1e-9)
+    given = losses.DC_and_CE_loss(dice_options, {}, dice_class=HalfDice)
+    assert ours.from_nnunet(given).dc is given.dc
+    own = ours.SoftDiceLoss()
+    assert ours.from_nnunet(own) is own
+    with pytest.raises(TypeError, match="HalfDice"):
+        ours.from_nnunet(given.dc)
+
+
+@pytest.mark.usefixtures("nnunet")
+def test_dice_class_of_nnunet() -> None:
+    """A trainer that imports only the compound loss from here."""
+    theirs = importlib.import_module("nnunetv2.training.loss.dice").MemoryEfficientSoftDiceLoss
+    loss = ours.DC_and_CE_loss(BATCH_DICE, {}, dice_class=theirs)
+    assert type(loss.dc) is ours.MemoryEfficientSoftDiceLoss
+
+
+def test_three_lines_install_the_trainer(nnunet: Path, tmp_path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(Path(ours.__path__[0], "trainer.py").read_text()))
+    assert docstring is not None
+    lines = re.search(r"::\n\n((?:    .*\n)+)", docstring)
+    assert lines is not None
+    find = "import sys; sys.path += sys.argv[1:]; import fused; print(fused.nnUNetTrainerFastloss)"
+    path = os.pathsep.join([str(nnunet), str(ROOT)])
+    shown = subprocess.run(
+        ["sh", "-ec", lines[1] + f'"{sys.executable}" -c "{find}" "$nnUNet_extTrainer"'],
+        env=os.environ | {"HOME": str(tmp_path / "home"), "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "nnUNetTrainerFastloss" in shown
+
+
+def test_nnunet_finds_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = need("nnunetv2.utilities.find_objects")
+    (tmp_path / "fused.py").write_text(f"from {TRAINER} import nnUNetTrainerFastloss\n")
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
+    found = objects.recursive_find_trainer_class_by_name("nnUNetTrainerFastloss")
+    assert found is importlib.import_module(TRAINER).nnUNetTrainerFastloss
+
+
+# --------------------------------------------------------------------------- two ranks
+
+TWO_RANKS = [
+    own_call(name, y, soft_dice_kwargs=BATCH_DICE | {"ddp": True}, **options)
+    for name, y, options in (
+        ("DC_and_CE_loss", LABELS, {"dice_class": "MemoryEfficientSoftDiceLoss"}),
+        ("DC_and_CE_loss", WITH_IGNORED, IGNORED),
+        ("DC_and_BCE_loss", WITH_CHANNEL, {"use_ignore_label": True}),
+        ("DC_and_topk_loss", WITH_IGNORED, IGNORED),
+    )
+]
+
+
+def work(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    torch.set_num_threads(1)
+    fl.set_num_threads(1)
+    results: dict[Any, Any] = {}
+    for i, call in enumerate(TWO_RANKS):
+        own = call._replace(x=call.x[rank : rank + 1], y=call.y[rank : rank + 1])
+        results[i, "eager"] = run(made(our, own), own)
+        if i == 0:
+            results[i, "compiled"] = run(torch.compile(made(our, own), backend="aot_eager"), own)
+        with contextlib.suppress(ImportError):
+            importlib.import_module("nnunetv2.training.loss.compound_losses")
+            results[i, "nnU-Net"] = run(made(their, own), own)
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What each of two processes computed, for all cases."""
+    distributed = need("torch.distributed")
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        pytest.skip("torch.distributed: built without gloo")
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("i", "how"),
+    [(0, "compiled"), *((i, how) for i in range(len(TWO_RANKS)) for how in ("eager", "nnU-Net"))],
+)
+def test_two_ranks(ranks: Any, i: int, how: str) -> None:
+    """The Dice of the joined batch, the cross-entropy of each rank, the gradient to be averaged."""
+    if how == "nnU-Net":
+        their("DC_and_CE_loss")
+    call = TWO_RANKS[i]
+    leaf = call.x.clone().requires_grad_()
+
+    def part(samples: slice, **weights: float) -> Any:
+        options = call.options | weights
+        return formula(call._replace(x=leaf[samples], y=call.y[samples], options=options))
+
+    joined = part(slice(0, 2), weight_ce=0.0)
+    own = [part(slice(r, r + 1), weight_dice=0.0) for r in range(2)]
+    (gradient,) = torch.autograd.grad(joined + (own[0] + own[1]) / 2, leaf)
+    for rank, results in enumerate(ranks):
+        value, got = results[i, how]
+        by = 1e-5 if how == "nnU-Net" else 1e-9
+        np.testing.assert_allclose(value, (joined + own[rank]).detach(), rtol=by)
+        upstream = 0.5  # that of `run`
+        exact = gradient[rank : rank + 1] * 2 * upstream
+        np.testing.assert_allclose(got, exact, rtol=by, atol=by * float(exact.abs().max()))
+
+
+def test_two_ranks_without_ignored_voxels_are_one_process(ranks: Any) -> None:
+    call = TWO_RANKS[0]
+    value, gradient = by_formula(call)
+    got = [results[0, "eager"] for results in ranks]
+    np.testing.assert_allclose((got[0][0] + got[1][0]) / 2, value, rtol=1e-9)
+    np.testing.assert_allclose(torch.cat([g for _, g in got]) / 2, gradient, rtol=1e-9, atol=1e-12)
