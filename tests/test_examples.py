@@ -46,7 +46,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         need(package)
     out = tmp_path_factory.mktemp("example") / "not" / "there yet"
     options = ["--loss-impl", "both", "--steps", str(STEPS), "--patch", "16", "--out", str(out)]
-    result = train_brain(*options)
+    # In float64 rounding is no excuse: whatever the losses differ by is seen.
+    result = train_brain(*options, "--dtype", "float64")
     assert result.returncode == 0, result.stdout + result.stderr
     return out, result.stdout
 
@@ -62,7 +63,7 @@ def test_same_curve(run: tuple[Path, str]) -> None:
     assert len(losses["fastloss"]) == STEPS
     assert len(set(losses["fastloss"])) == STEPS  # it learns, or at least moves
     # The first depends on the value alone, the second on the gradient as well.
-    np.testing.assert_allclose(losses["fastloss"], losses["monai"], rtol=1e-5)
+    np.testing.assert_allclose(losses["fastloss"], losses["monai"], rtol=1e-11)
     summary = json.loads((out / "summary.json").read_text("utf-8"))
     expected = max(abs(a - b) / b for a, b in zip(losses["fastloss"], losses["monai"], strict=True))
     assert summary["difference"]["loss"] == pytest.approx(expected)
@@ -80,13 +81,13 @@ def test_progress_and_table(run: tuple[Path, str]) -> None:
 
 
 def test_memory_of_the_loss(run: tuple[Path, str]) -> None:
-    """Less than MONAI's, and not less than the gradient: 4 patches of 3 classes in float32."""
+    """Less than MONAI's, and not less than the gradient: 4 patches of 3 classes in float64."""
     out, _ = run
     measured = json.loads((out / "summary.json").read_text("utf-8"))["implementations"]
     peaks = {name: one["loss_peak_bytes"] for name, one in measured.items()}
     if None in peaks.values():
         pytest.skip("the system does not tell the peak of a process")
-    assert 0.9 * 4 * 3 * 16**3 * 4 <= peaks["fastloss"] < peaks["monai"]
+    assert 0.9 * 4 * 3 * 16**3 * 8 <= peaks["fastloss"] < peaks["monai"]
 
 
 @pytest.mark.parametrize("name", ["curve.png", "overlay.png"])
@@ -95,7 +96,7 @@ def test_pictures_show_something(run: tuple[Path, str], name: str) -> None:
     assert min(image.shape[:2]) > 300
     assert len(np.unique(image[..., 0])) > 50
     coloured = np.ptp(image, axis=2) > 0.3
-    assert coloured.mean() > 0.005
+    assert coloured.mean() > 0.0005  # of the curves, thin lines
 
 
 def test_absent_package_is_named_before_work_begins() -> None:

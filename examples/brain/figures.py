@@ -40,10 +40,13 @@ def draw_curves(histories: list[History], path: Path) -> None:
     if both:
         first, second = (np.array(history.loss) for history in histories)
         apart = np.abs(first - second) / np.abs(second)
+        dtype = histories[0].dtype
+        digit = float(np.finfo(dtype).eps)
         # A logarithm has no place for the steps at which both are the same number.
-        axes[2].semilogy(range(1, len(apart) + 1), np.maximum(apart, 1e-9), color="tab:grey")
-        axes[2].axhline(2.0**-23, color="black", linewidth=0.8, linestyle=":")
-        axes[2].annotate("float32's last digit", (1, 2.0**-23), (0, 3), textcoords="offset points")
+        floor = digit / 100
+        axes[2].semilogy(range(1, len(apart) + 1), np.maximum(apart, floor), color="tab:grey")
+        axes[2].axhline(digit, color="black", linewidth=0.8, linestyle=":")
+        axes[2].annotate(f"{dtype}'s last digit", (1, digit), (0, 3), textcoords="offset points")
         axes[2].set(title="Relative difference of the losses", xlabel="step")
     for ax in axes[:2]:
         ax.legend()

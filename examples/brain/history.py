@@ -12,6 +12,8 @@ class History:
     """What was seen while one implementation trained."""
 
     implementation: str
+    dtype: str
+    """Of the network and its logits."""
     loss: list[float] = field(default_factory=list)
     """At each step."""
     seconds: list[float] = field(default_factory=list)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from statistics import median
 from time import perf_counter
 
@@ -43,9 +45,13 @@ def make_loss(implementation: str) -> LossFunction:
     return fl.Dice(batch=True, smooth_nr=SMOOTH, smooth_dr=SMOOTH) + fl.CrossEntropy()
 
 
-def train(implementation: str, brain: Brain, steps: int, size: int, seed: int) -> History:
+def train(
+    implementation: str, brain: Brain, steps: int, size: int, seed: int, dtype: str
+) -> History:
     """Train a new network, and print how it goes. Start it in a fresh process."""
-    history = History(implementation)
+    history = History(implementation, dtype)
+    torch.set_default_dtype(getattr(torch, dtype))
+    brain = replace(brain, image=brain.image.astype(dtype))
     # First, as what training leaves behind would hide a peak.
     history.loss_memory, history.step_memory = _peak_memory(implementation, brain, size)
     torch.manual_seed(seed)
@@ -56,7 +62,6 @@ def train(implementation: str, brain: Brain, steps: int, size: int, seed: int) -
     patches = Patches(brain, size, seed)
     every = max(1, steps // POINTS)
     for step in range(1, steps + 1):
-        net.train()
         image, labels = map(torch.from_numpy, patches.draw(BATCH))
         start = perf_counter()
         optimizer.zero_grad()
@@ -139,8 +144,10 @@ def _predict(net: UNet, brain: Brain, axis: int, part: slice) -> np.ndarray:
     start = max(0, part.start - CONTEXT)
     around = brain.image.take(range(start, min(part.stop + CONTEXT, brain.image.shape[axis])), axis)
     pad = [(0, -n % DIVISOR) for n in around.shape]
-    net.eval()
-    logits = net(torch.from_numpy(np.pad(around, pad, mode="edge"))[None, None])
+    # In float32 whatever it trains in: PyTorch's float64 convolutions take gigabytes here.
+    trained = deepcopy(net).float().eval()
+    image = np.pad(around, pad, mode="edge").astype(np.float32)
+    logits = trained(torch.from_numpy(image)[None, None])
     labels = logits[0].argmax(dim=0).to(torch.uint8).numpy()
     labels = labels[tuple(slice(0, n) for n in around.shape)]
     return labels.take(range(part.start - start, part.stop - start), axis)
