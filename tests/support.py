@@ -41,7 +41,7 @@ def need_backend(name: str) -> str:
 def _absent(name: str, error: ImportError) -> None:
     if name.partition(".")[0] in REQUIRED:
         pytest.fail(f"{name} is required by FASTLOSS_REQUIRE, but: {error}", pytrace=False)
-    pytest.skip(f"{name}: {error}")
+    pytest.skip(f"{name}: {error}", allow_module_level=True)
 
 
 def python(
