@@ -233,7 +233,9 @@ def calls(draw: Any, name: str, dtype: Any) -> Call:
         options["bce_kwargs"] = bce
         total = (batch, channels + options["use_ignore_label"], *spatial)
         y = torch.tensor(rng.random(total) < draw(st.sampled_from([0.4, 0.4, 1.0])))
-        y = y.to(getattr(torch, draw(st.sampled_from(["bool", "uint8", "float32"]))))
+        kind = draw(st.sampled_from(["bool", "uint8", "float32", "soft"]))
+        soft = torch.tensor(np.where(rng.random(total) < 0.5, rng.random(total), y))
+        y = soft if kind == "soft" else y.to(getattr(torch, kind))
     else:
         ce: dict[str, Any] = {"label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0]))}
         largest = name in ("TopKLoss", "DC_and_topk_loss")
@@ -386,6 +388,7 @@ class HalfDice(torch.nn.Module):
         self.apply_nonlin, self.options = apply_nonlin, options
 
     def forward(self, x: Any, y: Any, loss_mask: Any = None) -> Any:
+        assert y.max() < x.shape[1]
         return dice(self.apply_nonlin(x), y, loss_mask, **self.options) / 2
 
 
@@ -396,7 +399,7 @@ PASSES: list[tuple[int, Call]] = [
     (1, own_call("DC_and_CE_loss", LABELS, **SMOOTHED)),
     (1, own_call("DC_and_CE_loss", WITH_IGNORED, **IGNORED)),
     (1, own_call("DC_and_CE_loss", LABELS, ce_kwargs={"ignore_index": 255})),
-    (1, own_call("DC_and_CE_loss", LABELS, weight_ce=0)),
+    (1, own_call("DC_and_CE_loss", REGIONS, weight_ce=0)),
     (2, own_call("DC_and_CE_loss", LABELS, ce_kwargs={"ignore_index": 0})),
     (1, own_call("DC_and_CE_loss", LABELS, ce_kwargs={"reduction": "none"})),
     (1, own_call("DC_and_BCE_loss", REGIONS, **PER_CHANNEL)),
@@ -465,6 +468,13 @@ def test_other_softmax(function: Any) -> None:
     assert_same(run(loss, call), by_formula(call), 1e-9)
 
 
+def test_least_denominator() -> None:
+    options = {"apply_nonlin": "softmax", "smooth": 0.0, "ddp": False}
+    mask = torch.full((2, 1, 4, 5), 1e-11, dtype=torch.float64)
+    call = Call("SoftDiceLoss", options, LOGITS, LABELS, mask)
+    assert_same(run(made(our, call), call), by_formula(call), 1e-9)
+
+
 def test_compiled_dice_is_fused() -> None:
     """nnU-Net's trainers compile the Dice loss inside the compound one."""
     call = PASSES[0][1]
@@ -499,15 +509,25 @@ def test_ignored_voxels_may_hold_anything(call: Call) -> None:
     np.testing.assert_allclose(gradient, exact * ~ignored, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["RobustCrossEntropyLoss", "TopKLoss"])
+def test_mean_over_no_voxel(name: str) -> None:
+    call = own_call(name, torch.full_like(LABELS, 3), ignore_index=3)
+    value, gradient = run(made(our, call), call)
+    assert value == 0
+    assert not gradient.any()
+
+
 def test_class_weights_are_state() -> None:
     """They have nnU-Net's names, follow `load_state_dict`, and what is written to them counts."""
     call = own_call("DC_and_CE_loss", LABELS, ce_kwargs={"weight": WEIGHT})
     loss = made(our, call)
     assert list(loss.state_dict()) == ["ce.weight"]
     other = own_call("DC_and_CE_loss", LABELS, ce_kwargs={"weight": WEIGHT.flip(0)})
-    loss(LOGITS, LABELS)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     loss.load_state_dict(made(our, other).state_dict())
     np.testing.assert_allclose(loss(LOGITS, LABELS), formula(other), rtol=1e-9)
+    # A compiled loss cannot read them, and has those that were loaded.
+    np.testing.assert_allclose(compiled(LOGITS, LABELS), formula(other), rtol=1e-9)
     loss.ce.weight.copy_(WEIGHT)
     np.testing.assert_allclose(loss(LOGITS, LABELS), formula(call), rtol=1e-9)
 
@@ -796,6 +816,13 @@ def test_from_nnunet() -> None:
     options = {"weight": weight, "label_smoothing": 0.2, "reduction": "sum"}
     call = own_call("RobustCrossEntropyLoss", LABELS, **options)
     assert_same(run(ours.from_nnunet(given), call), by_formula(call), 1e-9)
+    given = losses.DC_and_BCE_loss(PER_CHANNEL["bce_kwargs"], dice_options)
+    call = own_call("DC_and_BCE_loss", REGIONS, soft_dice_kwargs=dice_options, **PER_CHANNEL)
+    compiled = torch.compile(ours.from_nnunet(given), fullgraph=True, backend="aot_eager")
+    backend = fl.backends.load_backend("reference")
+    with mock.patch.object(backend, "apply", wraps=backend.apply) as apply:
+        assert_same(run(compiled, call), by_formula(call), 1e-9)
+    assert apply.call_count == 1
     given = losses.DC_and_CE_loss(dice_options, {}, dice_class=HalfDice)
     assert ours.from_nnunet(given).dc is given.dc
     own = ours.SoftDiceLoss()

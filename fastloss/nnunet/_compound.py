@@ -243,8 +243,8 @@ class DC_and_BCE_loss(Compound):
         self.ce = nn.BCEWithLogitsLoss(**bce_kwargs)
         self.dc = dice_class_of(dice_class)(apply_nonlin=torch.sigmoid, **soft_dice_kwargs)
         self._numbers = {"weight": Numbers(), "pos_weight": Numbers()}
-        _remember(self)
-        self.register_load_state_dict_post_hook(_remember)
+        remember_weights(self)
+        self.register_load_state_dict_post_hook(remember_weights)
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
         """The loss.
@@ -311,7 +311,7 @@ class DC_and_BCE_loss(Compound):
         return numbers if all(0 <= n < math.inf for n in numbers) else None
 
 
-def _remember(loss: Any, _: Any = None) -> None:
+def remember_weights(loss: Any, _: Any = None) -> None:
     """Read the weights while nothing is being compiled."""
     for name, numbers in loss._numbers.items():
         tensor = getattr(loss.ce, name, None)
