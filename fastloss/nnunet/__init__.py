@@ -10,11 +10,11 @@ of nnU-Net 2.8, which need not be installed.
 
 Cross-entropy and Dice are one fused loss, which takes two passes over the logits and no memory but
 the gradient's; with an ignore channel of regions, one byte per voxel more, and with top-k
-cross-entropy one number per voxel and a third pass. The following are
-computed by PyTorch's operations:
+cross-entropy one number per voxel, and a third pass. The following are computed by PyTorch's
+operations:
 
-- ``apply_nonlin`` other than softmax over the channels, sigmoid and None. Its result is read by
-  the kernels.
+- ``apply_nonlin`` other than softmax over several channels, sigmoid and None. Its result is read
+  by the kernels.
 - Cross-entropy with ``reduction="none"``, with negative class weights, or of one vector of logits
   per sample; binary cross-entropy with ``reduction="none"`` or with weights that are not one per
   channel; top-k cross-entropy with ``label_smoothing``.
@@ -33,9 +33,12 @@ What differs from nnU-Net:
   computed in float64 and give a float64 value.
 - Labels that are no class raise ValueError (RuntimeError or IndexError), those with a fraction as
   well, which nnU-Net truncates. Negative numbers in ``smooth`` or a mask raise ValueError, and so
-  does a background that is the only class and does not count (NaN).
-- ``DC_and_CE_loss`` of a dense target raises ValueError (its channel 0 was read as labels), unless
-  ``weight_ce`` is 0.
+  do masks of other shapes than (B, 1, *spatial), and a background that is the only class and does
+  not count (NaN).
+- Logits without a spatial axis are one voxel per sample for every Dice loss
+  (``MemoryEfficientSoftDiceLoss`` summed over all axes).
+- ``DC_and_CE_loss`` and ``DC_and_topk_loss`` of a dense target raise ValueError (its channel 0 was
+  read as labels), unless ``weight_ce`` is 0.
 - Voxels that are ignored or masked count for nothing even where they hold NaN.
 - The largest k percent are one voxel at least (NaN), and voxels that tie for the last places share
   them in the gradient.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastloss.monai._fused import Fused, Numbers, evaluate, fixed, kernels_take, recipe
+from fastloss.monai._inputs import at_least_float32
 from fastloss.nnunet._dice import (
     Dice,
     MemoryEfficientSoftDiceLoss,
@@ -273,8 +274,8 @@ class DC_and_BCE_loss(Compound):
         if ce is not None:
             entropy = evaluate((1.0, ce))
         else:
-            dtype = torch.promote_types(net_output.dtype, torch.float32)
-            entropy = self.ce(net_output, target.to(dtype))
+            logits = at_least_float32(net_output)
+            entropy = self.ce(logits, target.to(logits.dtype))
             if mask is not None:
                 entropy = (entropy * mask).sum() / mask.sum().clip(min=1)
         return self.weight_ce * entropy + self.weight_dice * dice

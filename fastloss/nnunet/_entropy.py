@@ -17,6 +17,7 @@ from fastloss.monai._fused import (
     kernels_take,
     recipe,
 )
+from fastloss.monai._inputs import at_least_float32
 from fastloss.terms import CrossEntropy, TopKCrossEntropy
 
 
@@ -77,7 +78,7 @@ class RobustCrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
     def _unfused(self, input: Tensor, target: Tensor) -> Tensor:
-        return super().forward(input, target)
+        return super().forward(at_least_float32(input), target)
 
 
 class TopKLoss(RobustCrossEntropyLoss):
