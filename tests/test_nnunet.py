@@ -481,6 +481,14 @@ def test_unusual(call: Call) -> None:
     assert_same(run(made(our, call), call), by_formula(call), 1e-9)
 
 
+def test_gradient_of_the_target() -> None:
+    """Of the cross-entropy alone, as nnU-Net's Dice losses give none."""
+    y = torch.rand(LOGITS.shape, dtype=torch.float64, requires_grad=True)
+    assert not ours.SoftDiceLoss(torch.sigmoid, ddp=False)(LOGITS, y).requires_grad
+    (gradient,) = torch.autograd.grad(ours.DC_and_BCE_loss({}, BATCH_DICE)(LOGITS, y), y)
+    np.testing.assert_allclose(gradient, -LOGITS / LOGITS.numel(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_top_k_is_one_voxel_at_least(smoothing: float) -> None:
     value = ours.TopKLoss(k=0.1, label_smoothing=smoothing)(LOGITS, LABELS)
@@ -821,11 +829,11 @@ def test_from_nnunet() -> None:
     losses = importlib.import_module("nnunetv2.training.loss.compound_losses")
     dice_options = {"batch_dice": True, "do_bg": False, "smooth": 0.5, "ddp": False}
     given = losses.DC_and_topk_loss(dice_options, {"k": 30, "ignore_index": 3}, 0.5, 2, 3)
-    given.dc.clip_tp = 2.0
+    given.dc.clip_tp = 8.0
     call = own_call(
         "DC_and_topk_loss",
         WITH_IGNORED,
-        soft_dice_kwargs=dice_options | {"clip_tp": 2.0},
+        soft_dice_kwargs=dice_options | {"clip_tp": 8.0},
         ce_kwargs={"k": 30},
         weight_ce=0.5,
         weight_dice=2,

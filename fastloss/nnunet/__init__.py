@@ -13,8 +13,8 @@ the gradient's; with an ignore channel of regions, one byte per voxel more, and 
 cross-entropy one number per voxel, and a third pass. The following are computed by PyTorch's
 operations:
 
-- ``apply_nonlin`` other than softmax over several channels, sigmoid and None. Its result is read
-  by the kernels.
+- ``apply_nonlin`` other than `softmax_helper_dim1` of several channels, ``torch.sigmoid`` and None.
+  Its result is read by the kernels.
 - Cross-entropy with ``reduction="none"``, with negative class weights, or of one vector of logits
   per sample; binary cross-entropy with ``reduction="none"`` or with weights that are not one per
   channel; top-k cross-entropy with ``label_smoothing``.

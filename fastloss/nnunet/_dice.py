@@ -77,15 +77,11 @@ def activation_of(function: Callable[[Tensor], Tensor] | None, channels: int) ->
     """The kernels' name of this function; None if they do not know it."""
     if function is None:
         return "none"
-    if function in (torch.sigmoid, nn.functional.sigmoid) or type(function) is nn.Sigmoid:
+    if function is torch.sigmoid:
         return "sigmoid"
-    softmax = (
-        function is softmax_helper_dim1
-        or (type(function) is nn.Softmax and function.dim == 1)
-        or (
-            getattr(function, "__name__", "") == "softmax_helper_dim1"
-            and getattr(function, "__module__", "") == "nnunetv2.utilities.helpers"
-        )
+    softmax = function is softmax_helper_dim1 or (
+        getattr(function, "__name__", "") == "softmax_helper_dim1"
+        and getattr(function, "__module__", "") == "nnunetv2.utilities.helpers"
     )
     # The target of a single channel is dense for nnU-Net, which softmax has no kernel for.
     return "softmax" if softmax and channels > 1 else None
@@ -95,9 +91,9 @@ class SoftDiceLoss(Dice):
     """−(2 TP + smooth) / max(2 TP + FP + FN + smooth, 1e-8), as nnU-Net's class of this name.
 
     Args:
-        apply_nonlin: from logits to probabilities: `softmax_helper_dim1` (ours or nnU-Net's),
-            ``nn.Softmax(dim=1)`` and ``torch.sigmoid`` are computed by the kernels, other
-            functions by PyTorch. None: x holds probabilities.
+        apply_nonlin: from logits to probabilities: `softmax_helper_dim1` (ours or nnU-Net's) and
+            ``torch.sigmoid`` are computed by the kernels, other functions by PyTorch. None: x
+            holds probabilities.
         batch_dice: sum over the samples before the formula, so that the batch is one volume.
         do_bg: whether channel 0 counts.
         smooth: at least 0.
