@@ -275,7 +275,7 @@ class Loss:
                     raise ValueError(
                         f"upstream: expected the value's shape {shape}, got {upstream.shape}"
                     )
-            coefficients = np.zeros_like(statistics.sums)
+            coefficients = np.zeros(statistics.sums.shape)
             for weight, value, pull in parts:
                 own = _reduce_to(upstream, shape, np.shape(value)) * weight
                 for slot, derivative in pull(own).items():

@@ -25,7 +25,8 @@ class VoxelwiseTerm(Term):
     reduction: str
 
     def linear(self, statistics: Statistics) -> tuple[dict[str, Any], np.ndarray]:
-        """Per slot, the coefficient of each class; and each sample's normaliser, (B,)."""
+        """Per slot, the coefficient of each class; and each sample's normaliser, (B,), or what it
+        is the sum of, (B, C)."""
         raise NotImplementedError(f"{type(self).__name__} must define linear")
 
     @property
@@ -48,7 +49,7 @@ class VoxelwiseTerm(Term):
                 value = value + coefficient * sums.sum(axis)
         if self.reduction == "none":
             value = np.broadcast_to(value, statistics.batch_size)[:, None]
-            scale = inverse(normaliser)[:, None]
+            scale = inverse(normaliser if normaliser.ndim == 1 else normaliser.sum(axis=1))[:, None]
         else:
             scale = inverse(normaliser.sum()) if self.reduction == "mean" else 1.0
         value = value * scale
@@ -116,7 +117,8 @@ class CrossEntropy(VoxelwiseTerm):
             if request.dense:
                 normaliser = statistics.voxels
             else:
-                normaliser = (weight * statistics["reference"]).sum(axis=1)
+                reference = statistics["reference"]
+                normaliser = reference if self.weight is None else weight * reference
         if epsilon:
             coefficients["uniform"] = smooth
         return coefficients, normaliser

@@ -118,19 +118,28 @@ class RegionTerm(Term):
                 "predicted" + suffix: factor * by_predicted,
             }
             if first:
-                derivatives = {k: np.pad(d, ((0, 0), (1, 0))) for k, d in derivatives.items()}
+                derivatives = {k: _with_background(d) for k, d in derivatives.items()}
             return derivatives
 
         return value, pullback
 
 
-def ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """numerator / denominator and 1 / denominator.
+def _with_background(derivative: np.ndarray) -> np.ndarray:
+    """The derivative with a class 0 in front, on which nothing depends."""
+    whole = np.zeros((derivative.shape[0], derivative.shape[1] + 1))
+    whole[:, 1:] = derivative
+    return whole
+
+
+def ratio(
+    numerator: np.ndarray, denominator: np.ndarray, smooth_dr: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """numerator / denominator and 1 / denominator, of which ``smooth_dr`` is a part.
 
     Where the denominator is 0 nothing was predicted and nothing is there: the ratio is 1, a
     perfect agreement, and the derivative 0.
     """
-    if denominator.all():
+    if smooth_dr > 0 or denominator.all():
         # Divided rather than multiplied by the inverse: equal numbers then give exactly 1.
         return numerator / denominator, 1.0 / denominator
     there = denominator != 0
@@ -158,7 +167,9 @@ class Dice(RegionTerm):
         self, overlap: np.ndarray, predicted: np.ndarray, reference: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         dice, inverse = ratio(
-            2.0 * overlap + self.smooth_nr, predicted + reference + self.smooth_dr
+            2.0 * overlap + self.smooth_nr,
+            predicted + reference + self.smooth_dr,
+            self.smooth_dr,
         )
         return 1.0 - dice, -2.0 * inverse, dice * inverse
 
@@ -175,7 +186,9 @@ class Jaccard(RegionTerm):
         self, overlap: np.ndarray, predicted: np.ndarray, reference: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         jaccard, inverse = ratio(
-            overlap + self.smooth_nr, predicted + reference - overlap + self.smooth_dr
+            overlap + self.smooth_nr,
+            predicted + reference - overlap + self.smooth_dr,
+            self.smooth_dr,
         )
         return 1.0 - jaccard, -(1.0 + jaccard) * inverse, jaccard * inverse
 
@@ -214,6 +227,7 @@ class Tversky(RegionTerm):
         index, inverse = ratio(
             overlap + self.smooth_nr,
             shared * overlap + alpha * predicted + beta * reference + self.smooth_dr,
+            self.smooth_dr,
         )
         value, by_overlap, by_predicted = (
             1.0 - index,
@@ -258,6 +272,7 @@ class GeneralizedDice(RegionTerm):
         dice, inverse = ratio(
             2.0 * (weight * overlap).sum(axis=1, keepdims=True) + self.smooth_nr,
             (weight * (predicted + reference)).sum(axis=1, keepdims=True) + self.smooth_dr,
+            self.smooth_dr,
         )
         return 1.0 - dice, -2.0 * weight * inverse, weight * dice * inverse
 
