@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from fastloss.frameworks.base import Adapter, Borrowed, as_loss
-from fastloss.frameworks.memory import advise_huge_pages
+from fastloss.frameworks.memory import LEAST, PAGE, advise_huge_pages, has_huge_pages
 from fastloss.naming import text_of
 
 if TYPE_CHECKING:
@@ -57,10 +57,12 @@ class TorchAdapter(Adapter):
         return Borrowed(view, dtype)
 
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
-        new = torch.empty_like(plain(array))
-        view = self.borrow(new, "out")
-        advise_huge_pages(view.array)
-        return new, view
+        array = plain(array)
+        if borrowed.array.nbytes >= LEAST and has_huge_pages():
+            new = _empty_on_huge_pages(array)
+        else:
+            new = torch.empty_like(array)
+        return new, self.borrow(new, "out")
 
     def result(self, value: Any) -> Any:
         return torch.from_numpy(np.asarray(value))
@@ -107,6 +109,21 @@ class TorchAdapter(Adapter):
         if ranks is not None:
             statistics, _ = ranks.join(loss, statistics)
         return self.result(loss.combine(statistics)[0])
+
+
+def _empty_on_huge_pages(like: torch.Tensor) -> torch.Tensor:
+    """As `torch.empty_like`, whole pages long and from the start of one."""
+    layout = torch.empty_like(like, device="meta")
+    item = like.element_size()
+    nbytes = -(-like.numel() * item // PAGE) * PAGE
+    memory = torch.empty((nbytes + PAGE) // item, dtype=like.dtype)
+    address = memory.data_ptr()
+    before = -address % PAGE
+    advise_huge_pages(address + before, nbytes)
+    storage = memory.untyped_storage()
+    return torch.empty(0, dtype=like.dtype).set_(
+        storage, before // item, layout.shape, layout.stride()
+    )
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ What differs from MONAI:
 - The cross-entropy of voxels whose classes all have weight 0 is 0 (NaN).
 - Integer and bool targets are taken in every loss. Second derivatives are computed where the loss
   is not fused.
-- A number given as ``weight`` stays one in the state dict, where MONAI expands it when first called.
+- A number given as ``weight`` stays one in the state dict; MONAI expands it when first called.
 - MaskedDiceLoss takes a module as ``other_act``.
 - Under ``torch.compile`` class weights are those of the last call without it, or of
   ``load_state_dict``.
