@@ -15,6 +15,10 @@ from fastloss.bench.implementations import Call
 K = TypeVar("K", bound=Hashable)
 
 
+_IN_A_ROW = 4
+_LONG = 1.0  # seconds
+
+
 def _nothing() -> None:
     pass
 
@@ -30,15 +34,18 @@ class Timed:
     """Calls in a row that make one sample, for functions that take microseconds."""
 
     def sample(self) -> float:
-        """Seconds per call.
+        """Seconds per call, in a loop as training is one: the median of a few, without the first.
 
-        Of two calls in a row the second counts, as in a loop: what it allocates, the first one had.
+        What a call allocates is then memory that the one before had. Memory that nobody had for
+        seconds costs more, most of all on a virtual machine, whose host may have taken it.
         """
+        seconds: list[float] = []
+        while len(seconds) < _IN_A_ROW and sum(seconds) * self.number < _LONG:
+            seconds.append(self._once())
+        return median(seconds[1:] or seconds)
+
+    def _once(self) -> float:
         self.reset()
-        if self.number == 1:
-            with self.active():
-                self.run()
-            self.reset()
         collecting = gc.isenabled()
         gc.disable()
         try:
