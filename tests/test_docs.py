@@ -22,6 +22,7 @@ MODULES = ["fastloss"] + [
 ]
 NEEDED = {
     "fastloss.frameworks.torch": "torch",
+    "fastloss.dropin": "torch",
     "fastloss.torch": "torch",
     "fastloss.monai": "torch",
     "fastloss.nnunet": "torch",

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastloss.dropin import Fused, Numbers, at_least_float32, evaluate, fixed, is_size, recipe
 from fastloss.monai._focal import FocalLoss
-from fastloss.monai._fused import Fused, Numbers, evaluate, fixed, fuse, is_size, recipe
+from fastloss.monai._fused import fuse
 from fastloss.monai._inputs import (
     Inputs,
-    at_least_float32,
     check_option,
     check_pair,
     ignored_for_one_channel,

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.monai._fused import Fused, Numbers, evaluate, fixed, fuse, is_binary, is_size, recipe
+from fastloss.dropin import Fused, Numbers, evaluate, fixed, is_binary, is_size, recipe
+from fastloss.monai._fused import fuse
 from fastloss.monai._inputs import Inputs, check_option
 from fastloss.monai._module import REDUCTIONS, Component
 from fastloss.monai._terms import ChannelFocal

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastloss.dropin import at_least_float32
+
 
 class Inputs(NamedTuple):
     """One call's tensors, as they came.
@@ -50,10 +52,6 @@ class Inputs(NamedTuple):
         p = activate(at_least_float32(self.logits), self.activation)
         p, g, mask = self._replace(logits=p).expanded()
         return (p, g) if mask is None else (p * mask, g * mask)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def activate(logits: Tensor, activation: str) -> Tensor:

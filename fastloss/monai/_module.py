@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from fastloss.monai._fused import Numbers
+from fastloss.dropin import Numbers
 from fastloss.monai._inputs import (
     Inputs,
     check_activation,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.monai._fused import Fused, evaluate, fixed, fuse, is_binary, is_size, recipe
+from fastloss.dropin import Fused, evaluate, fixed, is_binary, is_size, recipe
+from fastloss.monai._fused import fuse
 from fastloss.monai._inputs import Inputs, check_activation, check_option
 from fastloss.monai._module import REDUCTIONS, Activated, activated
 from fastloss.monai._terms import GeneralizedOverlap, MaskedOverlap, Overlap

@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastloss.monai._fused import Fused, Numbers, evaluate, fixed, kernels_take, recipe
-from fastloss.monai._inputs import at_least_float32
+from fastloss.dropin import (
+    Fused,
+    Numbers,
+    at_least_float32,
+    evaluate,
+    fixed,
+    kernels_take,
+    recipe,
+)
 from fastloss.nnunet._dice import (
     Dice,
     MemoryEfficientSoftDiceLoss,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastloss.monai._fused import Fused, evaluate, fixed, recipe
+from fastloss.dropin import Fused, evaluate, fixed, recipe
 from fastloss.nnunet._terms import NegativeDice
 
 

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastloss.monai._fused import (
+from fastloss.dropin import (
     Fused,
     Numbers,
     Recipe,
+    at_least_float32,
     evaluate,
     fixed,
     kernels_take,
     recipe,
 )
-from fastloss.monai._inputs import at_least_float32
 from fastloss.terms import CrossEntropy, TopKCrossEntropy
 
 
