@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import need_backend, python
+from support import need, need_backend, python
 
 import fastloss as fl
 
@@ -30,6 +30,7 @@ def bench(
     *arguments: str,
     backends: str = "reference",
     peers: str = "none",
+    frameworks: str = "none",
     absent: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
     return command(
@@ -44,6 +45,8 @@ def bench(
         backends,
         "--peers",
         peers,
+        "--frameworks",
+        frameworks,
         *arguments,
         absent=absent,
     )
@@ -102,6 +105,20 @@ def test_bench_of_the_kernels(tmp_path: Path) -> None:
     assert all(row["value_error"] < 1e-6 and row["gradient_error"] < 1e-3 for row in rows)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bench_through_pytorch(tmp_path: Path, dtype: str) -> None:
+    need("torch")
+    need("ml_dtypes")
+    file = tmp_path / "results.json"
+    result = bench("--dtype", dtype, "--json", str(file), frameworks="torch")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [row["implementation"] for row in rows] == ["reference", "torch"]
+    assert "fastloss in PyTorch" in result.stdout
+    rounding = 1e-6 if dtype == "float32" else 1e-2
+    assert all(row["value_error"] < 1e-6 and row["gradient_error"] < rounding for row in rows)
+
+
 def test_a_missing_peer_is_a_line_not_an_error(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     absent = ("jax", "jaxlib", "torch", "monai")
@@ -137,6 +154,7 @@ def test_a_missing_backend_is_a_line_too() -> None:
         (("--losses", ""), "--losses"),
         (("--backends", "cuda"), "--backends"),
         (("--peers", "keras"), "--peers"),
+        (("--frameworks", "caffe"), "--frameworks"),
         (("--volume", "nowhere.nii.gz"), "--volume"),
         (("--json", "no/such/folder/file.json"), "--json"),
         (("--speed", "9"), "--speed"),
