@@ -32,7 +32,7 @@ def test_with_torch(size, benchmark, threads):
                     loss="dice_ce",
                     threads=threads,
                     after_torch=after_torch,
-                    repeats=15,
+                    repeats=5,
                 )
                 seconds[after_torch].append(answer["seconds"])
 

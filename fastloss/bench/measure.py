@@ -15,8 +15,8 @@ from fastloss.bench.implementations import Call
 K = TypeVar("K", bound=Hashable)
 
 
-_IN_A_ROW = 4
-_LONG = 1.0  # seconds
+_LOOP = 0.4  # seconds
+_MOST = 100  # calls
 
 
 def _nothing() -> None:
@@ -34,15 +34,15 @@ class Timed:
     """Calls in a row that make one sample, for functions that take microseconds."""
 
     def sample(self) -> float:
-        """Seconds per call, in a loop as training is one: the median of a few, without the first.
+        """Seconds per call, in a loop as training is one: the median of its second half.
 
-        What a call allocates is then memory that the one before had. Memory that nobody had for
+        What a call allocates is then memory that those before had. Memory that nobody had for
         seconds costs more, most of all on a virtual machine, whose host may have taken it.
         """
         seconds: list[float] = []
-        while len(seconds) < _IN_A_ROW and sum(seconds) * self.number < _LONG:
+        while len(seconds) < _MOST and sum(seconds) * self.number < _LOOP:
             seconds.append(self._once())
-        return median(seconds[1:] or seconds)
+        return median(seconds[len(seconds) // 2 :])
 
     def _once(self) -> float:
         self.reset()

@@ -8,8 +8,8 @@ from functools import cache
 from typing import Any
 
 PAGE = 1 << 21
-LEAST = 1 << 22
-"""Bytes from which an array is worth it."""
+LEAST = 1 << 25
+"""Bytes above which allocators commonly take memory from the system each time, and give it back."""
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
