@@ -28,6 +28,13 @@ def need(module: str) -> Any:
         return _absent(module, error)
 
 
+def need_gloo() -> None:
+    """A skip where PyTorch cannot join processes; a failure where PyTorch is required."""
+    distributed = need("torch.distributed")
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        _absent("torch.distributed", ImportError("built without gloo"))
+
+
 def need_backend(name: str) -> str:
     """The name of a backend that runs here, or a skip (failure if required) that names it."""
     try:

@@ -85,8 +85,8 @@ def test_memory_of_the_loss(run: tuple[Path, str]) -> None:
     out, _ = run
     measured = json.loads((out / "summary.json").read_text("utf-8"))["implementations"]
     peaks = {name: one["loss_peak_bytes"] for name, one in measured.items()}
-    if None in peaks.values():
-        pytest.skip("the system does not tell the peak of a process")
+    if sys.platform != "linux" and None in peaks.values():
+        pytest.skip("this system does not tell the peak of a process")
     assert 0.9 * 4 * 3 * 16**3 * 8 <= peaks["fastloss"] < peaks["monai"]
 
 

@@ -134,6 +134,13 @@ def test_nothing_is_left_out_for_nan(backend: str) -> None:
     assert np.isnan(fl.TopKCrossEntropy(k=50)(x, y))
 
 
+def test_a_class_of_weight_0_costs_nothing(backend: str) -> None:
+    x, y = np.zeros((1, 2, 4), np.float32), np.array([[0, 1, 1, 1]])
+    x[0, 0, 0] = -np.inf
+    loss = fl.TopKCrossEntropy(k=100, weight=[0, 1])
+    assert loss(x, y) == pytest.approx(0.75 * np.log(2), rel=1e-6)
+
+
 def test_all_ignored(backend: str) -> None:
     x, y = example(1, 3, (8,))
     loss = fl.Loss(fl.TopKCrossEntropy(), ignore_index=9)

@@ -368,7 +368,9 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
   if (t.job.losses) {
     look_up(t, t.table, value);
     T* losses = t.losses();
-    for (int64_t v = 0, end = t.n; v < end; ++v) losses[v] = value[v] * loss[v];
+    // A class of weight 0 costs nothing, even where its loss is infinite.
+    for (int64_t v = 0, end = t.n; v < end; ++v)
+      losses[v] = value[v] == T(0) && loss[v] == T(INFINITY) ? T(0) : value[v] * loss[v];
   }
   for (int f = 0; f < s.gammas; ++f) {
     for (int64_t v = 0, end = t.padded; v < end; v += L) {
