@@ -1,0 +1,319 @@
+"""CUDA kernels compiled as C++ and run on the CPU, thread by thread.
+
+It checks what kernels compute and how their threads meet: a barrier that some threads never reach
+is an error, shared memory that nobody wrote reads as NaN, and the sanitizers of the compiler see
+what they would see in any C++. It says nothing of speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shlex
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ORDERS = ("forward", "reverse", "random")
+MOST_SHARED_BYTES = 227 * 1024
+"""Of a block, on the GPUs that have most."""
+KEPT_SECONDS = 7 * 24 * 3600
+"""A compiled library that nobody has used for so long is removed."""
+
+Triple = tuple[int, int, int]
+
+
+class CompileError(RuntimeError):
+    """The source does not compile; the message is the compiler's."""
+
+
+class LaunchError(RuntimeError):
+    """The threads of a block did something that CUDA does not allow."""
+
+
+class Library:
+    """Kernels compiled from CUDA source text for the CPU.
+
+    kernels: by name, the C++ type of the one struct that a kernel takes by value. A name may be
+    qualified or have template arguments. include: folders of headers. sanitize: for the compiler's
+    -fsanitize, as "address,undefined" or "thread"; the process must run with `preload`'s
+    environment. threads: each thread of a block is one of the operating system, not a fiber;
+    "thread" wants it. A source that does not compile raises CompileError.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        kernels: dict[str, str],
+        *,
+        include: Sequence[Path] = (),
+        sanitize: str = "",
+        threads: bool = False,
+        optimise: str = "-O1",
+    ) -> None:
+        sanitizers = [name for name in sanitize.split(",") if name]
+        if "thread" in sanitizers and not threads:
+            raise ValueError('sanitize: "thread" sees only threads; expected threads=True with it')
+        for name, symbol in (("address", "__asan_init"), ("thread", "__tsan_init")):
+            if name in sanitizers and not hasattr(ctypes.CDLL(None), symbol):
+                raise RuntimeError(
+                    f"sanitize: {name!r} needs its runtime library in the process from the start; "
+                    f"run Python with the environment of preload({name!r})"
+                )
+        flags = ["-std=c++17", optimise, "-g1", "-fPIC", "-ffp-contract=off"]
+        # Of equal symbols in two libraries the loader may otherwise take one for both.
+        flags += ["-fvisibility=hidden", "-fno-gnu-unique"]
+        if threads:
+            flags += ["-DFL_EMULATION_THREADS", "-pthread"]
+        if sanitizers:
+            flags.append("-fno-omit-frame-pointer")
+        path = _build(_translation_unit(source, kernels), include, flags, sanitizers)
+        self._numbers = {name: i for i, name in enumerate(kernels)}
+        self._lock = threading.Lock()
+        self._library = ctypes.CDLL(str(path))
+        self._library.fl_emulation_argument_bytes.restype = ctypes.c_ulonglong
+        self._launch = self._library.fl_emulation_launch
+        # AddressSanitizer has marks between the variables, and no need of poison in them.
+        if "address" not in sanitizers:
+            self._poison_statics(path)
+
+    def launch(
+        self,
+        kernel: str,
+        grid: Triple,
+        block: Triple,
+        shared_bytes: int,
+        arguments: bytes,
+        *,
+        order: str = "forward",
+        seed: int = 0,
+    ) -> None:
+        """Run a kernel to its end.
+
+        arguments: the bytes of its struct, in which arrays are addresses (`array.ctypes.data`).
+        order: of the blocks, and in which the threads of a block take turns: "forward", "reverse"
+        or "random" (by `seed`). LaunchError names the kernel, the block and the thread.
+        """
+        if kernel not in self._numbers:
+            raise ValueError(f"kernel: got {kernel!r}; expected one of {sorted(self._numbers)}")
+        number = self._numbers[kernel]
+        grid = _sizes("grid", grid, (2**31 - 1, 65535, 65535))
+        block = _sizes("block", block, (1024, 1024, 64))
+        if block[0] * block[1] * block[2] > 1024:
+            raise ValueError(f"block: got {block}; expected 1024 threads at most")
+        if not 0 <= shared_bytes <= MOST_SHARED_BYTES:
+            raise ValueError(f"shared_bytes: got {shared_bytes}; expected 0…{MOST_SHARED_BYTES}")
+        size = self._library.fl_emulation_argument_bytes(number)
+        if len(arguments) != size:
+            raise ValueError(
+                f"arguments: got {len(arguments)} bytes; expected the {size} of {kernel}'s struct"
+            )
+        if order not in ORDERS:
+            raise ValueError(f"order: got {order!r}; expected one of {ORDERS}")
+        # Kernels may ask that their struct be aligned, which bytes of Python are not.
+        room = ctypes.create_string_buffer(size + 64)
+        address = -(-ctypes.addressof(room) // 64) * 64
+        ctypes.memmove(address, arguments, size)
+        message = ctypes.create_string_buffer(2048)
+        with self._lock:
+            failed = self._launch(
+                number,
+                (ctypes.c_uint * 3)(*grid),
+                (ctypes.c_uint * 3)(*block),
+                ctypes.c_ulonglong(shared_bytes),
+                ctypes.c_void_p(address),
+                ORDERS.index(order),
+                ctypes.c_ulonglong(seed),
+                message,
+                ctypes.c_ulonglong(len(message)),
+            )
+        if failed:
+            raise LaunchError(message.value.decode(errors="replace"))
+
+    def _poison_statics(self, path: Path) -> None:
+        """Tell the runtime where static __shared__ variables lie: local to functions, and zero."""
+        symbols = subprocess.run(
+            ["nm", "--print-size", "--defined-only", str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        base, found = 0, []
+        for line in symbols.splitlines():
+            fields = line.split()
+            if fields[-1] == "fl_emulation_kernels":
+                base = int(fields[0], 16)
+            elif len(fields) == 4 and fields[2] == "b" and fields[3].startswith("_ZZ"):
+                found.append((int(fields[0], 16), int(fields[1], 16)))
+        offsets = (ctypes.c_longlong * len(found))(*(start - base for start, _ in found))
+        sizes = (ctypes.c_ulonglong * len(found))(*(size for _, size in found))
+        self._library.fl_emulation_set_statics(offsets, sizes, len(found))
+
+
+def preload(sanitizer: str) -> dict[str, str]:
+    """The environment in which Python can load a library with "address" or "thread".
+
+    FileNotFoundError: the compiler has no such runtime library.
+    """
+    name = {"address": "libasan.so", "thread": "libtsan.so"}[sanitizer]
+    found = subprocess.run(
+        [*_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not os.path.isabs(found):
+        raise FileNotFoundError(f"{name}: the compiler {_compiler()[0]} has none")
+    # CPython keeps memory to the end of the process: leaks are not looked for.
+    options = {
+        "address": {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1"},
+        "thread": {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0"},
+    }[sanitizer]
+    return {"LD_PRELOAD": found, **options}
+
+
+def _sizes(name: str, sizes: Sequence[int], most: Triple) -> Triple:
+    x, y, z = sizes
+    if not all(1 <= size <= limit for size, limit in zip((x, y, z), most, strict=True)):
+        raise ValueError(f"{name}: got {tuple(sizes)}; expected sizes from 1 to {most}")
+    return x, y, z
+
+
+def _translation_unit(source: str, kernels: dict[str, str]) -> str:
+    """The source, and a table of functions that call its kernels."""
+    lines = ['#include "cuda_shim.h"', '#line 1 "kernels.cu"', source, '#line 1 "table.cpp"']
+    table = []
+    for i, (name, argument) in enumerate(kernels.items()):
+        lines.append(
+            f"static void fl_emulation_call_{i}(const void* argument) {{\n"
+            f"  static_assert(std::is_trivially_copyable<{argument}>::value,\n"
+            f'                "a kernel takes a struct of plain bytes");\n'
+            f"  {name}(*static_cast<const {argument}*>(argument));\n}}"
+        )
+        text = name.replace("\\", "\\\\").replace('"', '\\"')
+        table.append(f'    {{"{text}", fl_emulation_call_{i}, sizeof({argument})}},')
+    lines.append(
+        'extern "C" const fl_emulation::Kernel fl_emulation_kernels[];\n'
+        "const fl_emulation::Kernel fl_emulation_kernels[] = {"
+    )
+    return "\n".join([*lines, *table, '    {"", nullptr, 0}};', ""])
+
+
+def _build(
+    text: str, include: Sequence[Path], flags: Sequence[str], sanitizers: Sequence[str]
+) -> Path:
+    """The shared library of the text, compiled now or earlier by any process of this user."""
+    headers = sorted(
+        path
+        for folder in include
+        for path in Path(folder).rglob("*")
+        if path.suffix in {".h", ".hpp", ".cuh", ".cu", ".inc"}
+    )
+    digest = hashlib.sha256()
+    parts = [text, *flags, "sanitize", *sanitizers, _compiler_version()]
+    parts += [part for path in headers for part in (str(path), path.read_text())]
+    parts += [(HERE / name).read_text() for name in ("cuda_shim.h", "runtime.cpp")]
+    for part in parts:
+        digest.update(str(len(part)).encode() + b"\n" + part.encode())
+    folder = _cache()
+    library = folder / f"{digest.hexdigest()[:32]}.so"
+    try:
+        os.utime(library)
+        return library
+    except FileNotFoundError:
+        _forget(folder)
+    folders = [f"-I{path}" for path in (HERE, *include)]
+    sanitize = [f"-fsanitize={','.join(sanitizers)}"] if sanitizers else []
+    if "undefined" in sanitizers:
+        sanitize.append("-fno-sanitize-recover=undefined")
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        work = Path(name)
+        (work / "kernels.cpp").write_text(text)
+        _compile([*flags, *sanitize, *folders, "-c", "kernels.cpp", "-o", "kernels.o"], work)
+        _compile(
+            [
+                *flags,
+                *sanitize,
+                "-shared",
+                "kernels.o",
+                str(_runtime(flags, sanitizers)),
+                "-o",
+                "library.so",
+            ],
+            work,
+        )
+        os.replace(work / "library.so", library)
+    return library
+
+
+def _runtime(flags: Sequence[str], sanitizers: Sequence[str]) -> Path:
+    """The object file of runtime.cpp, which all libraries of these flags share."""
+    flags = [flag for flag in flags if not re.fullmatch(r"-O.*", flag)] + ["-O2"]
+    if "thread" in sanitizers:
+        flags.append("-DFL_EMULATION_TSAN")
+    if "address" in sanitizers:
+        flags.append("-fsanitize=address")
+    digest = hashlib.sha256()
+    for part in [
+        *flags,
+        _compiler_version(),
+        *((HERE / name).read_text() for name in ("cuda_shim.h", "runtime.cpp")),
+    ]:
+        digest.update(str(len(part)).encode() + b"\n" + part.encode())
+    folder = _cache()
+    path = folder / f"{digest.hexdigest()[:32]}.o"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            work = Path(name)
+            _compile(
+                [*flags, f"-I{HERE}", "-c", str(HERE / "runtime.cpp"), "-o", "runtime.o"], work
+            )
+            os.replace(work / "runtime.o", path)
+    return path
+
+
+def _compile(arguments: Sequence[str], folder: Path) -> None:
+    command = [*_compiler(), *arguments]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise CompileError(f"{shlex.join(command)}\n{result.stdout}{result.stderr}")
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
+@functools.cache
+def _version_of(compiler: tuple[str, ...]) -> str:
+    command = [*compiler, "--version"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _compiler_version() -> str:
+    command = _compiler()
+    return f"{command} {_version_of(tuple(command))}"
+
+
+def _cache() -> Path:
+    """The folder of compiled libraries, which no other user may write to."""
+    folder = Path(tempfile.gettempdir()) / f"fastloss-cuda-emulation-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022 or folder.is_symlink():
+        raise RuntimeError(f"{folder} could be written to by others; remove it")
+    return folder
+
+
+def _forget(folder: Path) -> None:
+    """Remove libraries that were last used long ago."""
+    oldest = time.time() - KEPT_SECONDS
+    for path in folder.glob("*.so"):
+        try:
+            if path.stat().st_mtime < oldest:
+                path.unlink()
+        except FileNotFoundError:  # by another process
+            pass
