@@ -253,6 +253,28 @@ class Loss:
 
     def combine(self, statistics: Statistics) -> tuple[Any, Callable[[Any], np.ndarray]]:
         """The value, and from its upstream gradient (None: 1) the derivative by every sum."""
+        total, pull = self.formulas(statistics)
+        shape = np.shape(total)
+
+        def pullback(upstream: Any) -> np.ndarray:
+            """(S, B, C): the derivative by every sum."""
+            if upstream is None:
+                upstream = 1.0
+            else:
+                upstream = np.asarray(upstream, np.float64)
+                if upstream.shape != shape:
+                    raise ValueError(
+                        f"upstream: expected the value's shape {shape}, got {upstream.shape}"
+                    )
+            return pull(upstream)
+
+        return statistics.dtype.type(total), pullback
+
+    def formulas(self, statistics: Statistics) -> tuple[Any, Callable[[Any], np.ndarray]]:
+        """As `combine`, in float64, with an upstream gradient of the value's shape, or 1.0.
+
+        The sums may be arrays that record what is done with them, in place of NumPy's.
+        """
         parts = [(weight, *term.combine(statistics)) for weight, term in self.terms]
         total = parts[0][1] if parts[0][0] == 1.0 else parts[0][0] * parts[0][1]
         for weight, value, _ in parts[1:]:
@@ -266,23 +288,14 @@ class Loss:
         shape = np.shape(total)
 
         def pullback(upstream: Any) -> np.ndarray:
-            """(S, B, C): the derivative by every sum."""
-            if upstream is None:
-                upstream = 1.0
-            else:
-                upstream = np.asarray(upstream, np.float64)
-                if upstream.shape != shape:
-                    raise ValueError(
-                        f"upstream: expected the value's shape {shape}, got {upstream.shape}"
-                    )
-            coefficients = np.zeros(statistics.sums.shape)
+            coefficients = np.zeros(statistics.sums.shape, like=statistics.sums)
             for weight, value, pull in parts:
                 own = _reduce_to(upstream, shape, np.shape(value)) * weight
                 for slot, derivative in pull(own).items():
                     coefficients[statistics.request.index[slot]] += derivative
             return coefficients
 
-        return statistics.dtype.type(total), pullback
+        return total, pullback
 
     def __add__(self, other: object) -> Loss:
         return Loss(self, other) if isinstance(other, (Term, Loss)) else NotImplemented
@@ -386,10 +399,10 @@ def _term_of_voxels(terms: list[Term]) -> TopKCrossEntropy | None:
 
 def _reduce_to(upstream: Any, shape: tuple[int, ...], own: tuple[int, ...]) -> Any:
     """The upstream gradient of one term whose value was broadcast to the total's shape."""
-    if not isinstance(upstream, np.ndarray):
-        upstream = np.full(shape, upstream) if own != shape else upstream
     if own == shape:
         return upstream
+    if isinstance(upstream, float):
+        upstream = np.full(shape, upstream)
     axes = tuple(range(len(shape) - len(own)))
     axes += tuple(i + len(axes) for i, n in enumerate(own) if n == 1 and shape[i + len(axes)] != 1)
     return upstream.sum(axis=axes, keepdims=True).reshape(own)

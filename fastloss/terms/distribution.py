@@ -63,9 +63,9 @@ class VoxelwiseTerm(Term):
 
 def inverse(normaliser: Any) -> Any:
     """1 / normaliser, and 0 where nothing was counted: the mean over no voxel is 0."""
-    if isinstance(normaliser, np.ndarray) and normaliser.ndim:
-        return np.divide(1.0, normaliser, out=np.zeros_like(normaliser), where=normaliser > 0)
-    return 1.0 / normaliser if normaliser > 0 else 0.0
+    if isinstance(normaliser, float):  # NumPy's are
+        return 1.0 / normaliser if normaliser > 0 else 0.0
+    return np.divide(1.0, normaliser, out=np.zeros_like(normaliser), where=normaliser > 0)
 
 
 class CrossEntropy(VoxelwiseTerm):

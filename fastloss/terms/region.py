@@ -126,7 +126,7 @@ class RegionTerm(Term):
 
 def _with_background(derivative: np.ndarray) -> np.ndarray:
     """The derivative with a class 0 in front, on which nothing depends."""
-    whole = np.zeros((derivative.shape[0], derivative.shape[1] + 1))
+    whole = np.zeros((derivative.shape[0], derivative.shape[1] + 1), like=derivative)
     whole[:, 1:] = derivative
     return whole
 
@@ -139,7 +139,7 @@ def ratio(
     Where the denominator is 0 nothing was predicted and nothing is there: the ratio is 1, a
     perfect agreement, and the derivative 0.
     """
-    if smooth_dr > 0 or denominator.all():
+    if smooth_dr > 0:
         # Divided rather than multiplied by the inverse: equal numbers then give exactly 1.
         return numerator / denominator, 1.0 / denominator
     there = denominator != 0
