@@ -21,7 +21,7 @@ from fastloss.terms import (
 )
 from fastloss.terms.base import Term
 
-_LOSS_OPTIONS = ("activation", "ignore_index", "channel_axis")
+_LOSS_OPTIONS = ("activation", "ignore_index", "channel_axis", "validate")
 _FOCAL_OPTIONS = ("gamma", "alpha")
 _CROSS_ENTROPY_OPTIONS = ("label_smoothing",)
 

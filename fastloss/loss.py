@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastloss.arrays import Arrays, arrange, channels_second, check_out
-from fastloss.backends import current_backend
+from fastloss.backends import Backend, current_backend
 from fastloss.frameworks import Borrowed, adapter_of, borrow
 from fastloss.request import ACTIVATIONS, Request, make_request
 from fastloss.statistics import Statistics
 from fastloss.terms.base import Term, check_choice
 from fastloss.terms.distribution import TopKCrossEntropy
 from fastloss.voxel_losses import VoxelLosses
+
+if TYPE_CHECKING:
+    from fastloss.backends.cuda import DevicePasses
 
 
 class Loss:
@@ -30,12 +33,15 @@ class Loss:
             or there is one channel, voxels that hold this number.
         channel_axis: the axis of the channels in logits and dense targets, 1 or for instance
             -1; any axis but the first.
+        validate: on a GPU, wait for the reduce pass and raise the error for bad labels or voxel
+            weights. Without it nothing waits, and they make the value and the gradient NaN. On a
+            CPU they always raise.
 
     Every method takes
 
     - logits: (B, C, *spatial), float16, bfloat16, float32 or float64, in any strides; or
       probabilities in [0, 1] with ``activation="none"``. NumPy, or anything with ``__dlpack__``
-      in CPU memory, which is read without a copy.
+      in CPU memory or on a CUDA device, which is read without a copy.
     - target: a label map (B, *spatial) or (B, 1, *spatial) of integers in [0, C), in any integer,
       bool or floating dtype; or a dense target (B, C, *spatial): one-hot, multi-label or soft.
       With one channel and no softmax the target is that channel's mask.
@@ -50,6 +56,10 @@ class Loss:
 
     Every method raises ValueError or TypeError, naming the argument, for arrays that do not fit
     each other, for labels outside [0, C) that are not ``ignore_index``, and for negative weights.
+
+    Arrays on a CUDA device are computed there, on the caller's current stream, and nothing waits
+    for it; results stay there, in CuPy arrays where the framework is not PyTorch. All arrays of a
+    call lie in one memory.
 
     >>> import numpy as np, fastloss as fl
     >>> logits = np.zeros((1, 2, 4, 4, 4), np.float32)
@@ -66,6 +76,7 @@ class Loss:
         activation: str | None = None,
         ignore_index: int | None = None,
         channel_axis: int | None = None,
+        validate: bool | None = None,
     ) -> None:
         if not terms:
             raise ValueError("terms: expected at least one term")
@@ -73,6 +84,7 @@ class Loss:
             "activation": activation,
             "ignore_index": ignore_index,
             "channel_axis": channel_axis,
+            "validate": None if validate is None else bool(validate),
         }
         if activation is not None:
             check_choice("activation", activation, ACTIVATIONS)
@@ -103,7 +115,7 @@ class Loss:
         self.terms: tuple[tuple[float, Term], ...] = tuple(weighted)
         self._options: dict[str, Any] = options
         self.needs = frozenset().union(*(term.requires for _, term in self.terms))
-        self._of_voxels = _term_of_voxels([term for _, term in self.terms])
+        self.term_of_voxels = _term_of_voxels([term for _, term in self.terms])
         self._checked: set[int] = set()
 
     @property
@@ -119,9 +131,13 @@ class Loss:
         return int(self._options.get("channel_axis", 1))
 
     @property
+    def validate(self) -> bool:
+        return bool(self._options.get("validate", False))
+
+    @property
     def additive(self) -> bool:
         """Whether the sums over a volume's chunks determine the value."""
-        return self._of_voxels is None
+        return self.term_of_voxels is None
 
     @property
     def sums_over_batch(self) -> bool:
@@ -159,7 +175,7 @@ class Loss:
         """
         passes = self.passes(logits, target, voxel_weight)
         out, view = passes.output(out)
-        value, pullback = self.combine(passes.reduce())
+        value, pullback = passes.combine(passes.reduce())
         passes.apply(pullback(passes.adapter.upstream(upstream)), view)
         return passes.adapter.result(value), out
 
@@ -179,7 +195,9 @@ class Loss:
     def value(self, statistics: Statistics) -> Any:
         """The value of the loss from the sums over all its chunks."""
         self._check_statistics(statistics)
-        return self.combine(statistics)[0]
+        if isinstance(statistics.sums, np.ndarray):
+            return self.combine(statistics)[0]
+        return _on_device(borrow(statistics.sums, "statistics")).combine(self, statistics)[0]
 
     def gradient(
         self,
@@ -203,12 +221,13 @@ class Loss:
         else:
             self.check_additive("statistics")
             self._check_statistics(statistics)
-            if statistics.sums.shape != own.sums.shape or statistics.request != own.request:
+            same = statistics.sums.shape == own.sums.shape and statistics.request == own.request
+            if not same or type(statistics.sums) is not type(own.sums):
                 raise ValueError(
                     "statistics: expected the sums of this loss over chunks like these arrays, got "
                     f"{statistics._describe()}"
                 )
-        passes.apply(self.combine(statistics)[1](passes.adapter.upstream(upstream)), view)
+        passes.apply(passes.combine(statistics)[1](passes.adapter.upstream(upstream)), view)
         return out
 
     # ------------------------------------------------------------------ how it is done
@@ -225,8 +244,8 @@ class Loss:
             self._checked.add(classes)
         if arrays.dense and not self.additive:
             raise ValueError(
-                f"target: {type(self._of_voxels).__name__} takes a label map, got a dense target "
-                f"{arrays.target.shape}"
+                f"target: {type(self.term_of_voxels).__name__} takes a label map, got a dense "
+                f"target {arrays.target.shape}"
             )
         return make_request(self.activation, arrays.dense, self.ignore_index, self.needs)
 
@@ -234,8 +253,8 @@ class Loss:
         """Raise ValueError, naming the argument, if the loss is no function of sums."""
         if not self.additive:
             raise ValueError(
-                f"{name}: {type(self._of_voxels).__name__} is no function of sums over voxels, so "
-                "parts of the data cannot be joined"
+                f"{name}: {type(self.term_of_voxels).__name__} is no function of sums over voxels, "
+                "so parts of the data cannot be joined"
             )
 
     def _check_statistics(self, statistics: Statistics) -> None:
@@ -319,8 +338,8 @@ class Loss:
     __rmul__ = __mul__
 
     def __getstate__(self) -> dict[str, Any]:
-        # The name of a loss may be understood by this process alone.
-        return {k: v for k, v in self.__dict__.items() if k != "_text"}
+        # The name of a loss may be understood by this process alone; programs are made again.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_text", "_programs")}
 
     def __repr__(self) -> str:
         parts = [repr(t) if w == 1.0 else f"{w!r} * {t!r}" for w, t in self.terms]
@@ -338,6 +357,10 @@ class Passes:
         self.logits = self.adapter.borrow(logits, "logits")
         self.target = borrow(target, "target")
         self.voxel_weight = None if voxel_weight is None else borrow(voxel_weight, "voxel_weight")
+        self.device: DevicePasses | None = None
+        places = (self.logits.place, self.target.place, self.voxel_weight and self.voxel_weight[2])
+        if places != (None, None, None):
+            self.device = _on_device(self.logits, self.target, self.voxel_weight)
         self.arrays = arrange(
             self.logits,
             self.target,
@@ -346,14 +369,18 @@ class Passes:
             channel_axis=loss.channel_axis,
         )
         self.request = loss._request(self.arrays)
-        self.backend = current_backend()
+        # Which backend computes is a choice for arrays in CPU memory.
+        self.backend: Backend | None = current_backend() if self.device is None else None
         self._losses: VoxelLosses | None = None
 
     def reduce(self) -> Statistics:
+        if self.device is not None:
+            return self.device.reduce(self.loss, self.request, self.arrays)
+        assert self.backend is not None
         batch, classes = self.arrays.logits.shape[:2]
         sums = np.empty((len(self.request.slots), batch, classes))
         voxels = np.empty(batch)
-        term = self.loss._of_voxels
+        term = self.loss.term_of_voxels
         if term is None:
             self.backend.reduce(self.request, self.arrays, sums, voxels)
         else:
@@ -365,11 +392,19 @@ class Passes:
                 sums[self.request.index["top_k"], 0, 0] = self._losses.keep_largest(term.k)
         return Statistics(self.request, sums, voxels, self.arrays.value_dtype)
 
+    def combine(self, statistics: Statistics) -> tuple[Any, Callable[[Any], Any]]:
+        """The value, and from its upstream gradient what `apply` takes."""
+        if self.device is not None:
+            return self.device.combine(self.loss, statistics)
+        return self.loss.combine(statistics)
+
     def output(self, out: Any) -> tuple[Any, Borrowed]:
         """The array that takes the gradient, as the caller sees it, and its view."""
         if out is None:
             return self.adapter.empty_like(self.caller_logits, self.logits)
         view = borrow(out, "out", write=True)
+        if self.device is not None or view.place is not None:
+            _on_device(self.logits, None, None, view)
         self.check_output(view)
         return out, view
 
@@ -380,13 +415,27 @@ class Passes:
             others.append(("voxel_weight", self.voxel_weight))
         check_out(view, self.logits, others)
 
-    def apply(self, coefficients: np.ndarray, out: Borrowed) -> None:
-        if self._losses is None and not self.loss.additive:
-            self.reduce()  # in another call than the first
+    def apply(self, coefficients: Any, out: Borrowed) -> None:
+        """Write the gradient, given what `combine` returns for the upstream gradient."""
         view = out.array
         if self.loss.channel_axis != 1:
             view = channels_second(view, self.loss.channel_axis, "out")
+        if self.device is not None:
+            self.device.apply(self.loss, self.request, self.arrays, coefficients, view)
+            return
+        if self._losses is None and not self.loss.additive:
+            self.reduce()  # in another call than the first
+        assert self.backend is not None
         self.backend.apply(self.request, self.arrays, coefficients, view, self._losses)
+
+
+def _on_device(logits: Borrowed, *others: Borrowed | None) -> DevicePasses:
+    """For arrays on a GPU. ValueError, naming the argument, if they do not all lie there."""
+    from fastloss.backends.cuda import DevicePasses, check_places
+
+    check_places(logits, *others)
+    assert logits.place is not None
+    return DevicePasses(logits.place)
 
 
 def _term_of_voxels(terms: list[Term]) -> TopKCrossEntropy | None:

@@ -43,6 +43,7 @@ def text_of(loss: LossLike) -> str:
             "activation": loss.activation,
             "ignore_index": loss.ignore_index,
             "channel_axis": loss.channel_axis,
+            "validate": loss.validate,
         }
         text = json.dumps(parts, default=int)  # int: NumPy's integers
         loss.__dict__["_text"] = text

@@ -3,7 +3,7 @@
 Every module is called as ``module(logits, target, voxel_weight=None)`` with arrays as
 `fastloss.Loss` takes them, and takes besides the options of its terms
 
-- activation, ignore_index, channel_axis: as `fastloss.Loss`.
+- activation, ignore_index, channel_axis, validate: as `fastloss.Loss`.
 - reuse_logits: write the gradient over the logits' memory in the backward pass, which then
   allocates nothing. The logits' values are gone after it: autograd raises RuntimeError if another
   operation of the graph needs them, and so does a second backward pass. ValueError for logits that
@@ -73,13 +73,18 @@ class Loss(torch.nn.Module):
         activation: str | None = None,
         ignore_index: int | None = None,
         channel_axis: int | None = None,
+        validate: bool | None = None,
         reuse_logits: bool = False,
         process_group: Any = None,
         shard: str = "batch",
     ) -> None:
         super().__init__()
         self.loss = fastloss.Loss(
-            *terms, activation=activation, ignore_index=ignore_index, channel_axis=channel_axis
+            *terms,
+            activation=activation,
+            ignore_index=ignore_index,
+            channel_axis=channel_axis,
+            validate=validate,
         )
         """What is computed."""
         self.reuse_logits = bool(reuse_logits)
@@ -165,7 +170,8 @@ class Loss(torch.nn.Module):
 
 
 _LOSS_OPTIONS = (
-    "activation", "ignore_index", "channel_axis", "reuse_logits", "process_group", "shard"
+    "activation", "ignore_index", "channel_axis", "validate", "reuse_logits", "process_group",
+    "shard",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import numpy as np
 import pytest
 
 import fastloss as fl
+from fastloss.backends import add_backend
 
-BACKENDS = ("cpu", "numba", "reference")
+EMULATED = "emulated cuda"
+"""The CUDA kernels, run on the CPU."""
+BACKENDS = ("cpu", "numba", "reference", EMULATED)
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = frozenset(filter(None, os.environ.get("FASTLOSS_REQUIRE", "").split(",")))
 """What continuous integration has installed: its absence is then a failure, not a skip."""
@@ -37,12 +41,21 @@ def need_gloo() -> None:
 
 def need_backend(name: str) -> str:
     """The name of a backend that runs here, or a skip (failure if required) that names it."""
+    if name == EMULATED:
+        _add_emulated()
     try:
         with fl.use_backend(name):
             return name
     except ImportError as error:
         _absent(name, error)
         raise
+
+
+@cache
+def _add_emulated() -> None:
+    from device_backend import DeviceBackend, EmulatedDevice
+
+    add_backend(DeviceBackend(EMULATED, EmulatedDevice()))
 
 
 def _absent(name: str, error: ImportError) -> None:

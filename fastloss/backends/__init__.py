@@ -1,4 +1,4 @@
-"""Who computes the two passes: C++, Numba or NumPy."""
+"""Who computes the two passes: C++, Numba or NumPy; for arrays on a GPU, CUDA."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ __all__ = [
     "BACKENDS",
     "REMEDIES",
     "Backend",
+    "add_backend",
     "current_backend",
     "limit_threads",
     "load_backend",
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 BACKENDS = ("cpu", "numba", "reference")
-"""The names of the backends, fastest first."""
+"""The names of the backends for arrays in CPU memory, fastest first."""
 
 REMEDIES = {
     "cpu": "install a C++ compiler and then fastloss again",
@@ -38,14 +39,20 @@ _default: dict[str, Backend] = {}
 
 def load_backend(name: str) -> Backend:
     """The backend of this name. ValueError: no such name; ImportError: it cannot run here."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     if name not in _loaded:
+        if name not in BACKENDS:
+            names = ", ".join(map(repr, BACKENDS))
+            raise ValueError(f"backend: expected one of {names}, got {name!r}")
         backend: Backend = import_module(f"fastloss.backends.{name}").BACKEND
         if _threads:
             backend.set_num_threads(_threads)
         _loaded[name] = backend
     return _loaded[name]
+
+
+def add_backend(backend: Backend) -> None:
+    """Make a backend known by its name in this process, as tests do with theirs."""
+    _loaded[backend.name] = backend
 
 
 def limit_threads(number: int) -> None:
@@ -59,6 +66,8 @@ def limit_threads(number: int) -> None:
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Compute with this backend inside the ``with`` block, in this thread.
+
+    Arrays on a GPU are computed there, whatever is chosen here.
 
     Args:
         name: "cpu" (C++), "numba" or "reference" (NumPy, float64).

@@ -23,6 +23,7 @@ from fastloss.backends import (
     _numba_tile,
     _numba_two_classes,
 )
+from fastloss.backends._axes import merge_axes
 from fastloss.backends._numba_rows import loader, storer
 from fastloss.backends._numba_threads import Pool
 from fastloss.backends._numba_tile import WIDTH
@@ -241,28 +242,14 @@ def _layout(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The plan of a kernel, and its operands without their addresses."""
     batch, channels, *spatial = shape
-    operands: list[tuple[int, int, list[int]]] = [(logits[0], logits[1], list(logits[2:]))]
-    if dense:
-        operands.append((target[0], target[1], list(target[2:])))
-    else:
-        operands.append((target[0], 0, list(target[1:])))
-    operands.append((weight[0], 0, list(weight[1:])) if weight else (0, 0, [0] * len(spatial)))
-    operands.append((out[0], out[1], list(out[2:])) if out else (0, 0, [0] * len(spatial)))
-    offsets = [0, 0, 0, 0]
-    axes = [(n, [o[2][i] for o in operands]) for i, n in enumerate(spatial) if n != 1]
-    # Sums do not mind the order: go through memory upwards, and as one axis where it has no gaps.
-    for i, (n, steps) in enumerate(axes):
-        if steps[0] < 0:
-            offsets = [o + s * (n - 1) for o, s in zip(offsets, steps, strict=True)]
-            axes[i] = (n, [-s for s in steps])
-    axes.sort(key=lambda axis: -axis[1][0])
-    merged: list[tuple[int, list[int]]] = []
-    for n, steps in axes:
-        if merged and all(s == n * t for s, t in zip(merged[-1][1], steps, strict=True)):
-            merged[-1] = (merged[-1][0] * n, steps)
-        else:
-            merged.append((n, steps))
-    merged = merged or [(1, [0, 0, 0, 0])]
+    nothing = (0,) * len(spatial)
+    operands = [
+        (logits[0], logits[1], logits[2:]),
+        (target[0], target[1], target[2:]) if dense else (target[0], 0, target[1:]),
+        (weight[0], 0, weight[1:]) if weight else (0, 0, nothing),
+        (out[0], out[1], out[2:]) if out else (0, 0, nothing),
+    ]
+    offsets, merged = merge_axes(spatial, [steps for _, _, steps in operands])
 
     voxels = 1
     for n in spatial:

@@ -23,7 +23,7 @@ class ReferenceBackend(Backend):
         voxels: np.ndarray,
         losses: VoxelLosses | None = None,
     ) -> None:
-        _check(request, arrays)
+        check_targets(request, arrays)
         for b in range(arrays.logits.shape[0]):
             x, g, m = _sample(request, arrays, b)
             with np.errstate(all="ignore"):
@@ -182,7 +182,8 @@ def _sample(request: Request, arrays: Arrays, b: int) -> Fields:
     return np.where(m == 0, 0.0, x), np.where(m == 0, 0.0, g), m
 
 
-def _check(request: Request, arrays: Arrays) -> None:
+def check_targets(request: Request, arrays: Arrays) -> None:
+    """Raise ValueError for labels that are no class and for bad voxel weights."""
     classes = arrays.logits.shape[1]
     if not arrays.dense:
         labels = _load(arrays.target, arrays.target_dtype)

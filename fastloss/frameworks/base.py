@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
@@ -18,12 +19,63 @@ if TYPE_CHECKING:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+class Place:
+    """A GPU and the stream that work is queued on, and its memory in arrays of one framework.
+
+    Attributes:
+        ordinal: the number of the CUDA device.
+        stream: the address of the stream.
+    """
+
+    ordinal: int
+    stream: int
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """A new array in C order, from the framework's own allocator."""
+        raise NotImplementedError(f"{type(self).__name__} must define empty")
+
+    def array(self, values: Any, dtype: str) -> Any:
+        """Anybody's numbers as an array here, in C order."""
+        raise NotImplementedError(f"{type(self).__name__} must define array")
+
+    def address(self, array: Any) -> int:
+        """Where an array of the framework lies."""
+        raise NotImplementedError(f"{type(self).__name__} must define address")
+
+    def numpy(self, array: Any) -> np.ndarray:
+        """A copy in the processor's memory, once all that is queued is done."""
+        raise NotImplementedError(f"{type(self).__name__} must define numpy")
+
+
 class Borrowed(NamedTuple):
-    """A view of somebody's memory. bfloat16, which NumPy lacks, is seen as uint16."""
+    """A view of somebody's memory. bfloat16, which NumPy lacks, is seen as uint16.
+
+    Where ``place`` is given, the memory is a GPU's: of ``array`` the shape, strides and address
+    may be looked at, the numbers not.
+    """
 
     array: np.ndarray
     dtype: str
     """The name of the dtype: "float32", "bfloat16", "uint8", …"""
+    place: Place | None = None
+
+
+def device_view(
+    owner: Any, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str
+) -> np.ndarray:
+    """What stands for an array in a GPU's memory in `Borrowed`; strides in bytes.
+
+    The ``owner`` of the memory lives as long as the view.
+    """
+    item = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+    if 0 in shape:
+        return np.empty(shape, item)
+    steps = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
+    below = -sum(step for step in steps if step < 0)
+    span = item.itemsize + below + sum(step for step in steps if step > 0)
+    memory = (ctypes.c_char * span).from_address(address - below)
+    memory.owner = owner  # type: ignore[attr-defined]
+    return np.ndarray(shape, item, memory, below, strides)
 
 
 class Adapter:
@@ -59,17 +111,20 @@ class Adapter:
         return value
 
     def upstream(self, gradient: Any) -> Any:
-        """The gradient of the final result by the value, as something NumPy takes."""
+        """The gradient of the final result by the value, as something NumPy takes.
+
+        On a GPU it stays what it is, as NumPy is not asked.
+        """
         return gradient
 
     def value(self, loss: LossLike, logits: Any, target: Any, voxel_weight: Any) -> Any:
         """The loss of these arrays for the caller, differentiable where the framework is.
 
-        ``passes`` of the loss borrows the arrays and runs the two passes over them, ``combine``
-        joins the passes.
+        ``passes`` of the loss borrows the arrays, runs the two passes over them, and the step
+        between.
         """
-        loss = as_loss(loss)
-        return loss.combine(loss.passes(logits, target, voxel_weight).reduce())[0]
+        passes = as_loss(loss).passes(logits, target, voxel_weight)
+        return self.result(passes.combine(passes.reduce())[0])
 
 
 def as_loss(loss: LossLike) -> Loss:

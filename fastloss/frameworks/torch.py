@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from fastloss.frameworks.base import Adapter, Borrowed, as_loss
+from fastloss.frameworks.base import Adapter, Borrowed, Place, as_loss, device_view
 from fastloss.frameworks.memory import LEAST, PAGE, advise_huge_pages, has_huge_pages
 from fastloss.naming import text_of
 
@@ -39,12 +39,12 @@ class TorchAdapter(Adapter):
         if dtype is None:
             raise TypeError(f"{name}: unsupported dtype {array.dtype}")
         array = plain(array)
-        if not array.is_cpu:
-            _refuse_device(array, name)
         if array.requires_grad:
             if name not in ("logits", "out"):
                 refuse_gradient(array, name)
             array = array.detach()
+        if not array.is_cpu:
+            return _borrow_on_device(array, name, dtype, write)
         try:
             if dtype == "bfloat16":  # which NumPy lacks
                 view = array.view(torch.int16).numpy().view(np.uint16)
@@ -58,17 +58,19 @@ class TorchAdapter(Adapter):
 
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
         array = plain(array)
-        if borrowed.array.nbytes >= LEAST and has_huge_pages():
+        if borrowed.place is None and borrowed.array.nbytes >= LEAST and has_huge_pages():
             new = _empty_on_huge_pages(array)
         else:
             new = torch.empty_like(array)
         return new, self.borrow(new, "out")
 
     def result(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value
         return torch.from_numpy(np.asarray(value))
 
     def upstream(self, gradient: Any) -> Any:
-        if not isinstance(gradient, torch.Tensor):
+        if not isinstance(gradient, torch.Tensor) or not gradient.is_cpu:
             return gradient
         if gradient.ndim == 0:
             return gradient.item()
@@ -105,10 +107,51 @@ class TorchAdapter(Adapter):
             if reuse_logits:
                 _check_reuse(logits)
             return _Value.apply(logits, target, voxel_weight, loss, reuse_logits, ranks)
-        statistics = loss.passes(logits, target, voxel_weight).reduce()
+        passes = loss.passes(logits, target, voxel_weight)
+        statistics = passes.reduce()
         if ranks is not None:
             statistics, _ = ranks.join(loss, statistics)
-        return self.result(loss.combine(statistics)[0])
+        return self.result(passes.combine(statistics)[0])
+
+
+class TorchPlace(Place):
+    """A CUDA device and PyTorch's current stream on it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.ordinal = device.index
+        self.stream = torch.cuda.current_stream(device).cuda_stream
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+
+    def array(self, values: Any, dtype: str) -> Any:
+        if not isinstance(values, torch.Tensor):
+            values = torch.as_tensor(values)
+        return values.detach().to(self.device, getattr(torch, dtype)).contiguous()
+
+    def address(self, array: Any) -> int:
+        return int(array.data_ptr())
+
+    def numpy(self, array: Any) -> np.ndarray:
+        result: np.ndarray = array.cpu().numpy()
+        return result
+
+
+def _borrow_on_device(array: torch.Tensor, name: str, dtype: str, write: bool) -> Borrowed:
+    if not array.is_cuda or torch.version.hip is not None:
+        raise TypeError(
+            f"{name}: expected a tensor in CPU memory or on a CUDA device, got one on "
+            f"{array.device}"
+        )
+    if array.is_conj() or array.is_neg():
+        array = array.resolve_conj().resolve_neg()
+    item = array.element_size()
+    strides = tuple(s * item for s in array.stride())
+    view = device_view(array, array.data_ptr(), tuple(array.shape), strides, dtype)
+    if write and not array.is_inference():
+        increment_version(array)
+    return Borrowed(view, dtype, TorchPlace(array.device))
 
 
 def _empty_on_huge_pages(like: torch.Tensor) -> torch.Tensor:
@@ -153,16 +196,6 @@ def refuse_gradient(array: Any, name: str) -> None:
         )
 
 
-def _refuse_device(tensor: torch.Tensor, name: str) -> None:
-    # This is where tensors on other devices part from those that NumPy can see.
-    if tensor.is_cuda:
-        raise TypeError(
-            f"{name}: got a tensor on {tensor.device}, and there is no CUDA backend yet; pass "
-            "a tensor in CPU memory"
-        )
-    raise TypeError(f"{name}: expected a tensor in CPU memory, got one on {tensor.device}")
-
-
 def _check_reuse(logits: torch.Tensor) -> None:
     """Raise ValueError where the gradient may not take the place of the logits."""
     if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
@@ -195,7 +228,7 @@ class _Value(torch.autograd.Function):
         ctx.first = 0
         if ranks is not None:
             statistics, ctx.first = ranks.join(loss, statistics)
-        value, ctx.pullback = loss.combine(statistics)
+        value, ctx.pullback = passes.combine(statistics)
         # Of the large arrays nothing may live longer than what autograd itself keeps of them: it
         # frees that after the backward pass, and hooks may move it, as offloading does.
         given = (logits, target, voxel_weight)

@@ -45,6 +45,7 @@ def value(
 
 
 @torch.library.impl(_library, "loss", "CPU")
+@torch.library.impl(_library, "loss", "CUDA")
 def _loss(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -54,18 +55,20 @@ def _loss(
     shard: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     loss = loss_of(text)
-    statistics = loss.passes(logits, target, voxel_weight).reduce()
+    passes = loss.passes(logits, target, voxel_weight)
+    statistics = passes.reduce()
     if group:
         _check_ranks(loss, shard)
         statistics, _ = Ranks(group, shard).join(loss, statistics)
     return (
-        ADAPTER.result(loss.combine(statistics)[0]),
-        torch.from_numpy(statistics.sums),
-        torch.from_numpy(statistics.voxels),
+        ADAPTER.result(passes.combine(statistics)[0]),
+        ADAPTER.result(statistics.sums),
+        ADAPTER.result(statistics.voxels),
     )
 
 
 @torch.library.impl(_library, "gradient", "CPU")
+@torch.library.impl(_library, "gradient", "CUDA")
 def _gradient(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -79,8 +82,9 @@ def _gradient(
 ) -> torch.Tensor:
     loss = loss_of(text)
     passes = loss.passes(logits, target, voxel_weight)
-    statistics = Statistics(passes.request, sums.numpy(), voxels.numpy(), passes.arrays.value_dtype)
-    coefficients = loss.combine(statistics)[1](ADAPTER.upstream(upstream))
+    both = (sums, voxels) if sums.is_cuda else (sums.numpy(), voxels.numpy())
+    statistics = Statistics(passes.request, *both, passes.arrays.value_dtype)
+    coefficients = passes.combine(statistics)[1](ADAPTER.upstream(upstream))
     if group:
         coefficients = Ranks(group, shard).own(coefficients, 0, logits.shape[0])
     gradient, view = passes.output(None)

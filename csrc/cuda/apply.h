@@ -1,0 +1,271 @@
+// The apply pass: the gradient by the logits, from the derivative by every sum.
+#pragma once
+
+#include "softmax.h"
+#include "voxel.h"
+
+// The derivative by the sums of one sample.
+template <class In, int V>
+struct Coefficients {
+  using T = typename ComputedIn<In>::type;
+  const Call& call;
+  const T* table;        // (S, C), or in global memory:
+  const double* global;  // (S, C) at `slot_stride`
+  double scale;
+
+  FL_DEVICE explicit Coefficients(const Block<In, V>& block)
+      : call(block.call), table(block.table) {
+    scale = call.scale;
+    if (CONST(upstream_type) == kF32) scale *= double(*static_cast<const float*>(call.upstream));
+    if (CONST(upstream_type) == kF64) scale *= *static_cast<const double*>(call.upstream);
+    global = call.coefficients + block.sample * call.coefficient_sample_stride;
+    if (CONST(global_table)) return;
+    for (int i = block.thread; i < CONST(slots) * CONST(classes); i += threads_of(call)) {
+      int slot = i / CONST(classes);
+      block.table[i] = T(global[slot * call.slot_stride + (i - slot * CONST(classes))] * scale);
+    }
+    __syncthreads();
+  }
+
+  FL_DEVICE T operator()(int slot, int c) const {
+    if (slot < 0 || c < 0) return T(0);
+    if (CONST(global_table)) return T(global[slot * call.slot_stride + c] * scale);
+    return table[slot * CONST(classes) + c];
+  }
+};
+
+// The derivative of q^γ log p by log p.
+template <class T>
+FL_DEVICE T slope_of_focal(T p, T loss, T q, T gamma) {
+  if (gamma == T(0)) return T(1);
+  // p log p → 0 as p → 0, and (1−p)^(γ−1) log p → 0 as p → 1.
+  T p_log_p = p == T(0) ? T(0) : -(p * loss);
+  T less = q == T(0) ? T(0) : power(q, gamma - T(1));
+  return focal_slope<T, T>(power(q, gamma), less, p_log_p, gamma);
+}
+
+// A tile, softmax of a label map.
+template <class In, int V, int K>
+FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
+                            const Coefficients<In, V>& by,
+                            typename ComputedIn<In>::type uniform_total) {
+  using T = typename ComputedIn<In>::type;
+  const Call& call = block.call;
+  const bool once = CONST(rounds) == 1;
+  T x[K][V];
+  LabelPart<T> part[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) part[j] = no_label_part<T>();
+  for (int round = 0; round < CONST(rounds); ++round) {
+    LabelPart<T> here[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) here[j] = no_label_part<T>();
+#pragma unroll
+    for (int k = 0; k < CONST(per_thread); ++k) {
+      int c = block.first_class(round) + k;
+      if (block.exists(c)) block.load_class(v, c, x[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < CONST(per_thread); ++k) {
+      if (!block.exists(block.first_class(round) + k)) continue;
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        if (x[k][j] > here[j].largest) here[j].largest = x[k][j];
+    }
+#pragma unroll
+    for (int k = 0; k < CONST(per_thread); ++k) {
+      int c = block.first_class(round) + k;
+      if (!block.exists(c)) continue;
+      T by_predicted = by(CONST(slot_predicted), c);
+      T by_squared = T(2) * by(CONST(slot_predicted_squared), c);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        T e = exponential(below(x[k][j], here[j].largest));
+        if (v.y[j] == c) {
+          here[j].own = e;
+          here[j].own_x = x[k][j];
+        } else {
+          here[j].rest += e;
+          if (CONST(slot_predicted) >= 0) here[j].dot += by_predicted * e;
+          if (CONST(slot_predicted_squared) >= 0) here[j].square += by_squared * (e * e);
+        }
+        x[k][j] = e;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      if (once) part[j] = here[j];
+      else merge(part[j], here[j]);
+  }
+  T seen[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) seen[j] = part[j].largest;
+  if (CONST(warps) > 1) exchange_labels(block, part);
+
+  // What the label decides: the whole gradient at its class, and for the other classes Σ_j t_j,
+  // where t_j is the derivative by log p_j.
+  T at_label[V], turn[V], slope[V], inverse[V], factor[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    int y = v.y[j];
+    T m = v.m[j], i = T(1) / (part[j].rest + part[j].own);
+    T q = part[j].rest * i, p = part[j].own * i;
+    T own_region = by(CONST(slot_predicted), y) + T(2) * by(CONST(slot_predicted_squared), y) * p;
+    T own_loss = by(CONST(slot_cross_entropy), y);
+    if (CONST(slot_top_k) >= 0 && v.inside)
+      own_loss += by(CONST(slot_top_k), y) *
+                  static_cast<const T*>(call.losses)[block.sample * call.voxels + v.first + j];
+    if (CONST(gammas) > 0) {
+      T loss = label_loss(part[j]);
+#pragma unroll
+      for (int f = 0; f < CONST(gammas); ++f)
+        own_loss += by(CONST(slot_focal[f]), y) * slope_of_focal(p, loss, q, T(CONST(gamma[f])));
+    }
+    T rests = part[j].dot * i + part[j].square * i * i - uniform_total;
+    T own_slope = p * by(CONST(slot_overlap), y) - own_loss;
+    at_label[j] = m * (p * (own_region * q - rests) + own_slope * q);
+    if (CONST(slot_uniform) >= 0) at_label[j] -= m * by(CONST(slot_uniform), y);
+    turn[j] = m * i * (rests + p * own_region + own_slope);
+    slope[j] = m * i;
+    inverse[j] = i;
+    factor[j] = once ? rescale(seen[j], part[j].largest) : T(1);
+  }
+  for (int round = 0; round < CONST(rounds); ++round) {
+#pragma unroll
+    for (int k = 0; k < CONST(per_thread); ++k) {
+      int c = block.first_class(round) + k;
+      if (!block.exists(c)) continue;
+      T by_predicted = by(CONST(slot_predicted), c);
+      T by_squared = T(2) * by(CONST(slot_predicted_squared), c);
+      T by_uniform = by(CONST(slot_uniform), c);
+      T gradient[V];
+      if (!once) block.load_class(v, c, x[k]);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        T e = once ? x[k][j] * factor[j] : exponential(below(x[k][j], part[j].largest));
+        T t = by_predicted;
+        if (CONST(slot_predicted_squared) >= 0) t += by_squared * (e * inverse[j]);
+        T g = e * (slope[j] * t - turn[j]);
+        if (CONST(slot_uniform) >= 0) g -= v.m[j] * by_uniform;
+        gradient[j] = v.y[j] == c ? at_label[j] : g;
+      }
+      block.store_class(v, c, gradient);
+    }
+  }
+}
+
+// Of one class of a voxel: the derivative by the logit itself, or for softmax by log p.
+template <class T, class By>
+FL_DEVICE T turn_of(const Call& call, const By& by, int c, const Fields<T>& f, T m, T g) {
+  const bool sigmoid = CONST(activation) == kSigmoid;
+  T uniform = by(CONST(slot_uniform), c);
+  T by_p = m * (by(CONST(slot_overlap), c) * g + by(CONST(slot_predicted), c) +
+                T(2) * by(CONST(slot_predicted_squared), c) * f.p);
+  T by_log = -(m * (by(CONST(slot_cross_entropy), c) * g + uniform));
+  T by_rest =
+      -(m * (by(CONST(slot_cross_entropy_rest), c) * (T(1) - g) + (sigmoid ? uniform : T(0))));
+#pragma unroll
+  for (int i = 0; i < CONST(gammas); ++i) {
+    T gamma = T(CONST(gamma[i]));
+    by_log -= m * by(CONST(slot_focal[i]), c) * g * slope_of_focal(f.p, f.loss, f.q, gamma);
+    if (sigmoid)
+      by_rest -= m * by(CONST(slot_focal_rest[i]), c) * (T(1) - g) *
+                 slope_of_focal(f.q, f.loss_rest, f.p, gamma);
+  }
+  if (CONST(activation) == kSoftmax) return by_p * f.p + by_log;
+  if (sigmoid) return by_p * f.p * f.q + by_log * f.q - by_rest * f.p;
+  return by_p + (by_log == T(0) ? T(0) : by_log / f.p);
+}
+
+// A tile of any other kind: dense targets, sigmoid, or given probabilities.
+template <class In, int V, int K>
+FL_DEVICE void apply_general(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
+                             const Coefficients<In, V>& by) {
+  using T = typename ComputedIn<In>::type;
+  const Call& call = block.call;
+  const bool once = CONST(rounds) == 1, softmax = CONST(activation) == kSoftmax;
+  const bool logs = CONST(gammas) > 0;
+  T x[K][V], turn[K][V], total[V];
+  Whole<T> whole[V] = {};
+  if (once || softmax) softmax_parts<In, V, K>(block, v, x, whole, logs);
+#pragma unroll
+  for (int j = 0; j < V; ++j) total[j] = T(0);
+  // Without softmax every class stands alone, and its turn is the gradient.
+  for (int round = 0; round < (once || softmax ? CONST(rounds) : 0); ++round) {
+    T here[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) here[j] = T(0);
+#pragma unroll
+    for (int k = 0; k < CONST(per_thread); ++k) {
+      int c = block.first_class(round) + k;
+      if (!block.exists(c)) continue;
+      T g[V];
+      if (!once) block.load_class(v, c, x[k]);
+      block.load_target(v, c, g);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        Fields<T> f = activate(call, x[k][j], whole[j], logs);
+        turn[k][j] = turn_of(call, by, c, f, v.m[j], g[j]);
+        here[j] += turn[k][j];
+        x[k][j] = f.p;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) total[j] += here[j];
+  }
+  if (softmax && CONST(warps) > 1) {
+    T said[1][V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      said[0][j] = total[j];
+      total[j] = T(0);
+    }
+    block.exchange(said, [&](const T(&heard)[1][V]) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) total[j] += heard[0][j];
+    });
+  }
+  for (int round = 0; round < CONST(rounds); ++round) {
+#pragma unroll
+    for (int k = 0; k < CONST(per_thread); ++k) {
+      int c = block.first_class(round) + k;
+      if (!block.exists(c)) continue;
+      T g[V], gradient[V];
+      if (!once) {
+        block.load_class(v, c, x[k]);
+        block.load_target(v, c, g);
+      }
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        T p = x[k][j], t = turn[k][j];
+        if (!once) {
+          Fields<T> f = activate(call, p, whole[j], logs);
+          t = turn_of(call, by, c, f, v.m[j], g[j]);
+          p = f.p;
+        }
+        gradient[j] = softmax ? t - p * total[j] : t;
+      }
+      block.store_class(v, c, gradient);
+    }
+  }
+}
+
+template <class In, int V, int K>
+FL_DEVICE void apply_block(const Call& call) {
+  using T = typename ComputedIn<In>::type;
+  // Backwards: what the reduce pass read last is in the cache still.
+  Block<In, V> block(call, false, true);
+  Coefficients<In, V> by(block);
+  const bool labels = CONST(activation) == kSoftmax && !CONST(dense);
+  double uniform_total = 0;
+  if (labels && CONST(slot_uniform) >= 0)
+    for (int c = 0; c < CONST(classes); ++c) uniform_total += double(by(CONST(slot_uniform), c));
+  for (long long start = block.first; start < block.last; start += block.tile_voxels()) {
+    if (CONST(staged)) block.load_tile(start);
+    Voxels<T, V> voxels;
+    move_to(call, block.sample, start + block.place_in_tile(), block.last, voxels);
+    if (labels) apply_labels<In, V, K>(block, voxels, by, T(uniform_total));
+    else apply_general<In, V, K>(block, voxels, by);
+    if (CONST(staged)) block.store_tile(start);
+  }
+}

@@ -1,0 +1,212 @@
+// The threads of a block, and what they share.
+//
+// A block takes tiles of consecutive voxels. Of a tile, each group of `warps` warps takes the
+// voxels of one warp's lanes, V for every lane, and shares out the classes: a thread holds
+// `per_thread` classes of its voxels in registers. With few classes a group is one warp.
+#pragma once
+
+#include "voxels.h"
+
+FL_DEVICE int threads_of(const Call& call) { return CONST(groups) * CONST(warps) * kLanes; }
+
+template <class In, int V>
+struct Block {
+  using T = typename ComputedIn<In>::type;
+
+  const Call& call;
+  int sample, number;  // of the block in its sample
+  int thread, lane, warp, group, warp_in_group;
+  long long first, last;  // voxels
+  // In shared memory, in this order; what a call does without takes no room.
+  double* sums;  // (groups, S · C + 2), reduce only
+  T* table;      // (S, C), apply only
+  T* exchanged;  // (groups, 2, warps, `exchanged`, V, lanes), if a group is several warps
+  T* tile;       // (voxels of a tile, row), if staged
+  int turn;      // which half of `exchanged` comes next
+
+  FL_DEVICE Block(const Call& call, bool reduce, bool backwards) : call(call), turn(0) {
+    FL_DYNAMIC_SHARED(shared);
+    int index = backwards ? int(gridDim.x) - 1 - int(blockIdx.x) : int(blockIdx.x);
+    sample = index / call.blocks;
+    number = index - sample * call.blocks;
+    thread = int(threadIdx.x);
+    lane = thread % kLanes;
+    warp = thread / kLanes;
+    group = warp / CONST(warps);
+    warp_in_group = warp - group * CONST(warps);
+    first = number * call.chunk;
+    last = first + call.chunk < call.voxels ? first + call.chunk : call.voxels;
+    unsigned char* at = shared;
+    sums = reinterpret_cast<double*>(at);
+    if (reduce && !CONST(global_sums)) at += sizeof(double) * size_t(CONST(groups) * sum_count());
+    table = reinterpret_cast<T*>(at);
+    if (!reduce && !CONST(global_table)) at += sizeof(T) * size_t(CONST(slots) * CONST(classes));
+    at = shared + (size_t(at - shared) + 15) / 16 * 16;
+    exchanged = reinterpret_cast<T*>(at);
+    if (CONST(warps) > 1)
+      at += sizeof(T) * size_t(CONST(groups) * 2 * CONST(warps) * CONST(exchanged) * V * kLanes);
+    tile = reinterpret_cast<T*>(at);
+  }
+
+  // Numbers in a block's row of `partial`.
+  FL_DEVICE int sum_count() const { return CONST(slots) * CONST(classes) + 2; }
+  FL_DEVICE int tile_voxels() const { return CONST(groups) * kLanes * V; }
+  // The first voxel of this thread in the tile that starts at `tile_start`.
+  FL_DEVICE int place_in_tile() const { return (group * kLanes + lane) * V; }
+  // Numbers from one voxel to the next in a staged tile: odd, so that lanes meet all banks.
+  FL_DEVICE int row() const { return CONST(classes) | 1; }
+  // The first class of this thread in a round.
+  FL_DEVICE int first_class(int round) const {
+    return (round * CONST(warps) + warp_in_group) * CONST(per_thread);
+  }
+  // The classes of a thread are its first and those that follow, of which the last may not exist.
+  FL_DEVICE bool exists(int c) const {
+    return CONST(rounds) * CONST(warps) * CONST(per_thread) == CONST(classes) || c < CONST(classes);
+  }
+
+  // What each warp of a group says of its voxels, `exchanged` numbers of every one, all warps get
+  // to hear: hear(numbers of a warp) is called for all in order.
+  template <int N, class Hear>
+  FL_DEVICE void exchange(const T (&said)[N][V], const Hear& hear) {
+    T* half = exchanged + (group * 2 + turn) * (CONST(warps) * CONST(exchanged) * V * kLanes);
+    turn = 1 - turn;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      if (n < CONST(exchanged))
+#pragma unroll
+        for (int j = 0; j < V; ++j)
+          half[((warp_in_group * CONST(exchanged) + n) * V + j) * kLanes + lane] = said[n][j];
+    // One barrier is enough: the other half is written before the next one.
+    __syncthreads();
+    for (int w = 0; w < CONST(warps); ++w) {
+      T heard[N][V];
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+        if (n < CONST(exchanged))
+#pragma unroll
+          for (int j = 0; j < V; ++j)
+            heard[n][j] = half[((w * CONST(exchanged) + n) * V + j) * kLanes + lane];
+      hear(heard);
+    }
+  }
+
+  // Staged: the logits of the tile that starts at voxel `start`, which lie in one piece.
+  FL_DEVICE void load_tile(long long start) {
+    const char* from =
+        call.data[kLogits] + sample * call.sample_stride[kLogits] + start * call.stride[kLogits][0];
+    int count = tile_count(start);
+    if (CONST(staged_bytes) == 16) {
+      constexpr int P = 16 / int(sizeof(In));
+      for (int i = thread * P; i < count; i += threads_of(call) * P) {
+        int voxel = i / CONST(classes), c = i - voxel * CONST(classes);
+        if (i + P <= count) {
+          Pack<In, P> pack = load_pack<In, P>(from + size_t(i) * sizeof(In));
+#pragma unroll
+          for (int p = 0; p < P; ++p) {
+            tile[voxel * row() + c] = as_number(pack.item[p]);
+            if (++c == CONST(classes)) c = 0, ++voxel;
+          }
+        } else {
+          for (int p = i; p < count; ++p) {
+            tile[voxel * row() + c] = as_number(load_one<In>(from + size_t(p) * sizeof(In)));
+            if (++c == CONST(classes)) c = 0, ++voxel;
+          }
+        }
+      }
+    } else {
+      for (int i = thread; i < count; i += threads_of(call)) {
+        int voxel = i / CONST(classes), c = i - voxel * CONST(classes);
+        tile[voxel * row() + c] = as_number(load_one<In>(from + size_t(i) * sizeof(In)));
+      }
+    }
+    __syncthreads();
+  }
+
+  // Staged: the gradient in the tile goes out.
+  FL_DEVICE void store_tile(long long start) {
+    __syncthreads();
+    char* to = call.data[kOut] + sample * call.sample_stride[kOut] + start * call.stride[kOut][0];
+    int count = tile_count(start);
+    if (CONST(staged_bytes) == 16) {
+      constexpr int P = 16 / int(sizeof(In));
+      for (int i = thread * P; i < count; i += threads_of(call) * P) {
+        int voxel = i / CONST(classes), c = i - voxel * CONST(classes);
+        if (i + P <= count) {
+          Pack<In, P> pack;
+#pragma unroll
+          for (int p = 0; p < P; ++p) {
+            pack.item[p] = from_number<In>(tile[voxel * row() + c]);
+            if (++c == CONST(classes)) c = 0, ++voxel;
+          }
+          *reinterpret_cast<Pack<In, P>*>(to + size_t(i) * sizeof(In)) = pack;
+        } else {
+          for (int p = i; p < count; ++p) {
+            *reinterpret_cast<In*>(to + size_t(p) * sizeof(In)) =
+                from_number<In>(tile[voxel * row() + c]);
+            if (++c == CONST(classes)) c = 0, ++voxel;
+          }
+        }
+      }
+    } else {
+      for (int i = thread; i < count; i += threads_of(call)) {
+        int voxel = i / CONST(classes), c = i - voxel * CONST(classes);
+        *reinterpret_cast<In*>(to + size_t(i) * sizeof(In)) =
+            from_number<In>(tile[voxel * row() + c]);
+      }
+    }
+    __syncthreads();
+  }
+
+  // Logits in the tile.
+  FL_DEVICE int tile_count(long long start) const {
+    long long voxels = last - start < tile_voxels() ? last - start : tile_voxels();
+    return int(voxels) * CONST(classes);
+  }
+
+  // The logits of class c of this thread's voxels; 0 where a voxel counts for nothing.
+  FL_DEVICE void load_class(const Voxels<T, V>& voxels, int c, T (&x)[V]) const {
+    if (!voxels.inside) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) x[j] = T(0);
+      return;
+    }
+    if (CONST(staged)) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) x[j] = tile[(place_in_tile() + j) * row() + c];
+    } else {
+      Pack<In, V> pack = load_pack<In, V>(call.data[kLogits] + voxels.offset[kLogits] +
+                                          c * call.channel_stride[kLogits]);
+#pragma unroll
+      for (int j = 0; j < V; ++j) x[j] = as_number(pack.item[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      if (voxels.m[j] == T(0)) x[j] = T(0);
+  }
+
+  // The target of class c, from a dense target or a label map; 0 where a voxel counts for nothing.
+  FL_DEVICE void load_target(const Voxels<T, V>& voxels, int c, T (&g)[V]) const {
+#pragma unroll
+    for (int j = 0; j < V; ++j) g[j] = T(voxels.y[j] == c ? 1 : 0);
+    if (!CONST(dense) || !voxels.inside) return;
+    target_row(call, voxels, c, g);
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      if (voxels.m[j] == T(0)) g[j] = T(0);
+  }
+
+  // Writes the gradient of class c.
+  FL_DEVICE void store_class(const Voxels<T, V>& voxels, int c, const T (&gradient)[V]) const {
+    if (!voxels.inside) return;
+    if (CONST(staged)) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) tile[(place_in_tile() + j) * row() + c] = gradient[j];
+    } else {
+      Pack<In, V> pack;
+#pragma unroll
+      for (int j = 0; j < V; ++j) pack.item[j] = from_number<In>(gradient[j]);
+      *reinterpret_cast<Pack<In, V>*>(call.data[kOut] + voxels.offset[kOut] +
+                                      c * call.channel_stride[kOut]) = pack;
+    }
+  }
+};

@@ -1,0 +1,147 @@
+// Numbers in memory and in registers, and functions of them.
+#pragma once
+
+#include "call.h"
+
+// float16 and bfloat16 as they lie in memory.
+struct Half {
+  unsigned short bits;
+};
+struct BFloat {
+  unsigned short bits;
+};
+
+// The type that numbers of a type are computed in.
+template <class In>
+struct ComputedIn {
+  using type = float;
+};
+template <>
+struct ComputedIn<double> {
+  using type = double;
+};
+
+FL_DEVICE float as_number(float x) { return x; }
+FL_DEVICE double as_number(double x) { return x; }
+FL_DEVICE float as_number(BFloat x) { return __uint_as_float(unsigned(x.bits) << 16); }
+
+FL_DEVICE float as_number(Half x) {
+#ifdef FL_EMULATION
+  _Float16 h;
+  __builtin_memcpy(&h, &x, sizeof h);
+  return float(h);
+#else
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits));
+  return f;
+#endif
+}
+
+template <class In>
+FL_DEVICE In from_number(typename ComputedIn<In>::type x) {
+  return x;
+}
+template <>
+FL_DEVICE Half from_number<Half>(float x) {
+  Half h;
+#ifdef FL_EMULATION
+  _Float16 f = static_cast<_Float16>(x);
+  __builtin_memcpy(&h, &f, sizeof h);
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(x));
+#endif
+  return h;
+}
+template <>
+FL_DEVICE BFloat from_number<BFloat>(float x) {
+  BFloat b;
+  unsigned bits = __float_as_uint(x);
+  // To the nearest, ties to even; NaN stays NaN.
+  bits = x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fc0u;
+  b.bits = static_cast<unsigned short>(bits);
+  return b;
+}
+
+// V numbers that are loaded and stored at once.
+constexpr int aligned_bytes(int bytes) { return bytes > 16 ? 16 : bytes; }
+template <class In, int V>
+struct __align__(aligned_bytes(int(sizeof(In)) * V)) Pack {
+  In item[V];
+};
+
+template <class In, int V>
+FL_DEVICE Pack<In, V> load_pack(const char* from) {
+  return *reinterpret_cast<const Pack<In, V>*>(from);
+}
+template <class In>
+FL_DEVICE In load_one(const char* from) {
+  return *reinterpret_cast<const In*>(from);
+}
+
+FL_DEVICE float exponential(float x) { return expf(x); }
+FL_DEVICE double exponential(double x) { return exp(x); }
+FL_DEVICE float logarithm(float x) { return logf(x); }
+FL_DEVICE double logarithm(double x) { return log(x); }
+FL_DEVICE float log_one_plus(float x) { return log1pf(x); }
+FL_DEVICE double log_one_plus(double x) { return log1p(x); }
+FL_DEVICE float general_power(float x, float y) { return powf(x, y); }
+FL_DEVICE double general_power(double x, double y) { return pow(x, y); }
+
+// x^y; the exponents of focal losses are mostly small whole numbers.
+template <class T>
+FL_DEVICE T power(T x, T y) {
+  if (y == T(0)) return T(1);
+  if (y == T(1)) return x;
+  if (y == T(2)) return x * x;
+  if (y == T(3)) return x * x * x;
+  return general_power(x, y);
+}
+
+template <class T>
+FL_DEVICE T infinity() {
+  return T(__uint_as_float(0x7f800000u));
+}
+
+// a b, and 0 where a is 0 though b be infinite: the limit of x log x.
+template <class T>
+FL_DEVICE T product(T a, T b) {
+  return a == T(0) && b == b ? T(0) : a * b;
+}
+
+// The sum over the lanes of a warp, which every lane gets.
+template <class T>
+FL_DEVICE T warp_sum(T x) {
+#pragma unroll
+  for (int step = kLanes / 2; step; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+
+// A number of a target or of voxel weights, whatever its type.
+FL_DEVICE double number_at(const char* from, int type) {
+  switch (type) {
+    case kF32:
+      return load_one<float>(from);
+    case kF16:
+      return as_number(load_one<Half>(from));
+    case kBF16:
+      return as_number(load_one<BFloat>(from));
+    case kF64:
+      return load_one<double>(from);
+    case kU8:
+      return load_one<unsigned char>(from);
+    case kI8:
+      return load_one<signed char>(from);
+    case kU16:
+      return load_one<unsigned short>(from);
+    case kI16:
+      return load_one<short>(from);
+    case kU32:
+      return load_one<unsigned>(from);
+    case kI32:
+      return load_one<int>(from);
+    case kU64:
+      return double(load_one<unsigned long long>(from));
+    default:
+      return double(load_one<long long>(from));
+  }
+}

@@ -1,0 +1,194 @@
+// The voxels of a thread: where they lie, what they weigh, which class they are.
+#pragma once
+
+#include "numbers.h"
+
+// Labels that are no class.
+constexpr int kIgnored = -1;
+constexpr int kFault = -2;
+
+// The offsets in bytes of a voxel in every array, from the start of its sample.
+FL_DEVICE void offsets_of(const Call& call, long long voxel, long long (&offset)[kOperands]) {
+  if (CONST(axes) == 1) {
+#pragma unroll
+    for (int o = 0; o < kOperands; ++o) offset[o] = voxel * call.stride[o][0];
+    return;
+  }
+#pragma unroll
+  for (int o = 0; o < kOperands; ++o) offset[o] = 0;
+#pragma unroll
+  for (int axis = CONST(axes) - 1; axis >= 0; --axis) {
+    long long place = voxel;
+    if (axis > 0) {
+      if (CONST(large)) {
+        voxel = place / call.shape[axis];
+      } else {
+        voxel = unsigned(place) / unsigned(call.shape[axis]);
+      }
+      place -= voxel * call.shape[axis];
+    }
+#pragma unroll
+    for (int o = 0; o < kOperands; ++o) offset[o] += place * call.stride[o][axis];
+  }
+}
+
+// A label as the number of its class, kIgnored or kFault.
+FL_DEVICE int class_of(const Call& call, long long label) {
+  if (CONST(ignore_kind) != kNothing && label == call.ignore) return kIgnored;
+  return label >= 0 && label < CONST(classes) ? int(label) : kFault;
+}
+FL_DEVICE int class_of(const Call& call, unsigned long long label) {
+  // Those that are not representable are neither a class nor ignored.
+  if (label >> 63) return kFault;
+  return class_of(call, static_cast<long long>(label));
+}
+FL_DEVICE int class_of(const Call& call, double label) {
+  if (CONST(ignore_kind) != kNothing && label == double(call.ignore)) return kIgnored;
+  // A comparison with NaN is false.
+  if (!(label >= 0 && label < double(CONST(classes)))) return kFault;
+  int number = int(label);
+  return double(number) == label ? number : kFault;
+}
+
+template <class L>
+struct LabelAs {
+  using type = long long;
+};
+template <>
+struct LabelAs<unsigned long long> {
+  using type = unsigned long long;
+};
+
+template <class L, int V>
+FL_DEVICE void load_labels_as(const Call& call, const char* from, long long step, int (&y)[V]) {
+  using As = typename LabelAs<L>::type;
+  if (CONST(packed_target)) {
+    Pack<L, V> pack = load_pack<L, V>(from);
+#pragma unroll
+    for (int j = 0; j < V; ++j) y[j] = class_of(call, As(pack.item[j]));
+  } else {
+#pragma unroll
+    for (int j = 0; j < V; ++j) y[j] = class_of(call, As(load_one<L>(from + j * step)));
+  }
+}
+
+template <int V>
+FL_DEVICE void load_labels(const Call& call, const char* from, long long step, int (&y)[V]) {
+  switch (CONST(target_type)) {
+    case kU8:
+      return load_labels_as<unsigned char>(call, from, step, y);
+    case kI8:
+      return load_labels_as<signed char>(call, from, step, y);
+    case kU16:
+      return load_labels_as<unsigned short>(call, from, step, y);
+    case kI16:
+      return load_labels_as<short>(call, from, step, y);
+    case kU32:
+      return load_labels_as<unsigned>(call, from, step, y);
+    case kI32:
+      return load_labels_as<int>(call, from, step, y);
+    case kU64:
+      return load_labels_as<unsigned long long>(call, from, step, y);
+    case kI64:
+      return load_labels_as<long long>(call, from, step, y);
+    default:
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        y[j] = class_of(call, number_at(from + j * step, CONST(target_type)));
+  }
+}
+
+template <class L, class T, int V>
+FL_DEVICE void load_numbers_as(const char* from, long long step, bool packed, T (&to)[V]) {
+  if (packed) {
+    Pack<L, V> pack = load_pack<L, V>(from);
+#pragma unroll
+    for (int j = 0; j < V; ++j) to[j] = T(as_number(pack.item[j]));
+  } else {
+#pragma unroll
+    for (int j = 0; j < V; ++j) to[j] = T(as_number(load_one<L>(from + j * step)));
+  }
+}
+
+// V numbers of a target or of voxel weights.
+template <class T, int V>
+FL_DEVICE void load_numbers(const char* from, long long step, int type, bool packed, T (&to)[V]) {
+  switch (type) {
+    case kF32:
+      return load_numbers_as<float>(from, step, packed, to);
+    case kF16:
+      return load_numbers_as<Half>(from, step, packed, to);
+    case kBF16:
+      return load_numbers_as<BFloat>(from, step, packed, to);
+    default:
+#pragma unroll
+      for (int j = 0; j < V; ++j) to[j] = T(number_at(from + j * step, type));
+  }
+}
+
+// The V consecutive voxels that a thread looks at.
+template <class T, int V>
+struct Voxels {
+  bool inside;                  // the sample ends at a multiple of V, if V > 1
+  long long first;              // its number in the sample
+  long long offset[kOperands];  // in bytes from `data`, sample included
+  T m[V];                       // their weights: 0 counts for nothing
+  int y[V];                     // their classes, or below 0
+  int faults;
+};
+
+template <class T, int V>
+FL_DEVICE void target_row(const Call& call, const Voxels<T, V>& voxels, int c, T (&g)[V]) {
+  load_numbers(call.data[kTarget] + voxels.offset[kTarget] + c * call.channel_stride[kTarget],
+               call.stride[kTarget][0], CONST(target_type), CONST(packed_target) != 0, g);
+}
+
+template <class T, int V>
+FL_DEVICE void move_to(const Call& call, int sample, long long first, long long last,
+                       Voxels<T, V>& voxels) {
+  voxels.inside = first < last;
+  voxels.first = first;
+  voxels.faults = 0;
+  offsets_of(call, voxels.inside ? first : 0, voxels.offset);
+#pragma unroll
+  for (int o = 0; o < kOperands; ++o) voxels.offset[o] += sample * call.sample_stride[o];
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    voxels.m[j] = T(voxels.inside ? 1 : 0);
+    voxels.y[j] = kIgnored;
+  }
+  if (!voxels.inside) return;
+  if (CONST(weight_type) != kNoType) {
+    load_numbers(call.data[kWeight] + voxels.offset[kWeight], call.stride[kWeight][0],
+                 CONST(weight_type), CONST(packed_weight) != 0, voxels.m);
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      if (!(voxels.m[j] >= T(0) && voxels.m[j] < infinity<T>())) {
+        voxels.faults += 1;
+        voxels.m[j] = T(0);
+      }
+  }
+  if (!CONST(dense)) {
+    load_labels(call, call.data[kTarget] + voxels.offset[kTarget], call.stride[kTarget][0],
+                voxels.y);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      if (voxels.y[j] == kFault) voxels.faults += 1;
+      if (voxels.y[j] < 0) voxels.m[j] = T(0);
+    }
+  } else if (CONST(ignore_kind) == kClass) {
+    T g[V];
+    target_row(call, voxels, int(call.ignore), g);
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      if (g[j] > T(0.5)) voxels.m[j] = T(0);
+  } else if (CONST(ignore_kind) == kValue) {
+    for (int c = 0; c < CONST(classes); ++c) {
+      T g[V];
+      target_row(call, voxels, c, g);
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        if (g[j] == T(call.ignore)) voxels.m[j] = T(0);
+    }
+  }
+}

@@ -1,0 +1,62 @@
+"""The CUDA sources, as one text for the compiler."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+from fastloss.backends._cuda_call import TYPES
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_INCLUDE = re.compile(r'^#include "([\w./]+)"\n', re.MULTILINE)
+
+
+def folder() -> Path:
+    """Where the sources lie: in the installed package, or in a checkout."""
+    for place in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
+        if (place / "cuda" / "passes.cu").exists():
+            return place
+    raise FileNotFoundError("the CUDA sources were not installed with fastloss; reinstall it")
+
+
+@cache
+def source(name: str) -> str:
+    """A source with what it includes, every file once."""
+    seen: set[str] = set()
+
+    def text_of(path: Path) -> str:
+        def replace(match: re.Match[str]) -> str:
+            included = match.group(1)
+            if included in seen:
+                return ""
+            seen.add(included)
+            for place in (folder() / "cuda" / included, folder() / included):
+                if place.exists():
+                    return text_of(place)
+            raise FileNotFoundError(included)
+
+        return _INCLUDE.sub(replace, path.read_text().replace("#pragma once\n", ""))
+
+    return text_of(folder() / "cuda" / name)
+
+
+def specialised(constants: tuple[tuple[str, object], ...], kernel: str) -> str:
+    """The passes compiled for one kind of call; ``kernel``: "reduce" or "apply"."""
+    lines = ["#define FL_SPECIAL", f"#define FL_{kernel.upper()}"]
+    for name, value in constants:
+        if isinstance(value, tuple):
+            kind = "double" if name == "gamma" else "int"
+            numbers = ", ".join(repr(v) for v in value) or "0"
+            lines.append(f"static __device__ constexpr {kind} FL_{name}[] = {{{numbers}}};")
+        else:
+            lines.append(f"#define FL_{name} ({value})")
+    return "\n".join(lines) + "\n" + source("passes.cu")
+
+
+def describe(constants: tuple[tuple[str, object], ...]) -> str:
+    """What a kernel is compiled for, for a person."""
+    c = dict(constants)
+    activation = ("softmax", "sigmoid", "probabilities")[int(str(c["activation"]))]
+    logits = TYPES[int(str(c["logits_type"]))]
+    return f"{activation} of {c['classes']} classes in {logits}"

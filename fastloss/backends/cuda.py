@@ -1,0 +1,355 @@
+"""The CUDA kernels, for arrays in the memory of a GPU: compiled on first use, through CuPy.
+
+Nothing here waits for the GPU: the passes and the step between them are queued on the caller's
+stream, and what they hand on to each other stays in the GPU's memory. `validate` alone waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fastloss.arrays import Arrays
+from fastloss.backends import _cuda_engine as engine
+from fastloss.backends._cuda_call import NO_TYPE
+from fastloss.backends._cuda_combine import Program, trace
+from fastloss.backends._cuda_source import describe, specialised
+from fastloss.backends._cuda_top_k import keep_largest
+from fastloss.backends.reference import check_targets
+from fastloss.request import Request
+from fastloss.statistics import Statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastloss.frameworks import Borrowed
+    from fastloss.frameworks.base import Place
+    from fastloss.loss import Loss
+
+_LOG = logging.getLogger("fastloss")
+# Mirrors `struct CombineCall` of the generated code.
+_COMBINE_CALL = np.dtype(
+    [(n, np.int64) for n in ("sums", "voxels", "value", "derivatives", "upstream", "scratch")]
+)
+_OPTIONS = ("-std=c++17", "--fmad=true")
+_SLOW = 0.5  # seconds above which compiling is mentioned; what the cache has takes less
+REMEDY = "pip install 'fastloss[cuda13]', or 'fastloss[cuda12]' for CUDA 12"
+
+
+class _Allocated(NamedTuple):
+    address: int
+    owner: Any
+
+
+class CudaDevice:
+    """A device and a stream of the caller, as `fastloss.backends._cuda_engine` sees them."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._stream = _stream(place.stream, place.ordinal)
+        self.shared_bytes = 48 << 10  # what every device has without asking
+
+    def empty(self, nbytes: int) -> engine.Memory:
+        array = self._place.empty((nbytes,), "uint8")
+        return _Allocated(self._place.address(array), array)
+
+    def constant(self, numbers: np.ndarray) -> engine.Memory:
+        return _constant(self._place.ordinal, numbers.tobytes())
+
+    def passes(self, constants: tuple[tuple[str, object], ...], kernel: str) -> tuple[Any, ...]:
+        return _passes(self._place.ordinal, constants, kernel)
+
+    def kernels(self, text: str, names: tuple[str, ...]) -> tuple[Any, ...]:
+        return _kernels(self._place.ordinal, text, names)
+
+    def launch(
+        self, kernel: Any, grid: int, block: tuple[int, int], shared: int, call: np.ndarray
+    ) -> None:
+        with _on(self._place.ordinal):
+            kernel((grid,), block, (call,), shared, self._stream)
+
+
+@cache
+def _cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(f"arrays on a GPU need CuPy, which compiles the kernels: {REMEDY}") from (
+            error
+        )
+    return cupy
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_NOTHING = _Nothing()
+
+
+def _on(ordinal: int) -> Any:
+    """The device made current, if it is not."""
+    cupy = _cupy()
+    return _NOTHING if cupy.cuda.runtime.getDevice() == ordinal else cupy.cuda.Device(ordinal)
+
+
+@cache
+def _stream(address: int, ordinal: int) -> Any:
+    return _cupy().cuda.ExternalStream(address, ordinal)
+
+
+@cache
+def _constant(ordinal: int, numbers: bytes) -> _Allocated:
+    cupy = _cupy()
+    with _on(ordinal):
+        array = cupy.asarray(np.frombuffer(numbers, np.uint8))
+        cupy.cuda.get_current_stream().synchronize()  # other streams may read it from now on
+    return _Allocated(array.data.ptr, array)
+
+
+@cache
+def _kernels(ordinal: int, text: str, names: tuple[str, ...], what: str = "") -> tuple[Any, ...]:
+    start = time.perf_counter()
+    with _on(ordinal):
+        module = _cupy().RawModule(code=text, options=_OPTIONS)
+        kernels = tuple(module.get_function(name).kernel for name in names)
+    took = time.perf_counter() - start
+    if took > _SLOW and what:
+        _LOG.warning("compiled CUDA kernels for %s in %.1f s; kept for the next time", what, took)
+    return kernels
+
+
+@cache
+def _passes(
+    ordinal: int, constants: tuple[tuple[str, object], ...], kernel: str
+) -> tuple[Any, ...]:
+    names = {
+        "reduce": ("fastloss_reduce", "fastloss_finish"),
+        "apply": ("fastloss_apply",),
+    }[kernel]
+    what = f"the {kernel} pass, {describe(constants)}"
+    return _kernels(ordinal, specialised(constants, kernel), names, what)
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceCoefficients:
+    """The derivative by every sum, on the device, not yet times the upstream gradient.
+
+    Attributes:
+        array: (S, samples, C) float64, of the caller's framework.
+        first, batch: which samples are these arrays'; all of one if the samples were summed.
+        upstream: a number there, or None.
+        scale: a number known here.
+    """
+
+    array: Any
+    address: int
+    slots: int
+    samples: int
+    classes: int
+    first: int = 0
+    upstream: Any = None
+    upstream_address: int = 0
+    upstream_type: int = NO_TYPE
+    scale: float = 1.0
+
+    def part(self, first: int, factor: float) -> DeviceCoefficients:
+        """Those of the samples from ``first`` on, times a factor."""
+        return replace(self, first=self.first + first, scale=self.scale * factor)
+
+
+class DevicePasses:
+    """The two passes over arrays on a device, and the step between them."""
+
+    def __init__(self, place: Place, device: engine.Device | None = None) -> None:
+        self.place = place
+        self.device: engine.Device = CudaDevice(place) if device is None else device
+        self._losses: engine.Memory | None = None
+
+    def reduce(self, loss: Loss, request: Request, arrays: Arrays) -> Statistics:
+        batch, classes = arrays.logits.shape[:2]
+        sums = self.place.empty((len(request.slots), batch, classes), "float64")
+        voxels = self.place.empty((batch,), "float64")
+        self.reduce_to(loss, request, arrays, self.place.address(sums), self.place.address(voxels))
+        if loss.validate and np.isnan(self.place.numpy(voxels)).any():
+            self._raise_faults(request, arrays)
+        return Statistics(request, sums, voxels, arrays.value_dtype)
+
+    def reduce_to(
+        self, loss: Loss, request: Request, arrays: Arrays, sums: int, voxels: int
+    ) -> None:
+        term = loss.term_of_voxels
+        if term is None:
+            engine.reduce(self.device, request, arrays, sums, voxels)
+            return
+        batch, classes = arrays.logits.shape[:2]
+        count = batch * int(np.prod(arrays.logits.shape[2:], dtype=np.int64))
+        self._losses = self.device.empty(max(1, count * arrays.value_dtype.itemsize))
+        weights = self.device.constant(term.class_weight(classes))
+        engine.reduce(
+            self.device, request, arrays, sums, voxels, self._losses.address, weights.address
+        )
+        slot = request.index["top_k"]
+        keep_largest(
+            self.device,
+            self._losses.address,
+            count,
+            arrays.value_dtype,
+            term.k,
+            sums + 8 * slot * batch * classes,
+        )
+
+    def _raise_faults(self, request: Request, arrays: Arrays) -> None:
+        check_targets(
+            request,
+            replace(
+                arrays,
+                target=self.to_numpy(arrays.target),
+                voxel_weight=None
+                if arrays.voxel_weight is None
+                else self.to_numpy(arrays.voxel_weight),
+            ),
+        )
+
+    def to_numpy(self, view: np.ndarray) -> np.ndarray:
+        """A copy of a device's array that is known by its view alone."""
+        cupy = _cupy()
+        with _on(self.place.ordinal):
+            low, high = np.lib.array_utils.byte_bounds(view)
+            memory = cupy.cuda.UnownedMemory(low, high - low, view, self.place.ordinal)
+            raw = cupy.ndarray((high - low,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))
+            with _stream(self.place.stream, self.place.ordinal):
+                numbers = raw.get()
+        address: int = view.__array_interface__["data"][0]
+        return np.ndarray(view.shape, view.dtype, numbers, address - low, view.strides)
+
+    def combine(
+        self, loss: Loss, statistics: Statistics
+    ) -> tuple[Any, Callable[[Any], DeviceCoefficients]]:
+        """The value, on the device, and from its upstream gradient the derivative by every sum."""
+        program = _program(loss, statistics)
+        place, device = self.place, self.device
+        slots, batch, classes = statistics.sums.shape
+        dtype = statistics.dtype.name
+        value = place.empty(program.value_shape, dtype)
+        derivatives = place.empty((slots, batch, classes), "float64")
+        call = np.zeros(1, _COMBINE_CALL)
+        call["sums"], call["voxels"] = (
+            place.address(statistics.sums),
+            place.address(statistics.voxels),
+        )
+        call["value"], call["derivatives"] = place.address(value), place.address(derivatives)
+        scratch = device.empty(8 * program.scratch_doubles) if program.scratch_doubles else None
+        call["scratch"] = scratch.address if scratch else 0
+        names = ("fastloss_combine",) + ("fastloss_pullback",) * bool(program.value_shape)
+        kernels = device.kernels(program.sources, names)
+        device.launch(kernels[0], 1, (256, 1), 0, call)
+        coefficients = DeviceCoefficients(
+            derivatives, place.address(derivatives), slots, batch, classes
+        )
+
+        def pullback(upstream: Any) -> DeviceCoefficients:
+            if upstream is None:
+                upstream = 1.0
+            if not program.value_shape and isinstance(upstream, (int, float, np.number)):
+                return replace(coefficients, scale=float(upstream))
+            if tuple(np.shape(upstream)) != program.value_shape and np.shape(upstream) != ():
+                raise ValueError(
+                    f"upstream: expected the value's shape {program.value_shape}, got "
+                    f"{tuple(np.shape(upstream))}"
+                )
+            array = place.array(upstream, dtype)
+            if not program.value_shape:
+                kind = engine.FLOAT32 if dtype == "float32" else engine.FLOAT64
+                return replace(
+                    coefficients,
+                    upstream=array,
+                    upstream_address=place.address(array),
+                    upstream_type=kind,
+                )
+            if tuple(array.shape) != program.value_shape:
+                raise ValueError(
+                    f"upstream: expected the value's shape {program.value_shape}, got ()"
+                )
+            again = call.copy()
+            again["upstream"] = place.address(array)
+            device.launch(kernels[1], 1, (256, 1), 0, again)
+            # Held until the gradient is queued: memory that is let go may be handed out again.
+            return replace(coefficients, upstream=(array, statistics, scratch))
+
+        return value, pullback
+
+    def apply(
+        self,
+        loss: Loss,
+        request: Request,
+        arrays: Arrays,
+        coefficients: DeviceCoefficients,
+        out: np.ndarray,
+    ) -> None:
+        if loss.term_of_voxels is not None and self._losses is None:
+            batch, classes = arrays.logits.shape[:2]
+            scratch = self.device.empty(8 * (len(request.slots) * batch * classes + batch))
+            voxels = scratch.address + 8 * len(request.slots) * batch * classes
+            self.reduce_to(loss, request, arrays, scratch.address, voxels)
+        summed = coefficients.samples == 1
+        engine.apply(
+            self.device,
+            request,
+            arrays,
+            coefficients.address + (0 if summed else 8 * coefficients.first * coefficients.classes),
+            out,
+            slot_stride=coefficients.samples * coefficients.classes,
+            sample_stride=0 if summed else coefficients.classes,
+            upstream=coefficients.upstream_address,
+            upstream_type=coefficients.upstream_type,
+            scale=coefficients.scale,
+            losses=0 if self._losses is None else self._losses.address,
+        )
+
+
+def _program(loss: Loss, statistics: Statistics) -> Program:
+    """The step between the passes, traced once for every shape of the sums."""
+    programs: dict[Any, Program] = loss.__dict__.setdefault("_programs", {})
+    key = (statistics.request, tuple(statistics.sums.shape), statistics.dtype)
+    if key not in programs:
+        _, batch, classes = statistics.sums.shape
+        programs[key] = trace(loss, statistics.request, batch, classes, statistics.dtype)
+    return programs[key]
+
+
+def check_places(logits: Borrowed, *others: Borrowed | None) -> None:
+    """Raise ValueError, naming the argument, for an array that lies elsewhere than the logits."""
+    for name, other in zip(("target", "voxel_weight", "out"), others, strict=False):
+        if other is not None and _where(other) != _where(logits):
+            raise ValueError(
+                f"{name}: expected an array in {_where(logits)} like the logits, got one in "
+                f"{_where(other)}"
+            )
+
+
+def _where(borrowed: Borrowed) -> str:
+    place = borrowed.place
+    return "CPU memory" if place is None else f"the memory of CUDA device {place.ordinal}"
+
+
+def why_absent() -> str | None:
+    """Why nothing can be computed on a GPU here, or None."""
+    try:
+        cupy = _cupy()
+    except ImportError:
+        return f"CuPy is not installed: {REMEDY}"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CuPy finds no CUDA device: {error}"
+    return None if count else "there is no CUDA device"
