@@ -11,9 +11,11 @@ import ctypes
 import functools
 import hashlib
 import os
-import re
+import platform
 import shlex
+import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -163,17 +165,62 @@ def preload(sanitizer: str) -> dict[str, str]:
     FileNotFoundError: the compiler has no such runtime library.
     """
     name = {"address": "libasan.so", "thread": "libtsan.so"}[sanitizer]
-    found = subprocess.run(
-        [*_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    command = [*compiler(), f"-print-file-name={name}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if not os.path.isabs(found):
-        raise FileNotFoundError(f"{name}: the compiler {_compiler()[0]} has none")
+        raise FileNotFoundError(f"{name}: the compiler {compiler()[0]} has none")
     # CPython keeps memory to the end of the process: leaks are not looked for.
     options = {
         "address": {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1"},
-        "thread": {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0"},
+        "thread": {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66"},
     }[sanitizer]
     return {"LD_PRELOAD": found, **options}
+
+
+def sanitized_python(
+    code: str, sanitizer: str, *arguments: str, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in a fresh interpreter that can load libraries with this sanitizer.
+
+    OSError: the sanitizer does not work here.
+    """
+    path = [str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [*_command(sanitizer), "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={
+            **os.environ,
+            **preload(sanitizer),
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            # More threads than those of the kernels only cost time here.
+            "OPENBLAS_NUM_THREADS": "1",
+        },
+        check=False,
+    )
+
+
+@functools.cache
+def _command(sanitizer: str) -> tuple[str, ...]:
+    """The interpreter, started such that the sanitizer works."""
+    said = ""
+    # ThreadSanitizer of some releases wants addresses that the kernel has not made too random.
+    for command in ((sys.executable,), ("setarch", platform.machine(), "-R", sys.executable)):
+        try:
+            result = subprocess.run(
+                [*command, "-c", ""],
+                capture_output=True,
+                text=True,
+                env={**os.environ, **preload(sanitizer)},
+                check=False,
+            )
+        except FileNotFoundError:  # no setarch
+            continue
+        if result.returncode == 0:
+            return command
+        said = said or result.stderr.strip()
+    raise OSError(f"{sanitizer} sanitizer: {said}")
 
 
 def _sizes(name: str, sizes: Sequence[int], most: Triple) -> Triple:
@@ -207,20 +254,16 @@ def _build(
     text: str, include: Sequence[Path], flags: Sequence[str], sanitizers: Sequence[str]
 ) -> Path:
     """The shared library of the text, compiled now or earlier by any process of this user."""
+    include = [Path(folder).resolve() for folder in include]
     headers = sorted(
         path
         for folder in include
-        for path in Path(folder).rglob("*")
+        for path in folder.rglob("*")
         if path.suffix in {".h", ".hpp", ".cuh", ".cu", ".inc"}
     )
-    digest = hashlib.sha256()
-    parts = [text, *flags, "sanitize", *sanitizers, _compiler_version()]
-    parts += [part for path in headers for part in (str(path), path.read_text())]
-    parts += [(HERE / name).read_text() for name in ("cuda_shim.h", "runtime.cpp")]
-    for part in parts:
-        digest.update(str(len(part)).encode() + b"\n" + part.encode())
+    parts = ["library", text, *sanitizers, *(f"{path}\n{path.read_text()}" for path in headers)]
     folder = _cache()
-    library = folder / f"{digest.hexdigest()[:32]}.so"
+    library = folder / f"{_digest([*parts, *flags])}.so"
     try:
         os.utime(library)
         return library
@@ -234,39 +277,24 @@ def _build(
         work = Path(name)
         (work / "kernels.cpp").write_text(text)
         _compile([*flags, *sanitize, *folders, "-c", "kernels.cpp", "-o", "kernels.o"], work)
-        _compile(
-            [
-                *flags,
-                *sanitize,
-                "-shared",
-                "kernels.o",
-                str(_runtime(flags, sanitizers)),
-                "-o",
-                "library.so",
-            ],
-            work,
-        )
+        objects = ["kernels.o", str(_runtime(flags, sanitizers))]
+        _compile([*flags, *sanitize, "-shared", *objects, "-o", "library.so"], work)
         os.replace(work / "library.so", library)
     return library
 
 
 def _runtime(flags: Sequence[str], sanitizers: Sequence[str]) -> Path:
     """The object file of runtime.cpp, which all libraries of these flags share."""
-    flags = [flag for flag in flags if not re.fullmatch(r"-O.*", flag)] + ["-O2"]
+    flags = [*(flag for flag in flags if not flag.startswith("-O")), "-O2"]
     if "thread" in sanitizers:
         flags.append("-DFL_EMULATION_TSAN")
     if "address" in sanitizers:
         flags.append("-fsanitize=address")
-    digest = hashlib.sha256()
-    for part in [
-        *flags,
-        _compiler_version(),
-        *((HERE / name).read_text() for name in ("cuda_shim.h", "runtime.cpp")),
-    ]:
-        digest.update(str(len(part)).encode() + b"\n" + part.encode())
     folder = _cache()
-    path = folder / f"{digest.hexdigest()[:32]}.o"
-    if not path.exists():
+    path = folder / f"{_digest(['runtime', *flags])}.o"
+    try:
+        os.utime(path)
+    except FileNotFoundError:
         with tempfile.TemporaryDirectory(dir=folder) as name:
             work = Path(name)
             _compile(
@@ -276,14 +304,24 @@ def _runtime(flags: Sequence[str], sanitizers: Sequence[str]) -> Path:
     return path
 
 
+def _digest(parts: Sequence[str]) -> str:
+    """A name for what is compiled from these parts, our own files, by this compiler."""
+    digest = hashlib.sha256()
+    own = [(HERE / name).read_text() for name in ("cuda_shim.h", "runtime.cpp")]
+    for part in [*parts, *own, _compiler_version()]:
+        digest.update(f"{len(part.encode())}\n{part}".encode())
+    return digest.hexdigest()[:32]
+
+
 def _compile(arguments: Sequence[str], folder: Path) -> None:
-    command = [*_compiler(), *arguments]
+    command = [*compiler(), *arguments]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise CompileError(f"{shlex.join(command)}\n{result.stdout}{result.stderr}")
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
+    """The command of the C++ compiler: $CXX, or g++."""
     return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
@@ -294,7 +332,7 @@ def _version_of(compiler: tuple[str, ...]) -> str:
 
 
 def _compiler_version() -> str:
-    command = _compiler()
+    command = compiler()
     return f"{command} {_version_of(tuple(command))}"
 
 
@@ -309,11 +347,15 @@ def _cache() -> Path:
 
 
 def _forget(folder: Path) -> None:
-    """Remove libraries that were last used long ago."""
+    """Remove what was last used long ago."""
     oldest = time.time() - KEPT_SECONDS
-    for path in folder.glob("*.so"):
+    for path in folder.iterdir():
         try:
-            if path.stat().st_mtime < oldest:
+            if path.lstat().st_mtime >= oldest:
+                continue
+            if path.is_dir():  # of a process that was ended as it compiled
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink()
-        except FileNotFoundError:  # by another process
+        except FileNotFoundError:  # another process was faster
             pass

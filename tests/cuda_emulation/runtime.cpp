@@ -516,10 +516,8 @@ void abandon(const std::string& error) {
 
 void run_fiber() {
 #ifdef __SANITIZE_ADDRESS__
-  const void* stack;
-  std::size_t bytes;
-  __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
-  if (!main_stack) main_stack = stack, main_stack_bytes = bytes;
+  const void** stack = main_stack ? nullptr : &main_stack;
+  __sanitizer_finish_switch_fiber(nullptr, stack, stack ? &main_stack_bytes : nullptr);
 #endif
   launch.kernel->call(launch.argument);
   Thread* t = &me();
@@ -530,6 +528,10 @@ void run_fiber() {
 }
 
 void prepare_fiber(Thread& t) {
+#ifdef __SANITIZE_ADDRESS__
+  // run_fiber never returns, and so leaves its marks.
+  __asan_unpoison_memory_region(t.stack + kStackBytes - 8192, 8192);
+#endif
 #ifdef FL_UCONTEXT
   getcontext(&t.context);
   t.context.uc_stack.ss_sp = t.stack;
