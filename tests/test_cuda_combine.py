@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastloss as fl
+from fastloss.backends._cuda_code import ELEMENTWISE
 from fastloss.backends._cuda_combine import COMBINE_CALL, Program, trace
 from fastloss.request import make_request
 from fastloss.statistics import Statistics
@@ -129,7 +130,7 @@ def calls(draw: st.DrawFn) -> tuple[fl.Loss, Statistics]:
     for _ in range(draw(st.integers(1, 4))):
         reduction = "none" if none else draw(st.sampled_from(["mean", "sum"]))
         term = draw(terms(classes, activation == "sigmoid", reduction, whole))
-        loss += draw(st.sampled_from([1.0, 0.5, -2.0])) * term
+        loss += draw(st.sampled_from([1.0, 0.5, 2.0])) * term
     loss = fl.Loss(loss, activation=activation)
     statistics = sums_of(
         loss,
@@ -152,8 +153,8 @@ def test_what_is_recorded_is_the_combine_step(call: tuple[fl.Loss, Statistics]) 
     assert program.value_shape == np.shape(value)
     recorded = program.evaluate(statistics.sums, statistics.voxels, upstream)
     assert recorded[1].shape == statistics.sums.shape
-    np.testing.assert_allclose(recorded[0], value, rtol=1e-13)
-    np.testing.assert_allclose(recorded[1], derivatives, rtol=1e-13)
+    np.testing.assert_allclose(recorded[0], value, rtol=1e-12)
+    np.testing.assert_allclose(recorded[1], derivatives, rtol=1e-12)
 
 
 # ---------------------------------------------------------------------- a term of one's own
@@ -205,8 +206,8 @@ def test_a_term_of_ones_own(
     upstream = upstream_of(program.value_shape)
     value, derivatives = combined(loss, statistics, upstream)
     recorded = program.evaluate(statistics.sums, statistics.voxels, upstream)
-    np.testing.assert_allclose(recorded[0], value, rtol=1e-13)
-    np.testing.assert_allclose(recorded[1], derivatives, rtol=1e-13)
+    np.testing.assert_allclose(recorded[0], value, rtol=1e-12)
+    np.testing.assert_allclose(recorded[1], derivatives, rtol=1e-12)
 
 
 # ---------------------------------------------------------------------- arrays as in NumPy
@@ -358,6 +359,25 @@ def test_a_loss_whose_values_do_not_add() -> None:
 
 # ---------------------------------------------------------------------- the kernels
 
+
+class EveryFunction(fl.Term):
+    """Each function of single elements that is allowed, on numbers in and out of its domain."""
+
+    requires = frozenset({"region"})
+
+    def combine(self, statistics: Statistics) -> Any:
+        x, y = (statistics[name] - 2.0 for name in ("overlap", "predicted"))
+        both = x > y, np.logical_not(y > 0.1)
+        values = []
+        for name in sorted(ELEMENTWISE):
+            ufunc = getattr(np, name)
+            given = both if name.startswith("logical_") else (x / 2.0, y / 2.0)
+            values.append(ufunc(*given[: ufunc.nin]) * 1.0)
+        for exponent in (-2.0, -1, 0, 0.5, 1, 2.0, 3):
+            values.append(x**exponent)
+        return np.stack(values), lambda upstream: {"overlap": upstream.sum(axis=0)}
+
+
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "dice, cross-entropy": (fl.Dice() + fl.CrossEntropy(), {}),
     "float32": (fl.Dice() + fl.CrossEntropy(), {"dtype": np.float32}),
@@ -411,6 +431,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "all that is allowed": (Everything(), {"shape": (3, 4)}),
     "all that is allowed, none": (Everything(reduction="none"), {"shape": (4, 40)}),
     "all that is allowed, nan": (Everything(), {"shape": (3, 4), "odd": "nan"}),
+    "every function": (fl.Loss(EveryFunction()), {"odd": "zero", "shape": (3, 40)}),
+    "every function, nan": (fl.Loss(EveryFunction()), {"odd": "nan"}),
     "scratch in global memory": (fl.Dice(batch=True) + fl.Jaccard(batch=True, squared=True),
         {"shape": (5, 1000)},
     ),
@@ -574,5 +596,5 @@ def test_terms_of_the_drop_ins(batch: int, classes: int, odd: str) -> None:
         upstream = upstream_of(program.value_shape)
         value, derivatives = combined(loss, statistics, upstream)
         recorded = program.evaluate(statistics.sums, statistics.voxels, upstream)
-        np.testing.assert_allclose(recorded[0], value, rtol=1e-13, err_msg=name)
-        np.testing.assert_allclose(recorded[1], derivatives, rtol=1e-13, err_msg=name)
+        np.testing.assert_allclose(recorded[0], value, rtol=1e-12, err_msg=name)
+        np.testing.assert_allclose(recorded[1], derivatives, rtol=1e-12, err_msg=name)

@@ -36,6 +36,11 @@ class NegativeDice(RegionTerm):
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         if not (self.batch and self.ddp):
             return super().combine(statistics)
+        if not isinstance(statistics.sums, np.ndarray):
+            raise TypeError(
+                "ddp: expected sums in CPU memory, where the ranks join them; a loss that runs on "
+                "a GPU cannot do it inside of a term"
+            )
         # Joined here rather than for the whole loss: cross-entropy remains each rank's own.
         joined, _ = Ranks(WORLD, "batch").join(self._loss, statistics)
         value, pullback = super().combine(joined)

@@ -70,6 +70,9 @@ class RegionTerm(Term):
 
         All arrays are (B, C), with 1 in place of B where ``batch`` and without class 0 where the
         background does not count. Where ``couples_classes``, the value is (B, 1).
+
+        For a GPU the formula is run once per shape, with arrays that record what NumPy is asked
+        to do: choose with np.where, as ``if`` on the sums raises TypeError there.
         """
         raise NotImplementedError(f"{type(self).__name__} must define formula")
 
