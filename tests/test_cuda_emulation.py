@@ -681,7 +681,11 @@ ADDRESS = {
         "volatile int x[4], *p = x; for (int k = 0; k < n; ++k) p[k] = 1;",
         "stack-buffer-overflow",
     ),
+}
+UNDEFINED = {
+    "proper": ADDRESS["proper"],
     "misaligned": (96, "call.out[i] = *(int*)(memory + i);", "misaligned address"),
+    "index": (96, "int x[4]; for (int k = 0; k < n; ++k) x[k] = i;", "index 4 out of bounds"),
 }
 THREAD = {
     "barrier": (96, "s[i] = i; __syncthreads();" + REVERSED, ""),
@@ -807,7 +811,12 @@ def check_sanitized(found: tuple[int, str], message: str) -> None:
 
 @pytest.fixture(scope="module")
 def address_sanitized() -> dict:
-    return run_sanitized("address,undefined", ADDRESS)
+    return run_sanitized("address", ADDRESS)
+
+
+@pytest.fixture(scope="module")
+def undefined_sanitized() -> dict:
+    return run_sanitized("address,undefined", UNDEFINED)
 
 
 @pytest.fixture(scope="module")
@@ -816,8 +825,13 @@ def thread_sanitized() -> dict:
 
 
 @pytest.mark.parametrize("name", ADDRESS)
-def test_address_and_undefined_behaviour_sanitizer(address_sanitized, name):
+def test_address_sanitizer(address_sanitized, name):
     check_sanitized(address_sanitized[name], ADDRESS[name][2])
+
+
+@pytest.mark.parametrize("name", UNDEFINED)
+def test_undefined_behaviour_sanitizer(undefined_sanitized, name):
+    check_sanitized(undefined_sanitized[name], UNDEFINED[name][2])
 
 
 @pytest.mark.parametrize("name", THREAD)
