@@ -309,8 +309,8 @@ class Loss:
         def pullback(upstream: Any) -> np.ndarray:
             coefficients = np.zeros(statistics.sums.shape, like=statistics.sums)
             for weight, value, pull in parts:
-                own = _reduce_to(upstream, shape, np.shape(value)) * weight
-                for slot, derivative in pull(own).items():
+                own = _reduce_to(upstream, shape, np.shape(value)) if shape else upstream
+                for slot, derivative in pull(own * weight).items():
                     coefficients[statistics.request.index[slot]] += derivative
             return coefficients
 
