@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import support
-from cuda_emulation import Library
+from cuda_emulation import Library, preload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -287,6 +287,8 @@ def _zeros(x: Any) -> Any:
         lambda x: np.array([1, 2, 3, 4]) @ np.ones((4, 2)) + x[:, :2],
         lambda x: x[0:0].sum() + x[:, 4:].prod(axis=1),
         lambda x: x[1, 2],
+        lambda x: x[:, ::2][:, 1:] + x[::-1][1:, ::3][0],
+        lambda x: np.where(x > 5, np.where(x > 5, x, 1.0), np.where(x > 5, 2.0, -x)),
     ],
 )  # fmt: skip
 def test_arrays_that_record_behave_as_numpy_s(function: Any) -> None:
@@ -367,6 +369,7 @@ class EveryFunction(fl.Term):
 
     def combine(self, statistics: Statistics) -> Any:
         x, y = (statistics[name] - 2.0 for name in ("overlap", "predicted"))
+        y = y[::-1]  # so that NaN does not meet NaN alone
         both = x > y, np.logical_not(y > 0.1)
         values = []
         for name in sorted(ELEMENTWISE):
@@ -458,19 +461,18 @@ def sources() -> tuple[str, dict[str, Program]]:
 
 
 @cache
-def emulated() -> Library:
+def emulated(sanitize: str = "") -> Library:
     text, programs = sources()
     kernels = {}
     for i, program in enumerate(programs.values()):
         kernels[f"p{i}::fastloss_combine"] = f"p{i}::CombineCall"
         if program.value_shape:
             kernels[f"p{i}::fastloss_pullback"] = f"p{i}::CombineCall"
-    return Library(text, kernels)
+    return Library(text, kernels, sanitize=sanitize)
 
 
-@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
-@pytest.mark.parametrize("name", CASES)
-def test_kernels_compute_what_combine_does(name: str, order: str) -> None:
+def check_kernels(name: str, library: Library, order: str = "forward") -> None:
+    """The kernels of a case compute what `Loss.combine` does."""
     loss, statistics = case(name)
     program, number = sources()[1][name], list(CASES).index(name)
     upstream = upstream_of(program.value_shape).astype(statistics.dtype)
@@ -479,16 +481,40 @@ def test_kernels_compute_what_combine_does(name: str, order: str) -> None:
     scratch = np.full(program.scratch_doubles, np.nan)
     arrays = (statistics.sums, statistics.voxels, value, derivatives, upstream, scratch)
     call = np.array([tuple(a.ctypes.data for a in arrays)], COMBINE_CALL).tobytes()
-    emulated().launch(f"p{number}::fastloss_combine", (1, 1, 1), (256, 1, 1), 0, call, order=order)
+
+    def launch(kernel: str) -> None:
+        library.launch(f"p{number}::{kernel}", (1, 1, 1), (256, 1, 1), 0, call, order=order)
+
+    launch("fastloss_combine")
     if program.value_shape:
         assert (derivatives == 77.0).all()
-        emulated().launch(
-            f"p{number}::fastloss_pullback", (1, 1, 1), (256, 1, 1), 0, call, order=order
-        )
+        launch("fastloss_pullback")
     expected = combined(loss, statistics, upstream if program.value_shape else None)
     tolerance = 1e-6 if statistics.dtype == np.float32 else 1e-12
     np.testing.assert_allclose(value, expected[0], rtol=tolerance)
     np.testing.assert_allclose(derivatives, expected[1], rtol=1e-11, atol=1e-300)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_compute_what_combine_does(name: str, order: str) -> None:
+    check_kernels(name, emulated(), order)
+
+
+def test_kernels_read_and_write_within_bounds() -> None:
+    try:
+        environment = preload("address")
+    except FileNotFoundError as error:
+        support._absent("asan", ImportError(str(error)))
+    support.run_python(
+        """
+from test_cuda_combine import CASES, check_kernels, emulated
+library = emulated("address,undefined")
+for name in CASES:
+    check_kernels(name, library)
+""",
+        **environment,
+    )
 
 
 def test_scratch_memory_is_asked_for_where_a_block_has_not_enough() -> None:
