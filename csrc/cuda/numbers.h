@@ -63,9 +63,8 @@ FL_DEVICE BFloat from_number<BFloat>(float x) {
 }
 
 // V numbers that are loaded and stored at once.
-constexpr int aligned_bytes(int bytes) { return bytes > 16 ? 16 : bytes; }
 template <class In, int V>
-struct __align__(aligned_bytes(int(sizeof(In)) * V)) Pack {
+struct __align__(sizeof(In) * V > 16 ? 16 : sizeof(In) * V) Pack {
   In item[V];
 };
 
