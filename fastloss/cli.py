@@ -72,6 +72,13 @@ def info() -> str:
         except ImportError as error:
             state = f"missing: {backend_remedy(name, error)}"
         lines.append(f"  {name:<14} {state}")
+    try:
+        from fastloss.backends.cuda import describe_devices
+
+        state = f"available: {describe_devices()}"
+    except ImportError as error:
+        state = f"missing: {error}"
+    lines.append(f"  {'cuda':<14} {state}")
     return "\n".join(lines)
 
 

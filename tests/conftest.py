@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
-from support import BACKENDS, need_backend
+from support import BACKENDS, NATIVE, need_backend
 
 import fastloss as fl
 
@@ -44,5 +44,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
 def fast_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The same without the reference: for sizes and properties that it does not promise."""
+    with fl.use_backend(need_backend(request.param)):
+        yield request.param
+
+
+@pytest.fixture(params=[name for name in NATIVE if name != "reference"])
+def native_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Backends for arrays in CPU memory, with threads of their own."""
     with fl.use_backend(need_backend(request.param)):
         yield request.param

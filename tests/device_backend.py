@@ -6,6 +6,9 @@ no timing means anything. `CudaTestDevice` runs them on a GPU, over copies of th
 
 from __future__ import annotations
 
+import ctypes
+import os
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ from fastloss.backends._cuda_source import source, specialised
 from fastloss.backends._cuda_top_k import KERNELS
 from fastloss.backends.base import Backend
 from fastloss.backends.reference import check_targets
+from fastloss.frameworks.base import device_view
 from fastloss.request import Request
 from fastloss.voxel_losses import VoxelLosses
 
@@ -74,11 +78,11 @@ def _library(text: str, names: tuple[str, ...], struct: str) -> Any:
     return Library(text, dict.fromkeys(names, struct))
 
 
-class DeviceBackend(Backend):
-    """A backend that runs a device's kernels."""
+class EmulatedBackend(Backend):
+    """A backend that runs the kernels on the CPU."""
 
-    def __init__(self, name: str, device: Any) -> None:
-        self.name, self.device = name, device
+    def __init__(self, name: str, device: EmulatedDevice | None = None) -> None:
+        self.name, self.device = name, device or EmulatedDevice()
 
     def reduce(
         self,
@@ -94,9 +98,7 @@ class DeviceBackend(Backend):
         engine.reduce(
             self.device, request, arrays, sums.ctypes.data, voxels.ctypes.data, *addresses
         )
-        if np.isnan(voxels).any():
-            check_targets(request, arrays)
-            raise AssertionError("the kernel found a fault where there is none")
+        _raise_faults(request, arrays, voxels)
 
     def apply(
         self,
@@ -118,3 +120,133 @@ class DeviceBackend(Backend):
             sample_stride=classes,
             losses=0 if losses is None else losses.values.ctypes.data,
         )
+
+
+class CudaTestBackend(Backend):
+    """A backend that runs the kernels on a GPU, over copies of the arrays in the same strides.
+
+    One build of the kernels serves every kind of call, as compiling each would take hours; with
+    FASTLOSS_TEST_SPECIAL set they are compiled as users get them.
+    """
+
+    def __init__(self, name: str) -> None:
+        from fastloss.backends.cuda import CudaDevice, why_absent
+
+        absent = why_absent()
+        if absent:
+            raise ImportError(absent)
+        self.name = name
+        self.place = _cupy_place()
+        self.device: Any = CudaDevice(self.place)
+        if not os.environ.get("FASTLOSS_TEST_SPECIAL"):
+            self.device.passes = self._general
+
+    def _general(self, constants: Any, kernel: str) -> tuple[Any, ...]:
+        names = PASSES[:2] if kernel == "reduce" else PASSES[2:]
+        return tuple(self.device.kernels(source("passes.cu"), names))
+
+    def reduce(
+        self,
+        request: Request,
+        arrays: Arrays,
+        sums: np.ndarray,
+        voxels: np.ndarray,
+        losses: VoxelLosses | None = None,
+    ) -> None:
+        there = self._upload_all(arrays)
+        device_sums, device_voxels = _Copy(self.place, sums), _Copy(self.place, voxels)
+        addresses = []
+        if losses is not None:
+            values = _Copy(self.place, losses.values)
+            weights = _Copy(self.place, losses.class_weight)
+            addresses = [values.address, weights.address]
+        engine.reduce(
+            self.device, request, there, device_sums.address, device_voxels.address, *addresses
+        )
+        device_sums.fetch(sums)
+        device_voxels.fetch(voxels)
+        if losses is not None:
+            values.fetch(losses.values)
+        _raise_faults(request, arrays, voxels)
+
+    def apply(
+        self,
+        request: Request,
+        arrays: Arrays,
+        coefficients: np.ndarray,
+        out: np.ndarray,
+        losses: VoxelLosses | None = None,
+    ) -> None:
+        there = self._upload_all(arrays)
+        in_place = _address(out) == _address(arrays.logits)
+        to = self._logits if in_place else _Copy(self.place, out)
+        numbers = _Copy(self.place, np.ascontiguousarray(coefficients, np.float64))
+        _, batch, classes = coefficients.shape
+        values = None if losses is None else _Copy(self.place, losses.values)
+        engine.apply(
+            self.device,
+            request,
+            there,
+            numbers.address,
+            to.view,
+            slot_stride=batch * classes,
+            sample_stride=classes,
+            losses=0 if values is None else values.address,
+        )
+        to.fetch(out)
+
+    def _upload_all(self, arrays: Arrays) -> Arrays:
+        self._logits = _Copy(self.place, arrays.logits)
+        weight = arrays.voxel_weight
+        return replace(
+            arrays,
+            logits=self._logits.view,
+            target=_Copy(self.place, arrays.target).view,
+            voxel_weight=None if weight is None else _Copy(self.place, weight).view,
+        )
+
+
+class _Copy:
+    """A copy of an array's memory on the device, gaps between its numbers included."""
+
+    def __init__(self, place: Any, array: np.ndarray) -> None:
+        import cupy
+
+        low, high = np.lib.array_utils.byte_bounds(array) if array.size else (0, 0)
+        before = low % 16  # aligned there as it is here
+        raw = np.full(high - low + before + 16, 0xFF, np.uint8)
+        if array.size:
+            raw[before : before + high - low] = _bytes(low, high - low)
+        self.memory = cupy.asarray(raw)
+        offset = before + (_address(array) - low if array.size else 0)
+        self.address = int(self.memory.data.ptr) + offset
+        self.view = device_view(self, self.address, array.shape, array.strides, array.dtype.name)
+        self._before, self._length = before, high - low
+
+    def fetch(self, array: np.ndarray) -> None:
+        """Write what the device's copy holds by now to the array."""
+        if array.size:
+            raw = self.memory.get()[self._before : self._before + self._length]
+            low, _ = np.lib.array_utils.byte_bounds(array)
+            start = _address(array) - low
+            array[...] = np.ndarray(array.shape, array.dtype, raw.tobytes(), start, array.strides)
+
+
+def _bytes(address: int, count: int) -> np.ndarray:
+    return np.frombuffer((ctypes.c_char * count).from_address(address), np.uint8)
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _cupy_place() -> Any:
+    from fastloss.frameworks.cupy import CupyPlace
+
+    return CupyPlace(0)
+
+
+def _raise_faults(request: Request, arrays: Arrays, voxels: np.ndarray) -> None:
+    if np.isnan(voxels).any():
+        check_targets(request, arrays)
+        raise AssertionError("the kernel found a fault where there is none")

@@ -18,7 +18,10 @@ from fastloss.backends import add_backend
 
 EMULATED = "emulated cuda"
 """The CUDA kernels, run on the CPU."""
-BACKENDS = ("cpu", "numba", "reference", EMULATED)
+NATIVE = ("cpu", "numba", "reference")
+BACKENDS = (*NATIVE, EMULATED)
+if os.environ.get("FASTLOSS_TEST_DEVICE") == "cuda":
+    BACKENDS += ("cuda",)  # the kernels on a GPU, over copies of the arrays
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = frozenset(filter(None, os.environ.get("FASTLOSS_REQUIRE", "").split(",")))
 """What continuous integration has installed: its absence is then a failure, not a skip."""
@@ -41,8 +44,8 @@ def need_gloo() -> None:
 
 def need_backend(name: str) -> str:
     """The name of a backend that runs here, or a skip (failure if required) that names it."""
-    if name == EMULATED:
-        _add_emulated()
+    if name in (EMULATED, "cuda"):
+        _add_device(name)
     try:
         with fl.use_backend(name):
             return name
@@ -52,10 +55,10 @@ def need_backend(name: str) -> str:
 
 
 @cache
-def _add_emulated() -> None:
-    from device_backend import DeviceBackend, EmulatedDevice
+def _add_device(name: str) -> None:
+    from device_backend import CudaTestBackend, EmulatedBackend
 
-    add_backend(DeviceBackend(EMULATED, EmulatedDevice()))
+    add_backend(EmulatedBackend(name) if name == EMULATED else CudaTestBackend(name))
 
 
 def _absent(name: str, error: ImportError) -> None:
@@ -68,6 +71,10 @@ def python(
     code: str, *, timeout: float = 120, **environment: str | None
 ) -> subprocess.CompletedProcess[str]:
     """Run a script in a fresh interpreter, with these environment variables set (None: unset)."""
+    if environment.get("FASTLOSS_BACKEND") == EMULATED:  # which tests alone know
+        environment["FASTLOSS_BACKEND"] = None
+        start = f"import support, fastloss.backends as b; support.need_backend({EMULATED!r})\n"
+        code = start + f"_chosen = b.use_backend({EMULATED!r}); _chosen.__enter__()\n" + code
     variables = dict(os.environ)
     for name, value in environment.items():
         if value is None:

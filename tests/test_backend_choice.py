@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support import BACKENDS, need_backend, python, run_python
+from support import NATIVE, need_backend, python, run_python
 
 import fastloss as fl
 from fastloss.backends import current_backend
@@ -51,7 +51,7 @@ def test_use_of_an_unknown_backend(name: str) -> None:
             pass
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NATIVE)
 def test_environment_chooses(name: str) -> None:
     need_backend(name)
     out = run_python(CALL, FASTLOSS_BACKEND=name)

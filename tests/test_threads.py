@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import BACKENDS, example, need, need_backend, one_hot, run_python
+from support import NATIVE, example, need, need_backend, one_hot, run_python
 
 import fastloss as fl
 
@@ -20,7 +20,7 @@ LOSS = fl.Dice() + fl.Dice(squared=True) + fl.CrossEntropy(label_smoothing=0.1) 
 @pytest.fixture(autouse=True)
 def _threads_as_before(_reference: None) -> Iterator[None]:
     before = 1
-    for name in BACKENDS:
+    for name in NATIVE:
         with suppress(ImportError), fl.use_backend(name):
             before = max(before, fl.get_num_threads())
     yield
@@ -36,7 +36,7 @@ def same_bits(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("classes", [1, 2, 5, 40])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
 def test_the_same_bits_for_any_number_of_threads(
-    fast_backend: str, activation: str, classes: int, dtype: str
+    native_backend: str, activation: str, classes: int, dtype: str
 ) -> None:
     loss = fl.Loss(LOSS, activation=activation)
     voxels = 100_000 // classes + 37
@@ -52,7 +52,7 @@ def test_the_same_bits_for_any_number_of_threads(
 
 
 @pytest.mark.parametrize("kind", ["dense", "weighted", "channels last"])
-def test_the_same_bits_for_other_inputs(fast_backend: str, kind: str) -> None:
+def test_the_same_bits_for_other_inputs(native_backend: str, kind: str) -> None:
     x, y = example(3, 4, (37, 501), dtype=np.float32)
     target: Any = one_hot(y, 4) if kind == "dense" else y
     w = np.random.default_rng(0).uniform(size=y.shape) if kind == "weighted" else None
@@ -114,26 +114,26 @@ def test_a_number_of_threads_below_one(wrong: int) -> None:
         fl.set_num_threads(wrong)
 
 
-def test_set_and_get(fast_backend: str) -> None:
+def test_set_and_get(native_backend: str) -> None:
     fl.set_num_threads(1)
     assert fl.get_num_threads() == 1
     fl.set_num_threads(np.int64(2))
     assert fl.get_num_threads() in (1, 2)  # Numba has no more than it started with
 
 
-def test_set_before_the_backend_is_loaded(fast_backend: str) -> None:
+def test_set_before_the_backend_is_loaded(native_backend: str) -> None:
     out = run_python(
         "import fastloss as fl\nfl.set_num_threads(1)\n"
-        f"with fl.use_backend({fast_backend!r}):\n    print(fl.get_num_threads())\n"
+        f"with fl.use_backend({native_backend!r}):\n    print(fl.get_num_threads())\n"
     )
     assert int(out) == 1
 
 
-def test_environment_limits_threads(fast_backend: str) -> None:
+def test_environment_limits_threads(native_backend: str) -> None:
     for threads in (1, 2):
         out = run_python(
             "import fastloss as fl; print(fl.get_num_threads())",
-            FASTLOSS_BACKEND=fast_backend,
+            FASTLOSS_BACKEND=native_backend,
             OMP_NUM_THREADS=str(threads),
             NUMBA_NUM_THREADS=str(threads),
         )
@@ -175,7 +175,7 @@ def check(_=None):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_child_computes(fast_backend: str) -> None:
+def test_a_forked_child_computes(native_backend: str) -> None:
     """As in a data loader's worker, when the parent has computed before."""
     out = run_python(
         PREPARE + "child = os.fork()\n"
@@ -184,24 +184,24 @@ def test_a_forked_child_computes(fast_backend: str) -> None:
         "    os._exit(0 if check() else 3)\n"
         "status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\n"
         "print(status, check())\n",
-        FASTLOSS_BACKEND=fast_backend,
+        FASTLOSS_BACKEND=native_backend,
     )
     assert out.split() == ["0", "True"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_pool_of_forked_processes_computes(fast_backend: str) -> None:
+def test_a_pool_of_forked_processes_computes(native_backend: str) -> None:
     out = run_python(
         PREPARE + "import multiprocessing\n"
         "with multiprocessing.get_context('fork').Pool(3) as pool:\n"
         "    print(all(pool.map_async(check, range(8)).get(timeout=60)))\n"
         "print(check())\n",
-        FASTLOSS_BACKEND=fast_backend,
+        FASTLOSS_BACKEND=native_backend,
     )
     assert out.split() == ["True", "True"]
 
 
-def test_a_spawned_process_computes_from_a_pickled_loss(fast_backend: str) -> None:
+def test_a_spawned_process_computes_from_a_pickled_loss(native_backend: str) -> None:
     out = run_python(
         "import multiprocessing, numpy as np, fastloss as fl\n"
         "if __name__ == '__main__':\n"
@@ -210,7 +210,7 @@ def test_a_spawned_process_computes_from_a_pickled_loss(fast_backend: str) -> No
         "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
         "        value = pool.apply_async(loss, (x, y)).get(timeout=100)\n"
         "    print(value == loss(x, y))\n",
-        FASTLOSS_BACKEND=fast_backend,
+        FASTLOSS_BACKEND=native_backend,
     )
     assert out.strip() == "True"
 

@@ -23,7 +23,9 @@ from fastloss.request import Request
 class Memory(Protocol):
     """Memory of a device, from the caller's allocator."""
 
-    address: int
+    @property
+    def address(self) -> int:
+        """Where it lies."""
 
 
 class Device(Protocol):

@@ -345,11 +345,20 @@ def _where(borrowed: Borrowed) -> str:
 def why_absent() -> str | None:
     """Why nothing can be computed on a GPU here, or None."""
     try:
-        cupy = _cupy()
-    except ImportError:
-        return f"CuPy is not installed: {REMEDY}"
+        describe_devices()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def describe_devices() -> str:
+    """CuPy and the devices it finds. ImportError: there are none, or no CuPy."""
+    cupy = _cupy()
     try:
         count = cupy.cuda.runtime.getDeviceCount()
+        names = [cupy.cuda.runtime.getDeviceProperties(i)["name"].decode() for i in range(count)]
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"CuPy finds no CUDA device: {error}"
-    return None if count else "there is no CUDA device"
+        raise ImportError(f"CuPy finds no CUDA device: {error}") from error
+    if not names:
+        raise ImportError("CuPy finds no CUDA device")
+    return f"CuPy {cupy.__version__}, {', '.join(names)}"

@@ -22,9 +22,15 @@ def _torch() -> Adapter:
     return ADAPTER
 
 
+def _cupy() -> Adapter:
+    from fastloss.frameworks.cupy import CUPY
+
+    return CUPY
+
+
 # From the root package of an array's type to the adapter that serves it. Frameworks that are not
 # listed are borrowed by DLPack.
-_SPECIAL: dict[str, Callable[[], Adapter]] = {"torch": _torch}
+_SPECIAL: dict[str, Callable[[], Adapter]] = {"torch": _torch, "cupy": _cupy}
 _adapters: dict[type, Adapter | None] = {}
 
 

@@ -73,8 +73,8 @@ def device_view(
     steps = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
     below = -sum(step for step in steps if step < 0)
     span = item.itemsize + below + sum(step for step in steps if step > 0)
-    memory = (ctypes.c_char * span).from_address(address - below)
-    memory.owner = owner  # type: ignore[attr-defined]
+    memory: Any = (ctypes.c_char * span).from_address(address - below)
+    memory.owner = owner
     return np.ndarray(shape, item, memory, below, strides)
 
 

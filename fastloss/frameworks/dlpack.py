@@ -1,4 +1,4 @@
-"""Any exporter of DLPack on the CPU: PyTorch, JAX, TensorFlow, …, bfloat16 included."""
+"""Any exporter of DLPack: PyTorch, JAX, TensorFlow, …, bfloat16 included."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from fastloss.frameworks.base import Adapter, Borrowed
 
 _CPU_DEVICES = (1, 3)  # kDLCPU, kDLCUDAHost: memory the processor reads
+_CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _READ_ONLY = 1
 _KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
 
@@ -56,14 +57,11 @@ class DlpackAdapter(Adapter):
         kind = type(array).__module__.partition(".")[0]
         if write and kind in ("jax", "jaxlib"):
             raise ValueError(f"{name}: expected a writable array, got an immutable JAX array")
-        try:
-            device = int(array.__dlpack_device__()[0])
-        except Exception as error:
-            raise _no_export(array, name, error) from error
-        if device not in _CPU_DEVICES:
+        where, number = device_of(array, name)
+        if where == "other":
             raise TypeError(
-                f"{name}: expected an array in CPU memory, got a {type(array).__name__} on DLPack "
-                f"device type {device}"
+                f"{name}: expected an array in CPU memory or on a CUDA device, got a "
+                f"{type(array).__name__} on DLPack device type {number}"
             )
         if getattr(array, "requires_grad", False):
             # Taking the memory would cut the graph without a word.
@@ -71,26 +69,55 @@ class DlpackAdapter(Adapter):
                 f"{name}: got a tensor that requires a gradient, which the arrays-only interface "
                 "does not record; pass tensor.detach() and take the gradient from value_and_grad"
             )
-        try:
-            capsule = _export(array)
-        except Exception as error:
-            raise _no_export(array, name, error) from error
-        return _view(capsule, name, write)
+        if where == "cuda":
+            return _cuda(name).borrow(array, name, write=write)
+        return view_of(export(array, name), name, write)
+
+    def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
+        if borrowed.place is not None:
+            return _cuda("logits").empty_like(array, borrowed)
+        return super().empty_like(array, borrowed)
+
+
+def _cuda(name: str) -> Adapter:
+    try:
+        from fastloss.frameworks.cupy import EXPORTER
+    except ImportError as error:
+        raise ImportError(
+            f"{name}: got an array on a CUDA device, which needs CuPy: pip install "
+            "'fastloss[cuda13]', or 'fastloss[cuda12]' for CUDA 12"
+        ) from error
+    return EXPORTER
+
+
+def device_of(array: Any, name: str) -> tuple[str, int]:
+    """ "cpu", or "cuda" and the device's number, or "other" and DLPack's number of its type."""
+    try:
+        kind, number = array.__dlpack_device__()
+    except Exception as error:
+        raise _no_export(array, name, error) from error
+    if int(kind) in _CPU_DEVICES:
+        return "cpu", 0
+    return ("cuda", int(number)) if int(kind) in _CUDA_DEVICES else ("other", int(kind))
 
 
 def _no_export(array: Any, name: str, error: Exception) -> TypeError:
     return TypeError(f"{name}: the {type(array).__name__} could not be exported by DLPack: {error}")
 
 
-def _export(array: Any) -> Any:
+def export(array: Any, name: str, **options: Any) -> Any:
+    """A capsule with the array's memory; ``stream``: where it is going to be used."""
     try:
-        return array.__dlpack__(max_version=(1, 0))
-    except TypeError:  # an exporter from before DLPack 1.0
-        return array.__dlpack__()
+        try:
+            return array.__dlpack__(max_version=(1, 0), **options)
+        except TypeError:  # an exporter from before DLPack 1.0
+            return array.__dlpack__(**options)
+    except Exception as error:
+        raise _no_export(array, name, error) from error
 
 
-def _view(capsule: Any, name: str, write: bool) -> Borrowed:
-    """A NumPy view of a capsule's memory.
+def view_of(capsule: Any, name: str, write: bool) -> Borrowed:
+    """A NumPy view of a capsule's memory; of a GPU's memory what `Borrowed` says.
 
     The capsule is not consumed: it stays alive with the view, and frees the memory itself when
     the view is gone.

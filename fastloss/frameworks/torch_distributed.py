@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from fastloss.statistics import Statistics
-
 if TYPE_CHECKING:
     from fastloss.loss import Loss
+    from fastloss.statistics import Statistics
 
 SHARDS = ("batch", "volume")
 WORLD = "world"
@@ -31,45 +31,53 @@ class Ranks(NamedTuple):
     def join(self, loss: Loss, statistics: Statistics) -> tuple[Statistics, int]:
         """The sums over all ranks, and the place of this rank's first sample among them."""
         loss.check_additive("process_group")
-        sums, voxels = statistics.sums, statistics.voxels
+        on_device = isinstance(statistics.sums, torch.Tensor)
+        sums, voxels = _tensor(statistics.sums), _tensor(statistics.voxels)
         first = 0
         if self.shard == "batch" and not loss.sums_over_batch:
             sums, voxels, first = self._gather(sums, voxels)
         else:
             if self.shard == "batch":
-                sums, voxels = sums.sum(axis=1, keepdims=True), voxels.sum(keepdims=True)
-            both = torch.from_numpy(np.concatenate([sums.reshape(-1), voxels]))
+                sums, voxels = sums.sum(dim=1, keepdim=True), voxels.sum().reshape(1)
+            both = torch.cat([sums.reshape(-1), voxels])
             dist.all_reduce(both, group=self._process_group())
-            sums, voxels = _split(both.numpy(), sums.shape)
-        return Statistics(statistics.request, sums, voxels, statistics.dtype), first
+            sums, voxels = both[: sums.numel()].reshape(sums.shape), both[sums.numel() :]
+        total, weight = sums.contiguous(), voxels.clone()
+        if on_device:
+            return replace(statistics, sums=total, voxels=weight), first
+        return replace(statistics, sums=total.numpy(), voxels=weight.numpy()), first
 
-    def own(self, coefficients: np.ndarray, first: int, batch: int) -> np.ndarray:
+    def own(self, coefficients: Any, first: int, batch: int) -> Any:
         """This rank's part of the derivatives by the joined sums.
 
         Times the number of ranks, as DistributedDataParallel divides the sum of the gradients by
         it.
         """
+        ranks = self._process_group().size()
+        if not isinstance(coefficients, np.ndarray):
+            return coefficients.part(first, ranks)
         if coefficients.shape[1] == 1:
             coefficients = np.repeat(coefficients, batch, axis=1)
-        own: np.ndarray = coefficients[:, first : first + batch] * self._process_group().size()
-        return own
+        return coefficients[:, first : first + batch] * ranks
 
-    def _gather(self, sums: np.ndarray, voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    def _gather(
+        self, sums: torch.Tensor, voxels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
         group = self._process_group()
         slots, batch, classes = sums.shape
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
-        dist.all_gather(sizes, torch.tensor([batch]), group=group)
+        one = torch.tensor([batch], device=sums.device)
+        sizes = [torch.zeros_like(one) for _ in range(group.size())]
+        dist.all_gather(sizes, one, group=group)
         batches = [int(size) for size in sizes]
         # Ranks may hold unequal numbers of samples; what is sent must be of one size.
-        padded = torch.zeros(max(batches), slots * classes + 1, dtype=torch.float64)
-        padded[:batch, :-1] = torch.from_numpy(sums).transpose(0, 1).reshape(batch, -1)
-        padded[:batch, -1] = torch.from_numpy(voxels)
+        padded = sums.new_zeros(max(batches), slots * classes + 1)
+        padded[:batch, :-1] = sums.transpose(0, 1).reshape(batch, -1)
+        padded[:batch, -1] = voxels
         parts = [torch.empty_like(padded) for _ in batches]
         dist.all_gather(parts, padded, group=group)
-        rows = torch.cat([part[:n] for part, n in zip(parts, batches, strict=True)]).numpy()
-        joined = rows[:, :-1].reshape(-1, slots, classes).transpose(1, 0, 2)
-        first = sum(batches[: group.rank()])
-        return np.ascontiguousarray(joined), np.ascontiguousarray(rows[:, -1]), first
+        rows = torch.cat([part[:n] for part, n in zip(parts, batches, strict=True)])
+        joined = rows[:, :-1].reshape(-1, slots, classes).transpose(0, 1)
+        return joined, rows[:, -1], sum(batches[: group.rank()])
 
     def _process_group(self) -> Any:
         if not (dist.is_available() and dist.is_initialized()):
@@ -104,6 +112,5 @@ def ranks(process_group: Any, shard: str) -> Ranks | None:
     return Ranks(name, shard)
 
 
-def _split(both: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    size = int(np.prod(shape))
-    return both[:size].reshape(shape), both[size:].copy()
+def _tensor(sums: Any) -> torch.Tensor:
+    return sums if isinstance(sums, torch.Tensor) else torch.from_numpy(sums)

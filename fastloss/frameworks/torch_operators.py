@@ -82,8 +82,8 @@ def _gradient(
 ) -> torch.Tensor:
     loss = loss_of(text)
     passes = loss.passes(logits, target, voxel_weight)
-    both = (sums, voxels) if sums.is_cuda else (sums.numpy(), voxels.numpy())
-    statistics = Statistics(passes.request, *both, passes.arrays.value_dtype)
+    dtype = passes.arrays.value_dtype
+    statistics = Statistics(passes.request, _plain(sums), _plain(voxels), dtype)
     coefficients = passes.combine(statistics)[1](ADAPTER.upstream(upstream))
     if group:
         coefficients = Ranks(group, shard).own(coefficients, 0, logits.shape[0])
@@ -91,6 +91,11 @@ def _gradient(
     passes.apply(coefficients, view)
     result: torch.Tensor = gradient
     return result
+
+
+def _plain(sums: torch.Tensor) -> Any:
+    """As the step between the passes takes them: NumPy's, or on a GPU as they are."""
+    return sums if sums.is_cuda else sums.numpy()
 
 
 def _check_ranks(loss: Loss, shard: str) -> None:
