@@ -839,6 +839,46 @@ def test_thread_sanitizer(thread_sanitized, name):
     check_sanitized(thread_sanitized[name], THREAD[name][2])
 
 
+def test_address_sanitizer_forgets_a_failed_launch():
+    # Its threads stop with arrays on their stacks, where the next launch has its own.
+    source = """
+    struct Call { int* out; };
+    __device__ void use(volatile int* x, int n) { for (int k = 0; k < n; ++k) x[k] = k; }
+    extern "C" __global__ void bad(const Call call) {
+      volatile int x[100], y[7];
+      use(x, 100), use(y, 7);
+      if (threadIdx.x < 40) __syncthreads();
+      call.out[threadIdx.x] = x[1] + y[1];
+    }
+    extern "C" __global__ void good(const Call call) {
+      volatile int x[300];
+      use(x, 300);
+      __syncthreads();
+      call.out[threadIdx.x] = x[threadIdx.x];
+    }
+    """
+    code = f"""if True:
+    import sys
+    import numpy as np
+    from cuda_emulation import LaunchError, Library
+    library = Library({source!r}, dict(good="Call", bad="Call"), sanitize="address")
+    out = np.zeros(96, np.int32)
+    for kernel in ("bad", "good") * 3:
+        arguments = out.ctypes.data.to_bytes(8, sys.byteorder)
+        try:
+            library.launch(kernel, (1, 1, 1), (96, 1, 1), 0, arguments)
+            assert kernel == "good"
+        except LaunchError:
+            assert kernel == "bad"
+    assert out.tolist() == list(range(96))
+    """
+    try:
+        result = cuda_emulation.sanitized_python(code, "address")
+    except OSError as error:
+        _absent("sanitizer.address", error)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("name", ["address", "thread"])
 def test_a_process_without_the_sanitizer_is_told_how_to_get_it(name):
     with pytest.raises(RuntimeError, match=rf"sanitize: '{name}' .*preload\('{name}'\)"):

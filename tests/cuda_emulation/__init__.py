@@ -71,7 +71,7 @@ class Library:
                 )
         flags = ["-std=c++17", optimise, "-g1", "-fPIC", "-ffp-contract=off"]
         # Of equal symbols in two libraries the loader may otherwise take one for both.
-        flags += ["-fvisibility=hidden", "-fno-gnu-unique"]
+        flags.append("-fvisibility=hidden")
         if threads:
             flags += ["-DFL_EMULATION_THREADS", "-pthread"]
         if sanitizers:
@@ -171,7 +171,7 @@ def preload(sanitizer: str) -> dict[str, str]:
         raise FileNotFoundError(f"{name}: the compiler {compiler()[0]} has none")
     # CPython keeps memory to the end of the process: leaks are not looked for.
     options = {
-        "address": {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1"},
+        "address": {"ASAN_OPTIONS": "detect_leaks=0"},
         "thread": {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66"},
     }[sanitizer]
     return {"LD_PRELOAD": found, **options}
