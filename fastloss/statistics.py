@@ -18,12 +18,16 @@ class Statistics:
         sums: (S, B, C) float64.
         voxels: (B,) float64, the sum of the voxel weights of each sample.
         dtype: the dtype of the loss value: float32, or float64 for float64 logits.
+        joined: the same over all ranks and samples, where a term asks for them.
+
+    Of arrays on a GPU the sums are there as well, in arrays of the same framework.
     """
 
     request: Request
     sums: np.ndarray
     voxels: np.ndarray
     dtype: np.dtype
+    joined: Statistics | None = None
 
     def __getitem__(self, slot: str) -> np.ndarray:
         """The (B, C) sums of one slot, for example ``"overlap"``."""

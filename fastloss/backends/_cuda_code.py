@@ -664,6 +664,7 @@ class _Kernel:
         for pointer, kind in (
             ("sums", "const double"),
             ("voxels", "const double"),
+            ("joined", "const double"),
             ("upstream", f"const {value_type}"),
             ("value", value_type),
             ("derivatives", "double"),

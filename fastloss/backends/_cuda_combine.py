@@ -17,6 +17,7 @@ _STRUCT = """\
 struct CombineCall {
   const double* sums;    // (S, B, C)
   const double* voxels;  // (B)
+  const double* joined;  // (S · C + 1): sums and voxels over all ranks, or null
   void* value;
   double* derivatives;   // (S, B, C)
   const void* upstream;  // as the value
@@ -25,7 +26,7 @@ struct CombineCall {
 COMBINE_CALL = np.dtype(
     [
         (name, np.uint64)
-        for name in ("sums", "voxels", "value", "derivatives", "upstream", "scratch")
+        for name in ("sums", "voxels", "joined", "value", "derivatives", "upstream", "scratch")
     ]
 )
 """The struct as bytes: addresses."""
@@ -59,15 +60,22 @@ class Program:
         self.sources, self.scratch_doubles = generate(_STRUCT, value_type, kernels)
 
     def evaluate(
-        self, sums: np.ndarray, voxels: np.ndarray, upstream: Any = 1.0
+        self,
+        sums: np.ndarray,
+        voxels: np.ndarray,
+        upstream: Any = 1.0,
+        joined: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The value and the derivatives (S, B, C), in NumPy: what the kernels should give.
 
         Args:
             upstream: an array of the value's shape, or a number.
+            joined: (S · C + 1), what terms that join ranks read.
         """
         upstream = np.broadcast_to(np.asarray(upstream, np.float64), self.value_shape)
         inputs = {"sums": sums, "voxels": voxels, "upstream": upstream}
+        if joined is not None:
+            inputs["joined"] = joined
         value, *derivatives = evaluate([self._value, *self._derivatives], inputs)
         stacked = np.stack(derivatives)
         return value, stacked if self.value_shape else stacked * upstream
@@ -85,7 +93,15 @@ def trace(loss: Loss, request: Request, batch: int, classes: int, value_dtype: n
     shape = (len(request.slots), batch, classes)
     sums = graph.input("sums", shape)
     voxels = graph.input("voxels", (batch,))
-    statistics = Statistics(request, _as_array(graph, sums), _as_array(graph, voxels), value_dtype)
+    joined = None
+    if any(term.joins_ranks for _, term in loss.terms):
+        count = shape[0] * classes
+        both = _as_array(graph, graph.input("joined", (count + 1,)))
+        joined_sums = both[:count].reshape(shape[0], 1, classes)
+        joined = Statistics(request, joined_sums, both[count:], value_dtype)
+    statistics = Statistics(
+        request, _as_array(graph, sums), _as_array(graph, voxels), value_dtype, joined
+    )
     with np.errstate(all="ignore"):
         total, pullback = loss.formulas(statistics)
         value = graph.as_float(_node(graph, total))

@@ -17,7 +17,7 @@ import numpy as np
 from fastloss.arrays import Arrays
 from fastloss.backends import _cuda_engine as engine
 from fastloss.backends._cuda_call import NO_TYPE
-from fastloss.backends._cuda_combine import Program, trace
+from fastloss.backends._cuda_combine import COMBINE_CALL, Program, trace
 from fastloss.backends._cuda_source import describe, specialised
 from fastloss.backends._cuda_top_k import keep_largest
 from fastloss.backends.reference import check_targets
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
     from fastloss.loss import Loss
 
 _LOG = logging.getLogger("fastloss")
-# Mirrors `struct CombineCall` of the generated code.
-_COMBINE_CALL = np.dtype(
-    [(n, np.int64) for n in ("sums", "voxels", "value", "derivatives", "upstream", "scratch")]
-)
 _OPTIONS = ("-std=c++17", "--fmad=true")
 _SLOW = 0.5  # seconds above which compiling is mentioned; what the cache has takes less
 REMEDY = "pip install 'fastloss[cuda13]', or 'fastloss[cuda12]' for CUDA 12"
@@ -242,12 +238,14 @@ class DevicePasses:
         dtype = statistics.dtype.name
         value = place.empty(program.value_shape, dtype)
         derivatives = place.empty((slots, batch, classes), "float64")
-        call = np.zeros(1, _COMBINE_CALL)
+        call = np.zeros(1, COMBINE_CALL)
         call["sums"], call["voxels"] = (
             place.address(statistics.sums),
             place.address(statistics.voxels),
         )
         call["value"], call["derivatives"] = place.address(value), place.address(derivatives)
+        joined = self._joined(loss, statistics)
+        call["joined"] = 0 if joined is None else place.address(joined)
         scratch = device.empty(8 * program.scratch_doubles) if program.scratch_doubles else None
         call["scratch"] = scratch.address if scratch else 0
         names = ("fastloss_combine",) + ("fastloss_pullback",) * bool(program.value_shape)
@@ -259,14 +257,14 @@ class DevicePasses:
 
         def pullback(upstream: Any) -> DeviceCoefficients:
             if upstream is None:
-                upstream = 1.0
-            if not program.value_shape and isinstance(upstream, (int, float, np.number)):
-                return replace(coefficients, scale=float(upstream))
-            if tuple(np.shape(upstream)) != program.value_shape and np.shape(upstream) != ():
+                upstream = np.ones(program.value_shape) if program.value_shape else 1.0
+            shape = tuple(getattr(upstream, "shape", ()))
+            if shape != program.value_shape:
                 raise ValueError(
-                    f"upstream: expected the value's shape {program.value_shape}, got "
-                    f"{tuple(np.shape(upstream))}"
+                    f"upstream: expected the value's shape {program.value_shape}, got {shape}"
                 )
+            if isinstance(upstream, (int, float, np.number)):
+                return replace(coefficients, scale=float(upstream))
             array = place.array(upstream, dtype)
             if not program.value_shape:
                 kind = engine.FLOAT32 if dtype == "float32" else engine.FLOAT64
@@ -276,17 +274,24 @@ class DevicePasses:
                     upstream_address=place.address(array),
                     upstream_type=kind,
                 )
-            if tuple(array.shape) != program.value_shape:
-                raise ValueError(
-                    f"upstream: expected the value's shape {program.value_shape}, got ()"
-                )
             again = call.copy()
             again["upstream"] = place.address(array)
             device.launch(kernels[1], 1, (256, 1), 0, again)
             # Held until the gradient is queued: memory that is let go may be handed out again.
-            return replace(coefficients, upstream=(array, statistics, scratch))
+            return replace(coefficients, upstream=(array, statistics, joined, scratch))
 
         return value, pullback
+
+    def _joined(self, loss: Loss, statistics: Statistics) -> Any:
+        """(S · C + 1): the sums over all ranks, for the terms that ask for them."""
+        terms = [term for _, term in loss.terms if term.joins_ranks]
+        if not terms:
+            return None
+        joined = terms[0].join_ranks(statistics)
+        slots, _, classes = joined.sums.shape
+        both = self.place.empty((slots * classes + 1,), "float64")
+        both[:-1], both[-1:] = joined.sums.reshape(-1), joined.voxels
+        return both
 
     def apply(
         self,

@@ -42,10 +42,11 @@ class Ranks(NamedTuple):
             both = torch.cat([sums.reshape(-1), voxels])
             dist.all_reduce(both, group=self._process_group())
             sums, voxels = both[: sums.numel()].reshape(sums.shape), both[sums.numel() :]
-        total, weight = sums.contiguous(), voxels.clone()
-        if on_device:
-            return replace(statistics, sums=total, voxels=weight), first
-        return replace(statistics, sums=total.numpy(), voxels=weight.numpy()), first
+        total: Any = sums.contiguous()
+        weight: Any = voxels.clone()
+        if not on_device:
+            total, weight = total.numpy(), weight.numpy()
+        return replace(statistics, sums=total, voxels=weight), first
 
     def own(self, coefficients: Any, first: int, batch: int) -> Any:
         """This rank's part of the derivatives by the joined sums.

@@ -33,16 +33,18 @@ class NegativeDice(RegionTerm):
         self.clip_tp = clip_tp
         self.ddp = ddp
 
+    @property
+    def joins_ranks(self) -> bool:
+        return self.batch and self.ddp
+
+    def join_ranks(self, statistics: Statistics) -> Statistics:
+        return Ranks(WORLD, "batch").join(self._loss, statistics)[0]
+
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
-        if not (self.batch and self.ddp):
+        if not self.joins_ranks:
             return super().combine(statistics)
-        if not isinstance(statistics.sums, np.ndarray):
-            raise TypeError(
-                "ddp: expected sums in CPU memory, where the ranks join them; a loss that runs on "
-                "a GPU cannot do it inside of a term"
-            )
         # Joined here rather than for the whole loss: cross-entropy remains each rank's own.
-        joined, _ = Ranks(WORLD, "batch").join(self._loss, statistics)
+        joined = statistics.joined or self.join_ranks(statistics)
         value, pullback = super().combine(joined)
         ranks = dist.get_world_size()
 

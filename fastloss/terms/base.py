@@ -40,6 +40,15 @@ class Term:
         """Whether `combine` sums over the samples first, and so needs no sums of each."""
         return False
 
+    @property
+    def joins_ranks(self) -> bool:
+        """Whether `combine` reads ``statistics.joined``."""
+        return False
+
+    def join_ranks(self, statistics: Statistics) -> Statistics:
+        """The sums over all ranks and samples, for terms that join them by themselves."""
+        raise NotImplementedError(f"{type(self).__name__} must define join_ranks")
+
     def value_shape(self, batch: int, classes: int) -> tuple[int, ...]:
         """The shape of the value that `combine` returns: (), if it is not defined anew."""
         return ()

@@ -1,0 +1,93 @@
+"""A stand-in for a GPU: arrays that say they are on a device, and lie in CPU memory.
+
+What the library does for a device then runs whole, with the kernels run on the CPU: where arrays
+lie, what is launched in which order, what is handed from one launch to the next.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from device_backend import EmulatedDevice
+
+from fastloss import frameworks
+from fastloss.backends import cuda
+from fastloss.frameworks.base import Adapter, Borrowed, Place, device_view
+
+
+class OnDevice:
+    """An array on device number ``ordinal`` of a framework that is nothing but that."""
+
+    def __init__(self, values: Any, ordinal: int = 0) -> None:
+        self.values, self.ordinal = np.asarray(values), ordinal
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def __add__(self, other: OnDevice) -> OnDevice:
+        return OnDevice(self.values + other.values, self.ordinal)
+
+
+class StandInPlace(Place):
+    def __init__(self, ordinal: int) -> None:
+        self.ordinal, self.stream = ordinal, 7
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> OnDevice:
+        return OnDevice(np.full(shape, np.nan if "float" in dtype else 255, dtype), self.ordinal)
+
+    def array(self, values: Any, dtype: str) -> OnDevice:
+        values = values.values if isinstance(values, OnDevice) else values
+        return OnDevice(np.array(values, dtype, order="C"), self.ordinal)
+
+    def address(self, array: OnDevice) -> int:
+        return array.values.ctypes.data
+
+    def numpy(self, array: OnDevice) -> np.ndarray:
+        return array.values
+
+
+class StandInAdapter(Adapter):
+    def serves(self, array: Any) -> bool:
+        return isinstance(array, OnDevice)
+
+    def borrow(self, array: Any, name: str, *, write: bool = False) -> Borrowed:
+        values = array.values
+        view = device_view(
+            array, values.ctypes.data, values.shape, values.strides, values.dtype.name
+        )
+        return Borrowed(view, values.dtype.name, StandInPlace(array.ordinal))
+
+    def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
+        new = OnDevice(np.full_like(array.values, np.nan), array.ordinal)
+        return new, self.borrow(new, "out")
+
+
+class RecordingDevice(EmulatedDevice):
+    """Notes what is launched, and on which stream."""
+
+    launched: list[str]
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.place = place
+        assert place.stream == 7
+
+    def empty(self, nbytes: int) -> Any:
+        self.launched.append(f"empty {nbytes}")
+        return super().empty(nbytes)
+
+    def launch(self, kernel: Any, *arguments: Any) -> None:
+        self.launched.append(kernel[1])
+        super().launch(kernel, *arguments)
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Make arrays `OnDevice` known to the library; the list of what is launched."""
+    launched: list[str] = []
+    monkeypatch.setattr(RecordingDevice, "launched", launched, raising=False)
+    monkeypatch.setattr(cuda, "CudaDevice", RecordingDevice)
+    monkeypatch.setitem(frameworks._SPECIAL, OnDevice.__module__, StandInAdapter)
+    return launched

@@ -1,0 +1,225 @@
+"""What the library does for arrays on a GPU, on a stand-in for one."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import stand_in
+from stand_in import OnDevice
+from support import assert_agree, example, one_hot, reference
+
+import fastloss as fl
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return stand_in.install(monkeypatch)
+
+
+class LogCosh(fl.RegionTerm):
+    """A user's own term: log cosh of the Dice loss."""
+
+    def formula(self, overlap: Any, predicted: Any, reference: Any) -> Any:
+        total = predicted + reference + self.smooth_dr
+        dice = (2.0 * overlap + self.smooth_nr) / total
+        slope = np.tanh(1.0 - dice)
+        return np.log(np.cosh(1.0 - dice)), -2.0 * slope / total, slope * dice / total
+
+
+LOSSES = {
+    "Dice and cross-entropy": fl.Dice() + 0.5 * fl.CrossEntropy(),
+    "every term": fl.Loss(
+        fl.CrossEntropy(weight=[0.2, 1.0, 0.7], label_smoothing=0.1),
+        fl.Focal(gamma=1.5),
+        fl.Dice(squared=True, batch=True),
+        fl.Jaccard(include_background=False),
+        fl.Tversky(alpha=0.3, beta=0.7, gamma=0.75),
+        fl.GeneralizedDice(),
+        ignore_index=255,
+    ),
+    "top-k": fl.TopKCrossEntropy(k=20, weight=[1.0, 0.0, 2.0]) + fl.Dice(),
+    "sigmoid": fl.Loss(fl.Dice(), fl.Focal(gamma=2, alpha=0.25), activation="sigmoid"),
+    "probabilities": fl.Loss(fl.Tversky(), fl.CrossEntropy(), activation="none"),
+    "a user's term": LogCosh() + fl.CrossEntropy(reduction="sum"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_value_and_gradient(launched: list[str], name: str, dtype: str) -> None:
+    loss = LOSSES[name]
+    x, y = example(2, 3, (7, 9), dtype=dtype, activation=loss.activation)
+    w = np.random.default_rng(0).uniform(0, 2, y.shape)
+    value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y), OnDevice(w), upstream=3.0)
+    assert isinstance(value, OnDevice)
+    assert value.values.dtype == dtype
+    assert isinstance(gradient, OnDevice)
+    assert gradient.values.dtype == dtype
+    assert_agree(value.values, gradient.values, reference(loss, x, y, w, upstream=3.0))
+    np.testing.assert_array_equal(loss(OnDevice(x), OnDevice(y), OnDevice(w)).values, value.values)
+
+
+def test_dense_target_and_channels_last(launched: list[str]) -> None:
+    loss = fl.Loss(fl.Dice(), fl.CrossEntropy(), channel_axis=-1)
+    x, y = example(2, 5, (4, 6), dtype=np.float32)
+    expected = reference(fl.Loss(fl.Dice(), fl.CrossEntropy()), x, one_hot(y, 5))
+    x, g = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, one_hot(y, 5)))
+    value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(g))
+    assert_agree(value.values, np.moveaxis(gradient.values, -1, 1), expected)
+
+
+@pytest.mark.parametrize("upstream", [None, "array"])
+def test_one_value_per_sample_and_class(launched: list[str], upstream: str | None) -> None:
+    loss = fl.Dice(reduction="none") + fl.CrossEntropy(reduction="none")
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    u = np.random.default_rng(1).normal(size=(2, 3)) if upstream else np.ones((2, 3))
+    given = None if upstream is None else OnDevice(u.astype(np.float32))
+    value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y), upstream=given)
+    expected = reference(loss, x, y, upstream=u.astype(np.float32).astype(np.float64))
+    assert_agree(value.values, gradient.values, expected)
+
+
+def test_upstream_on_the_device(launched: list[str]) -> None:
+    loss = fl.Dice() + fl.CrossEntropy()
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    scale = OnDevice(np.float32(65536.0))
+    value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y), upstream=scale)
+    assert_agree(value.values, gradient.values, reference(loss, x, y, upstream=65536.0))
+    with pytest.raises(ValueError, match=r"^upstream: expected the value's shape \(\)"):
+        loss.value_and_grad(OnDevice(x), OnDevice(y), upstream=OnDevice(np.ones(3, "f4")))
+
+
+def test_gradient_in_place_of_the_logits(launched: list[str]) -> None:
+    loss = fl.Dice() + fl.CrossEntropy()
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    expected = reference(loss, x, y)
+    device = OnDevice(x.copy())
+    value, gradient = loss.value_and_grad(device, OnDevice(y), out=device)
+    assert gradient is device
+    assert_agree(value.values, device.values, expected)
+
+
+def test_launches(launched: list[str]) -> None:
+    """Four launches and nothing in between; kept between them are the sums of the blocks."""
+    loss = fl.Dice() + fl.CrossEntropy()
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    loss.value_and_grad(OnDevice(x), OnDevice(y))
+    kernels = [name for name in launched if not name.startswith("empty")]
+    assert kernels == ["fastloss_reduce", "fastloss_finish", "fastloss_combine", "fastloss_apply"]
+    launched.clear()
+    loss(OnDevice(x), OnDevice(y))
+    kernels = [name for name in launched if not name.startswith("empty")]
+    assert kernels == ["fastloss_reduce", "fastloss_finish", "fastloss_combine"]
+
+
+def test_memory_beside_the_gradient_is_small(launched: list[str]) -> None:
+    loss = fl.Dice() + fl.CrossEntropy()
+    x, y = example(1, 4, (40_000,), dtype=np.float32)
+    loss.value_and_grad(OnDevice(x), OnDevice(y))
+    taken = sum(int(name.split()[1]) for name in launched if name.startswith("empty"))
+    assert taken < x.nbytes / 8
+
+
+def test_statistics_of_chunks_add_up_on_the_device(launched: list[str]) -> None:
+    loss = fl.Dice(batch=True) + fl.CrossEntropy()
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    parts = [(OnDevice(x[..., i : i + 8]), OnDevice(y[..., i : i + 8])) for i in range(0, 40, 8)]
+    total = sum(loss.statistics(*part) for part in parts)
+    expected = reference(loss, x, y)
+    np.testing.assert_allclose(loss.value(total).values, expected[0], rtol=1e-6)
+    gradients = [loss.gradient(*part, statistics=total).values for part in parts]
+    gradient = np.concatenate(gradients, axis=-1)
+    assert_agree(loss.value(total).values, gradient, expected)
+
+
+def test_bad_labels_and_weights_make_nan(launched: list[str]) -> None:
+    loss = fl.Dice(reduction="none")
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    y[1, 5] = 3
+    value = loss(OnDevice(x), OnDevice(y)).values
+    assert np.isnan(value[1]).all()
+    np.testing.assert_allclose(value[0], reference(loss, x[:1], y[:1])[0][0], rtol=1e-6)
+    assert np.isnan((fl.Dice() + fl.CrossEntropy())(OnDevice(x), OnDevice(y)).values)
+    w = np.ones(y.shape)
+    w[0, 0] = -1.0
+    assert np.isnan(loss(OnDevice(x), OnDevice(y * 0), OnDevice(w)).values[0]).all()
+
+
+def test_validate_asks_for_the_exact_error(
+    launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastloss.backends.cuda import DevicePasses
+
+    monkeypatch.setattr(DevicePasses, "to_numpy", lambda self, view: view.copy())
+    loss = fl.Loss(fl.Dice(), validate=True)
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    assert np.isfinite(loss(OnDevice(x), OnDevice(y)).values)
+    y[1, 5:7] = 3
+    with pytest.raises(ValueError, match=r"^target: .*but 2 labels are not; the first is 3$"):
+        loss(OnDevice(x), OnDevice(y))
+    w = np.ones(y.shape)
+    w[0, 0] = -1.0
+    with pytest.raises(ValueError, match=r"^voxel_weight: .*the first is -1$"):
+        loss(OnDevice(x), OnDevice(y * 0), OnDevice(w))
+
+
+def test_arrays_in_different_memories(launched: list[str]) -> None:
+    loss = fl.Dice()
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    w = np.ones(y.shape)
+    with pytest.raises(ValueError, match=r"^target: .*CUDA device 0 .*in CPU memory$"):
+        loss(OnDevice(x), y)
+    with pytest.raises(ValueError, match=r"^target: .*in CPU memory like .*CUDA device 0$"):
+        loss(x, OnDevice(y))
+    with pytest.raises(ValueError, match=r"^voxel_weight: .*CUDA device 0 .*CUDA device 1$"):
+        loss(OnDevice(x), OnDevice(y), OnDevice(w, 1))
+    with pytest.raises(ValueError, match=r"^out: .*CUDA device 0 .*CPU memory$"):
+        loss.value_and_grad(OnDevice(x), OnDevice(y), out=x)
+    with pytest.raises(ValueError, match=r"^out: .*CPU memory .*CUDA device 0$"):
+        loss.value_and_grad(x, y, out=OnDevice(x))
+    assert not launched
+
+
+def test_shapes_are_checked_before_anything_is_launched(launched: list[str]) -> None:
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    with pytest.raises(ValueError, match=r"^target: "):
+        fl.Dice()(OnDevice(x), OnDevice(y[:, :7]))
+    memory = np.zeros(300, np.float32)
+    overlapping = memory[:240].reshape(2, 3, 40), memory[40:280].reshape(2, 3, 40)
+    with pytest.raises(ValueError, match=r"^out: overlaps"):
+        fl.Dice().value_and_grad(
+            OnDevice(overlapping[0]), OnDevice(y), out=OnDevice(overlapping[1])
+        )
+    assert not launched
+
+
+def test_formulas_that_branch_on_their_sums(launched: list[str]) -> None:
+    class Branching(fl.RegionTerm):
+        def formula(self, overlap: Any, predicted: Any, reference: Any) -> Any:
+            if (overlap > 0).all():
+                return overlap, overlap, overlap
+            return predicted, predicted, predicted
+
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    with pytest.raises(TypeError, match=r"np\.where"):
+        Branching()(OnDevice(x), OnDevice(y))
+
+
+def test_the_choice_of_a_backend_is_for_arrays_in_cpu_memory(launched: list[str]) -> None:
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    with fl.use_backend("reference"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fl.Dice()(OnDevice(x), OnDevice(y))
+    assert "fastloss_reduce" in launched
+
+
+def test_no_voxel_and_no_sample(launched: list[str]) -> None:
+    loss = fl.Dice() + fl.CrossEntropy()
+    for shape in ((2, 3, 0), (0, 3, 4)):
+        x, y = np.zeros(shape, np.float32), np.zeros((shape[0], shape[2]), np.uint8)
+        value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y))
+        assert value.values == reference(loss, x, y)[0]
+        assert gradient.shape == shape
