@@ -91,3 +91,24 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(cuda, "CudaDevice", RecordingDevice)
     monkeypatch.setitem(frameworks._SPECIAL, OnDevice.__module__, StandInAdapter)
     return launched
+
+
+def install_for_torch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Take PyTorch's tensors in CPU memory for tensors on a device."""
+    from fastloss.frameworks import torch as adapter
+
+    class TensorPlace(adapter.TorchPlace):
+        def __init__(self) -> None:
+            import torch
+
+            self.device, self.ordinal, self.stream = torch.device("cpu"), 0, 7
+
+    borrow = adapter.TorchAdapter.borrow
+
+    def borrow_on_device(self: Any, array: Any, name: str, *, write: bool = False) -> Borrowed:
+        return borrow(self, array, name, write=write)._replace(place=TensorPlace())
+
+    monkeypatch.setattr(adapter.TorchAdapter, "borrow", borrow_on_device)
+    # What autograd hands on stays on a device.
+    monkeypatch.setattr(adapter.TorchAdapter, "upstream", lambda self, gradient: gradient)
+    return install(monkeypatch)
