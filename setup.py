@@ -1,4 +1,7 @@
-"""Builds the C++ kernels once per instruction set, into one extension that chooses at run time."""
+"""Builds the C++ kernels once per instruction set, into one extension that chooses at run time.
+
+The CUDA sources are installed as they are: they are compiled where a GPU is.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 SOURCES = Path("csrc") / "cpu"
@@ -32,6 +36,27 @@ def instruction_sets() -> dict[str, list[str]]:
     machine = platform.machine().lower()
     x86 = machine in ("x86_64", "amd64") and sys.maxsize > 2**32
     return {"baseline": [], **(ISAS if x86 else {})}
+
+
+class CopyCudaSources(build_py):
+    """Puts the CUDA sources into the package, where `fastloss.backends._cuda_source` finds them."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:  # which uses those of the checkout
+            for source, target in self.cuda_sources().items():
+                self.mkpath(str(Path(target).parent))
+                self.copy_file(source, target, preserve_mode=False)
+
+    def cuda_sources(self) -> dict[str, str]:
+        """From where each is copied to where."""
+        folder = Path("csrc")
+        sources = [folder / "voxel.h", *sorted((folder / "cuda").glob("*.[ch]*"))]
+        return {str(s): str(Path(self.build_lib, "fastloss", s)) for s in sources}
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        outputs: list[str] = super().get_outputs(include_bytecode)
+        return outputs if self.editable_mode else [*outputs, *self.cuda_sources().values()]
 
 
 class BuildKernels(build_ext):
@@ -140,5 +165,5 @@ class BuildKernels(build_ext):
 if __name__ == "__main__":
     setup(
         ext_modules=[Extension("fastloss._cpu", [str(SOURCES / "module.cpp")], optional=True)],
-        cmdclass={"build_ext": BuildKernels},
+        cmdclass={"build_ext": BuildKernels, "build_py": CopyCudaSources},
     )

@@ -1,0 +1,100 @@
+"""What is released: the source distribution, and the package that is built from it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import support
+
+from fastloss.backends._cuda_source import source
+
+NOT_SOURCES = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+
+
+def setup(folder: Path, *arguments: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution of a copy of this checkout, unpacked."""
+    support.need("setuptools")
+    folder = tmp_path_factory.mktemp("release")
+    checkout = folder / "checkout"
+    checkout.mkdir()
+    for name in ("csrc", "fastloss"):
+        shutil.copytree(support.ROOT / name, checkout / name, ignore=NOT_SOURCES)
+    for path in support.ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, checkout)
+    setup(checkout, "sdist", "--formats=gztar", "--dist-dir", str(folder))
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder)
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def built(released: Path) -> Path:
+    """The package built from it, without the C++ kernels."""
+    folder = released.parent / "built"
+    setup(released, "build_py", "--build-lib", str(folder))
+    return folder
+
+
+def test_source_distribution_has_all_sources(released: Path) -> None:
+    checkout = released.parent / "checkout"
+    named = {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
+    sources = {
+        name
+        for name in files_in(checkout)
+        if name in named or name.startswith(("csrc/", "fastloss/"))
+    }
+    assert len(sources) > 80
+    assert sources - files_in(released) == set()
+
+
+def test_package_has_the_cuda_sources_and_no_others(built: Path) -> None:
+    own = support.ROOT / "csrc"
+    expected = {f"cuda/{path.name}" for path in (own / "cuda").iterdir()} | {"voxel.h"}
+    assert files_in(built / "fastloss" / "csrc") == expected
+
+
+def test_package_has_all_modules(built: Path) -> None:
+    own = {name for name in files_in(support.ROOT / "fastloss") if name.endswith(".py")}
+    assert own - files_in(built / "fastloss") == set()
+
+
+def test_installed_package_finds_its_cuda_sources(built: Path, tmp_path: Path) -> None:
+    code = (
+        "from fastloss.backends import _cuda_source as s; print(s.folder());"
+        "print(s.source('passes.cu') + s.source('top_k.cu'), end='')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(built)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    where, text = result.stdout.split("\n", 1)
+    assert Path(where) == built / "fastloss" / "csrc"
+    assert text == source("passes.cu") + source("top_k.cu")
