@@ -479,8 +479,18 @@ def check_kernels(name: str, library: Library, order: str = "forward") -> None:
     value = np.full(program.value_shape, 77.0, statistics.dtype)
     derivatives = np.full(statistics.sums.shape, 77.0)
     scratch = np.full(program.scratch_doubles, np.nan)
-    arrays = (statistics.sums, statistics.voxels, value, derivatives, upstream, scratch)
-    call = np.array([tuple(a.ctypes.data for a in arrays)], COMBINE_CALL).tobytes()
+    arrays = {
+        "sums": statistics.sums,
+        "voxels": statistics.voxels,
+        "value": value,
+        "derivatives": derivatives,
+        "upstream": upstream,
+        "scratch": scratch,
+    }
+    record = np.zeros(1, COMBINE_CALL)
+    for field, array in arrays.items():
+        record[field] = array.ctypes.data
+    call = record.tobytes()
 
     def launch(kernel: str) -> None:
         library.launch(f"p{number}::{kernel}", (1, 1, 1), (256, 1, 1), 0, call, order=order)

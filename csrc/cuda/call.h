@@ -81,6 +81,7 @@ struct Call {
   int global_sums;                   // too many classes for sums in shared memory
   int global_table;                  // too many classes for coefficients in shared memory
   int with_losses;
+  int roomy;  // registers matter more than the number of blocks
   int slots, gammas;
   int slot_reference, slot_overlap, slot_predicted, slot_predicted_squared, slot_reference_squared;
   int slot_cross_entropy, slot_cross_entropy_rest, slot_uniform, slot_top_k;

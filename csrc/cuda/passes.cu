@@ -24,7 +24,13 @@ struct InMemory<kF64> {
   using type = double;
 };
 using In = InMemory<FL_logits_type>::type;
+// Asked for one block, the compiler takes registers as it likes; else it weighs them against the
+// number of blocks, and may spill a few.
+#if FL_roomy
+#define FL_BOUNDS __launch_bounds__(FL_warps * FL_groups * kLanes, 1)
+#else
 #define FL_BOUNDS __launch_bounds__(FL_warps * FL_groups * kLanes)
+#endif
 #define FL_PASS(pass) pass<In, FL_vector, FL_per_thread>(call)
 
 #else

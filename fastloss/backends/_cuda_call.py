@@ -28,7 +28,8 @@ LOGITS, TARGET, WEIGHT, OUT = range(4)
 
 _ONCE = 16  # classes that a thread can hold
 _MOST_WARPS = 16  # that share the classes of a voxel
-_HELD = 64  # registers for logits, and as many for sums
+_HELD = 64  # registers for logits, and as many for sums,
+_ALL_HELD = 112  # and for both
 _SHARED = 48 << 10  # bytes that a block has without asking
 _BLOCKS = 1536  # of a launch, where there is enough to do: a few for every multiprocessor
 
@@ -40,7 +41,7 @@ CONSTANTS = (
     "upstream_type", "logits_type", "target_type", "weight_type", "activation", "dense",
     "ignore_kind", "classes", "axes", "large", "vector", "per_thread", "warps", "groups", "rounds",
     "exchanged", "staged", "staged_bytes", "packed_target", "packed_weight", "keep_sums",
-    "global_sums", "global_table", "with_losses", "slots", "gammas",
+    "global_sums", "global_table", "with_losses", "roomy", "slots", "gammas",
     *(f"slot_{name}" for name in _SLOTS),
 )  # fmt: skip
 """The numbers that a kernel is compiled for, apart from the arrays of the focal terms."""
@@ -181,6 +182,10 @@ def plan_pass(
         -(-classes // warps) > _ONCE or -(-classes // warps) * sums > _HELD
     ):
         warps *= 2
+    # The threads of so many warps have 128 registers each.
+    each, most = -(-classes // warps), _HELD if labels or warps < _MOST_WARPS else _HELD // 2
+    if each > _ONCE or each * sums > most:
+        warps = _MOST_WARPS // 2
     per_thread = min(_ONCE, -(-classes // warps))
     rounds = -(-classes // (warps * per_thread))
     keep = rounds == 1 and per_thread * sums <= _HELD
@@ -195,11 +200,10 @@ def plan_pass(
             o.strides[1] == item and s == classes * item
             for o, s in zip(last, (step[LOGITS], step[OUT]), strict=False)
         )  # fmt: skip
-    most = (
-        1
-        if staged
-        else max(1, _HELD // (2 if warps >= 8 else 1) // (per_thread * words * arrays_held))
-    )
+    room = _HELD // (2 if warps >= 8 else 1)
+    if keep:
+        room = min(room, _ALL_HELD - per_thread * sums)
+    most = 1 if staged else max(1, room // (per_thread * words * arrays_held))
     vector = 1
     while (
         2 * vector * item <= 16
@@ -255,6 +259,8 @@ def plan_pass(
             weight is not None and _packs(weight, axes, WEIGHT, vector, voxels, False)
         ),
         "keep_sums": int(keep),
+        # The plain cases do without spills by themselves.
+        "roomy": int(not labels or bool(request.gammas) or rounds > 1 or not keep),
     }
 
     tile = groups * LANES * vector
