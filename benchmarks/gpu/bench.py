@@ -116,8 +116,8 @@ class Run:
 
     def clear(self) -> None:
         """Give back what nobody holds: one implementation's memory must not fail the next."""
-        gc.collect()
         if not self.smoke:
+            gc.collect()
             torch.cuda.empty_cache()
 
     # ------------------------------------------------------------------ times

@@ -1,0 +1,158 @@
+"""The benchmark of GPUs, and what goes with it, tried without one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from support import ROOT, need, python, run_python
+
+FOLDER = ROOT / "benchmarks" / "gpu"
+
+
+@pytest.fixture(autouse=True)
+def _torch() -> None:
+    need("torch")
+
+
+def script(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script of the checkout, in a process of its own."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = {[str(path), *arguments]!r}\n"
+        f"sys.path.insert(0, {str(path.parent)!r})\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    return python(code, timeout=300, FASTLOSS_BACKEND=None, OMP_NUM_THREADS="1")
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return script(FOLDER / "bench.py", *arguments)
+
+
+def test_a_smoke_run(tmp_path: Path) -> None:
+    """Table and JSON of a run on the CPU: every part of it, and a peer that is or is not there."""
+    before = sorted((ROOT / "benchmarks" / "results").iterdir())
+    result = bench("--device", "cpu", "--sizes", "B2C2-128", "--peers", "eager",
+                   "--out", str(tmp_path))  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (table,), (data,) = tmp_path.glob("*.md"), tmp_path.glob("*.json")
+    assert table.read_text(encoding="utf-8").strip() == result.stdout.strip()
+    assert result.stdout.startswith("**CPU smoke run, no figure means anything.**")
+    for line in ("≥ 80% of the limit", "≥ 10× MONAI", "≥ 4× the fastest compiled peer",
+                 "the gradient alone", "no memory with out=", "host < 60 µs"):  # fmt: skip
+        assert line in result.stdout
+    found = json.loads(data.read_text(encoding="utf-8"))
+    assert found["smoke"] is True
+    assert found["problems"] == []
+    assert set(found["startup"]) == {"cold", "cached"}
+    assert found["truth"]["gradient_error"] < 1e-10
+    rows = [row for row in found["rows"] if row["both"] is not None]
+    ours = [row for row in rows if row["implementation"] == "fastloss"]
+    assert {(r["case"]["dtype"], r["case"]["layout"]) for r in ours} == {
+        (dtype, layout)
+        for dtype in ("float32", "float16", "bfloat16")
+        for layout in ("contiguous", "channels_last_3d")
+    }
+    for row in ours:
+        assert row["value_error"] < 1e-6
+        exact = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}[row["case"]["dtype"]]
+        assert row["gradient_error"] < exact
+    # The formula of nnU-Net needs nothing installed, and computes the same loss.
+    nnunet = [row for row in rows if row["implementation"] == "nnU-Net"]
+    assert nnunet
+    assert min(row["value_error"] for row in nnunet) < 1e-5
+    assert sorted((ROOT / "benchmarks" / "results").iterdir()) == before
+
+
+def test_a_run_whose_time_is_up() -> None:
+    result = bench("--device", "cpu", "--peers", "none", "--parts", "times", "--budget", "1e-9")
+    assert result.returncode == 0, result.stderr
+    assert "left out: the time was up" in result.stdout
+
+
+REFUSED = [
+    (["--device", "cuda:99"], "argument --device: cuda:99 is not there"),
+    (["--device", "tpu"], "argument --device: expected cuda, cuda:N or cpu, got 'tpu'"),
+    (["--device", "cpu", "--sizes", "B9"], "argument --sizes: expected some of B2C2-128"),
+    (["--device", "cpu", "--budget", "0"], "argument --budget: expected more than 0"),
+    (
+        ["--device", "cpu", "--out", str(ROOT / "benchmarks" / "results")],
+        "argument --out: a smoke run on a CPU does not go into benchmarks/results",
+    ),
+]
+
+
+def test_arguments_that_are_refused() -> None:
+    """Before anything is measured, each by its name."""
+    result = python(
+        f"import sys; sys.path.insert(0, {str(FOLDER)!r})\nimport bench\n"
+        f"for arguments in {[arguments for arguments, _ in REFUSED]!r}:\n"
+        "    sys.argv = ['bench.py', *arguments]\n"
+        "    try:\n        bench.main()\n"
+        "    except SystemExit as error:\n        print(error.code)\n",
+        OMP_NUM_THREADS="1",
+    )
+    assert result.stdout.split() == ["2"] * len(REFUSED), result.stderr
+    for _, message in REFUSED:
+        assert message in result.stderr
+
+
+def test_a_wrong_gradient_is_seen() -> None:
+    """The formula that results are held against, against ones that are a little off."""
+    out = run_python(
+        f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
+        "import torch, fastloss as fl\n"
+        "from inputs import Case, make\n"
+        "from truth import Truth\n"
+        "x, y = make(Case('B2C4-128', 8), torch.device('cpu'))\n"
+        "value, gradient = (fl.Dice() + fl.CrossEntropy()).value_and_grad(x, y)\n"
+        "truth = Truth(x, y)\n"
+        "print(truth.value_error(float(value)), truth.gradient_error(gradient))\n"
+        "gradient[0, 1] *= 1.01\n"
+        "print(truth.value_error(1.01 * float(value)), truth.gradient_error(gradient))\n"
+        "print(Truth(x, y.flip(1)).gradient_error(gradient))\n",
+        FASTLOSS_BACKEND="reference",
+    )
+    right, off, other = ([float(v) for v in line.split()] for line in out.splitlines())
+    assert max(right) < 1e-6
+    assert off[0] == pytest.approx(0.01, rel=0.01)
+    assert 1e-4 < off[1] < 0.02
+    assert other[0] > 0.1
+
+
+def test_small_cases() -> None:
+    """The cases for compute-sanitizer, on NumPy's arrays."""
+    result = script(ROOT / "tests" / "gpu" / "small_cases.py", "numpy")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("right: ") >= 12
+
+
+def test_the_shell_script_names_its_steps() -> None:
+    run = subprocess.run(
+        ["bash", str(FOLDER / "run.sh"), "--help"], capture_output=True, text=True, check=True
+    )
+    for step in ("build", "tests", "sanitizer", "bench"):
+        assert f"\n  {step} " in run.stdout
+    wrong = subprocess.run(
+        ["bash", str(FOLDER / "run.sh"), "--fast"], capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 2
+    assert "unknown option --fast" in wrong.stderr
+
+
+def test_tests_on_a_gpu_say_why_they_are_skipped() -> None:
+    """By name; and where a GPU is required, they fail."""
+    code = (
+        "import sys\nsys.modules['cupy'] = sys.modules['torch'] = None\nimport pytest\n"
+        f"sys.exit(pytest.main(['-q', '-rs', '-p', 'no:cacheprovider', '--rootdir', {str(ROOT)!r},"
+        f" {str(ROOT / 'tests' / 'gpu' / 'test_gpu_memory.py')!r}]))\n"
+    )
+    skipped = python(code, FASTLOSS_REQUIRE=None)
+    assert skipped.returncode == 0, skipped.stdout
+    assert "no CUDA device: " in skipped.stdout
+    failed = python(code, FASTLOSS_REQUIRE="gpu")
+    assert failed.returncode == 1
+    assert "gpu is required by FASTLOSS_REQUIRE" in failed.stdout
