@@ -1,0 +1,281 @@
+"""Kinds of calls of the CUDA passes, and the kernels that they are compiled to.
+
+The arrays have the shapes and strides of a real call and are never read: a device that only
+remembers takes the place of a GPU, so the kernels are those that `fastloss.backends._cuda_engine`
+asks for.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+import fastloss as fl
+from fastloss.arrays import Arrays
+from fastloss.backends import _cuda_engine as engine
+from fastloss.backends._cuda_call import NO_TYPE
+from fastloss.backends._cuda_combine import trace
+from fastloss.backends._cuda_source import source, specialised
+from fastloss.backends._cuda_top_k import KERNELS as TOP_K_KERNELS
+from fastloss.request import ACTIVATIONS, make_request
+
+BATCH = 2
+LOSSES: dict[str, Any] = {
+    "dice+ce": lambda: fl.Dice() + fl.CrossEntropy(),
+    "squared+smooth": lambda: fl.Dice(squared=True) + fl.CrossEntropy(label_smoothing=0.1),
+    "focal2+dice": lambda: fl.Focal(gamma=2.0) + fl.Dice(),
+    "focal1.5": lambda: fl.Loss(fl.Focal(gamma=1.5)),
+    "tversky": lambda: fl.Loss(fl.Tversky(alpha=0.3, beta=0.7)),
+    "ce": lambda: fl.Loss(fl.CrossEntropy()),
+    "top_k": lambda: fl.Dice() + fl.TopKCrossEntropy(),
+}
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "kernel": ("reduce", "apply"),
+    "logits": ("float32", "float16", "bfloat16", "float64"),
+    # "odd": as many voxels as no vector divides. "strided": axes that do not merge; "large": and
+    # more voxels than 32 bits count. "last": channels last.
+    "layout": ("contiguous", "last", "strided", "odd", "last odd", "large"),
+    "classes": (1, 2, 3, 4, 8, 14, 16, 20, 33, 64, 105, 200, 300),
+    "activation": ACTIVATIONS,
+    "target": ("uint8", "int64", "dense float32", "dense uint8"),
+    "terms": tuple(LOSSES),
+    "weight": ("", "float32", "uint8"),
+    "ignore": (None, 255, 0),
+    "upstream": (NO_TYPE, engine.FLOAT32),
+}  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """A kind of call: one value of each of FACTORS, in their order."""
+
+    kernel: str
+    logits: str
+    layout: str
+    classes: int
+    activation: str
+    target: str
+    terms: str
+    weight: str = ""
+    ignore: int | None = None
+    upstream: int = NO_TYPE
+
+    def __str__(self) -> str:
+        words = [self.kernel, self.logits, f"C{self.classes}", self.layout, self.activation]
+        words += [self.target, self.terms]
+        words += [f"weight:{self.weight}"] * bool(self.weight)
+        words += [f"ignore:{self.ignore}"] * (self.ignore is not None)
+        words += ["upstream"] * (self.upstream != NO_TYPE)
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one call compiles and launches."""
+
+    kind: Kind
+    constants: tuple[tuple[str, object], ...]
+    text: str
+    names: tuple[str, ...]
+    threads: int
+    """Of a block of the first kernel."""
+    shared: int
+    """Bytes of shared memory that a launch of the first kernel asks for."""
+
+    def constant(self, name: str) -> Any:
+        return dict(self.constants)[name]
+
+
+def possible(kind: Kind) -> bool:
+    """Whether there are such calls."""
+    if kind.kernel == "reduce" and kind.upstream != NO_TYPE:
+        return False
+    dense = kind.target.startswith("dense")
+    return kind.terms != "top_k" or (kind.activation == "softmax" and not dense)
+
+
+def curated() -> list[Kind]:
+    """What most calls are; and so many classes that sums and coefficients fill shared memory."""
+    most = [
+        Kind(kernel, logits, layout, classes, "softmax", "uint8", "dice+ce")
+        for classes in (2, 4, 14, 105)
+        for logits, layout in (
+            ("float32", "contiguous"),
+            ("float16", "contiguous"),
+            ("bfloat16", "last"),
+        )
+        for kernel in ("reduce", "apply")
+    ]
+    many = [
+        Kind(kernel, "float32", "contiguous", 1500, activation, target, "squared+smooth")
+        for kernel in ("reduce", "apply")
+        for activation, target in (("softmax", "uint8"), ("sigmoid", "dense uint8"))
+    ]
+    return most + many
+
+
+@cache
+def kinds() -> tuple[Kind, ...]:
+    """What most calls are, and then any two values of two factors in at least one kind."""
+    chosen = curated()
+    left = set(_pairs_of_all()) - {pair for kind in chosen for pair in pairs(kind)}
+    generator = random.Random(0)
+    while left:
+        first = min(left, key=repr)
+        candidates = (_random_kind(generator, first) for _ in range(60))
+        best = max(candidates, key=lambda kind: len(left.intersection(pairs(kind))))
+        chosen.append(best)
+        left.difference_update(pairs(best))
+    return tuple(chosen)
+
+
+def covering(start: int) -> list[Kind]:
+    """Some of `kinds`, found from the ``start``-th on, in which every value of a factor occurs."""
+    order = kinds()[start:] + kinds()[:start]
+    left = {value for kind in order for value in zip(FACTORS, kind, strict=True)}
+    chosen = []
+    while left:
+        best = max(order, key=lambda kind: len(left.intersection(zip(FACTORS, kind, strict=True))))
+        chosen.append(best)
+        left.difference_update(zip(FACTORS, best, strict=True))
+    return chosen
+
+
+Pair = tuple[tuple[str, Any], tuple[str, Any]]
+
+
+def pairs(kind: Kind) -> Iterator[Pair]:
+    """Any two fields with their values."""
+    return combinations(zip(FACTORS, kind, strict=True), 2)
+
+
+def _pairs_of_all() -> Iterator[Pair]:
+    """The pairs that occur in some possible kind."""
+    simple = {"kernel": "apply", "activation": "softmax", "target": "uint8", "terms": "ce"}
+    for (a, of_a), (b, of_b) in combinations(FACTORS.items(), 2):
+        for x in of_a:
+            for y in of_b:
+                rest = {name: values[0] for name, values in FACTORS.items()} | simple
+                if possible(Kind(**{**rest, a: x, b: y})):
+                    yield (a, x), (b, y)
+
+
+def _random_kind(generator: random.Random, pair: Pair) -> Kind:
+    while True:
+        values = {name: generator.choice(values) for name, values in FACTORS.items()}
+        kind = Kind(**{**values, **dict(pair)})
+        if possible(kind):
+            return kind
+
+
+class _Address(NamedTuple):
+    address: int
+
+
+class _Recorder:
+    """A device that remembers what it would compile and launch."""
+
+    shared_bytes = 48 << 10
+
+    def __init__(self) -> None:
+        self.passes_asked: list[tuple[tuple[tuple[str, object], ...], str]] = []
+        self.launches: list[tuple[tuple[int, int], int]] = []
+
+    def empty(self, nbytes: int) -> _Address:
+        return _Address(1 << 20)
+
+    def constant(self, numbers: np.ndarray) -> _Address:
+        return _Address(1 << 20)
+
+    def passes(self, constants: tuple[tuple[str, object], ...], kernel: str) -> tuple[Any, ...]:
+        self.passes_asked.append((constants, kernel))
+        return (None, None) if kernel == "reduce" else (None,)
+
+    def kernels(self, text: str, names: tuple[str, ...]) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    def launch(
+        self, kernel: Any, grid: int, block: tuple[int, int], shared: int, call: np.ndarray
+    ) -> None:
+        self.launches.append((block, shared))
+
+
+def compiled(kind: Kind) -> Compiled:
+    """The kernels that a call of this kind asks for."""
+    loss = fl.Loss(LOSSES[kind.terms](), activation=kind.activation)
+    *dense_word, target_dtype = kind.target.split()
+    dense = bool(dense_word) or (kind.classes == 1 and kind.activation != "softmax")
+    request = make_request(kind.activation, dense, kind.ignore, loss.needs)
+    shape = (BATCH, kind.classes, *_spatial(kind.layout))
+    logits, out = (_array(shape, kind.logits, kind.layout) for _ in range(2))
+    flat = (shape[0], *shape[2:])
+    target = _array(shape if dense else flat, target_dtype, kind.layout)
+    weight = _array(flat, kind.weight, kind.layout) if kind.weight else None
+    arrays = Arrays(logits, kind.logits, target, target_dtype, dense, weight, kind.weight)
+    device = _Recorder()
+    losses = int(loss.term_of_voxels is not None)
+    if kind.kernel == "reduce":
+        engine.reduce(device, request, arrays, 1, 1, losses, losses)
+    else:
+        engine.apply(
+            device,
+            request,
+            arrays,
+            1,
+            out,
+            slot_stride=1,
+            sample_stride=1,
+            upstream=1,
+            upstream_type=kind.upstream,
+            losses=losses,
+        )
+    ((constants, kernel),) = device.passes_asked
+    ((x, y), shared), *_ = device.launches
+    names = ("fastloss_reduce", "fastloss_finish") if kernel == "reduce" else ("fastloss_apply",)
+    return Compiled(kind, constants, specialised(constants, kernel), names, x * y, shared)
+
+
+def _spatial(layout: str) -> tuple[int, int, int]:
+    if layout == "large":
+        return (2048, 1024, 1024)
+    return (5, 7, 9) if "odd" in layout else (8, 8, 16)
+
+
+def _array(shape: tuple[int, ...], dtype: str, layout: str) -> np.ndarray:
+    """An array (B, C, *spatial) or (B, *spatial) that must not be read: there is no memory."""
+    kind = np.dtype(dtype if dtype != "bfloat16" else np.uint16)
+    order = list(range(len(shape)))
+    if layout.startswith("last") and len(shape) == 5:
+        order = [0, 2, 3, 4, 1]
+    apart = 2 if layout in ("strided", "large") else 1  # no spatial axis continues another
+    strides = [0] * len(shape)
+    step = kind.itemsize
+    for axis in reversed(order):
+        strides[axis] = apart * step
+        step = strides[axis] * shape[axis]
+    buffer = np.empty(512, np.uint8)
+    start = -buffer.ctypes.data % 256  # allocators of GPUs give such addresses
+    return as_strided(buffer[start : start + kind.itemsize].view(kind), shape, strides)
+
+
+def other_kernels() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """By name, the text and the kernels of what is compiled beside the passes."""
+    found = {"top k": (source("top_k.cu"), TOP_K_KERNELS)}
+    losses = {
+        "dice+ce": (fl.Dice() + fl.CrossEntropy(), 2, 14),
+        "generalised dice, batch": (fl.Loss(fl.GeneralizedDice(batch=True)), 4, 105),
+        "focal tversky": (fl.Tversky(gamma=0.75) + fl.Focal(), 2, 4),
+        "of every sample": (fl.Loss(fl.Dice(reduction="none")), 2, 8),
+    }
+    for name, (loss, batch, classes) in losses.items():
+        request = make_request(loss.activation, False, None, loss.needs)
+        program = trace(loss, request, batch, classes, np.dtype(np.float32))
+        names = ("fastloss_combine",) + ("fastloss_pullback",) * bool(program.value_shape)
+        found[f"combine {name}"] = (program.sources, names)
+    return found

@@ -1,0 +1,348 @@
+"""What the compilers make of the CUDA kernels: no registers in memory, wide loads, no error.
+
+None of it needs a GPU. ``FASTLOSS_TEST_ALL_ARCHITECTURES=1`` compiles every kind of call for every
+architecture. Run as a script, it prints what each kernel takes; see ``--help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cuda_variants
+import pytest
+import support
+from cuda_variants import Kind
+
+from fastloss.backends.cuda import _OPTIONS
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100")
+MAIN = "sm_90"
+"""Every kind of call is compiled for it, and for each of the others a part of them."""
+# CuPy adds the last.
+OPTIONS = (*_OPTIONS, "-ftz=true")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a kernel takes of the machine; in bytes but for the registers of a thread."""
+
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    static_shared: int
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether numbers that belong into registers are kept in memory."""
+        return bool(self.stack or self.spill_stores or self.spill_loads)
+
+
+_REPORT = re.compile(
+    r"Function properties for (\w+)\n"
+    r"\W*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+    r"(?:.*Used (\d+) registers(?:.*?(\d+) bytes smem)?)?"
+)
+
+
+def usages(report: str) -> dict[str, Usage]:
+    """By function, what ``ptxas --verbose`` says. What kernels call has no registers of its own."""
+    found = {}
+    for name, stack, stores, loads, registers, shared in _REPORT.findall(report):
+        found[name] = Usage(
+            int(registers or 0), int(stack), int(stores), int(loads), int(shared or 0)
+        )
+    return found
+
+
+@functools.cache
+def nvcc(text: str, names: tuple[str, ...], architecture: str) -> tuple[dict[str, Usage], bytes]:
+    """`usages` of a source that must compile, to all these kernels; and the cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
+        source.write_text(text)
+        command = ["nvcc", *OPTIONS, "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
+        command += ["-o", str(cubin), str(source)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"nvcc for {architecture}:\n{result.stdout}{result.stderr}"
+        found, binary = usages(result.stderr), cubin.read_bytes()
+    missing = [name for name in names if not (name in found and found[name].registers)]
+    assert not missing, f"nvcc for {architecture} reports nothing of {missing}:\n{result.stderr}"
+    return found, binary
+
+
+def need_nvcc() -> None:
+    if shutil.which("nvcc") is None:
+        support._absent("nvcc", ImportError("not on the PATH"))
+
+
+def file_of_package(package: str, pattern: str) -> Path:
+    """A file of an installed package of NVIDIA's; else a skip that names the package."""
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        support._absent(package, error)
+    for file in files:
+        if file.match(pattern):
+            return Path(str(file.locate()))
+    support._absent(package, ImportError(f"it has no file {pattern}"))
+    raise AssertionError
+
+
+def for_all(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """In as many threads as there are processors; the work is a compiler's."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(work, items))
+
+
+def kinds_for(architecture: str) -> list[Kind]:
+    everything = os.environ.get("FASTLOSS_TEST_ALL_ARCHITECTURES", "0") not in ("", "0")
+    if everything or architecture == MAIN:
+        return list(cuda_variants.kinds())
+    return cuda_variants.covering(start=30 * ARCHITECTURES.index(architecture))
+
+
+# ------------------------------------------------------------------------------ the kinds of calls
+
+
+def test_any_two_values_of_a_call_meet() -> None:
+    met = {pair for kind in cuda_variants.kinds() for pair in cuda_variants.pairs(kind)}
+    assert all(cuda_variants.possible(kind) for kind in cuda_variants.kinds())
+    for activation, target, terms, kernel in (
+        ("softmax", "uint8", "top_k", "apply"),
+        ("softmax", "int64", "dice+ce", "reduce"),
+        ("sigmoid", "dense uint8", "focal1.5", "apply"),
+        ("none", "dense float32", "tversky", "reduce"),
+    ):
+        for dtype in cuda_variants.FACTORS["logits"]:
+            for classes in cuda_variants.FACTORS["classes"]:
+                for layout in cuda_variants.FACTORS["layout"]:
+                    kind = Kind(kernel, dtype, layout, classes, activation, target, terms, "uint8")
+                    assert met.issuperset(cuda_variants.pairs(kind)), str(kind)
+
+
+@pytest.mark.parametrize(
+    "constant", ["staged", "packed_target", "packed_weight", "keep_sums", "large", "with_losses",
+                 "global_sums", "global_table", "rounds", "vector", "warps", "staged_bytes"]
+)  # fmt: skip
+def test_every_path_through_the_kernels_occurs(constant: str) -> None:
+    taken = {cuda_variants.compiled(kind).constant(constant) for kind in cuda_variants.kinds()}
+    least = {
+        "vector": {1, 2, 4, 8},
+        "staged_bytes": {2, 4, 8, 16},
+        "warps": {1, 2},
+        "rounds": {1, 2},
+    }
+    assert taken >= least.get(constant, {0, 1})
+
+
+# ------------------------------------------------------------------------------ nvcc
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_passes_keep_their_numbers_in_registers(architecture: str) -> None:
+    need_nvcc()
+
+    def of(kind: Kind) -> list[str]:
+        made = cuda_variants.compiled(kind)
+        found, _ = nvcc(made.text, made.names, architecture)
+        return [f"{kind}: {name} {u}" for name, u in found.items() if u.in_memory]
+
+    kinds = kinds_for(architecture)
+    bad = [line for lines in for_all(of, kinds) for line in lines]
+    assert not bad, f"{len(bad)} of {len(kinds)} for {architecture}\n" + "\n".join(bad)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_other_kernels_keep_their_numbers_in_registers(architecture: str) -> None:
+    need_nvcc()
+
+    def of(item: tuple[str, tuple[str, tuple[str, ...]]]) -> list[str]:
+        what, (text, names) = item
+        found, _ = nvcc(text, names, architecture)
+        return [f"{what}: {name} {u}" for name, u in found.items() if u.in_memory]
+
+    bad = [line for lines in for_all(of, cuda_variants.other_kernels().items()) for line in lines]
+    assert not bad, f"for {architecture}\n" + "\n".join(bad)
+
+
+def test_report_of_a_kernel_whose_numbers_are_in_memory() -> None:
+    need_nvcc()
+    text = """
+    extern "C" __global__ void good(float* x) { x[threadIdx.x] *= 2; }
+    extern "C" __global__ void bad(float* x, int n) {
+      float many[200];
+      for (int i = 0; i < 200; ++i) many[i] = x[i];
+      x[threadIdx.x] = many[n];
+    }
+    """
+    found, _ = nvcc(text, ("good", "bad"), MAIN)
+    assert not found["good"].in_memory
+    assert found["bad"].in_memory
+    assert found["bad"].stack >= 800
+    with pytest.raises(AssertionError, match="reports nothing of"):
+        nvcc(text, ("good", "absent"), MAIN)
+
+
+# ------------------------------------------------------------------------------ instructions
+
+
+def instructions(cubin: Path, kernel: str) -> list[str]:
+    """The instructions of a kernel with their modifiers, as ``LDG.E.128``."""
+    tool = shutil.which("nvdisasm") or file_of_package("nvidia-cuda-nvdisasm", "*/bin/nvdisasm*")
+    result = subprocess.run(
+        [str(tool), "--print-code", str(cubin)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    sections = re.split(r"^\.text\.(\w+):$", result.stdout, flags=re.MULTILINE)
+    text = dict(zip(sections[1::2], sections[2::2], strict=True))[kernel]
+    return re.findall(
+        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", text, re.MULTILINE
+    )
+
+
+def of_width(found: list[str], name: str, bits: int) -> int:
+    """How many accesses to global memory move so many bits at once."""
+    return sum(i.split(".")[0] == name and str(bits) in i.split(".") for i in found)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 14])
+@pytest.mark.parametrize("logits", ["float32", "float16"])
+def test_logits_and_gradient_move_in_wide_accesses(
+    logits: str, classes: int, tmp_path: Path
+) -> None:
+    need_nvcc()
+    for kernel in ("reduce", "apply"):
+        kind = Kind(kernel, logits, "contiguous", classes, "softmax", "uint8", "dice+ce")
+        made = cuda_variants.compiled(kind)
+        bits = made.constant("vector") * (32 if logits == "float32" else 16)
+        assert bits == 128 if (logits, classes) != ("float16", 14) else bits >= 64
+        cubin = tmp_path / f"{kernel}.cubin"
+        cubin.write_bytes(nvcc(made.text, made.names, MAIN)[1])
+        found = instructions(cubin, f"fastloss_{kernel}")
+        assert of_width(found, "LDG", bits) >= classes
+        if kernel == "apply":
+            assert of_width(found, "STG", bits) >= classes
+            # The gradient is all that the pass writes.
+            assert of_width(found, "STG", bits) == sum(i.startswith("STG") for i in found)
+
+
+# ------------------------------------------------------------------------------ NVRTC
+
+
+class Nvrtc:
+    """The compiler that CuPy calls."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+
+    def compile(self, text: str, options: Iterable[str]) -> tuple[int, str, bytes]:
+        """The status, 0 where all is well; the log; and the cubin."""
+        program = ctypes.c_void_p()
+        created = self._library.nvrtcCreateProgram(
+            ctypes.byref(program), text.encode(), b"kernels.cu", 0, None, None
+        )
+        assert created == 0, f"nvrtcCreateProgram: error {created}"
+        given = [option.encode() for option in options]
+        status = self._library.nvrtcCompileProgram(
+            program, len(given), (ctypes.c_char_p * len(given))(*given)
+        )
+        log = self._read(program, "ProgramLog").rstrip(b"\0").decode()
+        cubin = self._read(program, "CUBIN") if status == 0 else b""
+        self._library.nvrtcDestroyProgram(ctypes.byref(program))
+        return status, log, cubin
+
+    def _read(self, program: ctypes.c_void_p, what: str) -> bytes:
+        size = ctypes.c_size_t()
+        assert getattr(self._library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)) == 0
+        buffer = ctypes.create_string_buffer(size.value)
+        assert getattr(self._library, f"nvrtcGet{what}")(program, buffer) == 0
+        return buffer.raw
+
+
+@functools.cache
+def nvrtc() -> Nvrtc:
+    return Nvrtc(file_of_package("nvidia-cuda-nvrtc", "*/libnvrtc.so.*"))
+
+
+def assert_nvrtc_compiles(what: object, text: str, names: Iterable[str]) -> None:
+    start = time.perf_counter()
+    status, log, cubin = nvrtc().compile(text, (*OPTIONS, f"--gpu-architecture={MAIN}"))
+    print(f"{time.perf_counter() - start:.2f} s  {what}")
+    assert status == 0, f"{what}: error {status}\n{log}"
+    for name in names:
+        assert f".text.{name}\0".encode() in cubin, f"{what}: no kernel {name}"
+
+
+def test_nvrtc_compiles_the_passes() -> None:
+    def check(kind: Kind) -> None:
+        made = cuda_variants.compiled(kind)
+        assert_nvrtc_compiles(kind, made.text, made.names)
+
+    nvrtc()
+    for_all(check, cuda_variants.covering(start=0))
+
+
+def test_nvrtc_compiles_the_other_kernels() -> None:
+    for what, (text, names) in cuda_variants.other_kernels().items():
+        assert_nvrtc_compiles(what, text, names)
+
+
+def test_nvrtc_says_what_is_wrong() -> None:
+    status, log, _ = nvrtc().compile("#include <cmath>\n", OPTIONS)
+    assert status != 0
+    assert "cmath" in log
+
+
+# ------------------------------------------------------------------------------ a table, to tune by
+
+PLAN = ("vector", "per_thread", "warps", "groups", "rounds", "staged", "keep_sums")
+
+
+def print_table(architecture: str, matching: str) -> None:
+    """Registers, threads and memory of every kind of call."""
+    kinds = [kind for kind in cuda_variants.kinds() if matching in str(kind)]
+    width = max(len(str(kind)) for kind in kinds)
+    print(f"{architecture:{width}} registers threads shared stack stores loads  {' '.join(PLAN)}")
+
+    def of(kind: Kind) -> str:
+        made = cuda_variants.compiled(kind)
+        plan = "/".join(str(made.constant(name)) for name in PLAN)
+        lines = []
+        for name, u in nvcc(made.text, made.names, architecture)[0].items():
+            if name == made.names[0] or u.in_memory:
+                label = str(kind) if name == made.names[0] else f"  {name}"
+                lines.append(
+                    f"{label:{width}} {u.registers:9} {made.threads:7} {made.shared:6} {u.stack:5} "
+                    f"{u.spill_stores:6} {u.spill_loads:5}  {plan}"
+                )
+        return "\n".join(lines)
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for line in pool.map(of, kinds):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="What every kernel takes of a GPU.")
+    parser.add_argument("architecture", nargs="*", default=[MAIN], help="default: %(default)s")
+    parser.add_argument("--matching", default="", help="only kinds whose name has this in it")
+    given = parser.parse_args()
+    for one in given.architecture:
+        print_table(one, given.matching)
+    sys.exit(0)
