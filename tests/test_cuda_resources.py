@@ -324,7 +324,11 @@ def print_table(architecture: str, matching: str) -> None:
         made = cuda_variants.compiled(kind)
         plan = "/".join(str(made.constant(name)) for name in PLAN)
         lines = []
-        for name, u in nvcc(made.text, made.names, architecture)[0].items():
+        try:
+            found, _ = nvcc(made.text, made.names, architecture)
+        except AssertionError as error:
+            return f"{kind}: {error}"
+        for name, u in found.items():
             if name == made.names[0] or u.in_memory:
                 label = str(kind) if name == made.names[0] else f"  {name}"
                 lines.append(
