@@ -79,6 +79,7 @@ class Report:
     host: dict[str, dict[str, Any]] = field(default_factory=dict)
     graph: dict[str, Any] = field(default_factory=dict)
     startup: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -126,30 +127,24 @@ class Run:
         """What is measured, the most telling first: it may be cut where the time runs out."""
         cases = all_cases(self.options.sizes, self.smoke)
         plain = [c for c in cases if c == Case(c.size, c.edge)]
-        mine, more = OURS[:2], OURS[2:]
-        peers = self.options.peers
-        for case in plain:
-            yield case, mine + (EAGER if peers != "none" else ())
-        if peers == "all":
-            for case in plain:
-                yield case, COMPILED
-        for case in cases:
-            if case not in plain:
-                yield case, mine
-        if peers == "all":
-            for case in plain:
-                yield case, more
-        if peers != "none":
-            for case in cases:
-                if case not in plain and case.labels == "uint8":
-                    yield case, EAGER
-        if peers == "all":
-            for case in cases:
-                if case not in plain and case.size == MAIN and case.labels == "uint8":
-                    yield case, COMPILED
+        others = [c for c in cases if c not in plain]
+        fair = [c for c in others if c.labels == "uint8"]  # peers have int64 in any case
+        mine, peers = OURS[:2], self.options.peers
+        eager = EAGER if peers != "none" else ()
+        compiled = COMPILED if peers == "all" else ()  # which takes seconds for every input
+        main_first = sorted(plain, key=lambda c: c.size != MAIN)
+        yield from ((case, mine + eager) for case in plain)
+        yield from ((case, compiled) for case in main_first[:1])
+        yield from ((case, mine) for case in others)
+        yield from ((case, compiled) for case in main_first[1:])
+        yield from ((case, OURS[2:] if compiled else ()) for case in plain)
+        yield from ((case, eager) for case in fair)
+        yield from ((case, compiled) for case in fair if case.size == MAIN)
 
     def times(self) -> None:
         for case, names in self.stages():
+            if not names:
+                continue
             logits = labels = None
             for name in names:
                 if self.left() <= 0:
@@ -172,7 +167,8 @@ class Run:
         call = None
         try:
             call = Call(name, logits, labels)
-            row.note = call.note
+            if call.note and call.note not in self.report.notes:
+                self.report.notes.append(call.note)
             value = float(call.forward_backward()) + call.offset
             truth = self.truth(case, logits, labels)
             row.value_error = truth.value_error(value)
@@ -185,7 +181,7 @@ class Run:
                 row.forward = self.clock.time(call.forward, call.reset).median
         except Unavailable as error:
             row.note = str(error)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             row.note = "out of memory"
         except Exception as error:  # a peer may fail in any way, which must not end the run
             row.note = f"failed: {reason(error)}"

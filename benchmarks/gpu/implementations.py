@@ -88,7 +88,11 @@ def _nnunet() -> tuple[Function, float, str]:
         from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
         from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
     except ImportError:
-        return _nnunet_formula, 0.0, "the formula written out, as nnunetv2 is not installed"
+        return (
+            _nnunet_formula,
+            0.0,
+            "nnU-Net: its formula, written out, as nnunetv2 is not installed",
+        )
     loss = DC_and_CE_loss(
         {"batch_dice": False, "smooth": SMOOTH, "do_bg": True, "ddp": False},
         {},
@@ -97,7 +101,7 @@ def _nnunet() -> tuple[Function, float, str]:
         ignore_label=None,
         dice_class=MemoryEfficientSoftDiceLoss,
     )
-    return loss, 1.0, "nnunetv2's own DC_and_CE_loss"
+    return loss, 1.0, "nnU-Net: nnunetv2's own DC_and_CE_loss"
 
 
 def _nnunet_formula(logits: Any, target: Any) -> Any:

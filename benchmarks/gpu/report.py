@@ -55,6 +55,7 @@ def render(report: Any) -> str:
             _rows(report),
         ),
     ]  # fmt: skip
+    parts += report.notes
     if report.host:
         parts += [
             "## Small calls",

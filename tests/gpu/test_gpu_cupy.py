@@ -137,6 +137,8 @@ def test_jax(cupy: Any, dtype: str) -> None:
         device = jax.devices("cuda")[0]
     except RuntimeError as error:
         pytest.skip(f"jax has no CUDA device: {str(error).splitlines()[0]}")
+    if dtype == "bfloat16" and int(cupy.__version__.partition(".")[0]) < 14:
+        pytest.skip(f"CuPy {cupy.__version__} has no bfloat16")
     x, y = example(2, 4, (7, 8, 9))
     logits = jax.device_put(jax.numpy.asarray(x, dtype), device)
     labels = jax.device_put(jax.numpy.asarray(y, "uint8"), device)
