@@ -8,6 +8,7 @@
 template <class In, int V>
 struct Coefficients {
   using T = typename ComputedIn<In>::type;
+  static constexpr bool kWanted = true;
   const Call& call;
   const T* table;        // (S, C), or in global memory:
   const double* global;  // (S, C) at `slot_stride`
@@ -52,71 +53,28 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
   using T = typename ComputedIn<In>::type;
   const Call& call = block.call;
   const bool once = CONST(rounds) == 1;
-  T x[K][V];
+  T x[K][V], factor[V], own_x[V];
   LabelPart<T> part[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) part[j] = no_label_part<T>();
-  for (int round = 0; round < CONST(rounds); ++round) {
-    LabelPart<T> here[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) here[j] = no_label_part<T>();
-#pragma unroll
-    for (int k = 0; k < CONST(per_thread); ++k) {
-      int c = block.first_class(round) + k;
-      if (block.exists(c)) block.load_class(v, c, x[k]);
-    }
-#pragma unroll
-    for (int k = 0; k < CONST(per_thread); ++k) {
-      if (!block.exists(block.first_class(round) + k)) continue;
-#pragma unroll
-      for (int j = 0; j < V; ++j)
-        if (x[k][j] > here[j].largest) here[j].largest = x[k][j];
-    }
-#pragma unroll
-    for (int k = 0; k < CONST(per_thread); ++k) {
-      int c = block.first_class(round) + k;
-      if (!block.exists(c)) continue;
-      T by_predicted = by(CONST(slot_predicted), c);
-      T by_squared = T(2) * by(CONST(slot_predicted_squared), c);
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        T e = exponential(below(x[k][j], here[j].largest));
-        if (v.y[j] == c) {
-          here[j].own = e;
-          here[j].own_x = x[k][j];
-        } else {
-          here[j].rest += e;
-          if (CONST(slot_predicted) >= 0) here[j].dot += by_predicted * e;
-          if (CONST(slot_predicted_squared) >= 0) here[j].square += by_squared * (e * e);
-        }
-        x[k][j] = e;
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < V; ++j)
-      if (once) part[j] = here[j];
-      else merge(part[j], here[j]);
-  }
-  T seen[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) seen[j] = part[j].largest;
-  if (CONST(warps) > 1) exchange_labels(block, part);
+  block.load_own(v, own_x);
+  label_parts(block, v, x, part, factor, by);
 
   // What the label decides: the whole gradient at its class, and for the other classes Σ_j t_j,
   // where t_j is the derivative by log p_j.
-  T at_label[V], turn[V], slope[V], inverse[V], factor[V];
+  T at_label[V], turn[V], slope[V], inverse[V];
+  int own_class[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     int y = v.y[j];
-    T m = v.m[j], i = T(1) / (part[j].rest + part[j].own);
-    T q = part[j].rest * i, p = part[j].own * i;
+    Label<T> label = label_of(part[j], own_x[j]);
+    T m = v.m[j], i = label.inverse;
+    T q = part[j].rest * i, p = label.own * i;
     T own_region = by(CONST(slot_predicted), y) + T(2) * by(CONST(slot_predicted_squared), y) * p;
     T own_loss = by(CONST(slot_cross_entropy), y);
     if (CONST(slot_top_k) >= 0 && v.inside)
       own_loss += by(CONST(slot_top_k), y) *
                   static_cast<const T*>(call.losses)[block.sample * call.voxels + v.first + j];
     if (CONST(gammas) > 0) {
-      T loss = label_loss(part[j]);
+      T loss = label_loss(part[j], label);
 #pragma unroll
       for (int f = 0; f < CONST(gammas); ++f)
         own_loss += by(CONST(slot_focal[f]), y) * slope_of_focal(p, loss, q, T(CONST(gamma[f])));
@@ -125,16 +83,17 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
     T own_slope = p * by(CONST(slot_overlap), y) - own_loss;
     at_label[j] = m * (p * (own_region * q - rests) + own_slope * q);
     if (CONST(slot_uniform) >= 0) at_label[j] -= m * by(CONST(slot_uniform), y);
-    turn[j] = m * i * (rests + p * own_region + own_slope);
-    slope[j] = m * i;
-    inverse[j] = i;
-    factor[j] = once ? rescale(seen[j], part[j].largest) : T(1);
+    own_class[j] = forget(call, y);
+    // From e as this thread has it.
+    inverse[j] = i * factor[j];
+    slope[j] = m * inverse[j];
+    turn[j] = slope[j] * (rests + p * own_region + own_slope);
   }
   for (int round = 0; round < CONST(rounds); ++round) {
 #pragma unroll
     for (int k = 0; k < CONST(per_thread); ++k) {
       int c = block.first_class(round) + k;
-      if (!block.exists(c)) continue;
+      if (!block.exists(round, k)) continue;
       T by_predicted = by(CONST(slot_predicted), c);
       T by_squared = T(2) * by(CONST(slot_predicted_squared), c);
       T by_uniform = by(CONST(slot_uniform), c);
@@ -142,12 +101,12 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
       if (!once) block.load_class(v, c, x[k]);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        T e = once ? x[k][j] * factor[j] : exponential(below(x[k][j], part[j].largest));
+        T e = once ? x[k][j] : power_of_two(scaled_below(x[k][j], part[j].largest));
         T t = by_predicted;
         if (CONST(slot_predicted_squared) >= 0) t += by_squared * (e * inverse[j]);
         T g = e * (slope[j] * t - turn[j]);
         if (CONST(slot_uniform) >= 0) g -= v.m[j] * by_uniform;
-        gradient[j] = v.y[j] == c ? at_label[j] : g;
+        gradient[j] = own_class[j] == c ? at_label[j] : g;
       }
       block.store_class(v, c, gradient);
     }
@@ -198,7 +157,7 @@ FL_DEVICE void apply_general(Block<In, V>& block, const Voxels<typename Computed
 #pragma unroll
     for (int k = 0; k < CONST(per_thread); ++k) {
       int c = block.first_class(round) + k;
-      if (!block.exists(c)) continue;
+      if (!block.exists(round, k)) continue;
       T g[V];
       if (!once) block.load_class(v, c, x[k]);
       block.load_target(v, c, g);
@@ -229,7 +188,7 @@ FL_DEVICE void apply_general(Block<In, V>& block, const Voxels<typename Computed
 #pragma unroll
     for (int k = 0; k < CONST(per_thread); ++k) {
       int c = block.first_class(round) + k;
-      if (!block.exists(c)) continue;
+      if (!block.exists(round, k)) continue;
       T g[V], gradient[V];
       if (!once) {
         block.load_class(v, c, x[k]);

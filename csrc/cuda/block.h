@@ -59,9 +59,11 @@ struct Block {
   FL_DEVICE int first_class(int round) const {
     return (round * CONST(warps) + warp_in_group) * CONST(per_thread);
   }
-  // The classes of a thread are its first and those that follow, of which the last may not exist.
-  FL_DEVICE bool exists(int c) const {
-    return CONST(rounds) * CONST(warps) * CONST(per_thread) == CONST(classes) || c < CONST(classes);
+  // The classes of a thread in a round are its first and those that follow, of which those of the
+  // last warp may not exist.
+  FL_DEVICE bool exists(int round, int k) const {
+    int before_last = (CONST(rounds) * CONST(warps) - 1) * CONST(per_thread);
+    return k < CONST(classes) - before_last || first_class(round) + k < CONST(classes);
   }
 
   // What each warp of a group says of its voxels, `exchanged` numbers of every one, all warps get
@@ -78,14 +80,24 @@ struct Block {
           half[((warp_in_group * CONST(exchanged) + n) * V + j) * kLanes + lane] = said[n][j];
     // One barrier is enough: the other half is written before the next one.
     __syncthreads();
+    hear_again(said, hear);
+  }
+
+  // The numbers of the last exchange once more.
+  template <int N, class Hear>
+  FL_DEVICE void hear_again(const T (&)[N][V], const Hear& hear) const {
+    const T* half =
+        exchanged + (group * 2 + (1 - turn)) * (CONST(warps) * CONST(exchanged) * V * kLanes);
+#pragma unroll
     for (int w = 0; w < CONST(warps); ++w) {
       T heard[N][V];
 #pragma unroll
       for (int n = 0; n < N; ++n)
-        if (n < CONST(exchanged))
 #pragma unroll
-          for (int j = 0; j < V; ++j)
-            heard[n][j] = half[((w * CONST(exchanged) + n) * V + j) * kLanes + lane];
+        for (int j = 0; j < V; ++j)
+          heard[n][j] = n < CONST(exchanged)
+                            ? half[((w * CONST(exchanged) + n) * V + j) * kLanes + lane]
+                            : T(0);
       hear(heard);
     }
   }
@@ -179,9 +191,27 @@ struct Block {
 #pragma unroll
       for (int j = 0; j < V; ++j) x[j] = as_number(pack.item[j]);
     }
+    if (!counts_all(call))
 #pragma unroll
-    for (int j = 0; j < V; ++j)
-      if (voxels.m[j] == T(0)) x[j] = T(0);
+      for (int j = 0; j < V; ++j)
+        if (voxels.m[j] == T(0)) x[j] = T(0);
+  }
+
+  // The logit of every voxel's own class.
+  FL_DEVICE void load_own(const Voxels<T, V>& voxels, T (&x)[V]) const {
+    const char* from = call.data[kLogits] + voxels.offset[kLogits];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      int y = voxels.y[j] < 0 ? 0 : voxels.y[j];
+      if (!voxels.inside) {
+        x[j] = T(0);
+      } else if (CONST(staged)) {
+        x[j] = tile[(place_in_tile() + j) * row() + y];
+      } else {
+        x[j] = as_number(load_one<In>(from + y * call.channel_stride[kLogits] + j * sizeof(In)));
+      }
+      if (!counts_all(call) && voxels.m[j] == T(0)) x[j] = T(0);
+    }
   }
 
   // The target of class c, from a dense target or a label map; 0 where a voxel counts for nothing.

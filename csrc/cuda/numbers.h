@@ -77,8 +77,47 @@ FL_DEVICE In load_one(const char* from) {
   return *reinterpret_cast<const In*>(from);
 }
 
-FL_DEVICE float exponential(float x) { return expf(x); }
-FL_DEVICE double exponential(double x) { return exp(x); }
+// 2^x and 1 / x, to two units in the last place: single instructions of a GPU.
+FL_DEVICE float power_of_two(float x) {
+#ifdef FL_EMULATION
+  return exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+FL_DEVICE double power_of_two(double x) { return exp2(x); }
+FL_DEVICE float inverse_of(float x) {
+#ifdef FL_EMULATION
+  return 1.0f / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+FL_DEVICE double inverse_of(double x) { return 1.0 / x; }
+
+template <class T>
+FL_DEVICE T log2_of_e() {
+  return T(1.4426950408889634);
+}
+template <class T>
+FL_DEVICE T log_of_2() {
+  return T(0.6931471805599453);
+}
+
+// e^x: its error grows with |x|, as the result shrinks.
+template <class T>
+FL_DEVICE T exponential(T x) {
+  return power_of_two(x * log2_of_e<T>());
+}
+FL_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+FL_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+// The larger one; of a number and NaN, the number.
+FL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+FL_DEVICE double larger(double a, double b) { return fmax(a, b); }
 FL_DEVICE float logarithm(float x) { return logf(x); }
 FL_DEVICE double logarithm(double x) { return log(x); }
 FL_DEVICE float log_one_plus(float x) { return log1pf(x); }
@@ -96,9 +135,18 @@ FL_DEVICE T power(T x, T y) {
   return general_power(x, y);
 }
 
+// The same number, of which the compiler knows nothing. What it concluded from comparing the
+// original it would else keep in registers, at more cost than to compare again.
+FL_DEVICE int forget(const Call& call, int x) { return x + (call.batch >> 31); }
+
 template <class T>
 FL_DEVICE T infinity() {
   return T(__uint_as_float(0x7f800000u));
+}
+
+template <class T>
+FL_DEVICE bool is_infinite(T x) {
+  return x == infinity<T>() || x == -infinity<T>();
 }
 
 // a b, and 0 where a is 0 though b be infinite: the limit of x log x.

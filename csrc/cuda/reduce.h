@@ -6,24 +6,43 @@
 
 constexpr int kFlushEvery = 16;  // tiles: float32 sums stay short
 
+__device__ constexpr int whole_warps(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+// The sums over the lanes of a warp of N numbers, a multiple of the lanes. Lane i gets those from
+// i · N / 32 on, in front. Each step halves what a lane is responsible for.
+template <int Count, class T, int N>
+FL_DEVICE void warp_sums(T (&numbers)[N], int lane) {
+  constexpr int kHalf = Count / 2, kStep = kLanes * Count / N / 2;
+  if constexpr (kStep >= 1) {
+    bool upper = lane & kStep;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      T mine = upper ? numbers[i + kHalf] : numbers[i];
+      T other = upper ? numbers[i] : numbers[i + kHalf];
+      numbers[i] = mine + __shfl_xor_sync(kAllLanes, other, kStep);
+    }
+    warp_sums<kHalf>(numbers, lane);
+  }
+}
+
 // The sums that a thread forms, and where a block keeps them.
 //
 // Kept in registers, or summed over the warp and added to the block's at once. Every sum of a
-// group belongs to one of its warps, and lane 0 alone adds to it: nothing is atomic, and the order
-// never changes.
+// group belongs to one of its warps, and one lane alone adds to it: nothing is atomic, and the
+// order never changes.
 template <class In, int V, int K>
 struct Sums {
   using T = typename ComputedIn<In>::type;
 #ifdef FL_SPECIAL
-  static constexpr int kKept = FL_keep_sums ? FL_slots : 1;
+  static constexpr int kKept = FL_keep_sums ? whole_warps(FL_slots * FL_per_thread) : kLanes;
 #else
-  static constexpr int kKept = kMaxSlots;
+  static constexpr int kKept = kMaxSlots * K;
 #endif
 
   const Block<In, V>& block;
   const Call& call;
-  double* to;  // (S · C + 2)
-  T kept[kKept][K];
+  double* to;     // (S · C + 2)
+  T kept[kKept];  // (S, classes of a thread), and zeros
   T weight;
   int faults;
 
@@ -44,35 +63,33 @@ struct Sums {
   }
 
   FL_DEVICE void clear() {
-    if (!CONST(keep_sums)) return;
 #pragma unroll
-    for (int s = 0; s < (CONST(keep_sums) ? CONST(slots) : 1); ++s)
-#pragma unroll
-      for (int k = 0; k < CONST(per_thread); ++k) kept[s][k] = T(0);
+    for (int i = 0; i < kKept; ++i) kept[i] = T(0);
   }
 
   // Adds to the sum of a slot and of the k-th class of this thread in a round. All lanes call.
   FL_DEVICE void add(int slot, int round, int k, T value) {
     if (slot < 0) return;
     if (CONST(keep_sums)) {
-      kept[slot][k] += value;
+      kept[slot * CONST(per_thread) + k] += value;
     } else {
       value = warp_sum(value);
       int c = block.first_class(round) + k;
-      if (block.lane == 0 && block.exists(c)) to[slot * CONST(classes) + c] += double(value);
+      if (block.lane == 0 && block.exists(round, k)) to[slot * CONST(classes) + c] += double(value);
     }
   }
 
   FL_DEVICE void flush() {
     if (CONST(keep_sums)) {
+      warp_sums<kKept>(kept, block.lane);
+      constexpr int kEach = kKept / kLanes;
 #pragma unroll
-      for (int s = 0; s < (CONST(keep_sums) ? CONST(slots) : 1); ++s)
-#pragma unroll
-        for (int k = 0; k < CONST(per_thread); ++k) {
-          double sum = warp_sum(double(kept[s][k]));
-          int c = block.first_class(0) + k;
-          if (block.lane == 0 && block.exists(c)) to[s * CONST(classes) + c] += sum;
-        }
+      for (int i = 0; i < kEach; ++i) {
+        int sum = block.lane * kEach + i, slot = sum / CONST(per_thread);
+        int k = sum - slot * CONST(per_thread);
+        if (slot < CONST(slots) && block.exists(0, k))
+          to[slot * CONST(classes) + block.first_class(0) + k] += double(kept[i]);
+      }
       clear();
     }
     // All warps of a group see the same voxels; the first one counts them.
@@ -109,62 +126,24 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
   const Call& call = block.call;
   const bool once = CONST(rounds) == 1;
   const bool logs = CONST(slot_cross_entropy) >= 0 || CONST(gammas) > 0 || CONST(with_losses);
-  T x[K][V], e[K][V];
+  T x[K][V], factor[V], own_x[V];
   LabelPart<T> part[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) part[j] = no_label_part<T>();
-  for (int round = 0; round < CONST(rounds); ++round) {
-    LabelPart<T> here[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) here[j] = no_label_part<T>();
-#pragma unroll
-    for (int k = 0; k < CONST(per_thread); ++k) {
-      int c = block.first_class(round) + k;
-      if (!block.exists(c)) continue;
-      block.load_class(v, c, x[k]);
-    }
-#pragma unroll
-    for (int k = 0; k < CONST(per_thread); ++k) {
-      if (!block.exists(block.first_class(round) + k)) continue;
-#pragma unroll
-      for (int j = 0; j < V; ++j)
-        if (x[k][j] > here[j].largest) here[j].largest = x[k][j];
-    }
-#pragma unroll
-    for (int k = 0; k < CONST(per_thread); ++k) {
-      int c = block.first_class(round) + k;
-      if (!block.exists(c)) continue;
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        T exp_x = exponential(below(x[k][j], here[j].largest));
-        if (v.y[j] == c) {
-          here[j].own = exp_x;
-          here[j].own_x = x[k][j];
-        } else {
-          here[j].rest += exp_x;
-        }
-        e[k][j] = exp_x;
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < V; ++j)
-      if (once) part[j] = here[j];
-      else merge(part[j], here[j]);
-  }
-  T factor[V];  // from e, relative to the largest seen here, to p m
-  T own_largest[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) own_largest[j] = part[j].largest;
-  if (CONST(warps) > 1) exchange_labels(block, part);
+  block.load_own(v, own_x);
+  label_parts(block, v, x, part, factor, NoCoefficients<T>());
 
-  T own_p[V], loss[V], q[V];
+  T own_p[V], loss[V], q[V], inverse[V], log_sum[V], weight[V];
+  int own_class[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    T inverse = T(1) / (part[j].rest + part[j].own), m = v.m[j];
-    factor[j] = inverse * (once ? rescale(own_largest[j], part[j].largest) : T(1));
-    own_p[j] = m * (part[j].own * inverse);
-    q[j] = part[j].rest * inverse;
-    loss[j] = logs ? m * label_loss(part[j]) : T(0);
+    Label<T> own = label_of(part[j], own_x[j]);
+    T m = v.m[j];
+    own_class[j] = forget(call, v.y[j]);
+    weight[j] = counts_all(call) ? T(1) : m;  // where it matters below
+    inverse[j] = v.inside ? own.inverse * factor[j] : T(0);
+    own_p[j] = m * (own.own * own.inverse);
+    q[j] = part[j].rest * own.inverse;
+    loss[j] = logs ? m * label_loss(part[j], own) : T(0);
+    log_sum[j] = CONST(slot_uniform) >= 0 ? logarithm(part[j].rest + own.own) : T(0);
     sums.weight += m;
   }
   if (CONST(with_losses) && v.inside && block.warp_in_group == 0) {
@@ -181,23 +160,29 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
     for (int k = 0; k < CONST(per_thread); ++k) {
       int c = block.first_class(round) + k;
       T predicted = T(0), squared = T(0), uniform = T(0), here = T(0), overlap = T(0), own = T(0);
-      bool there = block.exists(c);
-      if (there && !once) block.load_class(v, c, x[k]);
+      T focal[kMaxGammas] = {};
+      bool there = block.exists(round, k);
+      T raw[V];
+      if (there && (!once || CONST(slot_uniform) >= 0)) block.load_class(v, c, raw);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         if (!there) continue;
-        if (!once) e[k][j] = exponential(below(x[k][j], part[j].largest));
-        T p = e[k][j] * factor[j], pm = v.m[j] * p;
-        bool is_label = v.y[j] == c;
-        predicted += pm;
-        squared += pm * p;
+        T e = once ? x[k][j] : power_of_two(scaled_below(raw[j], part[j].largest));
+        T p = e * inverse[j], m = weight[j];
+        predicted += m * p;
+        if (CONST(slot_predicted_squared) >= 0) squared += m * (p * p);
         if (CONST(slot_uniform) >= 0) {
-          T gap = -below(x[k][j], part[j].largest);
-          uniform += product(v.m[j], gap + logarithm(part[j].rest + part[j].own));
+          T t = scaled_below(raw[j], part[j].largest);
+          uniform += product(v.m[j], log_sum[j] - t * log_of_2<T>());
         }
-        here += is_label ? v.m[j] : T(0);
-        overlap += is_label ? own_p[j] : T(0);
-        own += is_label ? loss[j] : T(0);
+        if (own_class[j] == c) {
+          here += m;
+          overlap += own_p[j];
+          own += loss[j];
+#pragma unroll
+          for (int i = 0; i < CONST(gammas); ++i)
+            focal[i] += focal_value(power(q[j], T(CONST(gamma[i]))), loss[j]);
+        }
       }
       sums.add(CONST(slot_reference), round, k, here);
       sums.add(CONST(slot_overlap), round, k, overlap);
@@ -206,16 +191,8 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
       sums.add(CONST(slot_reference_squared), round, k, here);
       sums.add(CONST(slot_cross_entropy), round, k, own);
       sums.add(CONST(slot_uniform), round, k, uniform);
-      if (CONST(slot_top_k) >= 0 && CONST(keep_sums) == 0)
-        sums.add(CONST(slot_top_k), round, k, T(0));
 #pragma unroll
-      for (int i = 0; i < CONST(gammas); ++i) {
-        T focal = T(0);
-#pragma unroll
-        for (int j = 0; j < V; ++j)
-          if (there && v.y[j] == c) focal += focal_value(power(q[j], T(CONST(gamma[i]))), loss[j]);
-        sums.add(CONST(slot_focal[i]), round, k, focal);
-      }
+      for (int i = 0; i < CONST(gammas); ++i) sums.add(CONST(slot_focal[i]), round, k, focal[i]);
     }
   }
 }
@@ -239,7 +216,7 @@ FL_DEVICE void reduce_general(Block<In, V>& block,
 #pragma unroll
     for (int k = 0; k < CONST(per_thread); ++k) {
       int c = block.first_class(round) + k;
-      bool there = block.exists(c);
+      bool there = block.exists(round, k);
       T g[V];
       if (there) {
         if (!once) block.load_class(v, c, x[k]);

@@ -5,10 +5,10 @@
 
 #include "block.h"
 
-// e^(part − whole), and 1 where both are the same infinity.
+// 2^(part − whole), and 1 where both are the same infinity.
 template <class T>
 FL_DEVICE T rescale(T part, T whole) {
-  return part == whole ? T(1) : exponential(part - whole);
+  return part == whole ? T(1) : power_of_two(part - whole);
 }
 
 // x − largest, and 0 where both are the same infinity: such classes share the probability.
@@ -17,70 +17,185 @@ FL_DEVICE T below(T x, T largest) {
   return x == largest ? T(0) : x - largest;
 }
 
-// Of a label map's voxel. The label's own exponential is kept apart: the sum of the others is then
-// exact to the last bit where the label dominates, and with it 1 − p and log p are.
+// Of a voxel and the classes that a thread holds, or all: the largest logit, in units of log 2 so
+// that exponentials are powers of two, and sums relative to it over the classes but the label. The
+// label's own exponential is kept apart: the sum of the others is then exact to the last bit where
+// the label dominates, and with it 1 − p and log p are.
 template <class T>
 struct LabelPart {
-  T largest;
-  T rest;         // Σ e^(x − largest) over the classes but the label
-  T own;          // e^(x − largest) of the label, in the part that has it
-  T own_x;        // its logit, in the part that has it
-  T dot, square;  // Σ k e and Σ k e² over the classes but the label, apply only
+  T largest;      // log2 of the largest e^x
+  T rest;         // Σ e, with e = e^x / 2^largest
+  T dot, square;  // Σ k e and Σ k e², apply only
 };
 
-template <class T>
-FL_DEVICE LabelPart<T> no_label_part() {
-  return {-infinity<T>(), T(0), T(0), T(0), T(0), T(0)};
-}
-
-template <class T>
-FL_DEVICE void merge(LabelPart<T>& a, const LabelPart<T>& b) {
-  T largest = b.largest > a.largest ? b.largest : a.largest;
-  T fa = rescale(a.largest, largest), fb = rescale(b.largest, largest);
-  a.rest = a.rest * fa + b.rest * fb;
-  a.own = a.own * fa + b.own * fb;
-  a.own_x += b.own_x;
-  a.dot = a.dot * fa + b.dot * fb;
-  a.square = a.square * fa * fa + b.square * fb * fb;
-  a.largest = largest;
-}
-
-// The parts of a group's warps, merged. What an apply pass does not need is not told.
+// Merges the parts of a group's warps; `exchanged` says which numbers matter.
 template <class In, int V, class T>
 FL_DEVICE void exchange_labels(Block<In, V>& block, LabelPart<T> (&part)[V]) {
   const Call& call = block.call;
-  const bool dot = CONST(exchanged) > 4;
-  const bool square = CONST(exchanged) > 5;
-  T said[6][V];
+  const bool dot = CONST(exchanged) > 2, square = CONST(exchanged) > 3;
+  T said[4][V];
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     said[0][j] = part[j].largest;
     said[1][j] = part[j].rest;
-    said[2][j] = part[j].own;
-    said[3][j] = part[j].own_x;
-    said[4][j] = dot ? part[j].dot : T(0);
-    said[5][j] = square ? part[j].square : T(0);
-    part[j] = no_label_part<T>();
+    said[2][j] = part[j].dot;
+    said[3][j] = part[j].square;
+    part[j] = {-infinity<T>(), T(0), T(0), T(0)};
   }
-  block.exchange(said, [&](const T(&heard)[6][V]) {
+  block.exchange(said, [&](const T(&heard)[4][V]) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) part[j].largest = larger(part[j].largest, heard[0][j]);
+  });
+  block.hear_again(said, [&](const T(&heard)[4][V]) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      LabelPart<T> other = {heard[0][j],
-                            heard[1][j],
-                            heard[2][j],
-                            heard[3][j],
-                            dot ? heard[4][j] : T(0),
-                            square ? heard[5][j] : T(0)};
-      merge(part[j], other);
+      T f = rescale(heard[0][j], part[j].largest);
+      part[j].rest += heard[1][j] * f;
+      if (dot) part[j].dot += heard[2][j] * f;
+      if (square) part[j].square += heard[3][j] * (f * f);
     }
   });
 }
 
-// −log p of the label.
+// The same for rounds of one warp.
 template <class T>
-FL_DEVICE T label_loss(const LabelPart<T>& part) {
-  T gap = -below(part.own_x, part.largest);
-  return gap + (gap == T(0) ? log_one_plus(part.rest) : logarithm(part.rest + part.own));
+FL_DEVICE void merge(LabelPart<T>& a, const LabelPart<T>& b) {
+  T largest = larger(a.largest, b.largest);
+  T fa = rescale(a.largest, largest), fb = rescale(b.largest, largest);
+  a = {largest, a.rest * fa + b.rest * fb, a.dot * fa + b.dot * fb,
+       a.square * (fa * fa) + b.square * (fb * fb)};
+}
+
+// Whether numbers of this size, times log2 e, leave too little of what follows the point. The
+// voxels with an infinite logit are among them.
+template <class T>
+FL_DEVICE bool is_far(T largest) {
+  return !(largest < T(1e8) && largest > T(-1e8));
+}
+
+// log2 of e^x, less `largest`, for any of them; 0 where both are the same infinity.
+template <class T>
+FL_DEVICE T far_below(T x, T largest) {
+  T scaled = x * log2_of_e<T>();
+  return scaled == largest ? T(0) : scaled - largest;
+}
+
+// The same, to the last bit consistent between classes.
+template <class T>
+FL_DEVICE T scaled_below(T x, T largest) {
+  T near = multiply_add(x, log2_of_e<T>(), -largest);
+  return is_far(largest) ? far_below(x, largest) : near;
+}
+
+// What a label map says of a voxel, once all its classes are seen.
+template <class T>
+struct Label {
+  T own;      // e of the label
+  T below;    // log2 of it
+  T inverse;  // 1 / Σ e
+};
+
+template <class T>
+FL_DEVICE Label<T> label_of(const LabelPart<T>& part, T own_x) {
+  T t = scaled_below(own_x, part.largest), own = power_of_two(t);
+  return {own, t, inverse_of(part.rest + own)};
+}
+
+// −log p of the label. A label far below the others has an exponential of 0, but a loss.
+template <class T>
+FL_DEVICE T label_loss(const LabelPart<T>& part, const Label<T>& label) {
+  T ratio = part.rest * inverse_of(label.own);
+  bool far = label.below < T(-60);
+  T loss = far ? logarithm(part.rest + label.own) : log_one_plus(ratio);
+  return far ? loss - label.below * log_of_2<T>() : loss;
+}
+
+// A round of classes, which a thread holds: x becomes e relative to the largest of the round.
+template <class In, int V, int K, class By>
+FL_DEVICE void label_round(const Block<In, V>& block,
+                           const Voxels<typename ComputedIn<In>::type, V>& v, int round,
+                           typename ComputedIn<In>::type (&x)[K][V],
+                           LabelPart<typename ComputedIn<In>::type> (&here)[V], const By& by) {
+  using T = typename ComputedIn<In>::type;
+  const Call& call = block.call;
+  T most[V], center[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) most[j] = -infinity<T>();
+#pragma unroll
+  for (int k = 0; k < CONST(per_thread); ++k) {
+    if (!block.exists(round, k)) continue;
+    block.load_class(v, block.first_class(round) + k, x[k]);
+  }
+#pragma unroll
+  for (int k = 0; k < CONST(per_thread); ++k) {
+    if (!block.exists(round, k)) continue;
+#pragma unroll
+    for (int j = 0; j < V; ++j) most[j] = larger(most[j], x[k][j]);
+  }
+  bool any_far = false;
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    center[j] = most[j] * log2_of_e<T>();
+    here[j] = {center[j], T(0), T(0), T(0)};
+    any_far = any_far || is_far(center[j]);
+  }
+  if (any_far) {
+    // The classes at an infinite maximum share the probability.
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      bool far = is_far(center[j]);
+#pragma unroll
+      for (int k = 0; k < CONST(per_thread); ++k)
+        x[k][j] = far ? far_below(x[k][j], center[j]) * log_of_2<T>() : x[k][j];
+      center[j] = far ? T(0) : center[j];
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < CONST(per_thread); ++k) {
+    if (!block.exists(round, k)) continue;
+    int c = block.first_class(round) + k;
+    T predicted = by(CONST(slot_predicted), c), squared = by(CONST(slot_predicted_squared), c);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      T e = power_of_two(multiply_add(x[k][j], log2_of_e<T>(), -center[j]));
+      T other = v.y[j] == c ? T(0) : e;
+      here[j].rest += other;
+      if (By::kWanted && CONST(slot_predicted) >= 0) here[j].dot += predicted * other;
+      if (By::kWanted && CONST(slot_predicted_squared) >= 0)
+        here[j].square += T(2) * squared * (other * other);
+      x[k][j] = e;
+    }
+  }
+}
+
+// No coefficients, for the reduce pass.
+template <class T>
+struct NoCoefficients {
+  static constexpr bool kWanted = false;
+  FL_DEVICE T operator()(int, int) const { return T(0); }
+};
+
+// All rounds, and the part of the whole voxel. Where there is one round, x times `factor` is e.
+template <class In, int V, int K, class By>
+FL_DEVICE void label_parts(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
+                           typename ComputedIn<In>::type (&x)[K][V],
+                           LabelPart<typename ComputedIn<In>::type> (&part)[V],
+                           typename ComputedIn<In>::type (&factor)[V], const By& by) {
+  using T = typename ComputedIn<In>::type;
+  const Call& call = block.call;
+  label_round(block, v, 0, x, part, by);
+  for (int round = 1; round < CONST(rounds); ++round) {
+    LabelPart<T> here[V];
+    label_round(block, v, round, x, here, by);
+#pragma unroll
+    for (int j = 0; j < V; ++j) merge(part[j], here[j]);
+  }
+#pragma unroll
+  for (int j = 0; j < V; ++j) factor[j] = part[j].largest;
+  if (CONST(warps) > 1) exchange_labels(block, part);
+#pragma unroll
+  for (int j = 0; j < V; ++j)
+    factor[j] = CONST(rounds) == 1 && CONST(warps) > 1 ? rescale(factor[j], part[j].largest) : T(1);
 }
 
 // Of any voxel.
@@ -98,8 +213,8 @@ FL_DEVICE Part<T> no_part() {
 
 template <class T>
 FL_DEVICE void merge(Part<T>& a, const Part<T>& b) {
-  T largest = b.largest > a.largest ? b.largest : a.largest;
-  T fa = rescale(a.largest, largest), fb = rescale(b.largest, largest);
+  T largest = larger(a.largest, b.largest);
+  T fa = exponential(below(a.largest, largest)), fb = exponential(below(b.largest, largest));
   T rest = (a.largest == largest ? a.rest : (a.rest + a.ties) * fa) +
            (b.largest == largest ? b.rest : (b.rest + b.ties) * fb);
   a.ties = (a.largest == largest ? a.ties : T(0)) + (b.largest == largest ? b.ties : T(0));
@@ -122,7 +237,7 @@ struct Whole {
 template <class T>
 FL_DEVICE Whole<T> whole_of(const Call& call, const Part<T>& part, bool logs) {
   T rest = part.rest + (part.ties - T(1));
-  return {part.largest, rest, T(1) / (part.rest + part.ties), logs ? log_one_plus(rest) : T(0)};
+  return {part.largest, rest, inverse_of(part.rest + part.ties), logs ? log_one_plus(rest) : T(0)};
 }
 
 template <class T>
@@ -137,7 +252,7 @@ FL_DEVICE Fields<T> activate(const Call& call, T x, const Whole<T>& whole, bool 
     f.loss_rest = T(0);
   } else if (CONST(activation) == kSigmoid) {
     T size = x < T(0) ? -x : x;
-    T e = exponential(-size), big = T(1) / (e + T(1)), little = e * big;
+    T e = exponential(-size), big = inverse_of(e + T(1)), little = e * big;
     f.p = x > T(0) ? big : little;
     f.q = x > T(0) ? little : big;
     T l = logs ? log_one_plus(e) : T(0);
@@ -167,7 +282,7 @@ FL_DEVICE void softmax_parts(Block<In, V>& block, const Voxels<typename Computed
 #pragma unroll
     for (int k = 0; k < CONST(per_thread); ++k) {
       int c = block.first_class(round) + k;
-      if (block.exists(c)) block.load_class(v, c, x[k]);
+      if (block.exists(round, k)) block.load_class(v, c, x[k]);
     }
     if (CONST(activation) != kSoftmax) continue;
     Part<T> here[V];
@@ -175,14 +290,13 @@ FL_DEVICE void softmax_parts(Block<In, V>& block, const Voxels<typename Computed
     for (int j = 0; j < V; ++j) here[j] = no_part<T>();
 #pragma unroll
     for (int k = 0; k < CONST(per_thread); ++k) {
-      if (!block.exists(block.first_class(round) + k)) continue;
+      if (!block.exists(round, k)) continue;
 #pragma unroll
-      for (int j = 0; j < V; ++j)
-        if (x[k][j] > here[j].largest) here[j].largest = x[k][j];
+      for (int j = 0; j < V; ++j) here[j].largest = larger(here[j].largest, x[k][j]);
     }
 #pragma unroll
     for (int k = 0; k < CONST(per_thread); ++k) {
-      if (!block.exists(block.first_class(round) + k)) continue;
+      if (!block.exists(round, k)) continue;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         bool top = x[k][j] == here[j].largest;

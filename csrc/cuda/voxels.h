@@ -9,13 +9,9 @@ constexpr int kFault = -2;
 
 // The offsets in bytes of a voxel in every array, from the start of its sample.
 FL_DEVICE void offsets_of(const Call& call, long long voxel, long long (&offset)[kOperands]) {
-  if (CONST(axes) == 1) {
 #pragma unroll
-    for (int o = 0; o < kOperands; ++o) offset[o] = voxel * call.stride[o][0];
-    return;
-  }
-#pragma unroll
-  for (int o = 0; o < kOperands; ++o) offset[o] = 0;
+  for (int o = 0; o < kOperands; ++o) offset[o] = CONST(axes) == 1 ? voxel * call.stride[o][0] : 0;
+  if (CONST(axes) == 1) return;
 #pragma unroll
   for (int axis = CONST(axes) - 1; axis >= 0; --axis) {
     long long place = voxel;
@@ -137,6 +133,11 @@ struct Voxels {
   int faults;
 };
 
+// Whether every voxel inside counts, unless there is a fault, of which the result is NaN anyhow.
+FL_DEVICE bool counts_all(const Call& call) {
+  return CONST(weight_type) == kNoType && CONST(ignore_kind) == kNothing;
+}
+
 template <class T, int V>
 FL_DEVICE void target_row(const Call& call, const Voxels<T, V>& voxels, int c, T (&g)[V]) {
   load_numbers(call.data[kTarget] + voxels.offset[kTarget] + c * call.channel_stride[kTarget],
@@ -174,7 +175,7 @@ FL_DEVICE void move_to(const Call& call, int sample, long long first, long long 
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       if (voxels.y[j] == kFault) voxels.faults += 1;
-      if (voxels.y[j] < 0) voxels.m[j] = T(0);
+      if (!counts_all(call) && voxels.y[j] < 0) voxels.m[j] = T(0);
     }
   } else if (CONST(ignore_kind) == kClass) {
     T g[V];

@@ -166,26 +166,18 @@ def plan_pass(
     }
     words = 2 if logits.type == _CODES["float64"] else 1
     labels = request.activation == "softmax" and not request.dense
-    arrays_held = 1 if labels and "uniform" not in request.needs else 2
+    arrays_held = 1 if labels else 2
     exchanged = 3
     if labels:
-        exchanged = 4
+        exchanged = 2
         if out is not None and "squared" in request.needs:
-            exchanged = 6
+            exchanged = 4
         elif out is not None and "region" in request.needs:
-            exchanged = 5
+            exchanged = 3
 
     # The classes of a voxel: held by as few warps as have the registers.
     sums = len(request.slots) * words if out is None else 0
-    warps = 1
-    while warps < _MOST_WARPS and (
-        -(-classes // warps) > _ONCE or -(-classes // warps) * sums > _HELD
-    ):
-        warps *= 2
-    # The threads of so many warps have 128 registers each.
-    each, most = -(-classes // warps), _HELD if labels or warps < _MOST_WARPS else _HELD // 2
-    if each > _ONCE or each * sums > most:
-        warps = _MOST_WARPS // 2
+    warps = _warps(classes, sums, labels)
     per_thread = min(_ONCE, -(-classes // warps))
     rounds = -(-classes // (warps * per_thread))
     keep = rounds == 1 and per_thread * sums <= _HELD
@@ -260,7 +252,7 @@ def plan_pass(
         ),
         "keep_sums": int(keep),
         # The plain cases do without spills by themselves.
-        "roomy": int(not labels or bool(request.gammas) or rounds > 1 or not keep),
+        "roomy": int(not labels or staged or bool(request.gammas) or rounds > 1 or not keep),
     }
 
     tile = groups * LANES * vector
@@ -307,6 +299,23 @@ def plan_pass(
         batch * blocks * width,
         batch * (-(-(width - 1) // LANES)),
     )
+
+
+def _warps(classes: int, sums: int, labels: bool) -> int:
+    """How many warps share the classes of a voxel; ``sums``: registers for those of a class."""
+
+    def fits(warps: int) -> bool:
+        each = -(-classes // warps)
+        # The threads of so many warps have 128 registers each.
+        held = _HELD if labels or warps <= _MOST_WARPS // 2 else _HELD // 2
+        return each <= _ONCE and each * sums <= held
+
+    fewest = next((n for n in range(1, _MOST_WARPS + 1) if fits(n)), None)
+    if fewest is None:
+        return _MOST_WARPS // 2
+    # A warp or two more, if all then have the same number of classes.
+    several = [n for n in range(fewest, fewest * 5 // 4 + 1) if n <= _MOST_WARPS and fits(n)]
+    return min(several, key=lambda n: (-(-classes // n) * n - classes, n))
 
 
 def _ignore_kind(request: Request, classes: int) -> int:
