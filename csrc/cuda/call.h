@@ -78,10 +78,12 @@ struct Call {
   int staged_bytes;                  // 16, or the size of one logit: of each access when staged
   int packed_target, packed_weight;  // `vector` numbers are loaded at once
   int keep_sums;                     // in registers; else summed over the warp at once
-  int global_sums;                   // too many classes for sums in shared memory
-  int global_table;                  // too many classes for coefficients in shared memory
+  int by_label;      // sums that labels alone decide are added voxel by voxel, not class by class
+  int kept_slots;    // sums of a class that a thread forms
+  int global_sums;   // too many classes for sums in shared memory
+  int global_table;  // too many classes for coefficients in shared memory
   int with_losses;
-  int roomy;  // registers matter more than the number of blocks
+  int least_blocks;  // of a multiprocessor at a time
   int slots, gammas;
   int slot_reference, slot_overlap, slot_predicted, slot_predicted_squared, slot_reference_squared;
   int slot_cross_entropy, slot_cross_entropy_rest, slot_uniform, slot_top_k;

@@ -24,13 +24,8 @@ struct InMemory<kF64> {
   using type = double;
 };
 using In = InMemory<FL_logits_type>::type;
-// Asked for one block, the compiler takes registers as it likes; else it weighs them against the
-// number of blocks, and may spill a few.
-#if FL_roomy
-#define FL_BOUNDS __launch_bounds__(FL_warps * FL_groups * kLanes, 1)
-#else
-#define FL_BOUNDS __launch_bounds__(FL_warps * FL_groups * kLanes)
-#endif
+// The registers that so many blocks leave are taken; without the number a few are spilled.
+#define FL_BOUNDS __launch_bounds__(FL_warps * FL_groups * kLanes, FL_least_blocks)
 #define FL_PASS(pass) pass<In, FL_vector, FL_per_thread>(call)
 
 #else
@@ -68,7 +63,7 @@ extern "C" __global__ void FL_BOUNDS fastloss_reduce(const __grid_constant__ Cal
   FL_PASS(reduce_block);
 }
 
-extern "C" __global__ void __launch_bounds__(kFinishSlices* kLanes)
+extern "C" __global__ void __launch_bounds__(kFinishSlices* kLanes, 1)
     fastloss_finish(const __grid_constant__ Call call) {
   finish_sums(call);
 }

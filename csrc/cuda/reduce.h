@@ -34,7 +34,7 @@ template <class In, int V, int K>
 struct Sums {
   using T = typename ComputedIn<In>::type;
 #ifdef FL_SPECIAL
-  static constexpr int kKept = FL_keep_sums ? whole_warps(FL_slots * FL_per_thread) : kLanes;
+  static constexpr int kKept = FL_keep_sums ? whole_warps(FL_kept_slots * FL_per_thread) : kLanes;
 #else
   static constexpr int kKept = kMaxSlots * K;
 #endif
@@ -42,7 +42,7 @@ struct Sums {
   const Block<In, V>& block;
   const Call& call;
   double* to;     // (S · C + 2)
-  T kept[kKept];  // (S, classes of a thread), and zeros
+  T kept[kKept];  // (`kept_slots`, classes of a thread), and zeros
   T weight;
   int faults;
 
@@ -62,6 +62,20 @@ struct Sums {
     clear();
   }
 
+  // Where a thread keeps the sums of a slot, and back. With `by_label` there are at most three.
+  FL_DEVICE int place_of(int slot) const {
+    if (!CONST(by_label)) return slot;
+    if (slot == CONST(slot_predicted)) return 0;
+    if (slot == CONST(slot_predicted_squared)) return CONST(slot_predicted) >= 0 ? 1 : 0;
+    return CONST(kept_slots) - 1;
+  }
+  FL_DEVICE int slot_at(int place) const {
+    if (!CONST(by_label)) return place;
+    if (place == CONST(kept_slots) - 1 && CONST(slot_uniform) >= 0) return CONST(slot_uniform);
+    return place == 0 && CONST(slot_predicted) >= 0 ? CONST(slot_predicted)
+                                                    : CONST(slot_predicted_squared);
+  }
+
   FL_DEVICE void clear() {
 #pragma unroll
     for (int i = 0; i < kKept; ++i) kept[i] = T(0);
@@ -71,11 +85,50 @@ struct Sums {
   FL_DEVICE void add(int slot, int round, int k, T value) {
     if (slot < 0) return;
     if (CONST(keep_sums)) {
-      kept[slot * CONST(per_thread) + k] += value;
+      kept[place_of(slot) * CONST(per_thread) + k] += value;
     } else {
       value = warp_sum(value);
       int c = block.first_class(round) + k;
       if (block.lane == 0 && block.exists(round, k)) to[slot * CONST(classes) + c] += double(value);
+    }
+  }
+
+  // Adds values of voxels to the sums of their classes: to the slots of a list, in which places
+  // without a slot are −1. All lanes of one warp of the group call, the others wait for its next
+  // barrier before they do.
+  template <int N>
+  FL_DEVICE void add_by_label(const int (&slots)[N], const int (&y)[V], const T (&values)[N][V]) {
+    // Mostly all voxels of a warp are of one class.
+    int one = __shfl_sync(kAllLanes, y[0], 0);
+    bool alike = one >= 0;
+#pragma unroll
+    for (int j = 0; j < V; ++j) alike = alike && y[j] == one;
+    if (__all_sync(kAllLanes, alike)) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        if (slots[n] < 0) continue;
+        T sum = T(0);
+#pragma unroll
+        for (int j = 0; j < V; ++j) sum += values[n][j];
+        sum = warp_sum(sum);
+        if (block.lane == 0) to[slots[n] * CONST(classes) + one] += double(sum);
+      }
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      unsigned left = __ballot_sync(kAllLanes, y[j] >= 0);
+      while (left) {
+        int label = __shfl_sync(kAllLanes, y[j], __ffs(int(left)) - 1);
+        bool same = y[j] == label;
+        left &= ~__ballot_sync(kAllLanes, same);
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+          if (slots[n] < 0) continue;
+          T sum = warp_sum(same ? values[n][j] : T(0));
+          if (block.lane == 0) to[slots[n] * CONST(classes) + label] += double(sum);
+        }
+      }
     }
   }
 
@@ -85,10 +138,10 @@ struct Sums {
       constexpr int kEach = kKept / kLanes;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        int sum = block.lane * kEach + i, slot = sum / CONST(per_thread);
-        int k = sum - slot * CONST(per_thread);
-        if (slot < CONST(slots) && block.exists(0, k))
-          to[slot * CONST(classes) + block.first_class(0) + k] += double(kept[i]);
+        int sum = block.lane * kEach + i, place = sum / CONST(per_thread);
+        int k = sum - place * CONST(per_thread);
+        if (place < CONST(kept_slots) && block.exists(0, k))
+          to[slot_at(place) * CONST(classes) + block.first_class(0) + k] += double(kept[i]);
       }
       clear();
     }
@@ -118,10 +171,12 @@ struct Sums {
   }
 };
 
+#define FL_OF_GAMMA(i) (i < CONST(gammas) ? CONST(slot_focal[i]) : -1)
+
 // A tile, softmax of a label map: what the label decides is computed once per voxel.
 template <class In, int V, int K>
 FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
-                             Sums<In, V, K>& sums) {
+                             Sums<In, V, K>& sums, int tile) {
   using T = typename ComputedIn<In>::type;
   const Call& call = block.call;
   const bool once = CONST(rounds) == 1;
@@ -155,6 +210,32 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
       static_cast<T*>(call.losses)[block.sample * call.voxels + v.first + j] = value;
     }
   }
+  // The warps of a group take turns.
+  if (CONST(by_label) && block.warp_in_group == tile % CONST(warps)) {
+    const int slots[4 + kMaxGammas] = {CONST(slot_reference),
+                                       CONST(slot_overlap),
+                                       CONST(slot_reference_squared),
+                                       CONST(slot_cross_entropy),
+                                       FL_OF_GAMMA(0),
+                                       FL_OF_GAMMA(1),
+                                       FL_OF_GAMMA(2),
+                                       FL_OF_GAMMA(3),
+                                       FL_OF_GAMMA(4),
+                                       FL_OF_GAMMA(5),
+                                       FL_OF_GAMMA(6),
+                                       FL_OF_GAMMA(7)};
+    T values[4 + kMaxGammas][V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      values[0][j] = values[2][j] = weight[j];
+      values[1][j] = own_p[j];
+      values[3][j] = loss[j];
+#pragma unroll
+      for (int i = 0; i < CONST(gammas); ++i)
+        values[4 + i][j] = focal_value(power(q[j], T(CONST(gamma[i]))), loss[j]);
+    }
+    sums.add_by_label(slots, v.y, values);
+  }
   for (int round = 0; round < CONST(rounds); ++round) {
 #pragma unroll
     for (int k = 0; k < CONST(per_thread); ++k) {
@@ -175,7 +256,7 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
           T t = scaled_below(raw[j], part[j].largest);
           uniform += product(v.m[j], log_sum[j] - t * log_of_2<T>());
         }
-        if (own_class[j] == c) {
+        if (!CONST(by_label) && own_class[j] == c) {
           here += m;
           overlap += own_p[j];
           own += loss[j];
@@ -184,13 +265,14 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
             focal[i] += focal_value(power(q[j], T(CONST(gamma[i]))), loss[j]);
         }
       }
-      sums.add(CONST(slot_reference), round, k, here);
-      sums.add(CONST(slot_overlap), round, k, overlap);
       sums.add(CONST(slot_predicted), round, k, predicted);
       sums.add(CONST(slot_predicted_squared), round, k, squared);
+      sums.add(CONST(slot_uniform), round, k, uniform);
+      if (CONST(by_label)) continue;
+      sums.add(CONST(slot_reference), round, k, here);
+      sums.add(CONST(slot_overlap), round, k, overlap);
       sums.add(CONST(slot_reference_squared), round, k, here);
       sums.add(CONST(slot_cross_entropy), round, k, own);
-      sums.add(CONST(slot_uniform), round, k, uniform);
 #pragma unroll
       for (int i = 0; i < CONST(gammas); ++i) sums.add(CONST(slot_focal[i]), round, k, focal[i]);
     }
@@ -273,7 +355,7 @@ FL_DEVICE void reduce_block(const Call& call) {
     move_to(call, block.sample, start + block.place_in_tile(), block.last, voxels);
     sums.faults += voxels.faults;
     if (CONST(activation) == kSoftmax && !CONST(dense))
-      reduce_labels<In, V, K>(block, voxels, sums);
+      reduce_labels<In, V, K>(block, voxels, sums, tiles);
     else reduce_general<In, V, K>(block, voxels, sums);
     if (++tiles % kFlushEvery == 0) sums.flush();
     if (CONST(staged)) __syncthreads();

@@ -29,7 +29,8 @@ LOGITS, TARGET, WEIGHT, OUT = range(4)
 _ONCE = 16  # classes that a thread can hold
 _MOST_WARPS = 16  # that share the classes of a voxel
 _HELD = 64  # registers for logits, and as many for sums,
-_ALL_HELD = 112  # and for both
+_ALL_HELD = 112  # and for both,
+_OTHERWISE = (56, 80)  # beside which a warp alone, or one of several, needs these
 _SHARED = 48 << 10  # bytes that a block has without asking
 _BLOCKS = 1536  # of a launch, where there is enough to do: a few for every multiprocessor
 
@@ -41,7 +42,8 @@ CONSTANTS = (
     "upstream_type", "logits_type", "target_type", "weight_type", "activation", "dense",
     "ignore_kind", "classes", "axes", "large", "vector", "per_thread", "warps", "groups", "rounds",
     "exchanged", "staged", "staged_bytes", "packed_target", "packed_weight", "keep_sums",
-    "global_sums", "global_table", "with_losses", "roomy", "slots", "gammas",
+    "by_label", "kept_slots",
+    "global_sums", "global_table", "with_losses", "least_blocks", "slots", "gammas",
     *(f"slot_{name}" for name in _SLOTS),
 )  # fmt: skip
 """The numbers that a kernel is compiled for, apart from the arrays of the focal terms."""
@@ -176,7 +178,12 @@ def plan_pass(
             exchanged = 3
 
     # The classes of a voxel: held by as few warps as have the registers.
-    sums = len(request.slots) * words if out is None else 0
+    slots_of_classes = ("predicted", "predicted_squared", "uniform")
+    by_label = labels and classes > _ONCE
+    kept_slots = len(request.slots)
+    if by_label:
+        kept_slots = sum(name in request.index for name in slots_of_classes)
+    sums = kept_slots * words if out is None else 0
     warps = _warps(classes, sums, labels)
     per_thread = min(_ONCE, -(-classes // warps))
     rounds = -(-classes // (warps * per_thread))
@@ -192,7 +199,7 @@ def plan_pass(
             o.strides[1] == item and s == classes * item
             for o, s in zip(last, (step[LOGITS], step[OUT]), strict=False)
         )  # fmt: skip
-    room = _HELD // (2 if warps >= 8 else 1)
+    room = _HELD // 2 if warps > 4 else _HELD  # two blocks, as one waits for its warps now and then
     if keep:
         room = min(room, _ALL_HELD - per_thread * sums)
     most = 1 if staged else max(1, room // (per_thread * words * arrays_held))
@@ -237,6 +244,12 @@ def plan_pass(
     bytes_of_piece = min(o.alignment for o in (logits, out) if o is not None)
     if any(o.strides[0] % 16 and batch > 1 for o in (logits, out) if o is not None):
         bytes_of_piece = 0
+    # The plain cases know what they need; the others take what there is.
+    plain = labels and not staged and not request.gammas and keep
+    needed = _OTHERWISE[warps > 1] + 2 * max(0, vector - 4)
+    needed += per_thread * (words * vector * arrays_held + sums)
+    each = -(-groups * warps // 4) * 4 * LANES * needed  # the four parts of one get as many warps
+    least_blocks = max(1, min(8, 65536 // each)) if plain else 1
     fields |= {
         "vector": vector,
         "per_thread": per_thread,
@@ -251,8 +264,9 @@ def plan_pass(
             weight is not None and _packs(weight, axes, WEIGHT, vector, voxels, False)
         ),
         "keep_sums": int(keep),
-        # The plain cases do without spills by themselves.
-        "roomy": int(not labels or staged or bool(request.gammas) or rounds > 1 or not keep),
+        "by_label": int(by_label),
+        "kept_slots": kept_slots,
+        "least_blocks": least_blocks,
     }
 
     tile = groups * LANES * vector
