@@ -21,6 +21,7 @@ MODULES = ["fastloss"] + [
     if not m.name.startswith(("fastloss._", "fastloss.bench", "fastloss.__main__"))
 ]
 NEEDED = {
+    "fastloss.frameworks.cupy": "cupy",
     "fastloss.frameworks.torch": "torch",
     "fastloss.dropin": "torch",
     "fastloss.torch": "torch",

@@ -118,7 +118,7 @@ def _nnunet(loss: str, classes: int) -> Function:
         probability = torch.softmax(logits, 1)
         axes = tuple(range(2, logits.ndim))
         with torch.no_grad():
-            one_hot = torch.zeros(logits.shape, dtype=torch.bool)
+            one_hot = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
             one_hot.scatter_(1, target, 1)
             reference = one_hot.sum(axes)
         overlap = (probability * one_hot).sum(axes)
