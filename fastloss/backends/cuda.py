@@ -3,7 +3,7 @@
 Nothing here waits for the GPU: the passes and the step between them are queued on the caller's
 stream, and what they hand on to each other stays in the GPU's memory. `validate` alone waits.
 
-CuPy compiles with denormal float32 numbers taken for 0: a probability or a gradient below 1.2e-38 is
+CuPy compiles with denormal float32 numbers taken for 0: a gradient below 1.2e-38 is
 lost.
 """
 
