@@ -255,7 +255,7 @@ FL_DEVICE Fields<T> activate(const Call& call, T x, const Whole<T>& whole, bool 
     T e = exponential(-size), big = inverse_of(e + T(1)), little = e * big;
     f.p = x > T(0) ? big : little;
     f.q = x > T(0) ? little : big;
-    T l = logs ? log_one_plus(e) : T(0);
+    T l = logs ? log_one_plus_small(e) : T(0);
     f.loss = (x < T(0) ? -x : T(0)) + l;
     f.loss_rest = (x > T(0) ? x : T(0)) + l;
     if (x != x) f.p = f.q = f.loss = f.loss_rest = x;

@@ -90,8 +90,21 @@ FL_DEVICE void load_labels(const Call& call, const char* from, long long step, i
     default:
 #pragma unroll
       for (int j = 0; j < V; ++j)
-        y[j] = class_of(call, number_at(from + j * step, CONST(target_type)));
+        y[j] = class_of(call, floating_at(from + j * step, CONST(target_type)));
   }
+}
+
+template <class T, class L>
+FL_DEVICE T number_as(L x) {
+  return T(x);
+}
+template <class T>
+FL_DEVICE T number_as(Half x) {
+  return T(as_number(x));
+}
+template <class T>
+FL_DEVICE T number_as(BFloat x) {
+  return T(as_number(x));
 }
 
 template <class L, class T, int V>
@@ -99,10 +112,10 @@ FL_DEVICE void load_numbers_as(const char* from, long long step, bool packed, T 
   if (packed) {
     Pack<L, V> pack = load_pack<L, V>(from);
 #pragma unroll
-    for (int j = 0; j < V; ++j) to[j] = T(as_number(pack.item[j]));
+    for (int j = 0; j < V; ++j) to[j] = number_as<T>(pack.item[j]);
   } else {
 #pragma unroll
-    for (int j = 0; j < V; ++j) to[j] = T(as_number(load_one<L>(from + j * step)));
+    for (int j = 0; j < V; ++j) to[j] = number_as<T>(load_one<L>(from + j * step));
   }
 }
 
@@ -116,9 +129,24 @@ FL_DEVICE void load_numbers(const char* from, long long step, int type, bool pac
       return load_numbers_as<Half>(from, step, packed, to);
     case kBF16:
       return load_numbers_as<BFloat>(from, step, packed, to);
+    case kF64:
+      return load_numbers_as<double>(from, step, packed, to);
+    case kU8:
+      return load_numbers_as<unsigned char>(from, step, packed, to);
+    case kI8:
+      return load_numbers_as<signed char>(from, step, packed, to);
+    case kU16:
+      return load_numbers_as<unsigned short>(from, step, packed, to);
+    case kI16:
+      return load_numbers_as<short>(from, step, packed, to);
+    case kU32:
+      return load_numbers_as<unsigned>(from, step, packed, to);
+    case kI32:
+      return load_numbers_as<int>(from, step, packed, to);
+    case kU64:
+      return load_numbers_as<unsigned long long>(from, step, packed, to);
     default:
-#pragma unroll
-      for (int j = 0; j < V; ++j) to[j] = T(number_at(from + j * step, type));
+      return load_numbers_as<long long>(from, step, packed, to);
   }
 }
 
