@@ -32,8 +32,10 @@ class OnDevice:
 
 
 class StandInPlace(Place):
+    stream = 7
+
     def __init__(self, ordinal: int) -> None:
-        self.ordinal, self.stream = ordinal, 7
+        self.ordinal = ordinal
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> OnDevice:
         return OnDevice(np.full(shape, np.nan if "float" in dtype else 255, dtype), self.ordinal)
@@ -98,10 +100,12 @@ def install_for_torch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from fastloss.frameworks import torch as adapter
 
     class TensorPlace(adapter.TorchPlace):
+        stream = 7
+
         def __init__(self) -> None:
             import torch
 
-            self.device, self.ordinal, self.stream = torch.device("cpu"), 0, 7
+            self.device, self.ordinal = torch.device("cpu"), 0
 
     borrow = adapter.TorchAdapter.borrow
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -80,8 +80,7 @@ CALL = np.dtype(
 )
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """An array as a kernel sees it. Strides in bytes; the first two are sample and channel."""
 
     type: int
@@ -94,8 +93,9 @@ class Operand:
 class Plan:
     """A launch, but for the addresses of its arrays."""
 
+    request: Request
     call: np.ndarray
-    """(1,) of CALL."""
+    """The bytes of CALL."""
     offsets: tuple[int, ...]
     """Per array, in bytes, where its first voxel lies."""
     constants: tuple[tuple[str, object], ...]
@@ -109,18 +109,12 @@ class Plan:
     finish_grid: int
 
 
-def operand(array: np.ndarray, dtype: str, channels: bool) -> Operand:
+def operand(array: np.ndarray, dtype: str, channels: bool, address: int) -> Operand:
     """An array (B, C, *spatial) or (B, *spatial)."""
     strides = array.strides if channels else (array.strides[0], 0, *array.strides[1:])
-    return Operand(_CODES[dtype], strides, _alignment(array))
+    return Operand(_CODES[dtype], strides, min(16, address & -address) if address else 16)
 
 
-def _alignment(array: np.ndarray) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return min(16, address & -address) if address else 16
-
-
-@lru_cache(maxsize=1024)
 def plan_pass(
     request: Request,
     shape: tuple[int, ...],
@@ -304,7 +298,8 @@ def plan_pass(
     ]
     width = len(request.slots) * classes + 2
     return Plan(
-        call,
+        request,
+        call.view(np.uint8),
         tuple(offsets),
         tuple(constants),
         batch * blocks,

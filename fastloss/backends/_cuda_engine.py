@@ -7,16 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastloss.arrays import Arrays
-from fastloss.backends._cuda_call import (
-    NO_TYPE,
-    OUT,
-    TYPES,
-    WEIGHT,
-    Operand,
-    Plan,
-    operand,
-    plan_pass,
-)
+from fastloss.backends._cuda_call import CALL, NO_TYPE, TYPES, Plan, operand, plan_pass
 from fastloss.request import Request
 
 
@@ -49,7 +40,7 @@ class Device(Protocol):
     def launch(
         self, kernel: Any, grid: int, block: tuple[int, int], shared: int, call: np.ndarray
     ) -> None:
-        """Run a kernel on the stream; ``call`` is its one argument, (1,) of a structured dtype."""
+        """Run a kernel on the stream; ``call``, (1,), is its one argument, a struct's bytes."""
 
 
 FLOAT32, FLOAT64 = TYPES.index("float32"), TYPES.index("float64")
@@ -69,16 +60,16 @@ def reduce(
     Samples with a bad label or a bad voxel weight get NaN. With ``losses`` also the loss of every
     voxel, (B, voxels), given the class weights, (C,) float64.
     """
-    plan = _plan(device, request, arrays, None, NO_TYPE, bool(losses))
+    plan, addresses = _plan(device, request, arrays, None, NO_TYPE, bool(losses))
     if not plan.grid:
         return
     kernel, finish = device.passes(plan.constants, "reduce")
     partial = device.empty(8 * plan.partial)
-    call = _call(plan, arrays, None)
-    call["partial"], call["sums"], call["voxel_sums"] = partial.address, sums, voxels
-    call["losses"], call["loss_weights"] = losses, loss_weights
-    device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
-    device.launch(finish, plan.finish_grid, (32, 32), 0, call)
+    call = _Call(plan, addresses)
+    call.numbers[_PARTIAL : _PARTIAL + 3] = partial.address, sums, voxels
+    call.numbers[_LOSSES : _LOSSES + 2] = losses, loss_weights
+    device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call.record)
+    device.launch(finish, plan.finish_grid, (32, 32), 0, call.record)
 
 
 def apply(
@@ -101,15 +92,47 @@ def apply(
     b and class c being at s · slot_stride + b · sample_stride + c, times ``scale`` and times the
     number at ``upstream``.
     """
-    plan = _plan(device, request, arrays, out, upstream_type, False)
+    plan, addresses = _plan(device, request, arrays, out, upstream_type, False)
     if not plan.grid:
         return
     (kernel,) = device.passes(plan.constants, "apply")
-    call = _call(plan, arrays, out)
-    call["coefficients"], call["slot_stride"] = coefficients, slot_stride
-    call["coefficient_sample_stride"] = sample_stride
-    call["upstream"], call["scale"], call["losses"] = upstream, scale, losses
-    device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
+    call = _Call(plan, addresses)
+    call.numbers[_COEFFICIENTS : _COEFFICIENTS + 4] = (
+        coefficients,
+        slot_stride,
+        sample_stride,
+        upstream,
+    )
+    call.numbers[_SCALE : _SCALE + 1].view(np.float64)[0] = scale
+    call.numbers[_LOSSES] = losses
+    device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call.record)
+
+
+# Where the fields that change from call to call lie in CALL, in words of 8 bytes; neighbours in
+# this order.
+def _word(field: str) -> int:
+    offset: int = CALL.fields[field][1]  # type: ignore[index]
+    return offset // 8
+
+
+_PARTIAL = _word("partial")  # sums, voxel_sums
+_COEFFICIENTS = _word("coefficients")  # slot_stride, coefficient_sample_stride, upstream
+_SCALE, _LOSSES = _word("scale"), _word("losses")  # losses, loss_weights
+_RECORD = np.dtype(("V", CALL.itemsize))
+
+
+class _Call:
+    """The record of one launch."""
+
+    def __init__(self, plan: Plan, addresses: tuple[int, ...]) -> None:
+        memory = plan.call.copy()
+        self.numbers = memory[: CALL.itemsize // 8 * 8].view(np.int64)
+        self.record = memory.view(_RECORD)
+        self.numbers[:4] = [a + o for a, o in zip(addresses, plan.offsets, strict=True)]
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+_MOST_PLANS = 4096
 
 
 def _plan(
@@ -119,35 +142,39 @@ def _plan(
     out: np.ndarray | None,
     upstream_type: int,
     with_losses: bool,
-) -> Plan:
-    weight: Operand | None = None
-    if arrays.voxel_weight is not None:
-        weight = operand(arrays.voxel_weight, arrays.weight_dtype, False)
-    return plan_pass(
-        request,
-        arrays.logits.shape,
-        operand(arrays.logits, arrays.logits_dtype, True),
-        operand(arrays.target, arrays.target_dtype, arrays.dense),
-        weight,
-        None if out is None else operand(out, arrays.logits_dtype, True),
-        upstream_type,
-        with_losses,
-        device.shared_bytes,
+) -> tuple[Plan, tuple[int, ...]]:
+    """The plan of a call, which is made once for arrays of one kind, and its addresses."""
+    x, y, w = arrays.logits, arrays.target, arrays.voxel_weight
+    at = (_address(x), _address(y), _address(w), _address(out))
+    key = (
+        id(request),  # which the plan keeps
+        x.shape,
+        (x.strides, y.strides, w is not None and w.strides, out is not None and out.strides),
+        (arrays.logits_dtype, arrays.target_dtype, arrays.weight_dtype),
+        (at[0] & 15, at[1] & 15, at[2] & 15, at[3] & 15),
+        (upstream_type, with_losses, device.shared_bytes),
     )
+    plan = _plans.get(key)
+    if plan is None:
+        plan = plan_pass(
+            request,
+            x.shape,
+            operand(x, arrays.logits_dtype, True, at[0]),
+            operand(y, arrays.target_dtype, arrays.dense, at[1]),
+            None if w is None else operand(w, arrays.weight_dtype, False, at[2]),
+            None if out is None else operand(out, arrays.logits_dtype, True, at[3]),
+            upstream_type,
+            with_losses,
+            device.shared_bytes,
+        )
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    return plan, at
 
 
-def _call(plan: Plan, arrays: Arrays, out: np.ndarray | None) -> np.ndarray:
-    call = plan.call.copy()
-    data = call["data"][0]
-    data[0] = _address(arrays.logits) + plan.offsets[0]
-    data[1] = _address(arrays.target) + plan.offsets[1]
-    if arrays.voxel_weight is not None:
-        data[WEIGHT] = _address(arrays.voxel_weight) + plan.offsets[WEIGHT]
-    if out is not None:
-        data[OUT] = _address(out) + plan.offsets[OUT]
-    return call
-
-
-def _address(array: np.ndarray) -> int:
+def _address(array: np.ndarray | None) -> int:
+    if array is None:
+        return 0
     address: int = array.__array_interface__["data"][0]
     return address

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -139,20 +139,19 @@ def _passes(
     return _kernels(ordinal, specialised(constants, kernel), names, what)
 
 
-@dataclass(frozen=True, eq=False)
-class DeviceCoefficients:
+class DeviceCoefficients(NamedTuple):
     """The derivative by every sum, on the device, not yet times the upstream gradient.
 
     Attributes:
         array: (S, samples, C) float64, of the caller's framework.
-        first, batch: which samples are these arrays'; all of one if the samples were summed.
+        first: which sample is these arrays' first; samples are 1 if they were summed.
         upstream: a number there, or None.
         scale: a number known here.
+        kept: what must live until the gradient is queued.
     """
 
     array: Any
     address: int
-    slots: int
     samples: int
     classes: int
     first: int = 0
@@ -160,10 +159,11 @@ class DeviceCoefficients:
     upstream_address: int = 0
     upstream_type: int = NO_TYPE
     scale: float = 1.0
+    kept: Any = None
 
     def part(self, first: int, factor: float) -> DeviceCoefficients:
         """Those of the samples from ``first`` on, times a factor."""
-        return replace(self, first=self.first + first, scale=self.scale * factor)
+        return self._replace(first=self.first + first, scale=self.scale * factor)
 
 
 class DevicePasses:
@@ -241,22 +241,20 @@ class DevicePasses:
         dtype = statistics.dtype.name
         value = place.empty(program.value_shape, dtype)
         derivatives = place.empty((slots, batch, classes), "float64")
-        call = np.zeros(1, COMBINE_CALL)
-        call["sums"], call["voxels"] = (
-            place.address(statistics.sums),
-            place.address(statistics.voxels),
-        )
-        call["value"], call["derivatives"] = place.address(value), place.address(derivatives)
         joined = self._joined(loss, statistics)
-        call["joined"] = 0 if joined is None else place.address(joined)
         scratch = device.empty(8 * program.scratch_doubles) if program.scratch_doubles else None
-        call["scratch"] = scratch.address if scratch else 0
-        names = ("fastloss_combine",) + ("fastloss_pullback",) * bool(program.value_shape)
+        addresses = {
+            "sums": place.address(statistics.sums),
+            "voxels": place.address(statistics.voxels),
+            "joined": 0 if joined is None else place.address(joined),
+            "value": place.address(value),
+            "derivatives": place.address(derivatives),
+            "scratch": 0 if scratch is None else scratch.address,
+        }
+        names = _COMBINE[: 1 + bool(program.value_shape)]
         kernels = device.kernels(program.sources, names)
-        device.launch(kernels[0], 1, (256, 1), 0, call)
-        coefficients = DeviceCoefficients(
-            derivatives, place.address(derivatives), slots, batch, classes
-        )
+        device.launch(kernels[0], 1, (256, 1), 0, _combine_call(addresses))
+        coefficients = DeviceCoefficients(derivatives, addresses["derivatives"], batch, classes)
 
         def pullback(upstream: Any) -> DeviceCoefficients:
             if upstream is None:
@@ -267,21 +265,17 @@ class DevicePasses:
                     f"upstream: expected the value's shape {program.value_shape}, got {shape}"
                 )
             if isinstance(upstream, (int, float, np.number)):
-                return replace(coefficients, scale=float(upstream))
+                return coefficients._replace(scale=float(upstream))
             array = place.array(upstream, dtype)
             if not program.value_shape:
                 kind = engine.FLOAT32 if dtype == "float32" else engine.FLOAT64
-                return replace(
-                    coefficients,
-                    upstream=array,
-                    upstream_address=place.address(array),
-                    upstream_type=kind,
+                return coefficients._replace(
+                    upstream=array, upstream_address=place.address(array), upstream_type=kind
                 )
-            again = call.copy()
-            again["upstream"] = place.address(array)
+            again = _combine_call(addresses | {"upstream": place.address(array)})
             device.launch(kernels[1], 1, (256, 1), 0, again)
             # Held until the gradient is queued: memory that is let go may be handed out again.
-            return replace(coefficients, upstream=(array, statistics, joined, scratch))
+            return coefficients._replace(kept=(array, statistics, joined, scratch))
 
         return value, pullback
 
@@ -323,6 +317,18 @@ class DevicePasses:
             scale=coefficients.scale,
             losses=0 if self._losses is None else self._losses.address,
         )
+
+
+_COMBINE = ("fastloss_combine", "fastloss_pullback")
+
+
+def _combine_call(addresses: dict[str, int]) -> np.ndarray:
+    assert COMBINE_CALL.names is not None
+    numbers = [addresses.get(name, 0) for name in COMBINE_CALL.names]
+    return np.array(numbers, np.uint64).view(_COMBINE_RECORD)
+
+
+_COMBINE_RECORD = np.dtype(("V", COMBINE_CALL.itemsize))
 
 
 def _program(loss: Loss, statistics: Statistics) -> Program:

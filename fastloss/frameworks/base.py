@@ -24,11 +24,14 @@ class Place:
 
     Attributes:
         ordinal: the number of the CUDA device.
-        stream: the address of the stream.
     """
 
     ordinal: int
-    stream: int
+
+    @property
+    def stream(self) -> int:
+        """The address of the stream that is current."""
+        raise NotImplementedError(f"{type(self).__name__} must define stream")
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """A new array in C order, from the framework's own allocator."""

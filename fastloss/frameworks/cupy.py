@@ -18,7 +18,10 @@ class CupyPlace(Place):
 
     def __init__(self, ordinal: int) -> None:
         self.ordinal = ordinal
-        self.stream = int(cupy.cuda.get_current_stream(ordinal).ptr)
+
+    @property
+    def stream(self) -> int:
+        return int(cupy.cuda.get_current_stream(self.ordinal).ptr)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         with cupy.cuda.Device(self.ordinal):

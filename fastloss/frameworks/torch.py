@@ -120,7 +120,10 @@ class TorchPlace(Place):
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.ordinal = device.index
-        self.stream = torch.cuda.current_stream(device).cuda_stream
+
+    @property
+    def stream(self) -> int:
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
