@@ -295,10 +295,10 @@ class Loss:
         The sums may be arrays that record what is done with them, in place of NumPy's.
         """
         parts = [(weight, *term.combine(statistics)) for weight, term in self.terms]
-        total = parts[0][1] if parts[0][0] == 1.0 else parts[0][0] * parts[0][1]
+        total = _times(*parts[0][:2])
         for weight, value, _ in parts[1:]:
             try:
-                total = total + (value if weight == 1.0 else weight * value)
+                total = total + _times(weight, value)
             except ValueError:
                 raise ValueError(
                     "reduction: the values of the terms do not add, as their shapes are "
@@ -427,6 +427,14 @@ class Passes:
             self.reduce()  # in another call than the first
         assert self.backend is not None
         self.backend.apply(self.request, self.arrays, coefficients, view, self._losses)
+
+
+def _times(weight: float, value: Any) -> Any:
+    """weight · value; of a weight of 0 and an infinite value NaN, without a warning."""
+    if weight:
+        return value if weight == 1.0 else weight * value
+    with np.errstate(invalid="ignore"):
+        return weight * value
 
 
 def _on_device(logits: Borrowed, *others: Borrowed | None) -> DevicePasses:
