@@ -7,7 +7,6 @@ no timing means anything. `CudaTestDevice` runs them on a GPU, over copies of th
 from __future__ import annotations
 
 import ctypes
-import os
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -16,11 +15,12 @@ import numpy as np
 
 from fastloss.arrays import Arrays
 from fastloss.backends import _cuda_engine as engine
+from fastloss.backends._cuda_call import CALL, LOGITS, OUT, TARGET, TYPES, WEIGHT
 from fastloss.backends._cuda_source import source, specialised
 from fastloss.backends._cuda_top_k import KERNELS
 from fastloss.backends.base import Backend
 from fastloss.backends.reference import check_targets
-from fastloss.frameworks.base import device_view
+from fastloss.frameworks.base import byte_bounds, device_view
 from fastloss.request import Request
 from fastloss.voxel_losses import VoxelLosses
 
@@ -68,7 +68,28 @@ class EmulatedDevice:
         self, kernel: Any, grid: int, block: tuple[int, int], shared: int, call: np.ndarray
     ) -> None:
         library, name = kernel
+        if name in ("fastloss_reduce", "fastloss_apply"):
+            _check_alignment(np.frombuffer(call.tobytes(), CALL)[0])
         library.launch(name, (grid, 1, 1), (*block, 1), shared, call.tobytes(), order=self.order)
+
+
+def _check_alignment(call: Any) -> None:
+    """What a GPU insists on, and the processor that runs the kernels here does not."""
+    wide = {LOGITS: "logits_type", OUT: "logits_type"}
+    if call["packed_target"]:
+        wide[TARGET] = "target_type"
+    if call["packed_weight"]:
+        wide[WEIGHT] = "weight_type"
+    for place, field in wide.items():
+        name = TYPES[call[field]]
+        item = np.dtype("uint16" if name == "bfloat16" else name).itemsize
+        size = min(16, item * int(call["vector"]))
+        if call["staged"] and place in (LOGITS, OUT):
+            size = int(call["staged_bytes"])
+        steps = [call["sample_stride"][place]] * bool(call["batch"] > 1)
+        steps += [call["channel_stride"][place]] * bool(call["vector"] > 1)
+        for step in (call["data"][place], *steps):
+            assert step % size == 0, f"{field}: {step} is no multiple of {size}"
 
 
 @cache
@@ -125,8 +146,7 @@ class EmulatedBackend(Backend):
 class CudaTestBackend(Backend):
     """A backend that runs the kernels on a GPU, over copies of the arrays in the same strides.
 
-    One build of the kernels serves every kind of call, as compiling each would take hours; with
-    FASTLOSS_TEST_SPECIAL set they are compiled as users get them.
+    They are compiled for every kind of call as users get them, which takes most of the time.
     """
 
     def __init__(self, name: str) -> None:
@@ -138,12 +158,6 @@ class CudaTestBackend(Backend):
         self.name = name
         self.place = _cupy_place()
         self.device: Any = CudaDevice(self.place)
-        if not os.environ.get("FASTLOSS_TEST_SPECIAL"):
-            self.device.passes = self._general
-
-    def _general(self, constants: Any, kernel: str) -> tuple[Any, ...]:
-        names = PASSES[:2] if kernel == "reduce" else PASSES[2:]
-        return tuple(self.device.kernels(source("passes.cu"), names))
 
     def reduce(
         self,
@@ -212,7 +226,7 @@ class _Copy:
     def __init__(self, place: Any, array: np.ndarray) -> None:
         import cupy
 
-        low, high = np.lib.array_utils.byte_bounds(array) if array.size else (0, 0)
+        low, high = byte_bounds(array)
         before = low % 16  # aligned there as it is here
         raw = np.full(high - low + before + 16, 0xFF, np.uint8)
         if array.size:
@@ -227,7 +241,7 @@ class _Copy:
         """Write what the device's copy holds by now to the array."""
         if array.size:
             raw = self.memory.get()[self._before : self._before + self._length]
-            low, _ = np.lib.array_utils.byte_bounds(array)
+            low, _ = byte_bounds(array)
             start = _address(array) - low
             array[...] = np.ndarray(array.shape, array.dtype, raw.tobytes(), start, array.strides)
 

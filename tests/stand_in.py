@@ -40,6 +40,9 @@ class StandInPlace(Place):
     def empty(self, shape: tuple[int, ...], dtype: str) -> OnDevice:
         return OnDevice(np.full(shape, np.nan if "float" in dtype else 255, dtype), self.ordinal)
 
+    def ones(self, shape: tuple[int, ...], dtype: str) -> OnDevice:
+        return OnDevice(np.ones(shape, dtype), self.ordinal)
+
     def array(self, values: Any, dtype: str) -> OnDevice:
         values = values.values if isinstance(values, OnDevice) else values
         return OnDevice(np.array(values, dtype, order="C"), self.ordinal)

@@ -63,7 +63,11 @@ def sums_of(
 def combined(loss: fl.Loss, statistics: Statistics, upstream: Any) -> tuple[Any, np.ndarray]:
     with np.errstate(all="ignore"):
         value, pullback = loss.combine(statistics)
-        return value, pullback(upstream)
+        # On a GPU a sample of NaN is one with a fault, which nothing may hide.
+        faults = np.where(np.isnan(statistics.voxels), np.nan, 0.0)
+        rows = np.ndim(value) == 2 and np.shape(value)[0] == len(faults)
+        value = np.asarray(value + (faults[:, None] if rows else faults.sum()), statistics.dtype)
+        return value, pullback(upstream) + faults[:, None]
 
 
 def traced(loss: fl.Loss, statistics: Statistics) -> Program:

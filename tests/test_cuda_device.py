@@ -148,6 +148,55 @@ def test_bad_labels_and_weights_make_nan(launched: list[str]) -> None:
     assert np.isnan(loss(OnDevice(x), OnDevice(y * 0), OnDevice(w)).values[0]).all()
 
 
+ALONE = [
+    fl.CrossEntropy(),
+    fl.CrossEntropy(reduction="sum", weight=[1, 0, 1]),
+    fl.CrossEntropy(reduction="none"),
+    fl.Focal(),
+    fl.TopKCrossEntropy(),
+    fl.Dice(),
+    fl.Dice(batch=True, reduction="none"),
+    fl.Jaccard(include_background=False),
+    fl.Tversky(gamma=1.5),
+    fl.GeneralizedDice(smooth_nr=0, smooth_dr=0),
+]
+
+
+@pytest.mark.parametrize("term", ALONE, ids=repr)
+@pytest.mark.parametrize("fault", ["label", "weight"])
+def test_no_term_hides_a_fault(launched: list[str], term: fl.Term, fault: str) -> None:
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    w = np.ones(y.shape)
+    if fault == "label":
+        y[1, 5] = 7
+    else:
+        w[1, 5] = -1.0
+    value, gradient = term.value_and_grad(OnDevice(x), OnDevice(y), OnDevice(w))
+    assert np.isnan(value.values).any()
+    assert np.isnan(np.delete(gradient.values[1], 5, axis=-1)).all()
+
+
+def test_arrays_that_run_backwards(launched: list[str]) -> None:
+    loss = fl.Dice() + fl.CrossEntropy()
+    x, y = example(2, 4, (40,), dtype=np.float32)
+    memory, labels = np.zeros((2, 4, 48), np.float32), np.zeros((2, 48), np.uint8)
+    for first in range(8):  # whose two ends are aligned differently
+        flipped = memory[:, :, first : first + 40][:, :, ::-1]
+        flipped_labels = labels[:, first : first + 40][:, ::-1]
+        flipped[...], flipped_labels[...] = x, y
+        value, gradient = loss.value_and_grad(OnDevice(flipped), OnDevice(flipped_labels))
+        assert_agree(value.values, gradient.values, reference(loss, x, y))
+
+
+def test_many_classes_and_many_sums(launched: list[str]) -> None:
+    """More than a block's shared memory holds."""
+    terms = fl.Dice(squared=True), fl.Jaccard(), fl.CrossEntropy(label_smoothing=0.1)
+    loss = fl.Loss(*terms, fl.Focal(gamma=1), fl.Focal(gamma=2), fl.Focal(gamma=3))
+    x, y = example(1, 250, (300,))
+    value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y))
+    assert_agree(value.values, gradient.values, reference(loss, x, y))
+
+
 def test_validate_asks_for_the_exact_error(
     launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

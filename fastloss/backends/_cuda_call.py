@@ -85,8 +85,13 @@ class Operand(NamedTuple):
 
     type: int
     strides: tuple[int, ...]
-    alignment: int
-    """The largest power of two, at most 16, that the address is a multiple of."""
+    address: int
+    """Of the first number, modulo 16."""
+
+    def alignment(self, offset: int = 0) -> int:
+        """The largest power of two, at most 16, that an address at this distance divides by."""
+        address = (self.address + offset) % 16
+        return address & -address or 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +117,7 @@ class Plan:
 def operand(array: np.ndarray, dtype: str, channels: bool, address: int) -> Operand:
     """An array (B, C, *spatial) or (B, *spatial)."""
     strides = array.strides if channels else (array.strides[0], 0, *array.strides[1:])
-    return Operand(_CODES[dtype], strides, min(16, address & -address) if address else 16)
+    return Operand(_CODES[dtype], strides, address % 16)
 
 
 def plan_pass(
@@ -134,10 +139,12 @@ def plan_pass(
     """
     batch, classes, *spatial = shape
     item = _SIZES[logits.type]
-    nothing = Operand(NO_TYPE, (0,) * len(shape), 16)
+    nothing = Operand(NO_TYPE, (0,) * len(shape), 0)
     operands = (logits, target, weight or nothing, out or nothing)
     _check(operands, shape, request)
     offsets, axes = merge_axes(spatial, [o.strides[2:] for o in operands])
+    # Of an array that runs backwards the walk starts at what is its last number.
+    starts = [o.alignment(offset) for o, offset in zip(operands, offsets, strict=True)]
     if len(axes) > MAX_AXES:
         raise ValueError(
             f"logits: at most {MAX_AXES} spatial axes without an even step between them fit a "
@@ -202,8 +209,8 @@ def plan_pass(
         2 * vector * item <= 16
         and 2 * vector <= most
         and len(axes) == 1
-        and _loads(logits, axes[0][1][LOGITS], item, 2 * vector, voxels)
-        and (out is None or _loads(out, axes[0][1][OUT], item, 2 * vector, voxels))
+        and _loads(logits, starts[LOGITS], axes[0][1][LOGITS], 2 * vector, voxels)
+        and (out is None or _loads(out, starts[OUT], axes[0][1][OUT], 2 * vector, voxels))
     ):
         vector *= 2
     computed = 4 * words
@@ -235,7 +242,11 @@ def plan_pass(
         vector //= 2
     if staged and shared(vector) > most_shared:
         staged = False
-    bytes_of_piece = min(o.alignment for o in (logits, out) if o is not None)
+    if shared(vector) > most_shared:
+        fields["global_sums" if out is None else "global_table"] = 1
+        groups, fixed = 1 if out is None else groups, 0
+    assert shared(vector) <= most_shared
+    bytes_of_piece = min(starts[LOGITS], starts[OUT])
     if any(o.strides[0] % 16 and batch > 1 for o in (logits, out) if o is not None):
         bytes_of_piece = 0
     # The plain cases know what they need; the others take what there is.
@@ -253,9 +264,9 @@ def plan_pass(
         "exchanged": exchanged,
         "staged": int(staged),
         "staged_bytes": 16 if staged and bytes_of_piece == 16 else item,
-        "packed_target": int(_packs(target, axes, TARGET, vector, voxels, request.dense)),
+        "packed_target": int(_packs(target, starts, axes, TARGET, vector, request.dense)),
         "packed_weight": int(
-            weight is not None and _packs(weight, axes, WEIGHT, vector, voxels, False)
+            weight is not None and _packs(weight, starts, axes, WEIGHT, vector, False)
         ),
         "keep_sums": int(keep),
         "by_label": int(by_label),
@@ -333,26 +344,28 @@ def _ignore_kind(request: Request, classes: int) -> int:
     return 2 if request.dense and classes > 1 and 0 <= request.ignore_index < classes else 1
 
 
-def _loads(o: Operand, step: int, item: int, vector: int, voxels: int) -> bool:
+def _loads(o: Operand, start: int, step: int, vector: int, voxels: int) -> bool:
     """Whether this many neighbouring voxels of every class can be loaded at once."""
+    item = _SIZES[o.type]
     size = vector * item
-    aligned = o.alignment >= size and o.strides[0] % size == 0 and o.strides[1] % size == 0
+    aligned = start >= size and o.strides[0] % size == 0 and o.strides[1] % size == 0
     return aligned and step == item and voxels % vector == 0
 
 
 def _packs(
     o: Operand,
+    starts: list[int],
     axes: list[tuple[int, list[int]]],
     place: int,
     vector: int,
-    voxels: int,
     channels: bool,
 ) -> bool:
+    """Whether the numbers of neighbouring voxels can be loaded at once."""
     if vector == 1 or len(axes) > 1:
         return False
     item = _SIZES[o.type]
     size = min(16, vector * item)
-    aligned = o.alignment >= size and o.strides[0] % size == 0
+    aligned = starts[place] >= size and o.strides[0] % size == 0
     aligned = aligned and (not channels or o.strides[1] % size == 0)
     return aligned and axes[0][1][place] == item
 
@@ -367,7 +380,7 @@ def _check(operands: tuple[Operand, ...], shape: tuple[int, ...], request: Reque
         if o.type == NO_TYPE:
             continue
         item = _SIZES[o.type]
-        if o.alignment < item or any(
+        if o.alignment() < item or any(
             s % item and n > 1 for s, n in zip(o.strides, shape, strict=True)
         ):
             raise ValueError(

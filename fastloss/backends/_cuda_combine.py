@@ -17,7 +17,7 @@ _STRUCT = """\
 struct CombineCall {
   const double* sums;    // (S, B, C)
   const double* voxels;  // (B)
-  const double* joined;  // (S · C + 1): sums and voxels over all ranks, or null
+  const double* joined;  // (S * C + 1): sums and voxels over all ranks, or null
   void* value;
   double* derivatives;   // (S, B, C)
   const void* upstream;  // as the value
@@ -104,11 +104,15 @@ def trace(loss: Loss, request: Request, batch: int, classes: int, value_dtype: n
     )
     with np.errstate(all="ignore"):
         total, pullback = loss.formulas(statistics)
+        # A fault of the data must not get lost where a formula does without what it made NaN.
+        faults = np.where(np.isnan(statistics.voxels), np.nan, 0.0)
+        rows = np.ndim(total) == 2 and np.shape(total)[0] == batch
+        total = total + (faults[:, None] if rows else faults.sum())
         value = graph.as_float(_node(graph, total))
         upstream: Any = 1.0
         if value.shape:
             upstream = _as_array(graph, graph.input("upstream", value.shape))
-        coefficients = pullback(upstream)
+        coefficients = pullback(upstream) + faults[:, None]
     derivatives: list[Node] = [_node(graph, coefficients[slot]) for slot in range(shape[0])]
     return Program(value, derivatives, value_dtype, batch * classes)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from fastloss.backends._cuda_call import TYPES
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_COMMENT = re.compile(r"[ \t]*//.*$", re.MULTILINE)
 _INCLUDE = re.compile(r'^#include "([\w./]+)"\n', re.MULTILINE)
 
 
@@ -22,7 +23,11 @@ def folder() -> Path:
 
 @cache
 def source(name: str) -> str:
-    """A source with what it includes, every file once."""
+    """A source with what it includes, every file once, without comments.
+
+    These are not ASCII, which files of the compiler may have to be, and a change to them does not
+    change the kernels that were compiled before.
+    """
     seen: set[str] = set()
 
     def text_of(path: Path) -> str:
@@ -36,7 +41,8 @@ def source(name: str) -> str:
                     return text_of(place)
             raise FileNotFoundError(included)
 
-        return _INCLUDE.sub(replace, path.read_text().replace("#pragma once\n", ""))
+        text = _COMMENT.sub("", path.read_text(encoding="utf-8")).replace("#pragma once\n", "")
+        return _INCLUDE.sub(replace, text)
 
     return text_of(folder() / "cuda" / name)
 

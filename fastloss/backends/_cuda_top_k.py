@@ -24,6 +24,7 @@ TOP_K_CALL = np.dtype(
     ],
     align=True,
 )
+_RECORD = np.dtype(("V", TOP_K_CALL.itemsize))
 KERNELS = tuple(f"fastloss_top_k_{name}" for name in ("begin", "count", "choose", "share", "mean"))
 _DIGITS, _THREADS, _BLOCKS = 256, 256, 1024
 
@@ -50,11 +51,12 @@ def keep_largest(
     call["kept"] = max(1, int(count * percent / 100))
     call["is_double"] = dtype.itemsize == 8
     begin, histogram, choose, share, average = device.kernels(source("top_k.cu"), KERNELS)
-    device.launch(begin, rounds, (_DIGITS, 1), 0, call)
+    record = call.view(_RECORD)
+    device.launch(begin, rounds, (_DIGITS, 1), 0, record)
     for number in range(rounds):
-        call = call.copy()
         call["round"] = number
-        device.launch(histogram, blocks, (_THREADS, 1), 0, call)
-        device.launch(choose, 1, (1, 1), 0, call)
-    device.launch(share, blocks, (_THREADS, 1), 0, call)
-    device.launch(average, 1, (32, 1), 0, call)
+        record = call.copy().view(_RECORD)
+        device.launch(histogram, blocks, (_THREADS, 1), 0, record)
+        device.launch(choose, 1, (1, 1), 0, record)
+    device.launch(share, blocks, (_THREADS, 1), 0, record)
+    device.launch(average, 1, (32, 1), 0, record)

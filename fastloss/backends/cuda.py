@@ -24,6 +24,7 @@ from fastloss.backends._cuda_combine import COMBINE_CALL, Program, trace
 from fastloss.backends._cuda_source import describe, specialised
 from fastloss.backends._cuda_top_k import keep_largest
 from fastloss.backends.reference import check_targets
+from fastloss.frameworks.base import byte_bounds
 from fastloss.request import Request
 from fastloss.statistics import Statistics
 
@@ -78,9 +79,14 @@ def _cupy() -> Any:
     try:
         import cupy
     except ImportError as error:
-        raise ImportError(f"arrays on a GPU need CuPy, which compiles the kernels: {REMEDY}") from (
-            error
-        )
+        raise ImportError(
+            f"arrays on a GPU need CuPy, which compiles the kernels: {REMEDY}"
+        ) from error
+    except OSError as error:  # it makes a folder when it is imported
+        raise ImportError(
+            f"CuPy could not make its folder for compiled kernels ({error}); set CUPY_CACHE_DIR to "
+            "one that can be written"
+        ) from error
     return cupy
 
 
@@ -123,7 +129,7 @@ def _kernels(ordinal: int, text: str, names: tuple[str, ...], what: str = "") ->
         kernels = tuple(module.get_function(name).kernel for name in names)
     took = time.perf_counter() - start
     if took > _SLOW and what:
-        _LOG.warning("compiled CUDA kernels for %s in %.1f s; kept for the next time", what, took)
+        _LOG.warning("CUDA kernels for %s were ready after %.1f s; kept for next time", what, took)
     return kernels
 
 
@@ -218,12 +224,15 @@ class DevicePasses:
                 else self.to_numpy(arrays.voxel_weight),
             ),
         )
+        raise ValueError(
+            f"voxel_weight: expected numbers of at least 0 that are finite in {arrays.value_dtype}"
+        )
 
     def to_numpy(self, view: np.ndarray) -> np.ndarray:
         """A copy of a device's array that is known by its view alone."""
         cupy = _cupy()
         with _on(self.place.ordinal):
-            low, high = np.lib.array_utils.byte_bounds(view)
+            low, high = byte_bounds(view)
             memory = cupy.cuda.UnownedMemory(low, high - low, view, self.place.ordinal)
             raw = cupy.ndarray((high - low,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))
             with _stream(self.place.stream, self.place.ordinal):
@@ -258,7 +267,9 @@ class DevicePasses:
 
         def pullback(upstream: Any) -> DeviceCoefficients:
             if upstream is None:
-                upstream = np.ones(program.value_shape) if program.value_shape else 1.0
+                upstream = place.ones(program.value_shape, dtype) if program.value_shape else 1.0
+            elif isinstance(upstream, np.ndarray) and not upstream.ndim:
+                upstream = float(upstream)
             shape = tuple(getattr(upstream, "shape", ()))
             if shape != program.value_shape:
                 raise ValueError(

@@ -37,6 +37,10 @@ class Place:
         """A new array in C order, from the framework's own allocator."""
         raise NotImplementedError(f"{type(self).__name__} must define empty")
 
+    def ones(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """A new array in C order, of ones."""
+        raise NotImplementedError(f"{type(self).__name__} must define ones")
+
     def array(self, values: Any, dtype: str) -> Any:
         """Anybody's numbers as an array here, in C order."""
         raise NotImplementedError(f"{type(self).__name__} must define array")
@@ -73,12 +77,25 @@ def device_view(
     item = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
     if 0 in shape:
         return np.empty(shape, item)
-    steps = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
-    below = -sum(step for step in steps if step < 0)
-    span = item.itemsize + below + sum(step for step in steps if step > 0)
-    memory: Any = (ctypes.c_char * span).from_address(address - below)
+    below, above = _reach(shape, strides)
+    memory: Any = (ctypes.c_char * (above + item.itemsize - below)).from_address(address + below)
     memory.owner = owner
-    return np.ndarray(shape, item, memory, below, strides)
+    return np.ndarray(shape, item, memory, -below, strides)
+
+
+def byte_bounds(array: np.ndarray) -> tuple[int, int]:
+    """The addresses of an array's first byte and of the one behind its last."""
+    address: int = array.__array_interface__["data"][0]
+    if not array.size:
+        return address, address
+    below, above = _reach(array.shape, array.strides)
+    return address + below, address + above + array.itemsize
+
+
+def _reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int]:
+    """How far before and behind the first number others start."""
+    steps = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
+    return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0)
 
 
 class Adapter:

@@ -27,6 +27,10 @@ class CupyPlace(Place):
         with cupy.cuda.Device(self.ordinal):
             return cupy.empty(shape, dtype)
 
+    def ones(self, shape: tuple[int, ...], dtype: str) -> Any:
+        with cupy.cuda.Device(self.ordinal):
+            return cupy.ones(shape, dtype)
+
     def array(self, values: Any, dtype: str) -> Any:
         with cupy.cuda.Device(self.ordinal):
             return cupy.ascontiguousarray(cupy.asarray(values, dtype))

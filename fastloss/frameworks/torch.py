@@ -128,6 +128,9 @@ class TorchPlace(Place):
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
 
+    def ones(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return torch.ones(shape, dtype=getattr(torch, dtype), device=self.device)
+
     def array(self, values: Any, dtype: str) -> Any:
         if not isinstance(values, torch.Tensor):
             values = torch.as_tensor(values)
