@@ -61,7 +61,11 @@ class CupyAdapter(Adapter):
 
 
 class ExporterAdapter(Adapter):
-    """Any exporter of DLPack on a CUDA device. Results are CuPy arrays."""
+    """Any exporter of DLPack on a CUDA device. Results are CuPy arrays.
+
+    The exporter knows the stream that it hands its memory to, CuPy's current one, but not when
+    what is queued there is done: until then the caller keeps the arrays.
+    """
 
     def serves(self, array: Any) -> bool:
         return device_of(array, "array")[0] == "cuda"
