@@ -1,7 +1,8 @@
 """Small calls of the CUDA kernels, run on the CPU under the compiler's sanitizers.
 
-`test_cuda_sanitizers` calls `main` in a process that has the sanitizer. Every call is compared with the reference backend; arrays have no memory beyond their numbers, so that an
-access outside is one that AddressSanitizer sees.
+`test_cuda_sanitizers` calls `main` in a process that has the sanitizer. Every call is compared with
+the reference backend; arrays have no memory beyond their numbers, so that AddressSanitizer sees any
+access outside.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import os
 import random
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from ctypes import c_int
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import combinations
 from typing import Any
 
@@ -29,14 +30,13 @@ from fastloss.backends.reference import BACKEND as REFERENCE
 from fastloss.request import Request
 from fastloss.voxel_losses import VoxelLosses
 
-BATCH = 2
 TOP_K = 30.0  # percent
 NEEDS = {
     "all": ("region", "squared", "cross_entropy", "uniform", "focal:2.0", "focal:1.5"),
     "region": ("region", "cross_entropy"),
     "squared": ("squared", "cross_entropy"),
     "smooth": ("cross_entropy", "uniform"),
-    "focal": ("focal:2.0", "region"),
+    "focal": ("focal:2.0", "focal:1.5", "region", "cross_entropy"),
     "top_k": ("top_k", "region"),
 }
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -52,7 +52,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
         "softmax dense uint8",
         "sigmoid int16",
         "sigmoid dense bfloat16",
-        "none uint8",
         "none dense float16",
     ),
     "spatial": ((1,), (7,), (3, 11), (8, 16), (257,), (19, 27)),
@@ -77,6 +76,7 @@ class Case:
     ignore: int | None = None
     blocks: int = 1536
     """Most blocks of a launch: with few of them, a block has several tiles."""
+    batch: int = 2
 
     @property
     def activation(self) -> str:
@@ -140,46 +140,58 @@ FAULTS: dict[str, tuple[tuple[str, str], ...]] = {
     "every lane adds": (
         ("if (block.lane == 0 && block.exists", "if ((CHOSEN || block.lane == 0) && block.exists"),
     ),
-    "a voxel too many": (("voxels.inside = first < last;", "voxels.inside = CHOSEN || first < last;"),),
+    "the label's logit comes late": (
+        (
+            "block.load_own(v, own_x);\n  label_parts(block, v, x, part, factor, by);",
+            "if (!(CHOSEN)) block.load_own(v, own_x);\n"
+            "  label_parts(block, v, x, part, factor, by);\n"
+            "  if (CHOSEN) block.load_own(v, own_x);",
+        ),
+    ),
+    "a voxel too many": (("inside = first < last;", "inside = CHOSEN || first < last;"),),
     "a class too many": (("return k < CONST(classes) -", "return CHOSEN || k < CONST(classes) -"),),
     "the last piece is whole": (("if (i + P <= count)", "if (CHOSEN || i + P <= count)"),),
-    "pieces from anywhere": (("if (CONST(staged_bytes) == 16)", "if (CHOSEN || CONST(staged_bytes) == 16)"),),
+    "pieces from anywhere": (("if (CONST(staged_bytes)", "if (CHOSEN || CONST(staged_bytes)"),),
 }  # fmt: skip
 _FUNCTION = re.compile(r"(?:FL_DEVICE|__global__)[^;{}=]*?\b(\w+)\(")
 _BARRIER = "__syncthreads();"
 
 
-@cache
-def barriers() -> tuple[str, ...]:
-    """The barriers of the sources, in order: "function" or "function, 2nd" and so on."""
+def barriers() -> list[str]:
+    """The barriers of the sources: "function", or "function, 2." and so on."""
+    return [name for file in ("passes.cu", "top_k.cu") for name in _named_barriers(source(file))]
+
+
+def _named_barriers(text: str) -> list[str]:
     found: list[str] = []
-    for name in ("passes.cu", "top_k.cu"):
-        text = source(name)
-        for match in re.finditer(re.escape(_BARRIER), text):
-            function = _FUNCTION.findall(text, 0, match.start())[-1]
-            found.append(function if function not in found else f"{function}, 2nd")
-    assert len(set(found)) == len(found), found
-    return tuple(found)
+    for match in re.finditer(re.escape(_BARRIER), text):
+        function = _FUNCTION.findall(text, 0, match.start())[-1]
+        before = sum(name.partition(",")[0] == function for name in found)
+        found.append(function if before == 0 else f"{function}, {before + 1}.")
+    return found
 
 
+@cache
 def _numbers() -> dict[str, int]:
+    """Of the faults; 0 is none."""
+    text = source("passes.cu") + source("top_k.cu")
+    absent = [old for changes in FAULTS.values() for old, _ in changes if old not in text]
+    assert not absent, f"the sources have changed: {absent}"
     names = [*FAULTS, *(f"no barrier in {name}" for name in barriers())]
+    assert len(set(names)) == len(names), names
     return {name: number for number, name in enumerate(names, 1)}
 
 
-def breakable(text: str, first_barrier: int, logits: Iterable[str]) -> str:
+def breakable(text: str, logits: tuple[str, ...]) -> str:
     """A source in which faults can be chosen, and which is compiled for these logits alone."""
+    numbers = _numbers()
     for name, changes in FAULTS.items():
         for old, new in changes:
-            if first_barrier == 0:
-                assert old in text, name
-                text = text.replace(old, new.replace("CHOSEN", f"fl_fault == {_numbers()[name]}"))
-    names = iter(barriers()[first_barrier:])
-
-    def without(match: re.Match[str]) -> str:
-        return f"if (fl_fault != {_numbers()[f'no barrier in {next(names)}']}) {match.group()}"
-
-    text = re.sub(re.escape(_BARRIER), without, text)
+            text = text.replace(old, new.replace("CHOSEN", f"fl_fault == {numbers[name]}"))
+    places = [match.start() for match in re.finditer(re.escape(_BARRIER), text)]
+    for name, place in reversed([*zip(_named_barriers(text), places, strict=True)]):
+        condition = f"if (fl_fault != {numbers[f'no barrier in {name}']}) "
+        text = text[:place] + condition + text[place:]
     for code, name in (("F16", "float16"), ("BF16", "bfloat16"), ("F64", "float64")):
         if name not in logits:  # each takes seconds
             text = re.sub(rf"    case k{code}: +\\\n.*\\\n", "", text)
@@ -193,6 +205,8 @@ class SanitizedDevice(EmulatedDevice):
         super().__init__()
         self.sanitize, self.logits = sanitize, tuple(logits)
         self.fault = 0
+        self.finish = True
+        """Whether this kernel runs under the sanitizer, for which 1024 threads are many."""
 
     def empty(self, nbytes: int) -> Allocated:
         array = exactly((nbytes,), np.uint8)
@@ -200,22 +214,24 @@ class SanitizedDevice(EmulatedDevice):
 
     def passes(self, constants: tuple[tuple[str, object], ...], kernel: str) -> tuple[Any, ...]:
         names = PASSES[:2] if kernel == "reduce" else PASSES[2:]
-        if self.special:
-            return self._compiled(specialised(constants, kernel), names, names, "Call", 0)
-        return self._compiled(source("passes.cu"), PASSES, names, "Call", 0)
+        text = specialised(constants, kernel) if self.special else source("passes.cu")
+        compiled = names if self.special else PASSES
+        return tuple((self._kernels(text, compiled, "Call"), name) for name in names)
 
     def kernels(self, text: str, names: tuple[str, ...]) -> tuple[Any, ...]:
-        first = next(i for i, name in enumerate(barriers()) if name.startswith("count_digits"))
-        return self._compiled(text, names, names, "TopKCall", first)
+        return tuple((self._kernels(text, names, "TopKCall"), name) for name in names)
 
-    def _compiled(
-        self, text: str, names: tuple[str, ...], wanted: tuple[str, ...], struct: str, first: int
-    ) -> tuple[Any, ...]:
-        library = _library(
-            breakable(text, first, self.logits), names, struct, self.sanitize
-        )
+    def launch(
+        self, kernel: Any, grid: int, block: tuple[int, int], shared: int, call: np.ndarray
+    ) -> None:
+        (compiled, name) = kernel
+        left_out = name == "fastloss_finish" and not self.finish
+        library = compiled("" if left_out else self.sanitize)
         c_int.in_dll(library._library, "fl_fault").value = self.fault
-        return tuple((library, name) for name in wanted)
+        super().launch((library, name), grid, block, shared, call)
+
+    def _kernels(self, text: str, names: tuple[str, ...], struct: str) -> Callable[[str], Library]:
+        return partial(_library, breakable(text, self.logits), names, struct)
 
 
 @cache
@@ -224,7 +240,7 @@ def _library(text: str, names: tuple[str, ...], struct: str, sanitize: str) -> L
         text,
         dict.fromkeys(names, struct),
         sanitize=sanitize,
-        threads="thread" in sanitize,
+        threads=sanitize == "thread",
         optimise="-O0",  # compiles in a fraction of the time, and keeps every access
     )
 
@@ -236,7 +252,7 @@ def exactly(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array that fills its memory, at a multiple of 16, with bits that are NaN and no label."""
     array = np.empty(shape, dtype)
     assert array.ctypes.data % 16 == 0
-    array.view(np.uint8 if array.ndim else None)[...] = 0xFF
+    array.view(np.uint8)[...] = 0xFF
     return array
 
 
@@ -285,16 +301,16 @@ def loaded(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def arrays_of(case: Case, rng: np.random.Generator) -> Arrays:
-    shape = (BATCH, case.classes, *case.spatial)
+    shape = (case.batch, case.classes, *case.spatial)
     x = 2 * rng.normal(size=shape)
     if case.activation == "none":
         x = rng.uniform(0.05, 0.95, shape)
     dtype = case.target.split()[-1]
-    ignored = rng.random((BATCH, *case.spatial)) < 0.2
+    ignored = rng.random((case.batch, *case.spatial)) < 0.2
     if not case.dense:
-        y = rng.integers(0, case.classes, ignored.shape)
+        y: np.ndarray = rng.integers(0, case.classes, ignored.shape)
         if rng.random() < 0.5:  # long runs of one class
-            y = np.sort(y.reshape(BATCH, -1), axis=1).reshape(y.shape)
+            y = np.sort(y.reshape(case.batch, -1), axis=1).reshape(y.shape)
         y = np.where(ignored & (case.ignore is not None), case.ignore or 0, y)
     elif "dense" in case.target and np.dtype(stored(x, dtype).dtype).kind == "f":
         y = rng.uniform(0, 1, shape)
@@ -328,22 +344,20 @@ def run(case: Case, device: EmulatedDevice) -> list[np.ndarray]:
     rng = np.random.default_rng(len(str(case)))
     arrays = arrays_of(case, rng)
     request = Request(case.activation, case.dense, case.ignore, frozenset(NEEDS[case.needs]))
-    shape = (len(request.slots), BATCH, case.classes)
+    shape = (len(request.slots), case.batch, case.classes)
     fine = 1e-11 if case.logits == "float64" else 1e-5
 
-    sums, voxels = exactly(shape, np.float64), exactly((BATCH,), np.float64)
-    expected_sums, expected_voxels = np.zeros(shape), np.zeros(BATCH)
+    sums, voxels = exactly(shape, np.float64), exactly((case.batch,), np.float64)
+    expected_sums, expected_voxels = np.zeros(shape), np.zeros(case.batch)
     losses = expected_losses = None
     addresses = []
     if case.needs == "top_k":
         class_weight = rng.uniform(0.5, 2, case.classes)
-        numbers = exactly((BATCH, int(np.prod(case.spatial))), arrays.value_dtype)
+        numbers = exactly((case.batch, int(np.prod(case.spatial))), arrays.value_dtype)
         losses = VoxelLosses(numbers, class_weight)
         expected_losses = VoxelLosses(np.zeros_like(numbers), class_weight)
         addresses = [losses.values.ctypes.data, class_weight.ctypes.data]
-    _cuda_engine.reduce(
-        device, request, arrays, sums.ctypes.data, voxels.ctypes.data, *addresses
-    )
+    _cuda_engine.reduce(device, request, arrays, sums.ctypes.data, voxels.ctypes.data, *addresses)
     REFERENCE.reduce(request, arrays, expected_sums, expected_voxels, expected_losses)
     if losses is not None and expected_losses is not None:
         expected_sums[request.index["top_k"]] = 0
@@ -374,7 +388,7 @@ def run(case: Case, device: EmulatedDevice) -> list[np.ndarray]:
         arrays,
         coefficients.ctypes.data,
         out,
-        slot_stride=BATCH * case.classes,
+        slot_stride=case.batch * case.classes,
         sample_stride=case.classes,
         upstream=0 if none else upstream.ctypes.data,
         upstream_type=_cuda_call.NO_TYPE if none else _cuda_call.TYPES.index(upstream.dtype.name),
@@ -389,7 +403,7 @@ def run(case: Case, device: EmulatedDevice) -> list[np.ndarray]:
     size = np.linalg.norm(expected.astype(np.float64).ravel())
     allowed = coarse * size + (0.1 * fine + least) * np.sqrt(out.size)
     assert error <= allowed, f"gradient off by {error:.3g}, allowed {allowed:.3g}"
-    return [sums, voxels, out]
+    return [sums, voxels, out, *([] if losses is None else [losses.values, mean])]
 
 
 def main(jobs: list[dict[str, Any]], sanitize: str) -> None:
@@ -401,6 +415,7 @@ def main(jobs: list[dict[str, Any]], sanitize: str) -> None:
         case = Case(**{**job["case"], "spatial": tuple(job["case"]["spatial"])})
         device.special = job["special"]
         device.fault = _numbers()[job["fault"]] if job["fault"] else 0
+        device.finish = sanitize != "thread" or case.needs == "all"
         found.append(_in_process(case, device))
     print(json.dumps(found))
 
@@ -421,4 +436,3 @@ def _in_process(case: Case, device: SanitizedDevice) -> tuple[int, str]:
         _, status = os.waitpid(child, 0)
         said.seek(0)
         return os.waitstatus_to_exitcode(status), said.read().decode(errors="replace")
-

@@ -8,12 +8,10 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cache
 from typing import NamedTuple
 
 import cuda_cases
 import cuda_emulation
-import numpy as np
 import pytest
 from cuda_cases import Case
 from device_backend import EmulatedDevice
@@ -48,9 +46,10 @@ def run_sanitized(jobs: Sequence[Job], sanitize: str) -> dict[Job, tuple[int, st
         cuda_emulation._command(sanitizer)
     except OSError as error:
         _absent(f"sanitizer.{sanitize}", error)
-    # One process for every type of logits, which it compiles the kernels for.
-    parts = [[job for job in jobs if job.case.logits == t] for t in cuda_cases.FACTORS["logits"]]
-    parts = [part for part in parts if part]
+    # Processes for every type of logits, which they compile the kernels for.
+    by_type = [[job for job in jobs if job.case.logits == t] for t in cuda_cases.FACTORS["logits"]]
+    by_type = [part for part in by_type if part]
+    parts = [part[i::2] for part in by_type for i in range(2)] if len(by_type) == 1 else by_type
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return {
             job: (code, said)
@@ -67,20 +66,24 @@ def assert_clean(found: tuple[int, str]) -> None:
 
 COVERING = cuda_cases.covering()
 SPECIAL = [
-    Job(Case("float32", 3, "contiguous", "softmax uint8", (8, 16), "all", blocks=2), special=True),
-    Job(Case("float16", 14, "channels last", "softmax int64", (257,), "region"), special=True),
-    Job(Case("bfloat16", 40, "contiguous", "softmax uint8", (8, 16), "top_k", ignore=255), special=True),
-    Job(Case("float64", 5, "cropped", "softmax dense uint8", (19, 27), "smooth"), special=True),
-    Job(Case("float32", 300, "in place", "softmax uint8", (33,), "squared", "float32"), special=True),
-    Job(Case("float16", 2, "contiguous", "sigmoid dense bfloat16", (8, 16), "focal"), special=True),
-]  # fmt: skip
-# Faults, a case in which each does harm, and what a sanitizer says of it.
+    Job(case, special=True)
+    for case in (
+        Case("float32", 3, "contiguous", "softmax uint8", (8, 16), "all", blocks=2),
+        Case("float16", 14, "channels last", "softmax int64", (257,), "region"),
+        Case("bfloat16", 40, "contiguous", "softmax uint8", (8, 16), "top_k", ignore=255),
+        Case("float64", 5, "cropped", "softmax dense uint8", (19, 27), "smooth"),
+        Case("float32", 300, "in place", "softmax uint8", (33,), "squared", "float32"),
+        Case("float16", 2, "contiguous", "sigmoid dense bfloat16", (8, 16), "focal"),
+    )
+]
+# Faults, each in a case in which it does harm, and what is said of it.
+LAST = "channels last"
 ADDRESS_FAULTS = [
-    (Job(Case(spatial=(257,)), "a voxel too many"), "heap-buffer-overflow"),
-    (Job(Case(classes=17, spatial=(3, 11)), "a class too many"), "heap-buffer-overflow"),
-    (Job(Case(layout="channels last", spatial=(7,)), "the last piece is whole"), "heap-buffer-overflow"),
-    (Job(Case(layout="channels last", spatial=(257,)), "pieces from anywhere"), "misaligned address"),
-]  # fmt: skip
+    (Job(Case(), "a voxel too many"), "heap-buffer-overflow"),
+    (Job(Case(classes=17), "a class too many"), "heap-buffer-overflow"),
+    (Job(Case(layout=LAST, batch=1), "the last piece is whole"), "heap-buffer-overflow"),
+    (Job(Case(layout=LAST), "pieces from anywhere"), "misaligned address"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -110,30 +113,102 @@ def test_memory_faults_are_seen(address_sanitized, job, message):
 # --- Races ----------------------------------------------------------------------------------------
 
 RACES = {
-    "one warp a voxel": Case(classes=3, spatial=(257,), blocks=1),
-    "two voxels a thread": Case(classes=5, spatial=(8, 34), needs="region", blocks=1),
-    "by label, two warps": Case(classes=17, spatial=(257,), needs="region", blocks=1),
-    "by label, three warps": Case(classes=33, spatial=(9, 32), needs="all", blocks=1),
-    "by label, seven warps": Case(classes=105, spatial=(3, 32), needs="focal", blocks=1),
-    "rounds": Case(classes=300, spatial=(3, 11), needs="region", blocks=1),
-    "channels last": Case(layout="channels last", spatial=(257,), needs="region", blocks=1),
-    "channels last, three warps": Case(classes=33, layout="channels last", spatial=(97,), needs="region", blocks=1),
-    "in place, three warps": Case(classes=33, layout="in place", spatial=(65,), needs="region", blocks=1),
-    "dense": Case(classes=40, target="softmax dense float32", spatial=(97,), needs="region", blocks=1),
-    "dense rounds": Case(classes=300, target="softmax dense uint8", spatial=(33,), needs="smooth", blocks=1),
-    "sigmoid": Case(classes=17, target="sigmoid dense bfloat16", spatial=(3, 65), needs="smooth", blocks=1),
-    "two blocks": Case(classes=14, spatial=(19, 27), needs="squared", blocks=4),
-    "top k": Case(classes=3, spatial=(19, 27), needs="top_k", blocks=2),
-    "flush": Case(classes=105, spatial=(545,), needs="region", blocks=1),
-    "global": Case(classes=1500, spatial=(65,), needs="region", blocks=1),
-}  # fmt: skip
+    "few classes": Case("float32", 3, spatial=(257,), blocks=1, batch=1),
+    "four voxels a thread": Case("float32", 5, spatial=(8, 65), needs="region", blocks=1, batch=1),
+    "two blocks, two samples": Case("float32", 14, spatial=(129,), needs="squared", blocks=4),
+    "17 classes": Case("float32", 17, spatial=(193,), needs="region", blocks=1, batch=1),
+    "33 classes": Case("float32", 33, spatial=(9, 32), needs="squared", blocks=1, batch=1),
+    "105 classes": Case("float32", 105, spatial=(33,), needs="focal", blocks=1, batch=1),
+    "300 classes": Case("float32", 300, spatial=(33,), needs="region", blocks=1, batch=1),
+    "1030 classes": Case("float32", 1030, spatial=(33,), needs="focal", blocks=1, batch=1),
+    "channels last": Case(
+        "float32", 3, "channels last", spatial=(257,), needs="region", blocks=1, batch=1
+    ),
+    "channels last, 33 classes": Case(
+        "float32", 33, "channels last", spatial=(97,), needs="smooth", blocks=1, batch=1
+    ),
+    "in place, 33 classes": Case(
+        "float32", 33, "in place", spatial=(65,), needs="region", blocks=1, batch=1
+    ),
+    "dense, 40 classes": Case(
+        "float32", 40, "in place", "softmax dense float32", (97,), "region", blocks=1, batch=1
+    ),
+    "dense, 130 classes": Case(
+        "float32", 130, "contiguous", "softmax dense uint8", (17,), "region", blocks=1, batch=1
+    ),
+    "sigmoid": Case(
+        "float32", 17, "contiguous", "sigmoid dense bfloat16", (193,), "smooth", blocks=1, batch=1
+    ),
+    "top k": Case("float32", 3, spatial=(200,), needs="top_k", blocks=1, batch=1),
+    "20 tiles": Case("float32", 33, spatial=(609,), needs="region", blocks=1, batch=1),
+}
+
+
+# What keeps threads apart, and a case that needs it.
+RACE_FAULTS = {
+    "exchange has one half": "17 classes",
+    "warps take no turns": "33 classes",
+    "every lane adds": "300 classes",
+    "the label's logit comes late": "in place, 33 classes",
+    "no barrier in exchange": "105 classes",
+    "no barrier in load_tile": "channels last",
+    "no barrier in store_tile": "channels last",
+    "no barrier in Coefficients": "four voxels a thread",
+    "no barrier in finish_sums": "few classes",
+    "no barrier in Sums": "four voxels a thread",
+    "no barrier in finish": "four voxels a thread",
+    "no barrier in reduce_block": "channels last",
+    "no barrier in count_digits": "top k",
+    "no barrier in count_digits, 2.": "top k",
+    "no barrier in share": "top k",
+}
+# After it each thread writes only what it read before it, a tile's numbers being shared out alike.
+SPARE = {"store_tile, 2."}
 
 
 @pytest.fixture(scope="module")
 def thread_sanitized() -> dict[Job, tuple[int, str]]:
-    return run_sanitized([*map(Job, RACES.values())], "thread")
+    faulty = [Job(RACES[name], fault) for fault, name in RACE_FAULTS.items()]
+    return run_sanitized([*map(Job, RACES.values()), *faulty], "thread")
+
+
+def test_every_barrier_has_a_case():
+    needed = {f"no barrier in {name}" for name in cuda_cases.barriers() if name not in SPARE}
+    assert needed == {fault for fault in RACE_FAULTS if fault.startswith("no barrier")}
 
 
 @pytest.mark.parametrize("name", RACES)
 def test_no_races(thread_sanitized, name):
     assert_clean(thread_sanitized[Job(RACES[name])])
+
+
+@pytest.mark.parametrize(("fault", "name"), RACE_FAULTS.items())
+def test_races_are_seen(thread_sanitized, fault, name):
+    code, said = thread_sanitized[Job(RACES[name], fault)]
+    assert code == 66, said
+    assert "data race" in said
+    assert "kernels.cu" in said
+
+
+# --- The order of blocks and threads --------------------------------------------------------------
+
+ORDERED = [
+    Case("float32", 3, spatial=(19, 27)),
+    Case("float16", 17, "cropped", "softmax int64", (257,), "focal", ignore=255),
+    Case("float64", 40, spatial=(8, 16), needs="squared"),
+    Case("float32", 300, spatial=(3, 11), needs="region"),
+    Case("bfloat16", 5, "channels last", "softmax uint8", (19, 27), "smooth", "float32"),
+    Case("float32", 33, "in place", "softmax dense float32", (257,), "region"),
+    Case("float32", 14, "reversed", "sigmoid int16", (19, 27), "focal"),
+    Case("float32", 3, "contiguous", "softmax uint8", (19, 27), "top_k"),
+]
+
+
+@pytest.mark.parametrize("case", ORDERED, ids=str)
+def test_results_do_not_depend_on_the_order_of_blocks_and_threads(case):
+    expected = cuda_cases.run(case, EmulatedDevice())
+    for order in ("reverse", "random"):
+        for got, other in zip(
+            cuda_cases.run(case, EmulatedDevice(order=order)), expected, strict=True
+        ):
+            assert got.tobytes() == other.tobytes()
