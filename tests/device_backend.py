@@ -37,7 +37,7 @@ class EmulatedDevice:
 
     Args:
         special: compile every pass for its kind of call, as a GPU does; else one build serves all.
-        order: the order in which the blocks of a launch run: "forward", "reversed" or "random".
+        order: the order in which the blocks of a launch run: "forward", "reverse" or "random".
     """
 
     shared_bytes = 48 << 10
