@@ -33,4 +33,4 @@ if [ "$short" = 1 ]; then
 elif [ $# -eq 0 ]; then
   set -- tests
 fi
-LD_PRELOAD="$preload" python -m pytest -q -p no:cacheprovider -k "not numba" "$@"
+LD_PRELOAD="$preload" python -m pytest -q -p no:cacheprovider -k "not numba and not emulated" "$@"
