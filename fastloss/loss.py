@@ -84,7 +84,7 @@ class Loss:
             "activation": activation,
             "ignore_index": ignore_index,
             "channel_axis": channel_axis,
-            "validate": None if validate is None else bool(validate),
+            "validate": validate,
         }
         if activation is not None:
             check_choice("activation", activation, ACTIVATIONS)
@@ -94,6 +94,8 @@ class Loss:
                 isinstance(number, (int, np.integer)) and not isinstance(number, bool)
             ):
                 raise TypeError(f"{name}: expected an integer, got {number!r}")
+        if validate not in (None, True, False):
+            raise TypeError(f"validate: expected True or False, got {validate!r}")
         if channel_axis == 0:
             raise ValueError("channel_axis: axis 0 is the batch's, got 0")
 
@@ -221,8 +223,8 @@ class Loss:
         else:
             self.check_additive("statistics")
             self._check_statistics(statistics)
-            same = statistics.sums.shape == own.sums.shape and statistics.request == own.request
-            if not same or type(statistics.sums) is not type(own.sums):
+            statistics.check_place(own)
+            if statistics.sums.shape != own.sums.shape or statistics.request != own.request:
                 raise ValueError(
                     "statistics: expected the sums of this loss over chunks like these arrays, got "
                     f"{statistics._describe()}"

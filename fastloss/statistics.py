@@ -49,6 +49,7 @@ class Statistics:
                 "statistics: only sums of the same loss, kind of target, batch size and class "
                 f"count add; got {self._describe()} and {other._describe()}"
             )
+        self.check_place(other)
         dtype = np.promote_types(self.dtype, other.dtype)
         return Statistics(
             self.request, self.sums + other.sums, self.voxels + other.voxels, np.dtype(dtype)
@@ -58,6 +59,15 @@ class Statistics:
         if isinstance(other, int) and other == 0:  # the start value of the builtin sum()
             return self
         return NotImplemented
+
+    def check_place(self, other: Statistics) -> None:
+        """Raise ValueError if the sums of the other lie in arrays of another kind."""
+        kinds = [type(s.sums).__module__.partition(".")[0] for s in (self, other)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"statistics: expected sums in arrays of one framework, got {kinds[0]} and "
+                f"{kinds[1]}; those of arrays on a GPU lie there"
+            )
 
     def _describe(self) -> str:
         kind = "dense" if self.request.dense else "labels"

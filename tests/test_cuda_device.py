@@ -135,6 +135,21 @@ def test_statistics_of_chunks_add_up_on_the_device(launched: list[str]) -> None:
     assert_agree(loss.value(total).values, gradient, expected)
 
 
+def test_statistics_in_different_memories(launched: list[str]) -> None:
+    loss = fl.Dice()
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    here, there = loss.statistics(x, y), loss.statistics(OnDevice(x), OnDevice(y))
+    with pytest.raises(ValueError, match=r"^statistics: .*numpy and stand_in"):
+        here + there
+    with pytest.raises(ValueError, match=r"^statistics: .*numpy and stand_in"):
+        loss.gradient(OnDevice(x), OnDevice(y), statistics=here)
+
+
+def test_validate_is_true_or_false() -> None:
+    with pytest.raises(TypeError, match=r"^validate: .*'no'"):
+        fl.Loss(fl.Dice(), validate="no")  # type: ignore[arg-type]
+
+
 def test_bad_labels_and_weights_make_nan(launched: list[str]) -> None:
     loss = fl.Dice(reduction="none")
     x, y = example(2, 3, (40,), dtype=np.float32)

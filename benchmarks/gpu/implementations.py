@@ -10,6 +10,7 @@ import torch
 
 from fastloss.bench.errors import Unavailable
 from fastloss.bench.losses import SMOOTH, make_loss
+from fastloss.bench.torch_peers import nnunet_formula
 
 Function = Callable[[Any, Any], Any]
 
@@ -89,7 +90,7 @@ def _nnunet() -> tuple[Function, float, str]:
         from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
     except ImportError:
         return (
-            _nnunet_formula,
+            nnunet_formula("dice_ce", 0),
             0.0,
             "nnU-Net: its formula, written out, as nnunetv2 is not installed",
         )
@@ -102,20 +103,6 @@ def _nnunet() -> tuple[Function, float, str]:
         dice_class=MemoryEfficientSoftDiceLoss,
     )
     return loss, 1.0, "nnU-Net: nnunetv2's own DC_and_CE_loss"
-
-
-def _nnunet_formula(logits: Any, target: Any) -> Any:
-    """As in `fastloss.bench.torch_peers`, on any device."""
-    probability = torch.softmax(logits, 1)
-    axes = tuple(range(2, logits.ndim))
-    with torch.no_grad():
-        one_hot = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-        one_hot.scatter_(1, target, 1)
-        reference = one_hot.sum(axes)
-    overlap = (probability * one_hot).sum(axes)
-    total = probability.sum(axes) + reference
-    dice = 1 - ((2 * overlap + SMOOTH) / torch.clip(total + SMOOTH, 1e-8)).mean()
-    return dice + torch.nn.functional.cross_entropy(logits, target[:, 0])
 
 
 class Output(torch.autograd.Function):

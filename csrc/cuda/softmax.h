@@ -146,7 +146,8 @@ FL_DEVICE void label_round(const Block<In, V>& block,
       bool far = is_far(center[j]);
 #pragma unroll
       for (int k = 0; k < CONST(per_thread); ++k)
-        x[k][j] = far ? far_below(x[k][j], center[j]) * log_of_2<T>() : x[k][j];
+        if (block.exists(round, k))
+          x[k][j] = far ? far_below(x[k][j], center[j]) * log_of_2<T>() : x[k][j];
       center[j] = far ? T(0) : center[j];
     }
   }
@@ -235,7 +236,7 @@ struct Whole {
 };
 
 template <class T>
-FL_DEVICE Whole<T> whole_of(const Call& call, const Part<T>& part, bool logs) {
+FL_DEVICE Whole<T> whole_of(const Part<T>& part, bool logs) {
   T rest = part.rest + (part.ties - T(1));
   return {part.largest, rest, inverse_of(part.rest + part.ties), logs ? log_one_plus(rest) : T(0)};
 }
@@ -327,5 +328,5 @@ FL_DEVICE void softmax_parts(Block<In, V>& block, const Voxels<typename Computed
     });
   }
 #pragma unroll
-  for (int j = 0; j < V; ++j) whole[j] = whole_of(call, part[j], logs);
+  for (int j = 0; j < V; ++j) whole[j] = whole_of(part[j], logs);
 }

@@ -279,6 +279,32 @@ def plan_pass(
     blocks = max(1, min(tiles, -(-_BLOCKS // max(batch, 1))))
     chunk = -(-tiles // blocks) * tile
     blocks = max(1, -(-voxels // chunk)) if chunk else 1
+    call, constants = _record(request, fields, operands, axes, batch, voxels, blocks, chunk)
+    width = len(request.slots) * classes + 2
+    return Plan(
+        request,
+        call.view(np.uint8),
+        tuple(offsets),
+        constants,
+        batch * blocks,
+        groups * warps * LANES,
+        shared(vector),
+        batch * blocks * width,
+        batch * (-(-(width - 1) // LANES)),
+    )
+
+
+def _record(
+    request: Request,
+    fields: dict[str, object],
+    operands: tuple[Operand, ...],
+    axes: list[tuple[int, list[int]]],
+    batch: int,
+    voxels: int,
+    blocks: int,
+    chunk: int,
+) -> tuple[np.ndarray, tuple[tuple[str, object], ...]]:
+    """What the kernel is launched with, (1,) of CALL, and what it is compiled for."""
     focal = [request.index.get(f"focal:{g!r}", -1) for g in request.gammas]
     focal_rest = [request.index.get(f"focal_rest:{g!r}", -1) for g in request.gammas]
 
@@ -307,18 +333,7 @@ def plan_pass(
         ("slot_focal", tuple(focal)),
         ("slot_focal_rest", tuple(focal_rest)),
     ]
-    width = len(request.slots) * classes + 2
-    return Plan(
-        request,
-        call.view(np.uint8),
-        tuple(offsets),
-        tuple(constants),
-        batch * blocks,
-        groups * warps * LANES,
-        shared(vector),
-        batch * blocks * width,
-        batch * (-(-(width - 1) // LANES)),
-    )
+    return call, tuple(constants)
 
 
 def _warps(classes: int, sums: int, labels: bool) -> int:

@@ -27,7 +27,7 @@ class TorchCall(Call):
         except ImportError as error:
             raise Unavailable(f"PyTorch is not there ({error}); {INSTALL}") from None
         self.torch = torch
-        make = {"torch": _fastloss, "monai": _monai, "nnunet": _nnunet}[kind]
+        make = {"torch": _fastloss, "monai": _monai, "nnunet": nnunet_formula}[kind]
         function = make(loss, case.classes)
         torch.set_num_threads(threads)
         if compiled:
@@ -106,7 +106,7 @@ def _monai(loss: str, classes: int) -> Function:
     raise Unavailable(f"MONAI has no {loss} of its own")
 
 
-def _nnunet(loss: str, classes: int) -> Function:
+def nnunet_formula(loss: str, classes: int) -> Function:
     """nnU-Net 2's loss as it publishes it, written anew: soft Dice, whose one-hot target is
     boolean and made without recording, plus cross-entropy on the label map.
 
