@@ -12,6 +12,7 @@ from stand_in import OnDevice
 from support import assert_agree, example, one_hot, reference
 
 import fastloss as fl
+from fastloss.backends._cuda_source import source
 
 
 @pytest.fixture
@@ -278,6 +279,21 @@ def test_the_choice_of_a_backend_is_for_arrays_in_cpu_memory(launched: list[str]
         warnings.simplefilter("error")
         fl.Dice()(OnDevice(x), OnDevice(y))
     assert "fastloss_reduce" in launched
+
+
+def test_what_is_compiled_is_ascii(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy writes it to a file in the encoding of the locale."""
+    texts = [source("passes.cu"), source("top_k.cu")]
+    kernels = stand_in.RecordingDevice.kernels
+    monkeypatch.setattr(
+        stand_in.RecordingDevice,
+        "kernels",
+        lambda self, text, names: texts.append(text) or kernels(self, text, names),
+    )
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    (fl.GeneralizedDice(batch=True) + fl.Focal())(OnDevice(x), OnDevice(y))
+    assert len(texts) == 3
+    assert all(text.isascii() for text in texts)
 
 
 def test_no_voxel_and_no_sample(launched: list[str]) -> None:
