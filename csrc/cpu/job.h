@@ -97,10 +97,11 @@ struct Faults {
   }
 };
 
-// The voxels of a tile, which is computed at once; few enough that its rows stay in the caches.
+// The voxels of a tile, which is computed at once; few enough that its rows stay in the caches,
+// and enough that what is done once per tile does not count.
 inline int tile_voxels(int64_t classes) {
-  int64_t most = 65536 / (classes > 0 ? classes : 1) / 16 * 16;
-  return int(most < 16 ? 16 : most > 256 ? 256 : most);
+  int64_t most = 65536 / (classes > 0 ? classes : 1) / 16 * 16, limit = classes <= 4 ? 512 : 256;
+  return int(most < 16 ? 16 : most > limit ? limit : most);
 }
 
 // The voxels of a block, which has sums of its own: a number that no thread count changes, so

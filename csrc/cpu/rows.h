@@ -11,7 +11,7 @@ namespace {
 using fastloss::Array;
 using fastloss::DType;
 
-constexpr int kMaxTile = 256;
+constexpr int kMaxTile = 512;
 
 // A tile's voxels in memory: stretches at an even stride.
 struct Runs {
@@ -32,6 +32,10 @@ struct Runs {
       return;
     }
     stride = a.stride[last];
+    if (last == 0) {
+      run[count++] = {voxel * stride, 0, voxels};
+      return;
+    }
     for (int done = 0; done < voxels;) {
       int64_t rest = voxel + done, inner = rest % a.shape[last], offset = inner * stride;
       rest /= a.shape[last];
@@ -135,7 +139,11 @@ FL_INLINE Vec<T> load_as(const S* p) {
 #elif defined(__AVX2__) && defined(__F16C__)
     __m128i narrow = _mm_loadu_si128((const __m128i*)p);
     if constexpr (std::is_same<S, Half>::value) return (Vec<T>)_mm256_cvtph_ps(narrow);
-    else return (Vec<T>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
+    // One shuffle of a loaded and repeated half puts each number above two bytes of zeros.
+    const __m256i places =
+        _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                         -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+    return (Vec<T>)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(narrow), places);
 #else
     T wide[lanes<T>];
     for (int i = 0; i < lanes<T>; ++i) wide[i] = widen(p[i]);
@@ -204,6 +212,58 @@ FL_INLINE void narrow(float v, Half* p) { *p = narrow_half(v); }
 FL_INLINE void narrow(float v, Brain* p) { *p = narrow_brain(v); }
 FL_INLINE void narrow(double v, double* p) { std::memcpy(p, &v, sizeof v); }
 
+// Vectors of halves: `narrow_vector` rounds to nearest, ties to even, and keeps NaN.
+#if defined(__AVX512F__)
+#define FL_HALVES
+FL_INLINE __m512i brain_words(Vec<float> v) {
+  IVec<float> w = bits<float>(v), rounded = w + 0x7fff + ((w >> 16) & 1);
+  rounded = v == v ? rounded : IVec<float>{} + 0x7fc00000;
+  return _mm512_srli_epi32((__m512i)rounded, 16);
+}
+template <class S>
+FL_INLINE __m256i narrow_vector(Vec<float> v) {
+  if constexpr (std::is_same<S, Half>::value)
+    return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  else return _mm512_cvtepi32_epi16(brain_words(v));
+}
+template <class S>
+FL_INLINE __m512i narrow_vectors(Vec<float> a, Vec<float> b) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_vector<S>(a)), narrow_vector<S>(b), 1);
+}
+template <bool kStream>
+FL_INLINE void store_halves(void* p, __m256i v) {
+  if (kStream) _mm256_stream_si256((__m256i*)p, v);
+  else _mm256_storeu_si256((__m256i*)p, v);
+}
+#elif defined(__AVX2__) && defined(__F16C__)
+#define FL_HALVES
+FL_INLINE __m256i brain_words(Vec<float> v) {
+  IVec<float> w = bits<float>(v), rounded = w + 0x7fff + ((w >> 16) & 1);
+  rounded = v == v ? rounded : IVec<float>{} + 0x7fc00000;
+  return _mm256_srli_epi32((__m256i)rounded, 16);
+}
+template <class S>
+FL_INLINE __m128i narrow_vector(Vec<float> v) {
+  if constexpr (std::is_same<S, Half>::value) {
+    return _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  } else {
+    __m256i words = brain_words(v);
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  }
+}
+template <class S>
+FL_INLINE __m256i narrow_vectors(Vec<float> a, Vec<float> b) {
+  if constexpr (std::is_same<S, Half>::value)
+    return _mm256_set_m128i(narrow_vector<S>(b), narrow_vector<S>(a));
+  else return _mm256_permute4x64_epi64(_mm256_packus_epi32(brain_words(a), brain_words(b)), 0xd8);
+}
+template <bool kStream>
+FL_INLINE void store_halves(void* p, __m128i v) {
+  if (kStream) _mm_stream_si128((__m128i*)p, v);
+  else _mm_storeu_si128((__m128i*)p, v);
+}
+#endif
+
 // A vector of numbers to memory, rounded to nearest, ties to even; `kStream`: past the caches,
 // for which p must be aligned to what is written.
 template <class S, bool kStream, class T>
@@ -212,34 +272,39 @@ FL_INLINE void store_as(S* p, Vec<T> v) {
     if (kStream) stream<T>(p, v);
     else store<T>(p, v);
   } else {
-#if defined(__AVX512F__)
-    __m256i narrow;
-    if constexpr (std::is_same<S, Half>::value) {
-      narrow = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
-    } else {
-      IVec<T> w = bits<T>(v), rounded = w + 0x7fff + ((w >> 16) & 1);
-      rounded = v == v ? rounded : IVec<T>{} + 0x7fc00000;
-      narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)rounded, 16));
-    }
-    if (kStream) _mm256_stream_si256((__m256i*)p, narrow);
-    else _mm256_storeu_si256((__m256i*)p, narrow);
-#elif defined(__AVX2__) && defined(__F16C__)
-    __m128i narrow;
-    if constexpr (std::is_same<S, Half>::value) {
-      narrow = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
-    } else {
-      IVec<T> w = bits<T>(v), rounded = w + 0x7fff + ((w >> 16) & 1);
-      rounded = v == v ? rounded : IVec<T>{} + 0x7fc00000;
-      __m256i high = _mm256_srli_epi32((__m256i)rounded, 16);
-      narrow = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-    }
-    if (kStream) _mm_stream_si128((__m128i*)p, narrow);
-    else _mm_storeu_si128((__m128i*)p, narrow);
+#if defined(FL_HALVES)
+    store_halves<kStream>(p, narrow_vector<S>(v));
 #else
     T wide[lanes<T>];
     store<T>(wide, v);
     for (int i = 0; i < lanes<T>; ++i) narrow(wide[i], p + i);
 #endif
+  }
+}
+
+// `count` numbers, of whole vectors, to p and their negatives to q. Halves are rounded once for
+// both, and stored by whole vectors.
+template <class S, bool kStream, class T>
+FL_INLINE void store_opposites(const T* from, int64_t count, S* p, S* q) {
+  constexpr int L = lanes<T>;
+  int64_t i = 0;
+#if defined(FL_HALVES)
+  if constexpr (!std::is_same<S, T>::value)
+    for (; i + 2 * L <= count; i += 2 * L) {
+      auto halves = (Vec<T>)narrow_vectors<S>(load<T>(from + i), load<T>(from + i + L));
+      auto opposites = from_bits<T>(bits<T>(halves) ^ int32_t(0x80008000));
+      if (kStream) {
+        stream<T>((T*)(p + i), halves);
+        stream<T>((T*)(q + i), opposites);
+      } else {
+        store<T>((T*)(p + i), halves);
+        store<T>((T*)(q + i), opposites);
+      }
+    }
+#endif
+  for (; i < count; i += L) {
+    store_as<S, kStream, T>(p + i, load<T>(from + i));
+    store_as<S, kStream, T>(q + i, -load<T>(from + i));
   }
 }
 
@@ -301,9 +366,36 @@ FL_INLINE void load_label_run(const char* p, int64_t stride, int count, I classe
   }
 }
 
+#if defined(__AVX2__)
+// As load_plain_labels, for bytes: 32 at a time.
+FL_INLINE bool load_byte_labels(const char* p, int count, int64_t classes, int32_t* y) {
+  __m256i high = _mm256_setzero_si256();
+  int i = 0;
+  for (; i + 32 <= count; i += 32) {
+    high = _mm256_max_epu8(high, _mm256_loadu_si256((const __m256i*)(p + i)));
+#pragma GCC unroll 4
+    for (int j = 0; j < 32; j += 8)
+      _mm256_storeu_si256((__m256i*)(y + i + j),
+                          _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + i + j))));
+  }
+  uint8_t lanes[32], most = 0;
+  _mm256_storeu_si256((__m256i*)lanes, high);
+  for (uint8_t lane : lanes) most = lane > most ? lane : most;
+  for (; i < count; ++i) {
+    uint8_t label = uint8_t(p[i]);
+    most = label > most ? label : most;
+    y[i] = label;
+  }
+  return most < classes;
+}
+#endif
+
 // Widens labels that are all in [0, classes), which is quickly seen; false if some are not.
 template <class S, class I>
 FL_INLINE bool load_plain_labels(const char* p, int count, I classes, int32_t* y) {
+#if defined(__AVX2__)
+  if constexpr (std::is_same<S, uint8_t>::value) return load_byte_labels(p, count, classes, y);
+#endif
   if constexpr (std::is_integral<S>::value) {
     if constexpr (sizeof(S) <= 4) {
       uint32_t high = 0;

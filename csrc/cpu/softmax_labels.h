@@ -163,14 +163,16 @@ struct ClassSums {
   double *reference, *overlap, *predicted, *loss;
 };
 
-// Adds those of R classes: m g, m p g, m p and the loss, where p m is x · scale.
-template <class T, int R>
+// Adds those of R classes: m g, m p g, m p and the loss, where p m is x · scale. `kEven`: all m
+// are 1, and voxels are counted.
+template <class T, int R, bool kEven>
 FL_INLINE void add_to_classes(const Tile<T>& t, int64_t c, const T* m, const T* scale,
                               const T* loss, const ClassSums& to) {
   const T* x = t.x + c * t.stride;
   const int64_t stride = t.stride;
   const auto* label = t.labels();
   Vec<T> reference[R] = {}, overlap[R] = {}, predicted[R] = {}, losses[R] = {};
+  IVec<T> count[R] = {};
   for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
     const IVec<T> y = label_lanes<T>(label + v);
     const Vec<T> k = load<T>(scale + v), w = load<T>(m + v), l = load<T>(loss + v);
@@ -180,17 +182,28 @@ FL_INLINE void add_to_classes(const Tile<T>& t, int64_t c, const T* m, const T* 
       Vec<T> p = load<T>(x + r * stride + v) * k;
       predicted[r] += p;
       overlap[r] += keep<T>(is_label, p);
-      reference[r] += keep<T>(is_label, w);
+      if (kEven) count[r] -= is_label;
+      else reference[r] += keep<T>(is_label, w);
       losses[r] += keep<T>(is_label, l);
     }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
+    if (kEven) reference[r] = __builtin_convertvector(count[r], Vec<T>);
     to.reference[c + r] += total<T>(reference[r]);
     to.overlap[c + r] += total<T>(overlap[r]);
     to.predicted[c + r] += total<T>(predicted[r]);
     to.loss[c + r] += total<T>(losses[r]);
   }
+}
+
+// The same for all classes, of which there are few.
+template <class T, bool kEven>
+void add_to_few_classes(const Tile<T>& t, const T* m, const T* scale, const T* loss,
+                        const ClassSums& to) {
+  int64_t c = 0, classes = t.job.classes;
+  for (; c + 2 <= classes; c += 2) add_to_classes<T, 2, kEven>(t, c, m, scale, loss, to);
+  for (; c < classes; ++c) add_to_classes<T, 1, kEven>(t, c, m, scale, loss, to);
 }
 
 // The same for many classes, where it is less work to look at each label once: `value` is m p of
@@ -347,16 +360,12 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
   const ClassSums to = {to_sum(s.reference), to_sum(s.overlap), to_sum(s.predicted),
                         to_sum(s.cross_entropy)};
   const T* losses = logs ? loss : m;
-  int64_t c = 0;
-  if (classes > kFewClasses) {
-    add_to_many_classes(t, m, scale, losses, value, to);
-  } else {
-    for (; c + 2 <= classes; c += 2) add_to_classes<T, 2>(t, c, m, scale, losses, to);
-    for (; c < classes; ++c) add_to_classes<T, 1>(t, c, m, scale, losses, to);
-  }
+  if (classes > kFewClasses) add_to_many_classes(t, m, scale, losses, value, to);
+  else if (t.even) add_to_few_classes<T, true>(t, m, scale, losses, to);
+  else add_to_few_classes<T, false>(t, m, scale, losses, to);
   if (s.reference_squared >= 0) add_by_label(t, m, to_sum(s.reference_squared));
   if (s.predicted_squared >= 0)
-    for (c = 0; c < classes; ++c) {
+    for (int64_t c = 0; c < classes; ++c) {
       const T* e = t.x + c * t.stride;
       Vec<T> a{};
       for (int64_t v = 0, end = t.padded; v < end; v += L) {

@@ -55,7 +55,7 @@ struct Tile {
   int stride;  // numbers from row to row of the buffers
   T* x;        // logits, later what is made of them: (C, stride)
   T* second;   // another buffer like it, or null
-  T* rows;     // (kRows, 256)
+  T* rows;     // (kRows, kMaxTile)
   T* table;    // coefficients of the sample: (S, C)
   int32_t* y;  // labels
   Runs logit_runs, target_runs, weight_runs, out_runs;
@@ -349,22 +349,31 @@ struct Writer {
   S* row(int64_t c) const { return (S*)(tile.out_base(c) + tile.out_runs.run[0].offset); }
 };
 
-// Calls write(row, put) with the place of row c, row(c), and put(p, v), which stores a vector
-// there; `buffer` takes what cannot go straight to memory, `spare` is another such buffer.
+// Stores what was computed in T as numbers of type S.
+template <class T, class S, bool kStream>
+struct Put {
+  // A vector.
+  FL_INLINE void operator()(S* p, Vec<T> v) const { store_as<S, kStream, T>(p, v); }
+  // Whole vectors to p, and their negatives to q.
+  FL_INLINE void opposites(const T* from, int64_t count, S* p, S* q) const {
+    store_opposites<S, kStream, T>(from, count, p, q);
+  }
+};
+
+// Calls write(row, put) with the place of row c, row(c), and a Put for such places; `buffer` takes
+// what cannot go straight to memory, `spare` is another such buffer.
 template <class T, class F>
 void write_rows(Tile<T>& t, T* buffer, T* spare, const F& write) {
   with_storage<T>(t.job.out.dtype, [&](auto number) {
     using S = decltype(number);
     Writer<T, S> writer(t);
+    auto row = [&](int64_t c) { return writer.row(c); };
     if (writer.past_caches) {
-      write([&](int64_t c) { return writer.row(c); },
-            [](S* p, Vec<T> v) { store_as<S, true, T>(p, v); });
+      write(row, Put<T, S, true>());
     } else if (writer.straight) {
-      write([&](int64_t c) { return writer.row(c); },
-            [](S* p, Vec<T> v) { store_as<S, false, T>(p, v); });
+      write(row, Put<T, S, false>());
     } else {
-      write([&](int64_t c) { return buffer + c * t.stride; },
-            [](T* p, Vec<T> v) { store<T>(p, v); });
+      write([&](int64_t c) { return buffer + c * t.stride; }, Put<T, T, false>());
       t.store_gradient(buffer, spare);
     }
   });

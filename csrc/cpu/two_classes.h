@@ -79,51 +79,57 @@ void reduce_two_rows(Tile<T>& t, double* sums, double* weight) {
   T *difference = t.row(kA), *exponentials = t.row(kB);
   differences(t, difference, exponentials);
   const auto* label = t.labels();
-  // Voxels, those of label 0, both probabilities, those of the label, loss by label.
+  // Voxels, those of label 0, both probabilities, those of the label, loss by label. Two loops:
+  // the sums of one would not all stay in registers.
   Vec<T> all{}, n0{}, predicted0{}, predicted1{}, own0{}, own1{}, loss0{}, loss1{};
+  IVec<T> count0{};
+  const int64_t end = t.padded;
+  for (int64_t v = 0; v < end; v += L) {
+    const IVec<T> zero = label_lanes<T>(label + v) == IVec<T>{};
+    auto [p1, p0] =
+        probabilities<T>(load<T>(exponentials + v), bits<T>(load<T>(difference + v)) < 0);
+    if (kEven) {
+      count0 -= zero;
+    } else {
+      const Vec<T> w = load<T>(m + v);
+      p0 *= w;
+      p1 *= w;
+      all += w;
+      n0 += keep<T>(zero, w);
+    }
+    predicted0 += p0;
+    predicted1 += p1;
+    own0 += keep<T>(zero, p0);
+    own1 += drop<T>(zero, p1);
+  }
   constexpr int kStep = 8 * L;
-  for (int64_t first = 0, end = t.padded; first < end; first += kStep) {
+  for (int64_t first = 0; kLogs && first < end; first += kStep) {
     int64_t last = first + kStep < end ? first + kStep : end;
     // Σ log(1+e) = log Π(1+e), of which the product less 1 is exact where the e are small.
     Vec<T> product0{}, product1{};
     for (int64_t v = first; v < last; v += L) {
       const Vec<T> d = load<T>(difference + v), e = load<T>(exponentials + v);
       const IVec<T> zero = label_lanes<T>(label + v) == IVec<T>{};
-      auto [p1, p0] = probabilities<T>(e, bits<T>(d) < 0);
-      if (kLogs) {
-        // −log p is the logit's gap to the larger one, and log(1+e).
-        Vec<T> gap0 = larger(splat<T>(0), d), gap1 = larger(splat<T>(0), -d);
-        if (kEven) {
-          Vec<T> e0 = keep<T>(zero, e), e1 = drop<T>(zero, e);
-          product0 = product0 * e0 + (product0 + e0);
-          product1 = product1 * e1 + (product1 + e1);
-        } else {
-          Vec<T> rest = log_one_plus_small(e), w = load<T>(m + v);
-          gap0 = w * (gap0 + rest);
-          gap1 = w * (gap1 + rest);
-        }
-        loss0 += keep<T>(zero, gap0);
-        loss1 += drop<T>(zero, gap1);
-      }
+      // −log p is the logit's gap to the larger one, and log(1+e).
+      Vec<T> gap0 = larger(splat<T>(0), d), gap1 = larger(splat<T>(0), -d);
       if (kEven) {
-        n0 += keep<T>(zero, splat<T>(1));
+        const Vec<T> e0 = keep<T>(zero, e), e1 = drop<T>(zero, e);
+        product0 = product0 * (e0 + T(1)) + e0;
+        product1 = product1 * (e1 + T(1)) + e1;
       } else {
-        Vec<T> w = load<T>(m + v);
-        p0 *= w;
-        p1 *= w;
-        all += w;
-        n0 += keep<T>(zero, w);
+        Vec<T> rest = log_one_plus_small(e), w = load<T>(m + v);
+        gap0 = w * (gap0 + rest);
+        gap1 = w * (gap1 + rest);
       }
-      predicted0 += p0;
-      predicted1 += p1;
-      own0 += keep<T>(zero, p0);
-      own1 += drop<T>(zero, p1);
+      loss0 += keep<T>(zero, gap0);
+      loss1 += drop<T>(zero, gap1);
     }
-    if (kLogs && kEven) {
+    if (kEven) {
       loss0 += log_one_plus<T>(product0);
       loss1 += log_one_plus<T>(product1);
     }
   }
+  if (kEven) n0 = __builtin_convertvector(count0, Vec<T>);
   double n = kEven ? double(t.n) : total<T>(all), zeros = total<T>(n0);
   *weight += n;
   auto add = [&](int slot, double a, double b) {
@@ -170,9 +176,7 @@ void apply_two_classes(Tile<T>& t) {
     store<T>(gradient + v, g);
   }
   write_rows(t, t.second, t.x, [&](const auto& row, const auto& put) {
-    auto *to0 = row(0), *to1 = row(1);
-    for (int64_t v = 0, end = t.padded; v < end; v += L) put(to0 + v, -load<T>(gradient + v));
-    for (int64_t v = 0, end = t.padded; v < end; v += L) put(to1 + v, load<T>(gradient + v));
+    put.opposites(gradient, t.padded, row(1), row(0));
   });
 }
 
