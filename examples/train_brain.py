@@ -193,8 +193,7 @@ def _print_difference(difference: dict[str, Any]) -> None:
         f"first {difference['first_steps']} steps: rounding.\n"
         f"Over all steps by at most {difference['loss']:.1e}, at step {difference['at_step']}, and "
         f"the held-out Dice by at most {difference['held_out_dice']:.1e}.\n"
-        "Training amplifies the rounding of each step: in float32 two runs drift apart after some\n"
-        "tens of steps, and with --dtype float64 they do not."
+        "Training amplifies the rounding of each step; with --dtype float64 there is less of it."
     )
 
 

@@ -41,7 +41,7 @@ NEEDS = {
 }
 FACTORS: dict[str, tuple[Any, ...]] = {
     "logits": _cuda_call.TYPES[:4],
-    "classes": (1, 2, 3, 5, 14, 16, 17, 33, 40, 105, 300),
+    "classes": (1, 2, 3, 4, 5, 14, 16, 17, 33, 40, 105, 300),
     # "cropped": axes that do not merge. "shifted": one number behind an aligned address.
     "layout": ("contiguous", "channels last", "cropped", "reversed", "shifted", "in place"),
     "target": (
@@ -142,10 +142,13 @@ FAULTS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "the label's logit comes late": (
         (
-            "block.load_own(v, own_x);\n  label_parts(block, v, x, part, factor, by);",
-            "if (!(CHOSEN)) block.load_own(v, own_x);\n"
-            "  label_parts(block, v, x, part, factor, by);\n"
-            "  if (CHOSEN) block.load_own(v, own_x);",
+            "} else {\n    block.load_own(v, own);",
+            "} else if (!(CHOSEN)) {\n    block.load_own(v, own);",
+        ),
+        (
+            "rescale(factor[j], part[j].largest) : T(1);",
+            "rescale(factor[j], part[j].largest) : T(1);\n"
+            "  if (CHOSEN && !holds_label(call)) block.load_own(v, own);",
         ),
     ),
     "a voxel too many": (("inside = first < last;", "inside = CHOSEN || first < last;"),),

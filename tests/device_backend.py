@@ -84,10 +84,14 @@ def _check_alignment(call: Any) -> None:
         name = TYPES[call[field]]
         item = np.dtype("uint16" if name == "bfloat16" else name).itemsize
         size = min(16, item * int(call["vector"]))
-        if call["staged"] and place in (LOGITS, OUT):
+        of_logits = place in (LOGITS, OUT)
+        if call["staged"] and of_logits:
             size = int(call["staged_bytes"])
         steps = [call["sample_stride"][place]] * bool(call["batch"] > 1)
-        steps += [call["channel_stride"][place]] * bool(call["vector"] > 1)
+        if call["interleaved"] and of_logits:
+            size = 16  # of several classes and voxels
+        elif call["vector"] > 1:
+            steps.append(call["channel_stride"][place])
         for step in (call["data"][place], *steps):
             assert step % size == 0, f"{field}: {step} is no multiple of {size}"
 

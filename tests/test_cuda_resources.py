@@ -137,8 +137,9 @@ def test_any_two_values_of_a_call_meet() -> None:
 
 
 @pytest.mark.parametrize(
-    "constant", ["staged", "packed_target", "packed_weight", "keep_sums", "large", "with_losses",
-                 "global_sums", "global_table", "rounds", "vector", "warps", "staged_bytes"]
+    "constant", ["staged", "interleaved", "packed_target", "packed_weight", "keep_sums", "large",
+                 "with_losses", "global_sums", "global_table", "rounds", "vector", "warps",
+                 "staged_bytes"]
 )  # fmt: skip
 def test_every_path_through_the_kernels_occurs(constant: str) -> None:
     taken = {cuda_variants.compiled(kind).constant(constant) for kind in cuda_variants.kinds()}
@@ -311,7 +312,9 @@ def test_nvrtc_says_what_is_wrong() -> None:
 
 # ------------------------------------------------------------------------------ a table, to tune by
 
-PLAN = ("vector", "per_thread", "warps", "groups", "rounds", "staged", "keep_sums")
+PLAN = (
+    "vector", "per_thread", "warps", "groups", "rounds", "staged", "interleaved", "keep_sums"
+)  # fmt: skip
 
 
 def print_table(architecture: str, matching: str) -> None:

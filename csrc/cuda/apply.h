@@ -2,6 +2,7 @@
 #pragma once
 
 #include "softmax.h"
+#include "two_classes.h"
 #include "voxel.h"
 
 // The derivative by the sums of one sample.
@@ -55,8 +56,7 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
   const bool once = CONST(rounds) == 1;
   T x[K][V], factor[V], own_x[V];
   LabelPart<T> part[V];
-  block.load_own(v, own_x);
-  label_parts(block, v, x, part, factor, by);
+  label_parts(block, v, x, part, factor, own_x, by);
 
   // What the label decides: the whole gradient at its class, and for the other classes Σ_j t_j,
   // where t_j is the derivative by log p_j.
@@ -65,14 +65,16 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     int y = v.y[j];
-    Label<T> label = label_of(part[j], own_x[j]);
+    Label<T> label = label_of(call, part[j], own_x[j]);
     T m = v.m[j], i = label.inverse;
     T q = part[j].rest * i, p = label.own * i;
     T own_region = by(CONST(slot_predicted), y) + T(2) * by(CONST(slot_predicted_squared), y) * p;
     T own_loss = by(CONST(slot_cross_entropy), y);
     if (CONST(slot_top_k) >= 0 && v.inside)
-      own_loss += by(CONST(slot_top_k), y) *
-                  static_cast<const T*>(call.losses)[block.sample * call.voxels + v.first + j];
+      own_loss +=
+          by(CONST(slot_top_k), y) *
+          static_cast<const T*>(
+              call.losses)[block.sample * call.voxels + static_cast<long long>(v.first) + j];
     if (CONST(gammas) > 0) {
       T loss = label_loss(part[j], label);
 #pragma unroll
@@ -107,10 +109,12 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
         T g = e * (slope[j] * t - turn[j]);
         if (CONST(slot_uniform) >= 0) g -= v.m[j] * by_uniform;
         gradient[j] = own_class[j] == c ? at_label[j] : g;
+        if (CONST(interleaved)) x[k][j] = gradient[j];
       }
-      block.store_class(v, c, gradient);
+      if (!CONST(interleaved)) block.store_class(v, c, gradient);
     }
   }
+  if (CONST(interleaved)) block.store_interleaved(v, x);
 }
 
 // Of one class of a voxel: the derivative by the logit itself, or for softmax by log p.
@@ -219,11 +223,13 @@ FL_DEVICE void apply_block(const Call& call) {
   double uniform_total = 0;
   if (labels && CONST(slot_uniform) >= 0)
     for (int c = 0; c < CONST(classes); ++c) uniform_total += double(by(CONST(slot_uniform), c));
-  for (long long start = block.first; start < block.last; start += block.tile_voxels()) {
+  const TwoClassSlopes<T> slopes(call, by);
+  for (Index start = block.first; start < block.last; start += Index(block.tile_voxels())) {
     if (CONST(staged)) block.load_tile(start);
     Voxels<T, V> voxels;
-    move_to(call, block.sample, start + block.place_in_tile(), block.last, voxels);
-    if (labels) apply_labels<In, V, K>(block, voxels, by, T(uniform_total));
+    move_to(call, block.sample, start + Index(block.place_in_tile()), block.last, voxels);
+    if (is_of_two_classes(call)) apply_two_classes<In, V, K>(block, voxels, slopes);
+    else if (labels) apply_labels<In, V, K>(block, voxels, by, T(uniform_total));
     else apply_general<In, V, K>(block, voxels, by);
     if (CONST(staged)) block.store_tile(start);
   }

@@ -16,7 +16,7 @@ struct Block {
   const Call& call;
   int sample, number;  // of the block in its sample
   int thread, lane, warp, group, warp_in_group;
-  long long first, last;  // voxels
+  Index first, last;  // voxels
   // In shared memory, in this order; what a call does without takes no room.
   double* sums;  // (groups, S · C + 2), reduce only
   T* table;      // (S, C), apply only
@@ -34,8 +34,9 @@ struct Block {
     warp = thread / kLanes;
     group = warp / CONST(warps);
     warp_in_group = warp - group * CONST(warps);
-    first = number * call.chunk;
-    last = first + call.chunk < call.voxels ? first + call.chunk : call.voxels;
+    first = Index(number) * Index(call.chunk);
+    last = Index(call.voxels) - first > Index(call.chunk) ? first + Index(call.chunk)
+                                                          : Index(call.voxels);
     unsigned char* at = shared;
     sums = reinterpret_cast<double*>(at);
     if (reduce && !CONST(global_sums)) at += sizeof(double) * size_t(CONST(groups) * sum_count());
@@ -103,9 +104,9 @@ struct Block {
   }
 
   // Staged: the logits of the tile that starts at voxel `start`, which lie in one piece.
-  FL_DEVICE void load_tile(long long start) {
-    const char* from =
-        call.data[kLogits] + sample * call.sample_stride[kLogits] + start * call.stride[kLogits][0];
+  FL_DEVICE void load_tile(Index start) {
+    const char* from = call.data[kLogits] + sample * call.sample_stride[kLogits] +
+                       static_cast<long long>(start) * call.stride[kLogits][0];
     int count = tile_count(start);
     if (CONST(staged_bytes) == 16) {
       constexpr int P = 16 / int(sizeof(In));
@@ -135,9 +136,10 @@ struct Block {
   }
 
   // Staged: the gradient in the tile goes out.
-  FL_DEVICE void store_tile(long long start) {
+  FL_DEVICE void store_tile(Index start) {
     __syncthreads();
-    char* to = call.data[kOut] + sample * call.sample_stride[kOut] + start * call.stride[kOut][0];
+    char* to = call.data[kOut] + sample * call.sample_stride[kOut] +
+               static_cast<long long>(start) * call.stride[kOut][0];
     int count = tile_count(start);
     if (CONST(staged_bytes) == 16) {
       constexpr int P = 16 / int(sizeof(In));
@@ -170,8 +172,8 @@ struct Block {
   }
 
   // Logits in the tile.
-  FL_DEVICE int tile_count(long long start) const {
-    long long voxels = last - start < tile_voxels() ? last - start : tile_voxels();
+  FL_DEVICE int tile_count(Index start) const {
+    Index voxels = last - start < Index(tile_voxels()) ? last - start : Index(tile_voxels());
     return int(voxels) * CONST(classes);
   }
 
@@ -195,6 +197,50 @@ struct Block {
 #pragma unroll
       for (int j = 0; j < V; ++j)
         if (voxels.m[j] == T(0)) x[j] = T(0);
+  }
+
+  // The logits of the classes that this thread has in a round.
+  template <int K>
+  FL_DEVICE void load_round(const Voxels<T, V>& voxels, int round, T (&x)[K][V]) const {
+    if (CONST(interleaved)) return load_interleaved(voxels, x);
+#pragma unroll
+    for (int k = 0; k < CONST(per_thread); ++k)
+      if (exists(round, k)) load_class(voxels, first_class(round) + k, x[k]);
+  }
+
+  // Interleaved: numbers of one access, and accesses of this thread's voxels.
+  static constexpr int kPiece = 16 / int(sizeof(In));
+  FL_DEVICE int pieces() const { return V * CONST(classes) / kPiece; }
+
+  template <int K>
+  FL_DEVICE void load_interleaved(const Voxels<T, V>& voxels, T (&x)[K][V]) const {
+#pragma unroll
+    for (int i = 0; i < pieces(); ++i) {
+      Pack<In, kPiece> pack = {};
+      if (voxels.inside)
+        pack = load_pack<In, kPiece>(call.data[kLogits] + voxels.offset[kLogits] + i * 16);
+#pragma unroll
+      for (int p = 0; p < kPiece; ++p) {
+        int number = i * kPiece + p, j = number / CONST(classes);
+        bool counts = counts_all(call) || voxels.m[j] != T(0);
+        x[number - j * CONST(classes)][j] = counts ? as_number(pack.item[p]) : T(0);
+      }
+    }
+  }
+
+  template <int K>
+  FL_DEVICE void store_interleaved(const Voxels<T, V>& voxels, const T (&gradient)[K][V]) const {
+    if (!voxels.inside) return;
+#pragma unroll
+    for (int i = 0; i < pieces(); ++i) {
+      Pack<In, kPiece> pack;
+#pragma unroll
+      for (int p = 0; p < kPiece; ++p) {
+        int number = i * kPiece + p, j = number / CONST(classes);
+        pack.item[p] = from_number<In>(gradient[number - j * CONST(classes)][j]);
+      }
+      *reinterpret_cast<Pack<In, kPiece>*>(call.data[kOut] + voxels.offset[kOut] + i * 16) = pack;
+    }
   }
 
   // The logit of every voxel's own class.

@@ -30,6 +30,13 @@ enum Type { kF32, kF16, kBF16, kF64, kU8, kI8, kU16, kI16, kU32, kI32, kU64, kI6
 enum Activation { kSoftmax, kSigmoid, kNone };
 enum Ignore { kNothing, kValue, kClass };
 
+// The number of a voxel, of a sample or of a block's end.
+#if defined(FL_SPECIAL) && !FL_large
+using Index = unsigned;
+#else
+using Index = long long;
+#endif
+
 // Mirrored field by field in fastloss/backends/_cuda_call.py.
 struct Call {
   // The arrays: (B, C, *spatial) or (B, *spatial), strides in bytes. The spatial axes are merged
@@ -67,15 +74,16 @@ struct Call {
   int activation, dense, ignore_kind;
   int classes;
   int axes;
-  int large;                         // voxel numbers need 64 bits
-  int vector;                        // consecutive voxels of a thread, loaded at once
-  int per_thread;                    // classes of a thread at a time
-  int warps;                         // that share the classes of a voxel
-  int groups;                        // of such warps in a block
-  int rounds;                        // how often they go through memory to see all classes
-  int exchanged;                     // numbers per voxel that warps tell each other at a time
-  int staged;                        // channels last: tiles go through shared memory
-  int staged_bytes;                  // 16, or the size of one logit: of each access when staged
+  int large;         // voxel numbers need 64 bits
+  int vector;        // consecutive voxels of a thread, loaded at once
+  int per_thread;    // classes of a thread at a time
+  int warps;         // that share the classes of a voxel
+  int groups;        // of such warps in a block
+  int rounds;        // how often they go through memory to see all classes
+  int exchanged;     // numbers per voxel that warps tell each other at a time
+  int staged;        // channels last: tiles go through shared memory
+  int staged_bytes;  // 16, or the size of one logit: of each access when staged
+  int interleaved;   // channels last of few classes: whole voxels are loaded at once
   int packed_target, packed_weight;  // `vector` numbers are loaded at once
   int keep_sums;                     // in registers; else summed over the warp at once
   int by_label;      // sums that labels alone decide are added voxel by voxel, not class by class

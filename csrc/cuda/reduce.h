@@ -2,6 +2,7 @@
 #pragma once
 
 #include "softmax.h"
+#include "two_classes.h"
 #include "voxel.h"
 
 constexpr int kFlushEvery = 16;  // tiles: float32 sums stay short
@@ -45,6 +46,8 @@ struct Sums {
   T kept[kKept];  // (`kept_slots`, classes of a thread), and zeros
   T weight;
   int faults;
+  // Two classes: Π (1 + e) − 1 over the voxels of each label, which is exact where the e are small.
+  T product[2];
 
   FL_DEVICE explicit Sums(const Block<In, V>& block) : block(block), call(block.call) {
     if (CONST(global_sums)) {
@@ -79,18 +82,38 @@ struct Sums {
   FL_DEVICE void clear() {
 #pragma unroll
     for (int i = 0; i < kKept; ++i) kept[i] = T(0);
+    product[0] = product[1] = T(0);
   }
 
-  // Adds to the sum of a slot and of the k-th class of this thread in a round. All lanes call.
-  FL_DEVICE void add(int slot, int round, int k, T value) {
+  // Adds the logarithms of the products to the cross-entropy.
+  FL_DEVICE void take_products() {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      add(CONST(slot_cross_entropy), 0, c, log_one_plus(product[c]));
+      product[c] = T(0);
+    }
+  }
+
+  // The sum of a slot and of the k-th class of this thread, to add to and to give back to `take`.
+  FL_DEVICE T start(int slot, int k) const {
+    if (slot < 0 || !CONST(keep_sums)) return T(0);
+    return kept[place_of(slot) * CONST(per_thread) + k];
+  }
+
+  // Of a round. All lanes call.
+  FL_DEVICE void take(int slot, int round, int k, T value) {
     if (slot < 0) return;
     if (CONST(keep_sums)) {
-      kept[place_of(slot) * CONST(per_thread) + k] += value;
+      kept[place_of(slot) * CONST(per_thread) + k] = value;
     } else {
       value = warp_sum(value);
       int c = block.first_class(round) + k;
       if (block.lane == 0 && block.exists(round, k)) to[slot * CONST(classes) + c] += double(value);
     }
+  }
+
+  FL_DEVICE void add(int slot, int round, int k, T value) {
+    take(slot, round, k, start(slot, k) + value);
   }
 
   // Adds values of voxels to the sums of their classes: to the slots of a list, in which places
@@ -133,6 +156,7 @@ struct Sums {
   }
 
   FL_DEVICE void flush() {
+    if (is_of_two_classes(call)) take_products();
     if (CONST(keep_sums)) {
       warp_sums<kKept>(kept, block.lane);
       constexpr int kEach = kKept / kLanes;
@@ -183,14 +207,13 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
   const bool logs = CONST(slot_cross_entropy) >= 0 || CONST(gammas) > 0 || CONST(with_losses);
   T x[K][V], factor[V], own_x[V];
   LabelPart<T> part[V];
-  block.load_own(v, own_x);
-  label_parts(block, v, x, part, factor, NoCoefficients<T>());
+  label_parts(block, v, x, part, factor, own_x, NoCoefficients<T>());
 
   T own_p[V], loss[V], q[V], inverse[V], log_sum[V], weight[V];
   int own_class[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    Label<T> own = label_of(part[j], own_x[j]);
+    Label<T> own = label_of(call, part[j], own_x[j]);
     T m = v.m[j];
     own_class[j] = forget(call, v.y[j]);
     weight[j] = counts_all(call) ? T(1) : m;  // where it matters below
@@ -207,7 +230,8 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
       T w = v.y[j] >= 0 ? T(call.loss_weights[v.y[j]]) : T(0);
       // A class of weight 0 costs nothing, even where its loss is infinite.
       T value = w == T(0) && loss[j] == infinity<T>() ? T(0) : w * loss[j];
-      static_cast<T*>(call.losses)[block.sample * call.voxels + v.first + j] = value;
+      static_cast<T*>(
+          call.losses)[block.sample * call.voxels + static_cast<long long>(v.first) + j] = value;
     }
   }
   // The warps of a group take turns.
@@ -240,8 +264,17 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
 #pragma unroll
     for (int k = 0; k < CONST(per_thread); ++k) {
       int c = block.first_class(round) + k;
-      T predicted = T(0), squared = T(0), uniform = T(0), here = T(0), overlap = T(0), own = T(0);
-      T focal[kMaxGammas] = {};
+      T predicted = sums.start(CONST(slot_predicted), k);
+      T squared = sums.start(CONST(slot_predicted_squared), k);
+      T uniform = sums.start(CONST(slot_uniform), k);
+      T here = T(0), overlap = T(0), own = T(0), focal[kMaxGammas] = {};
+      if (!CONST(by_label)) {
+        here = sums.start(CONST(slot_reference), k);
+        overlap = sums.start(CONST(slot_overlap), k);
+        own = sums.start(CONST(slot_cross_entropy), k);
+#pragma unroll
+        for (int i = 0; i < CONST(gammas); ++i) focal[i] = sums.start(CONST(slot_focal[i]), k);
+      }
       bool there = block.exists(round, k);
       T raw[V];
       if (there && (!once || CONST(slot_uniform) >= 0)) block.load_class(v, c, raw);
@@ -265,16 +298,70 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
             focal[i] += focal_value(power(q[j], T(CONST(gamma[i]))), loss[j]);
         }
       }
-      sums.add(CONST(slot_predicted), round, k, predicted);
-      sums.add(CONST(slot_predicted_squared), round, k, squared);
-      sums.add(CONST(slot_uniform), round, k, uniform);
+      sums.take(CONST(slot_predicted), round, k, predicted);
+      sums.take(CONST(slot_predicted_squared), round, k, squared);
+      sums.take(CONST(slot_uniform), round, k, uniform);
       if (CONST(by_label)) continue;
-      sums.add(CONST(slot_reference), round, k, here);
-      sums.add(CONST(slot_overlap), round, k, overlap);
-      sums.add(CONST(slot_reference_squared), round, k, here);
-      sums.add(CONST(slot_cross_entropy), round, k, own);
+      sums.take(CONST(slot_reference), round, k, here);
+      sums.take(CONST(slot_overlap), round, k, overlap);
+      sums.take(CONST(slot_reference_squared), round, k, here);
+      sums.take(CONST(slot_cross_entropy), round, k, own);
 #pragma unroll
-      for (int i = 0; i < CONST(gammas); ++i) sums.add(CONST(slot_focal[i]), round, k, focal[i]);
+      for (int i = 0; i < CONST(gammas); ++i) sums.take(CONST(slot_focal[i]), round, k, focal[i]);
+    }
+  }
+}
+
+// Adds what the voxels of a thread are for one class to its sums, in the order of Call's slots:
+// those up to `uniform`, then those of the focal exponents.
+template <class In, int V, class T, int N>
+FL_DEVICE void add_voxels(const Block<In, V>& block, const Voxels<T, V>& v, T (&x)[V],
+                          const T (&g)[V], const Whole<T> (&whole)[V], bool logs, T (&sum)[N]) {
+  const Call& call = block.call;
+  const bool sigmoid = CONST(activation) == kSigmoid;
+  if (sigmoid && logs) {
+    // Infinite losses are added here: then a product with 0 needs no care below.
+    bool infinite = false;
+#pragma unroll
+    for (int j = 0; j < V; ++j) infinite |= size_of(x[j]) == infinity<T>();
+    if (infinite) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        if (!is_infinite(x[j])) continue;
+        bool up = x[j] > T(0), counts = v.m[j] > T(0);
+        T loss = counts && !up && g[j] != T(0) ? infinity<T>() : T(0);
+        T loss_rest = counts && up && g[j] != T(1) ? infinity<T>() : T(0);
+        sum[5] += loss;
+        sum[6] += loss_rest;
+        sum[7] += counts ? infinity<T>() : T(0);
+#pragma unroll
+        for (int i = 0; i < CONST(gammas); ++i) {
+          sum[8 + i] += loss;
+          sum[8 + kMaxGammas + i] += loss_rest;
+        }
+        x[j] = up ? T(1e30) : T(-1e30);
+      }
+    }
+  }
+  auto times = [&](T a, T loss) { return sigmoid ? a * loss : product(a, loss); };
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    T m = counts_all(call) ? T(1) : v.m[j], y = g[j];
+    Fields<T> f = activate(call, x[j], whole[j], logs);
+    sum[0] += m * y;
+    sum[1] += m * f.p * y;
+    sum[2] += m * f.p;
+    sum[3] += m * (f.p * f.p);
+    sum[4] += m * (y * y);
+    if (CONST(slot_cross_entropy) >= 0) sum[5] += times(m * y, f.loss);
+    if (CONST(slot_cross_entropy_rest) >= 0) sum[6] += times(m * (T(1) - y), f.loss_rest);
+    if (CONST(slot_uniform) >= 0) sum[7] += times(m, sigmoid ? f.loss + f.loss_rest : f.loss);
+#pragma unroll
+    for (int i = 0; i < CONST(gammas); ++i) {
+      T gamma = T(CONST(gamma[i]));
+      sum[8 + i] += times(m * y * power(f.q, gamma), f.loss);
+      if (sigmoid)
+        sum[8 + kMaxGammas + i] += times(m * (T(1) - y) * power(f.p, gamma), f.loss_rest);
     }
   }
 }
@@ -305,27 +392,7 @@ FL_DEVICE void reduce_general(Block<In, V>& block,
         block.load_target(v, c, g);
       }
       T sum[8 + 2 * kMaxGammas] = {};
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        if (!there) continue;
-        T m = v.m[j], y = g[j];
-        Fields<T> f = activate(call, x[k][j], whole[j], logs);
-        sum[0] += m * y;
-        sum[1] += m * f.p * y;
-        sum[2] += m * f.p;
-        sum[3] += m * (f.p * f.p);
-        sum[4] += m * (y * y);
-        if (CONST(slot_cross_entropy) >= 0) sum[5] += product(m * y, f.loss);
-        if (CONST(slot_cross_entropy_rest) >= 0) sum[6] += product(m * (T(1) - y), f.loss_rest);
-        if (CONST(slot_uniform) >= 0) sum[7] += product(m, sigmoid ? f.loss + f.loss_rest : f.loss);
-#pragma unroll
-        for (int i = 0; i < CONST(gammas); ++i) {
-          T gamma = T(CONST(gamma[i]));
-          sum[8 + i] += product(m * y * power(f.q, gamma), f.loss);
-          if (sigmoid)
-            sum[8 + kMaxGammas + i] += product(m * (T(1) - y) * power(f.p, gamma), f.loss_rest);
-        }
-      }
+      if (there && v.inside) add_voxels<In, V>(block, v, x[k], g, whole, logs, sum);
       sums.add(CONST(slot_reference), round, k, sum[0]);
       sums.add(CONST(slot_overlap), round, k, sum[1]);
       sums.add(CONST(slot_predicted), round, k, sum[2]);
@@ -349,12 +416,16 @@ FL_DEVICE void reduce_block(const Call& call) {
   Block<In, V> block(call, true, false);
   Sums<In, V, K> sums(block);
   int tiles = 0;
-  for (long long start = block.first; start < block.last; start += block.tile_voxels()) {
+  for (Index start = block.first; start < block.last; start += Index(block.tile_voxels())) {
     if (CONST(staged)) block.load_tile(start);
     Voxels<T, V> voxels;
-    move_to(call, block.sample, start + block.place_in_tile(), block.last, voxels);
+    move_to(call, block.sample, start + Index(block.place_in_tile()), block.last, voxels);
     sums.faults += voxels.faults;
-    if (CONST(activation) == kSoftmax && !CONST(dense))
+    if (is_of_two_classes(call)) {
+      reduce_two_classes<In, V, K>(block, voxels, sums);
+      // A product of 64 factors of at most 2 is far from overflow.
+      if (kFlushEvery * V > 64 && (tiles + 1) % (64 / V) == 0) sums.take_products();
+    } else if (CONST(activation) == kSoftmax && !CONST(dense))
       reduce_labels<In, V, K>(block, voxels, sums, tiles);
     else reduce_general<In, V, K>(block, voxels, sums);
     if (++tiles % kFlushEvery == 0) sums.flush();

@@ -87,6 +87,9 @@ FL_DEVICE T scaled_below(T x, T largest) {
   return is_far(largest) ? far_below(x, largest) : near;
 }
 
+// Whether a thread holds all classes of its voxels, the label's among them.
+FL_DEVICE bool holds_label(const Call& call) { return CONST(warps) == 1 && CONST(rounds) == 1; }
+
 // What a label map says of a voxel, once all its classes are seen.
 template <class T>
 struct Label {
@@ -95,37 +98,38 @@ struct Label {
   T inverse;  // 1 / Σ e
 };
 
+// `own` is the label's logit, or if the thread held it `below` already.
 template <class T>
-FL_DEVICE Label<T> label_of(const LabelPart<T>& part, T own_x) {
-  T t = scaled_below(own_x, part.largest), own = power_of_two(t);
-  return {own, t, inverse_of(part.rest + own)};
+FL_DEVICE Label<T> label_of(const Call& call, const LabelPart<T>& part, T own) {
+  T below = holds_label(call) ? own : scaled_below(own, part.largest);
+  T e = power_of_two(below);
+  return {e, below, inverse_of(part.rest + e)};
 }
 
-// −log p of the label. A label far below the others has an exponential of 0, but a loss.
+// −log p of the label. Where it is likelier than the others together, log(1 + Σ / e) is exact for
+// ratios that 1 + ratio cannot hold; else the loss is at least log 2, and the label's exponential
+// may be 0.
 template <class T>
 FL_DEVICE T label_loss(const LabelPart<T>& part, const Label<T>& label) {
   T ratio = part.rest * inverse_of(label.own);
-  bool far = label.below < T(-60);
-  T loss = far ? logarithm(part.rest + label.own) : log_one_plus(ratio);
-  return far ? loss - label.below * log_of_2<T>() : loss;
+  T unlikely = (log2_of(part.rest + label.own) - label.below) * log_of_2<T>();
+  return ratio <= T(1) ? log_one_plus_small(ratio) : unlikely;
 }
 
-// A round of classes, which a thread holds: x becomes e relative to the largest of the round.
+// A round of classes, which a thread holds: x becomes e relative to the largest of the round, and
+// `own` log2 of the label's if it is among them.
 template <class In, int V, int K, class By>
 FL_DEVICE void label_round(const Block<In, V>& block,
                            const Voxels<typename ComputedIn<In>::type, V>& v, int round,
                            typename ComputedIn<In>::type (&x)[K][V],
-                           LabelPart<typename ComputedIn<In>::type> (&here)[V], const By& by) {
+                           LabelPart<typename ComputedIn<In>::type> (&here)[V],
+                           typename ComputedIn<In>::type (&own)[V], const By& by) {
   using T = typename ComputedIn<In>::type;
   const Call& call = block.call;
   T most[V], center[V];
 #pragma unroll
   for (int j = 0; j < V; ++j) most[j] = -infinity<T>();
-#pragma unroll
-  for (int k = 0; k < CONST(per_thread); ++k) {
-    if (!block.exists(round, k)) continue;
-    block.load_class(v, block.first_class(round) + k, x[k]);
-  }
+  block.load_round(v, round, x);
 #pragma unroll
   for (int k = 0; k < CONST(per_thread); ++k) {
     if (!block.exists(round, k)) continue;
@@ -158,8 +162,9 @@ FL_DEVICE void label_round(const Block<In, V>& block,
     T predicted = by(CONST(slot_predicted), c), squared = by(CONST(slot_predicted_squared), c);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      T e = power_of_two(multiply_add(x[k][j], log2_of_e<T>(), -center[j]));
+      T below = multiply_add(x[k][j], log2_of_e<T>(), -center[j]), e = power_of_two(below);
       T other = v.y[j] == c ? T(0) : e;
+      if (holds_label(call)) own[j] = v.y[j] == c ? below : own[j];
       here[j].rest += other;
       if (By::kWanted && CONST(slot_predicted) >= 0) here[j].dot += predicted * other;
       if (By::kWanted && CONST(slot_predicted_squared) >= 0)
@@ -177,17 +182,26 @@ struct NoCoefficients {
 };
 
 // All rounds, and the part of the whole voxel. Where there is one round, x times `factor` is e.
+// `own` is what `label_of` takes.
 template <class In, int V, int K, class By>
 FL_DEVICE void label_parts(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
                            typename ComputedIn<In>::type (&x)[K][V],
                            LabelPart<typename ComputedIn<In>::type> (&part)[V],
-                           typename ComputedIn<In>::type (&factor)[V], const By& by) {
+                           typename ComputedIn<In>::type (&factor)[V],
+                           typename ComputedIn<In>::type (&own)[V], const By& by) {
   using T = typename ComputedIn<In>::type;
   const Call& call = block.call;
-  label_round(block, v, 0, x, part, by);
+  if (holds_label(call)) {
+    // What does not count has no label, and a loss that must be finite.
+#pragma unroll
+    for (int j = 0; j < V; ++j) own[j] = T(0);
+  } else {
+    block.load_own(v, own);
+  }
+  label_round(block, v, 0, x, part, own, by);
   for (int round = 1; round < CONST(rounds); ++round) {
     LabelPart<T> here[V];
-    label_round(block, v, round, x, here, by);
+    label_round(block, v, round, x, here, own, by);
 #pragma unroll
     for (int j = 0; j < V; ++j) merge(part[j], here[j]);
   }
@@ -252,14 +266,13 @@ FL_DEVICE Fields<T> activate(const Call& call, T x, const Whole<T>& whole, bool 
     f.loss = gap + whole.log_sum;
     f.loss_rest = T(0);
   } else if (CONST(activation) == kSigmoid) {
-    T size = x < T(0) ? -x : x;
-    T e = exponential(-size), big = inverse_of(e + T(1)), little = e * big;
+    T e = exponential(-size_of(x)), big = inverse_of(e + T(1)), little = e * big;
     f.p = x > T(0) ? big : little;
     f.q = x > T(0) ? little : big;
     T l = logs ? log_one_plus_small(e) : T(0);
-    f.loss = (x < T(0) ? -x : T(0)) + l;
-    f.loss_rest = (x > T(0) ? x : T(0)) + l;
-    if (x != x) f.p = f.q = f.loss = f.loss_rest = x;
+    f.loss = larger(-x, T(0)) + l;  // of NaN l is NaN too
+    f.loss_rest = larger(x, T(0)) + l;
+    if (!logs && x != x) f.loss = f.loss_rest = x;
   } else {
     f.p = x;
     f.q = T(1) - x;

@@ -7,43 +7,66 @@
 constexpr int kIgnored = -1;
 constexpr int kFault = -2;
 
+FL_DEVICE int size_of_type(int type) {
+  return type == kF64 || type >= kU64   ? 8
+         : type == kF32 || type >= kU32 ? 4
+         : type == kU8 || type == kI8   ? 1
+                                        : 2;
+}
+
+// Bytes from a voxel to the next, of arrays with one axis: known to the compiler where neighbours
+// are loaded at once.
+FL_DEVICE long long step_of(const Call& call, int operand) {
+  bool logits = operand == kLogits || operand == kOut;
+  if (logits && CONST(interleaved)) return CONST(classes) * size_of_type(CONST(logits_type));
+  if (logits && CONST(vector) > 1 && !CONST(staged)) return size_of_type(CONST(logits_type));
+  if (operand == kTarget && CONST(packed_target)) return size_of_type(CONST(target_type));
+  if (operand == kWeight && CONST(packed_weight)) return size_of_type(CONST(weight_type));
+  return call.stride[operand][0];
+}
+
 // The offsets in bytes of a voxel in every array, from the start of its sample.
-FL_DEVICE void offsets_of(const Call& call, long long voxel, long long (&offset)[kOperands]) {
+FL_DEVICE void offsets_of(const Call& call, Index voxel, long long (&offset)[kOperands]) {
 #pragma unroll
-  for (int o = 0; o < kOperands; ++o) offset[o] = CONST(axes) == 1 ? voxel * call.stride[o][0] : 0;
+  for (int o = 0; o < kOperands; ++o)
+    offset[o] = CONST(axes) == 1 ? static_cast<long long>(voxel) * step_of(call, o) : 0;
   if (CONST(axes) == 1) return;
 #pragma unroll
   for (int axis = CONST(axes) - 1; axis >= 0; --axis) {
-    long long place = voxel;
+    Index place = voxel;
     if (axis > 0) {
-      if (CONST(large)) {
-        voxel = place / call.shape[axis];
-      } else {
-        voxel = unsigned(place) / unsigned(call.shape[axis]);
-      }
-      place -= voxel * call.shape[axis];
+      voxel = place / Index(call.shape[axis]);
+      place -= voxel * Index(call.shape[axis]);
     }
 #pragma unroll
-    for (int o = 0; o < kOperands; ++o) offset[o] += place * call.stride[o][axis];
+    for (int o = 0; o < kOperands; ++o)
+      offset[o] += static_cast<long long>(place) * call.stride[o][axis];
   }
 }
 
-// A label as the number of its class, kIgnored or kFault.
-FL_DEVICE int class_of(const Call& call, long long label) {
+// A label as the number of its class, kIgnored or kFault; faults are counted.
+FL_DEVICE int class_of(const Call& call, long long label, int& faults) {
   if (CONST(ignore_kind) != kNothing && label == call.ignore) return kIgnored;
-  return label >= 0 && label < CONST(classes) ? int(label) : kFault;
+  bool good = label >= 0 && label < CONST(classes);
+  faults += good ? 0 : 1;
+  return good ? int(label) : kFault;
 }
-FL_DEVICE int class_of(const Call& call, unsigned long long label) {
+FL_DEVICE int class_of(const Call& call, unsigned long long label, int& faults) {
   // Those that are not representable are neither a class nor ignored.
-  if (label >> 63) return kFault;
-  return class_of(call, static_cast<long long>(label));
+  if (label >> 63) {
+    faults += 1;
+    return kFault;
+  }
+  return class_of(call, static_cast<long long>(label), faults);
 }
-FL_DEVICE int class_of(const Call& call, double label) {
+FL_DEVICE int class_of(const Call& call, double label, int& faults) {
   if (CONST(ignore_kind) != kNothing && label == double(call.ignore)) return kIgnored;
   // A comparison with NaN is false.
-  if (!(label >= 0 && label < double(CONST(classes)))) return kFault;
-  int number = int(label);
-  return double(number) == label ? number : kFault;
+  bool good = label >= 0 && label < double(CONST(classes));
+  int number = good ? int(label) : 0;
+  good = good && double(number) == label;
+  faults += good ? 0 : 1;
+  return good ? number : kFault;
 }
 
 template <class L>
@@ -56,41 +79,61 @@ struct LabelAs<unsigned long long> {
 };
 
 template <class L, int V>
-FL_DEVICE void load_labels_as(const Call& call, const char* from, long long step, int (&y)[V]) {
+FL_DEVICE void load_labels_as(const Call& call, const char* from, long long step, int (&y)[V],
+                              int& faults) {
   using As = typename LabelAs<L>::type;
   if (CONST(packed_target)) {
     Pack<L, V> pack = load_pack<L, V>(from);
 #pragma unroll
-    for (int j = 0; j < V; ++j) y[j] = class_of(call, As(pack.item[j]));
+    for (int j = 0; j < V; ++j) y[j] = class_of(call, As(pack.item[j]), faults);
   } else {
 #pragma unroll
-    for (int j = 0; j < V; ++j) y[j] = class_of(call, As(load_one<L>(from + j * step)));
+    for (int j = 0; j < V; ++j) y[j] = class_of(call, As(load_one<L>(from + j * step)), faults);
   }
 }
 
+// Bytes, which are taken from words of four: one instruction each.
 template <int V>
-FL_DEVICE void load_labels(const Call& call, const char* from, long long step, int (&y)[V]) {
+FL_DEVICE void load_byte_labels(const Call& call, const char* from, long long step, int (&y)[V],
+                                int& faults) {
+  if constexpr (V % 4 == 0) {
+    if (CONST(packed_target)) {
+      Pack<unsigned, V / 4> words = load_pack<unsigned, V / 4>(from);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        unsigned label = words.item[j / 4] >> (8 * (j % 4)) & 0xffu;
+        y[j] = class_of(call, static_cast<long long>(label), faults);
+      }
+      return;
+    }
+  }
+  load_labels_as<unsigned char>(call, from, step, y, faults);
+}
+
+template <int V>
+FL_DEVICE void load_labels(const Call& call, const char* from, long long step, int (&y)[V],
+                           int& faults) {
   switch (CONST(target_type)) {
     case kU8:
-      return load_labels_as<unsigned char>(call, from, step, y);
+      return load_byte_labels(call, from, step, y, faults);
     case kI8:
-      return load_labels_as<signed char>(call, from, step, y);
+      return load_labels_as<signed char>(call, from, step, y, faults);
     case kU16:
-      return load_labels_as<unsigned short>(call, from, step, y);
+      return load_labels_as<unsigned short>(call, from, step, y, faults);
     case kI16:
-      return load_labels_as<short>(call, from, step, y);
+      return load_labels_as<short>(call, from, step, y, faults);
     case kU32:
-      return load_labels_as<unsigned>(call, from, step, y);
+      return load_labels_as<unsigned>(call, from, step, y, faults);
     case kI32:
-      return load_labels_as<int>(call, from, step, y);
+      return load_labels_as<int>(call, from, step, y, faults);
     case kU64:
-      return load_labels_as<unsigned long long>(call, from, step, y);
+      return load_labels_as<unsigned long long>(call, from, step, y, faults);
     case kI64:
-      return load_labels_as<long long>(call, from, step, y);
+      return load_labels_as<long long>(call, from, step, y, faults);
     default:
 #pragma unroll
       for (int j = 0; j < V; ++j)
-        y[j] = class_of(call, floating_at(from + j * step, CONST(target_type)));
+        y[j] = class_of(call, floating_at(from + j * step, CONST(target_type)), faults);
   }
 }
 
@@ -154,7 +197,7 @@ FL_DEVICE void load_numbers(const char* from, long long step, int type, bool pac
 template <class T, int V>
 struct Voxels {
   bool inside;                  // the sample ends at a multiple of V, if V > 1
-  long long first;              // its number in the sample
+  Index first;                  // its number in the sample
   long long offset[kOperands];  // in bytes from `data`, sample included
   T m[V];                       // their weights: 0 counts for nothing
   int y[V];                     // their classes, or below 0
@@ -173,7 +216,7 @@ FL_DEVICE void target_row(const Call& call, const Voxels<T, V>& voxels, int c, T
 }
 
 template <class T, int V>
-FL_DEVICE void move_to(const Call& call, int sample, long long first, long long last,
+FL_DEVICE void move_to(const Call& call, int sample, Index first, Index last,
                        Voxels<T, V>& voxels) {
   voxels.inside = first < last;
   voxels.first = first;
@@ -188,7 +231,7 @@ FL_DEVICE void move_to(const Call& call, int sample, long long first, long long 
   }
   if (!voxels.inside) return;
   if (CONST(weight_type) != kNoType) {
-    load_numbers(call.data[kWeight] + voxels.offset[kWeight], call.stride[kWeight][0],
+    load_numbers(call.data[kWeight] + voxels.offset[kWeight], step_of(call, kWeight),
                  CONST(weight_type), CONST(packed_weight) != 0, voxels.m);
 #pragma unroll
     for (int j = 0; j < V; ++j)
@@ -198,13 +241,11 @@ FL_DEVICE void move_to(const Call& call, int sample, long long first, long long 
       }
   }
   if (!CONST(dense)) {
-    load_labels(call, call.data[kTarget] + voxels.offset[kTarget], call.stride[kTarget][0],
-                voxels.y);
+    load_labels(call, call.data[kTarget] + voxels.offset[kTarget], step_of(call, kTarget), voxels.y,
+                voxels.faults);
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      if (voxels.y[j] == kFault) voxels.faults += 1;
+    for (int j = 0; j < V; ++j)
       if (!counts_all(call) && voxels.y[j] < 0) voxels.m[j] = T(0);
-    }
   } else if (CONST(ignore_kind) == kClass) {
     T g[V];
     target_row(call, voxels, int(call.ignore), g);

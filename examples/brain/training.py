@@ -18,7 +18,8 @@ from brain.unet import DIVISOR, SMALLEST_PATCH, UNet
 from brain.volume import CLASSES, Brain, Patches, planes
 
 BATCH = 4
-LEARNING_RATE = 0.05
+LEARNING_RATE = 0.01
+"""Low enough that steps do not overshoot, which would amplify rounding from step to step."""
 SMOOTH = 1e-5
 POINTS = 12
 """How often the held-out Dice is taken, at equal distances."""

@@ -16,7 +16,9 @@ def _convolutions(before: int, after: int) -> nn.Sequential:
         # The normalisation takes the mean away, and a bias with it.
         layers.append(nn.Conv3d(channels, after, 3, padding=1, bias=False))
         layers.append(nn.BatchNorm3d(after))
-        layers.append(nn.LeakyReLU(0.01, inplace=True))
+        # Smooth: where a kink is passed on one side or the other, rounding would change the
+        # gradient, and two runs that differ by rounding would soon be two runs.
+        layers.append(nn.GELU())
     return nn.Sequential(*layers)
 
 

@@ -41,8 +41,8 @@ _SLOTS = (
 CONSTANTS = (
     "upstream_type", "logits_type", "target_type", "weight_type", "activation", "dense",
     "ignore_kind", "classes", "axes", "large", "vector", "per_thread", "warps", "groups", "rounds",
-    "exchanged", "staged", "staged_bytes", "packed_target", "packed_weight", "keep_sums",
-    "by_label", "kept_slots",
+    "exchanged", "staged", "staged_bytes", "interleaved", "packed_target", "packed_weight",
+    "keep_sums", "by_label", "kept_slots",
     "global_sums", "global_table", "with_losses", "least_blocks", "slots", "gammas",
     *(f"slot_{name}" for name in _SLOTS),
 )  # fmt: skip
@@ -192,7 +192,7 @@ def plan_pass(
     groups = max(1, 4 // warps)
 
     # Neighbouring voxels of a thread: as many as one access of 16 bytes holds.
-    staged = False
+    staged = interleaved = False
     if len(axes) == 1:
         step = axes[0][1]
         last = [logits, out] if out is not None else [logits]
@@ -203,10 +203,23 @@ def plan_pass(
     room = _HELD // 2 if warps > 4 else _HELD  # two blocks, as one waits for its warps now and then
     if keep:
         room = min(room, _ALL_HELD - per_thread * sums)
-    most = 1 if staged else max(1, room // (per_thread * words * arrays_held))
+    most = max(1, room // (per_thread * words * arrays_held))
     vector = 1
+    if staged:
+        # Whole voxels of a thread, where few accesses of 16 bytes hold them.
+        last = [(logits, starts[LOGITS]), *([(out, starts[OUT])] if out is not None else [])]
+        if labels and warps == 1 and 16 % (classes * item) == 0 and all(
+            start == 16 and (batch == 1 or o.strides[0] % 16 == 0) for o, start in last
+        ):  # fmt: skip
+            vector = 16 // item
+            while vector > 1 and (voxels % vector or vector > most):
+                vector //= 2
+            interleaved = vector * classes * item >= 16
+        staged, vector = not interleaved, vector if interleaved else 1
     while (
-        2 * vector * item <= 16
+        not staged
+        and not interleaved
+        and 2 * vector * item <= 16
         and 2 * vector <= most
         and len(axes) == 1
         and _loads(logits, starts[LOGITS], axes[0][1][LOGITS], 2 * vector, voxels)
@@ -264,6 +277,7 @@ def plan_pass(
         "exchanged": exchanged,
         "staged": int(staged),
         "staged_bytes": 16 if staged and bytes_of_piece == 16 else item,
+        "interleaved": int(interleaved),
         "packed_target": int(_packs(target, starts, axes, TARGET, vector, request.dense)),
         "packed_weight": int(
             weight is not None and _packs(weight, starts, axes, WEIGHT, vector, False)

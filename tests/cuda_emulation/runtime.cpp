@@ -549,12 +549,16 @@ void prepare_fiber(Thread& t) {
 #endif
 }
 
+constexpr int kGuarded = 128;
+
 bool make_thread(Thread& t) {
   std::size_t page = std::size_t(sysconf(_SC_PAGESIZE));
   void* memory = mmap(nullptr, kStackBytes + page, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) return false;
-  mprotect(memory, page, PROT_NONE);  // a stack that grows too large ends here
+  // A stack that grows too large ends here. Each such page is a mapping or two, of which a process
+  // has a limited number; all threads run the same kernel, so a few of them find what there is.
+  if (t.number < kGuarded) mprotect(memory, page, PROT_NONE);
   t.stack = static_cast<unsigned char*>(memory) + page;
   return true;
 }
@@ -825,12 +829,12 @@ FL_EXPORT int fl_emulation_launch(int kernel, const unsigned* grid, const unsign
   for (int i = 0; i < launch.threads && error.empty(); ++i) {
     if (!threads[i]) {
       Thread* t = new Thread();
+      t->number = i;
       if (!make_thread(*t)) {
         delete t;
         error = "no memory for the stacks of the threads";
         break;
       }
-      t->number = i;
       threads[i] = t;
     }
     unsigned x = unsigned(i);

@@ -1,0 +1,140 @@
+"""Kinds of calls that the CUDA kernels treat apart: two classes, and few that lie last.
+
+Here the kernels are those that are compiled for one kind of call, as on a GPU; the build that
+serves any call goes through the tests of all backends.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from device_backend import EmulatedDevice
+from support import EMULATED, assert_agree, example, need_backend, reference
+
+import fastloss as fl
+from fastloss.backends import _cuda_call, load_backend
+
+DICE_CE = fl.Dice() + fl.CrossEntropy()
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(load_backend(need_backend(EMULATED)), "device", EmulatedDevice(special=True))
+    with fl.use_backend(EMULATED):
+        yield
+
+
+def channels_last(array: np.ndarray) -> np.ndarray:
+    """The same numbers, the channels last in memory."""
+    return np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1)
+
+
+def check(loss: Any, x: np.ndarray, y: np.ndarray, w: Any = None) -> None:
+    expected = reference(loss, x, y, w)
+    assert_agree(*loss.value_and_grad(x, y, w), expected)
+    assert_agree(*loss.value_and_grad(x, y, w, out=x), expected)  # over the logits
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_few_classes(classes: int, last: bool, dtype: str) -> None:
+    x, y = example(2, classes, (8, 6, 24), dtype=dtype)
+    y = y.astype(np.uint8)
+    check(DICE_CE, channels_last(x) if last else x, y)
+
+
+@pytest.mark.parametrize("spatial", [(1,), (2,), (6,), (31,), (4, 33)])
+def test_few_classes_last_of_any_size(spatial: tuple[int, ...]) -> None:
+    """Voxels that no access of 16 bytes divides, and addresses that it does not."""
+    for classes in (2, 4):
+        x, y = example(3, classes, spatial, dtype=np.float32)
+        check(DICE_CE, channels_last(x), y)
+
+
+def test_two_classes_weighted_and_ignored() -> None:
+    x, y = example(2, 2, (8, 32), dtype=np.float32)
+    y[:, 2] = 255
+    x[0, :, 2, :4] = [[np.nan], [np.inf]]  # of voxels that do not count
+    w = np.random.default_rng(0).uniform(0, 2, y.shape).astype(np.float32)
+    w[1, 5] = 0
+    loss = fl.Loss(fl.CrossEntropy(weight=[0.3, 2.0]), fl.Dice(), ignore_index=255)
+    for logits in (x, channels_last(x)):
+        check(loss, logits.copy(), y, w)
+        check(loss, logits.copy(), y)
+
+
+@pytest.mark.parametrize("term", [fl.Dice(), fl.CrossEntropy(), fl.Tversky(alpha=0.2, beta=0.8)])
+def test_one_term_of_two_classes(term: fl.Term) -> None:
+    x, y = example(2, 2, (8, 32), dtype=np.float32)
+    check(fl.Loss(term), x, y)
+
+
+def test_infinite_logits_of_two_classes() -> None:
+    x, y = example(1, 2, (64,), dtype=np.float32)
+    x[0, :, 0], x[0, :, 1], x[0, :, 2] = np.inf, -np.inf, [-np.inf, 3.0]
+    y[0, 2] = 1  # the likely one, and so the loss is finite
+    check(DICE_CE, x.copy(), y)
+    y[0, 2] = 0
+    with np.errstate(invalid="ignore"):
+        assert DICE_CE(x, y) == np.inf
+    x[0, 0, 7] = np.nan
+    assert np.isnan(DICE_CE(x, y))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_many_equal_logits_of_two_classes(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each voxel doubles a product, of which a logarithm is taken now and then."""
+    monkeypatch.setattr(_cuda_call, "_BLOCKS", 1)  # which has all tiles
+    x = np.zeros((1, 2, 40, 32, 32), dtype)
+    y = np.ones((1, 40, 32, 32), np.uint8)
+    value, gradient = fl.CrossEntropy().value_and_grad(x, y)
+    np.testing.assert_allclose(value, math.log(2), rtol=1e-6)
+    np.testing.assert_allclose(gradient[:, 0] * y.size, 0.5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("confident", [8.0, 30.0])
+def test_small_losses_of_two_classes_are_exact(confident: float) -> None:
+    """Where 1 + e^−d is 1 in float32, the loss is still e^−d."""
+    x = np.zeros((1, 2, 4, 64), np.float32)
+    y = np.random.default_rng(0).integers(0, 2, (1, 4, 64))
+    np.put_along_axis(x, y[:, None], confident, axis=1)
+    expected = math.log1p(math.exp(-confident))
+    np.testing.assert_allclose(fl.CrossEntropy()(x, y), expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("label", [2, 200])
+def test_bad_labels_among_bytes(label: int) -> None:
+    x, y = example(1, 2, (64,), dtype=np.float32)
+    y = y.astype(np.uint8)
+    y[0, 13] = label
+    with pytest.raises(ValueError, match=rf"^target: .*the first is {label}$"):
+        DICE_CE(x, y)
+
+
+@pytest.mark.parametrize("weight", [None, 0.5])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        fl.Loss(fl.Dice(), fl.CrossEntropy(label_smoothing=0.1), activation="sigmoid"),
+        fl.Loss(fl.Focal(gamma=2, alpha=0.25), activation="sigmoid"),
+    ],
+    ids=["smooth", "focal"],
+)
+def test_infinite_logits_of_sigmoid(loss: fl.Loss, weight: float | None) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 3, 40)).astype(np.float32)
+    y = rng.integers(0, 2, x.shape).astype(np.uint8)
+    w = None if weight is None else np.full((2, 40), weight, np.float32)
+    x[0, 1, 5], y[0, 1, 5] = np.inf, 1
+    x[1, 2, 9], y[1, 2, 9] = -np.inf, 0
+    with np.errstate(invalid="ignore"):
+        expected = reference(loss, x, y, w)
+        assert_agree(*loss.value_and_grad(x, y, w), expected)
+        y[0, 1, 5] = 0  # as wrong as can be
+        assert loss(x, y, w) == np.inf
+        x[0, 0, 0] = np.nan
+        assert np.isnan(loss(x, y, w))
