@@ -22,7 +22,8 @@ DICE_CE = fl.Dice() + fl.CrossEntropy()
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(load_backend(need_backend(EMULATED)), "device", EmulatedDevice(special=True))
+    backend = load_backend(need_backend(EMULATED))
+    monkeypatch.setattr(backend, "device", EmulatedDevice(special=True))
     with fl.use_backend(EMULATED):
         yield
 

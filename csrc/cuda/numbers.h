@@ -134,8 +134,6 @@ FL_DEVICE float size_of(float x) { return fabsf(x); }
 FL_DEVICE double size_of(double x) { return fabs(x); }
 FL_DEVICE float logarithm(float x) { return logf(x); }
 FL_DEVICE double logarithm(double x) { return log(x); }
-FL_DEVICE float log_one_plus(float x) { return log1pf(x); }
-FL_DEVICE double log_one_plus(double x) { return log1p(x); }
 // log(1 + x) for x in [0, 1], shorter than what serves all numbers: minimax, relative error 3e-8.
 FL_DEVICE float log_one_plus_small(float x) {
   float sum = 0.0053648208267986774f;
@@ -149,6 +147,11 @@ FL_DEVICE float log_one_plus_small(float x) {
   return fmaf(x * x, sum, x);
 }
 FL_DEVICE double log_one_plus_small(double x) { return log1p(x); }
+// log(1 + x) for x ≥ 0.
+FL_DEVICE float log_one_plus(float x) {
+  return x <= 1.0f ? log_one_plus_small(x) : log2_of(1.0f + x) * log_of_2<float>();
+}
+FL_DEVICE double log_one_plus(double x) { return log1p(x); }
 FL_DEVICE float general_power(float x, float y) { return powf(x, y); }
 FL_DEVICE double general_power(double x, double y) { return pow(x, y); }
 

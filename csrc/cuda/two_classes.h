@@ -70,10 +70,11 @@ FL_DEVICE void reduce_two_classes(const Block<In, V>& block,
 // other · (own · region + loss), where own is the label's probability and other the other one.
 template <class T>
 struct TwoClassSlopes {
-  T region[2], loss[2];
+  T region[2] = {}, loss[2] = {};
 
   template <class By>
   FL_DEVICE TwoClassSlopes(const Call& call, const By& by) {
+    if (!is_of_two_classes(call)) return;
     T turn = by(CONST(slot_predicted), 1) - by(CONST(slot_predicted), 0);
     region[0] = turn - by(CONST(slot_overlap), 0);
     region[1] = turn + by(CONST(slot_overlap), 1);

@@ -192,38 +192,35 @@ def plan_pass(
     groups = max(1, 4 // warps)
 
     # Neighbouring voxels of a thread: as many as one access of 16 bytes holds.
-    staged = interleaved = False
-    if len(axes) == 1:
-        step = axes[0][1]
-        last = [logits, out] if out is not None else [logits]
-        staged = classes > 1 and rounds == 1 and voxels > 1 and all(
-            o.strides[1] == item and s == classes * item
-            for o, s in zip(last, (step[LOGITS], step[OUT]), strict=False)
-        )  # fmt: skip
     room = _HELD // 2 if warps > 4 else _HELD  # two blocks, as one waits for its warps now and then
     if keep:
         room = min(room, _ALL_HELD - per_thread * sums)
     most = max(1, room // (per_thread * words * arrays_held))
-    vector = 1
-    if staged:
-        # Whole voxels of a thread, where few accesses of 16 bytes hold them.
-        last = [(logits, starts[LOGITS]), *([(out, starts[OUT])] if out is not None else [])]
-        if labels and warps == 1 and 16 % (classes * item) == 0 and all(
-            start == 16 and (batch == 1 or o.strides[0] % 16 == 0) for o, start in last
-        ):  # fmt: skip
-            vector = 16 // item
-            while vector > 1 and (voxels % vector or vector > most):
-                vector //= 2
-            interleaved = vector * classes * item >= 16
-        staged, vector = not interleaved, vector if interleaved else 1
+    large = [(logits, LOGITS)] if out is None else [(logits, LOGITS), (out, OUT)]
+    # Channels last: through shared memory, or of few classes whole voxels at once.
+    last = classes > 1 and rounds == 1 and voxels > 1 and len(axes) == 1
+    last = last and all(
+        o.strides[1] == item and axes[0][1][place] == classes * item for o, place in large
+    )
+    vector, interleaved = 1, False
+    if last and labels and warps == 1 and 16 % (classes * item) == 0:
+        aligned = all(
+            starts[place] == 16 and (batch == 1 or o.strides[0] % 16 == 0) for o, place in large
+        )
+        vector = 16 // item
+        while vector > 1 and (voxels % vector or vector > most):
+            vector //= 2
+        interleaved = aligned and vector * classes * item >= 16
+        vector = vector if interleaved else 1
+    staged = last and not interleaved
     while (
-        not staged
-        and not interleaved
+        not last
         and 2 * vector * item <= 16
         and 2 * vector <= most
         and len(axes) == 1
-        and _loads(logits, starts[LOGITS], axes[0][1][LOGITS], 2 * vector, voxels)
-        and (out is None or _loads(out, starts[OUT], axes[0][1][OUT], 2 * vector, voxels))
+        and all(
+            _loads(o, starts[place], axes[0][1][place], 2 * vector, voxels) for o, place in large
+        )
     ):
         vector *= 2
     computed = 4 * words
@@ -260,7 +257,7 @@ def plan_pass(
         groups, fixed = 1 if out is None else groups, 0
     assert shared(vector) <= most_shared
     bytes_of_piece = min(starts[LOGITS], starts[OUT])
-    if any(o.strides[0] % 16 and batch > 1 for o in (logits, out) if o is not None):
+    if any(o.strides[0] % 16 and batch > 1 for o, _ in large):
         bytes_of_piece = 0
     # The plain cases know what they need; the others take what there is.
     plain = labels and not staged and not request.gammas and keep

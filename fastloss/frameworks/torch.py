@@ -26,7 +26,11 @@ _NAMES = {
     )
     if hasattr(torch, name)
 }  # fmt: skip
-_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+# Whether hooks, as those that offload, may take elsewhere what is saved. PyTorch before 2.8 does
+# not tell: there may always be some.
+_saved_tensors_hooks = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True
+)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
