@@ -11,6 +11,7 @@ import numpy as np
 from fastloss.arrays import Arrays, arrange, channels_second, check_out
 from fastloss.backends import Backend, current_backend
 from fastloss.frameworks import Borrowed, adapter_of, borrow
+from fastloss.frameworks.base import constant
 from fastloss.request import ACTIVATIONS, Request, make_request
 from fastloss.statistics import Statistics
 from fastloss.terms.base import Term, check_choice
@@ -317,6 +318,13 @@ class Loss:
             return coefficients
 
         return total, pullback
+
+    @constant
+    def graph_name(self) -> str:
+        """What the graphs of `torch.compile` and `torch.export` call this loss."""
+        from fastloss.naming import text_of  # which makes losses
+
+        return text_of(self)
 
     def __add__(self, other: object) -> Loss:
         return Loss(self, other) if isinstance(other, (Term, Loss)) else NotImplemented

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,7 +97,13 @@ class TorchAdapter(Adapter):
         if torch.compiler.is_compiling() or _is_traced(logits):
             from fastloss.frameworks import torch_operators
 
-            return torch_operators.value(text_of(loss), logits, target, voxel_weight, ranks)
+            if isinstance(loss, partial):
+                text = text_of(loss)
+            else:
+                id(loss)  # asked for by a graph, that it serves this very object
+                # A method, as older versions hand no objects to functions that are constant.
+                text = loss.graph_name()
+            return torch_operators.value(text, logits, target, voxel_weight, ranks)
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 "logits: the transforms of torch.func do not go through fastloss; take the "

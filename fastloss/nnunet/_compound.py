@@ -262,7 +262,7 @@ class DC_and_BCE_loss(Compound):
             target: the regions, dense: (B, C, *spatial), or (B, C + 1, *spatial) with
                 ``use_ignore_label``.
         """
-        channels = net_output.shape[1] + bool(self.use_ignore_label)
+        channels = net_output.shape[1] + int(self.use_ignore_label)
         wanted = (net_output.shape[0], channels, *net_output.shape[2:])
         if target.shape != wanted:
             raise ValueError(f"target: expected shape {wanted}, got {tuple(target.shape)}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastloss.frameworks import adapter_of
+from fastloss.frameworks.base import constant
 from fastloss.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -56,6 +57,13 @@ class Term:
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in options_of(self).items())
         return f"{type(self).__name__}({shown})"
+
+    @constant
+    def graph_name(self) -> str:
+        """As `fastloss.Loss.graph_name`."""
+        from fastloss.naming import text_of
+
+        return text_of(self)
 
     # A term alone is a loss too.
 

@@ -77,7 +77,7 @@ class RegionTerm(Term):
         raise NotImplementedError(f"{type(self).__name__} must define formula")
 
     def check(self, activation: str, classes: int) -> None:
-        counted = classes - (not self.include_background)
+        counted = classes - int(not self.include_background)
         if counted < 1:
             raise ValueError(
                 "include_background: False leaves no class to compare, as there is only one"
@@ -91,7 +91,7 @@ class RegionTerm(Term):
     def value_shape(self, batch: int, classes: int) -> tuple[int, ...]:
         if self.reduction != "none":
             return ()
-        counted = 1 if self.couples_classes else classes - (not self.include_background)
+        counted = 1 if self.couples_classes else classes - int(not self.include_background)
         return (1 if self.batch else batch, counted)
 
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
