@@ -18,6 +18,13 @@ import fastloss as fl
 from fastloss.backends import _cuda_call, load_backend
 
 DICE_CE = fl.Dice() + fl.CrossEntropy()
+LOSSES = {
+    "dice_ce": DICE_CE,
+    "many terms": fl.Loss(
+        fl.CrossEntropy(label_smoothing=0.1), fl.Focal(gamma=1.5), fl.Dice(squared=True)
+    ),
+    "top-k": fl.TopKCrossEntropy(k=30) + fl.Dice(),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +49,11 @@ def check(loss: Any, x: np.ndarray, y: np.ndarray, w: Any = None) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("classes", [2, 4])
-def test_few_classes(classes: int, last: bool, dtype: str) -> None:
+@pytest.mark.parametrize("name", LOSSES)
+def test_few_classes(name: str, classes: int, last: bool, dtype: str) -> None:
     x, y = example(2, classes, (8, 6, 24), dtype=dtype)
     y = y.astype(np.uint8)
-    check(DICE_CE, channels_last(x) if last else x, y)
+    check(LOSSES[name], channels_last(x) if last else x, y)
 
 
 @pytest.mark.parametrize("spatial", [(1,), (2,), (6,), (31,), (4, 33)])

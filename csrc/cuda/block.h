@@ -187,6 +187,11 @@ struct Block {
     if (CONST(staged)) {
 #pragma unroll
       for (int j = 0; j < V; ++j) x[j] = tile[(place_in_tile() + j) * row() + c];
+    } else if (CONST(interleaved)) {
+      const char* from = call.data[kLogits] + voxels.offset[kLogits];
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        x[j] = as_number(load_one<In>(from + (j * CONST(classes) + c) * int(sizeof(In))));
     } else {
       Pack<In, V> pack = load_pack<In, V>(call.data[kLogits] + voxels.offset[kLogits] +
                                           c * call.channel_stride[kLogits]);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,12 +96,12 @@ class TorchAdapter(Adapter):
         if torch.compiler.is_compiling() or _is_traced(logits):
             from fastloss.frameworks import torch_operators
 
-            if isinstance(loss, partial):
-                text = text_of(loss)
-            else:
+            if hasattr(loss, "graph_name"):
                 id(loss)  # asked for by a graph, that it serves this very object
                 # A method, as older versions hand no objects to functions that are constant.
                 text = loss.graph_name()
+            else:  # what makes a loss
+                text = text_of(loss)
             return torch_operators.value(text, logits, target, voxel_weight, ranks)
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(

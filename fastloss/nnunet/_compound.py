@@ -26,9 +26,8 @@ from fastloss.nnunet._dice import (
 from fastloss.nnunet._entropy import RobustCrossEntropyLoss, TopKLoss
 from fastloss.nnunet._terms import BinaryCrossEntropy
 
-DICE_CLASSES: dict[str, type[Dice]] = {
-    kind.__name__: kind for kind in (SoftDiceLoss, MemoryEfficientSoftDiceLoss)
-}
+_DICE_CLASSES = (SoftDiceLoss, MemoryEfficientSoftDiceLoss)
+DICE_CLASSES: dict[str, type[Dice]] = {kind.__name__: kind for kind in _DICE_CLASSES}
 
 
 class Compound(nn.Module):
@@ -45,7 +44,7 @@ class Compound(nn.Module):
     def _own_dice(self) -> Dice | None:
         """The Dice loss if it is one of ours, torch.compile'd or not, and so can be fused."""
         dice = getattr(self.dc, "_orig_mod", self.dc)
-        return dice if type(dice) in DICE_CLASSES.values() else None
+        return dice if type(dice) in _DICE_CLASSES else None
 
     def _joined(self, ce: Fused | None, dc: Fused | None) -> Tensor | None:
         """The sum in one pass; None if the parts do not read the same."""
