@@ -27,11 +27,21 @@ def advise_huge_pages(address: int, nbytes: int) -> None:
     first = -(-address // PAGE) * PAGE
     length = (address + nbytes) // PAGE * PAGE - first
     if length > 0:
-        _madvise()(first, length, _ADVICE)  # a wish: it does not matter if it is refused
+        advise = _function("madvise", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        advise(first, length, _ADVICE)  # a wish: it does not matter if it is refused
+
+
+def is_resident(address: int) -> bool:
+    """Whether there is a page under this address already, as something was written near it."""
+    page = mmap.PAGESIZE
+    known = ctypes.c_ubyte(0)
+    function = _function("mincore", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    failed = function(address // page * page, page, ctypes.byref(known))
+    return not failed and bool(known.value & 1)
 
 
 @cache
-def _madvise() -> Any:
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+def _function(name: str, *arguments: Any) -> Any:
+    function = ctypes.CDLL(None)[name]
+    function.argtypes = arguments
     return function

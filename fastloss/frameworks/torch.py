@@ -10,7 +10,13 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from fastloss.frameworks.base import Adapter, Borrowed, Place, as_loss, device_view
-from fastloss.frameworks.memory import LEAST, PAGE, advise_huge_pages, has_huge_pages
+from fastloss.frameworks.memory import (
+    LEAST,
+    PAGE,
+    advise_huge_pages,
+    has_huge_pages,
+    is_resident,
+)
 from fastloss.naming import text_of
 
 if TYPE_CHECKING:
@@ -62,10 +68,13 @@ class TorchAdapter(Adapter):
 
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
         array = plain(array)
-        if borrowed.place is None and borrowed.array.nbytes >= LEAST and has_huge_pages():
+        new = torch.empty_like(array)
+        nbytes = borrowed.array.nbytes
+        large = borrowed.place is None and nbytes >= LEAST and has_huge_pages()
+        # Memory that was used before has its pages, and none better are to be had.
+        if large and not is_resident(new.data_ptr() + nbytes // 2):
+            del new
             new = _empty_on_huge_pages(array)
-        else:
-            new = torch.empty_like(array)
         return new, self.borrow(new, "out")
 
     def result(self, value: Any) -> Any:
