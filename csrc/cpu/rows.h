@@ -212,19 +212,22 @@ FL_INLINE void narrow(float v, Half* p) { *p = narrow_half(v); }
 FL_INLINE void narrow(float v, Brain* p) { *p = narrow_brain(v); }
 FL_INLINE void narrow(double v, double* p) { std::memcpy(p, &v, sizeof v); }
 
-// Vectors of halves: `narrow_vector` rounds to nearest, ties to even, and keeps NaN.
-#if defined(__AVX512F__)
-#define FL_HALVES
-FL_INLINE __m512i brain_words(Vec<float> v) {
+// The bits of bfloat16 numbers in words of 32 bits: rounded to nearest, ties to even; NaN stays.
+FL_INLINE IVec<float> brain_words(Vec<float> v) {
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
   IVec<float> w = bits<float>(v), rounded = w + 0x7fff + ((w >> 16) & 1);
   rounded = v == v ? rounded : IVec<float>{} + 0x7fc00000;
-  return _mm512_srli_epi32((__m512i)rounded, 16);
+  return (IVec<float>)((Words)rounded >> 16);
 }
+
+// Vectors of halves, rounded likewise.
+#if defined(__AVX512F__)
+#define FL_HALVES
 template <class S>
 FL_INLINE __m256i narrow_vector(Vec<float> v) {
   if constexpr (std::is_same<S, Half>::value)
     return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
-  else return _mm512_cvtepi32_epi16(brain_words(v));
+  else return _mm512_cvtepi32_epi16((__m512i)brain_words(v));
 }
 template <class S>
 FL_INLINE __m512i narrow_vectors(Vec<float> a, Vec<float> b) {
@@ -237,17 +240,12 @@ FL_INLINE void store_halves(void* p, __m256i v) {
 }
 #elif defined(__AVX2__) && defined(__F16C__)
 #define FL_HALVES
-FL_INLINE __m256i brain_words(Vec<float> v) {
-  IVec<float> w = bits<float>(v), rounded = w + 0x7fff + ((w >> 16) & 1);
-  rounded = v == v ? rounded : IVec<float>{} + 0x7fc00000;
-  return _mm256_srli_epi32((__m256i)rounded, 16);
-}
 template <class S>
 FL_INLINE __m128i narrow_vector(Vec<float> v) {
   if constexpr (std::is_same<S, Half>::value) {
     return _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
   } else {
-    __m256i words = brain_words(v);
+    __m256i words = (__m256i)brain_words(v);
     return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   }
 }
@@ -255,7 +253,9 @@ template <class S>
 FL_INLINE __m256i narrow_vectors(Vec<float> a, Vec<float> b) {
   if constexpr (std::is_same<S, Half>::value)
     return _mm256_set_m128i(narrow_vector<S>(b), narrow_vector<S>(a));
-  else return _mm256_permute4x64_epi64(_mm256_packus_epi32(brain_words(a), brain_words(b)), 0xd8);
+  else
+    return _mm256_permute4x64_epi64(
+        _mm256_packus_epi32((__m256i)brain_words(a), (__m256i)brain_words(b)), 0xd8);
 }
 template <bool kStream>
 FL_INLINE void store_halves(void* p, __m128i v) {
