@@ -261,7 +261,7 @@ def plan_pass(
         bytes_of_piece = 0
     # The plain cases know what they need; the others take what there is.
     plain = labels and not staged and not request.gammas and keep
-    needed = _OTHERWISE[warps > 1] + 2 * max(0, vector - 4)
+    needed = _OTHERWISE[warps > 1] + 5 * max(0, vector - 4)
     needed += per_thread * (words * vector * arrays_held + sums)
     each = -(-groups * warps // 4) * 4 * LANES * needed  # the four parts of one get as many warps
     least_blocks = max(1, min(8, 65536 // each)) if plain else 1
