@@ -104,7 +104,7 @@ def curated() -> list[Kind]:
     """What most calls are; and so many classes that sums and coefficients fill shared memory."""
     most = [
         Kind(kernel, logits, layout, classes, "softmax", "uint8", "dice+ce")
-        for classes in (2, 4, 8, 14, 105)
+        for classes in (2, 4, 14, 105)
         for logits, layout in (
             ("float32", "contiguous"),
             ("float16", "contiguous"),
