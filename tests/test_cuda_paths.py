@@ -147,3 +147,9 @@ def test_infinite_logits_of_sigmoid(loss: fl.Loss, weight: float | None) -> None
         assert loss(x, y, w) == np.inf
         x[0, 0, 0] = np.nan
         assert np.isnan(loss(x, y, w))
+
+
+def test_cross_entropy_alone_of_many_classes() -> None:
+    """No sum of a class is formed but those that labels decide."""
+    x, y = example(2, 20, (64,), dtype=np.float32)
+    check(fl.Loss(fl.CrossEntropy()), x, y)

@@ -35,7 +35,8 @@ template <class In, int V, int K>
 struct Sums {
   using T = typename ComputedIn<In>::type;
 #ifdef FL_SPECIAL
-  static constexpr int kKept = FL_keep_sums ? whole_warps(FL_kept_slots * FL_per_thread) : kLanes;
+  static constexpr int kKept =
+      FL_keep_sums && FL_kept_slots ? whole_warps(FL_kept_slots * FL_per_thread) : kLanes;
 #else
   static constexpr int kKept = kMaxSlots * K;
 #endif
