@@ -378,9 +378,9 @@ FL_INLINE bool load_byte_labels(const char* p, int count, int64_t classes, int32
       _mm256_storeu_si256((__m256i*)(y + i + j),
                           _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + i + j))));
   }
-  uint8_t lanes[32], most = 0;
-  _mm256_storeu_si256((__m256i*)lanes, high);
-  for (uint8_t lane : lanes) most = lane > most ? lane : most;
+  uint8_t maxima[32], most = 0;
+  _mm256_storeu_si256((__m256i*)maxima, high);
+  for (uint8_t label : maxima) most = label > most ? label : most;
   for (; i < count; ++i) {
     uint8_t label = uint8_t(p[i]);
     most = label > most ? label : most;

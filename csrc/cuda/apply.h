@@ -71,10 +71,8 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
     T own_region = by(CONST(slot_predicted), y) + T(2) * by(CONST(slot_predicted_squared), y) * p;
     T own_loss = by(CONST(slot_cross_entropy), y);
     if (CONST(slot_top_k) >= 0 && v.inside)
-      own_loss +=
-          by(CONST(slot_top_k), y) *
-          static_cast<const T*>(
-              call.losses)[block.sample * call.voxels + static_cast<long long>(v.first) + j];
+      own_loss += by(CONST(slot_top_k), y) *
+                  static_cast<const T*>(call.losses)[block.sample * call.voxels + v.first + j];
     if (CONST(gammas) > 0) {
       T loss = label_loss(part[j], label);
 #pragma unroll
@@ -224,10 +222,10 @@ FL_DEVICE void apply_block(const Call& call) {
   if (labels && CONST(slot_uniform) >= 0)
     for (int c = 0; c < CONST(classes); ++c) uniform_total += double(by(CONST(slot_uniform), c));
   const TwoClassSlopes<T> slopes(call, by);
-  for (Index start = block.first; start < block.last; start += Index(block.tile_voxels())) {
+  for (Index start = block.first; start < block.last; start += block.tile_voxels()) {
     if (CONST(staged)) block.load_tile(start);
     Voxels<T, V> voxels;
-    move_to(call, block.sample, start + Index(block.place_in_tile()), block.last, voxels);
+    move_to(call, block.sample, start + block.place_in_tile(), block.last, voxels);
     if (is_of_two_classes(call)) apply_two_classes<In, V, K>(block, voxels, slopes);
     else if (labels) apply_labels<In, V, K>(block, voxels, by, T(uniform_total));
     else apply_general<In, V, K>(block, voxels, by);

@@ -77,38 +77,25 @@ FL_DEVICE In load_one(const char* from) {
   return *reinterpret_cast<const In*>(from);
 }
 
-// 2^x and 1 / x, to two units in the last place: single instructions of a GPU.
-FL_DEVICE float power_of_two(float x) {
+// Functions that are single instructions of a GPU.
 #ifdef FL_EMULATION
-  return exp2f(x);
+#define FL_INSTRUCTION(name, instruction, value) \
+  FL_DEVICE float name(float x) { return value; }
 #else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+#define FL_INSTRUCTION(name, instruction, value)    \
+  FL_DEVICE float name(float x) {                   \
+    float y;                                        \
+    asm(instruction " %0, %1;" : "=f"(y) : "f"(x)); \
+    return y;                                       \
+  }
 #endif
-}
-FL_DEVICE double power_of_two(double x) { return exp2(x); }
-FL_DEVICE float inverse_of(float x) {
-#ifdef FL_EMULATION
-  return 1.0f / x;
-#else
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
-FL_DEVICE double inverse_of(double x) { return 1.0 / x; }
-
+// 2^x and 1 / x, to two units in the last place.
+FL_INSTRUCTION(power_of_two, "ex2.approx.ftz.f32", exp2f(x))
+FL_INSTRUCTION(inverse_of, "rcp.approx.ftz.f32", 1.0f / x)
 // log2 x, to 2^-22 absolutely where x is about 1, else relatively.
-FL_DEVICE float log2_of(float x) {
-#ifdef FL_EMULATION
-  return log2f(x);
-#else
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
+FL_INSTRUCTION(log2_of, "lg2.approx.ftz.f32", log2f(x))
+FL_DEVICE double power_of_two(double x) { return exp2(x); }
+FL_DEVICE double inverse_of(double x) { return 1.0 / x; }
 FL_DEVICE double log2_of(double x) { return log2(x); }
 
 template <class T>

@@ -231,8 +231,7 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
       T w = v.y[j] >= 0 ? T(call.loss_weights[v.y[j]]) : T(0);
       // A class of weight 0 costs nothing, even where its loss is infinite.
       T value = w == T(0) && loss[j] == infinity<T>() ? T(0) : w * loss[j];
-      static_cast<T*>(
-          call.losses)[block.sample * call.voxels + static_cast<long long>(v.first) + j] = value;
+      static_cast<T*>(call.losses)[block.sample * call.voxels + v.first + j] = value;
     }
   }
   // The warps of a group take turns.
@@ -417,10 +416,10 @@ FL_DEVICE void reduce_block(const Call& call) {
   Block<In, V> block(call, true, false);
   Sums<In, V, K> sums(block);
   int tiles = 0;
-  for (Index start = block.first; start < block.last; start += Index(block.tile_voxels())) {
+  for (Index start = block.first; start < block.last; start += block.tile_voxels()) {
     if (CONST(staged)) block.load_tile(start);
     Voxels<T, V> voxels;
-    move_to(call, block.sample, start + Index(block.place_in_tile()), block.last, voxels);
+    move_to(call, block.sample, start + block.place_in_tile(), block.last, voxels);
     sums.faults += voxels.faults;
     if (is_of_two_classes(call)) {
       reduce_two_classes<In, V, K>(block, voxels, sums);

@@ -202,17 +202,12 @@ def plan_pass(
     last = last and all(
         o.strides[1] == item and axes[0][1][place] == classes * item for o, place in large
     )
-    vector, interleaved = 1, False
-    if last and labels and warps == 1 and 16 % (classes * item) == 0:
-        aligned = all(
-            starts[place] == 16 and (batch == 1 or o.strides[0] % 16 == 0) for o, place in large
-        )
-        vector = 16 // item
-        while vector > 1 and (voxels % vector or vector > most):
-            vector //= 2
-        interleaved = aligned and vector * classes * item >= 16
-        vector = vector if interleaved else 1
+    whole = 0
+    if last and labels and warps == 1:
+        whole = _whole_voxels([(o, starts[place]) for o, place in large], shape, item, most)
+    interleaved = whole > 0
     staged = last and not interleaved
+    vector = max(1, whole)
     while (
         not last
         and 2 * vector * item <= 16
@@ -376,6 +371,21 @@ def _loads(o: Operand, start: int, step: int, vector: int, voxels: int) -> bool:
     size = vector * item
     aligned = start >= size and o.strides[0] % size == 0 and o.strides[1] % size == 0
     return aligned and step == item and voxels % vector == 0
+
+
+def _whole_voxels(
+    arrays: list[tuple[Operand, int]], shape: tuple[int, ...], item: int, most: int
+) -> int:
+    """How many neighbouring voxels, their classes last, accesses of 16 bytes hold; 0: not so."""
+    batch, classes, *spatial = shape
+    size = classes * item
+    aligned = all(start == 16 and (batch == 1 or o.strides[0] % 16 == 0) for o, start in arrays)
+    if not aligned or 16 % size:
+        return 0
+    voxels = 16 // item
+    while voxels > 1 and (prod(spatial) % voxels or voxels > most):
+        voxels //= 2
+    return voxels if voxels * size >= 16 else 0
 
 
 def _packs(
