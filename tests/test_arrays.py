@@ -255,6 +255,33 @@ def test_changes_to_the_memory_are_seen(backend: str) -> None:
     assert LOSS(tensor, y) == LOSS(2 * x, y) != before
 
 
+@pytest.mark.parametrize("kind", ["numpy", "torch", "bfloat16"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 0, 2)])
+def test_large_gradients_lie_as_their_logits(
+    native_backend: str, kind: str, order: tuple[int, ...]
+) -> None:
+    """New arrays of 32 MiB and more are made in another way than small ones."""
+    shape = (2, 4, 1024, 1024 * (2 if kind == "bfloat16" else 1) + 1)
+    x = np.ones([shape[axis] for axis in order], np.float32).transpose(np.argsort(order))
+    x[:, 1] = 2.0
+    y = np.zeros((shape[0], *shape[2:]), np.uint8)
+    logits: Any = x
+    if kind == "torch":
+        logits = need("torch").from_numpy(x)
+    elif kind == "bfloat16":
+        logits = x.astype(need("ml_dtypes").bfloat16)
+    gradient: Any = LOSS.gradient(logits, y)
+    assert type(gradient) is type(logits)
+    assert gradient.dtype == logits.dtype
+    strides = (lambda a: a.stride()) if kind == "torch" else (lambda a: a.strides)
+    assert strides(gradient) == strides(logits)
+    small = LOSS.gradient(x[:, :, :2, :2], y[:, :2, :2])
+    expected = small[:, :, :1, :1] * (4 / y[0].size)
+    for part in (slice(0, 2), slice(-2, None)):
+        got = as_numpy(gradient[:, :, part, part])
+        np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), rtol=5e-3)
+
+
 @pytest.mark.parametrize("kind", ["numpy", "torch", "jax", "bfloat16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "cropped"])
 def test_arrays_are_read_in_place(fast_backend: str, kind: str, layout: str) -> None:

@@ -81,7 +81,7 @@ class FastlossCall(Call):
 
     def with_new_gradient(self) -> object:
         # Before the new one is made, or the old one would count as well.
-        self.out = self.out[:0]
+        self.out = np.empty(0)
         return self.loss.value_and_grad(self.logits, self.target)
 
 

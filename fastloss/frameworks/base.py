@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
+from fastloss.frameworks.memory import empty_like
+
 if TYPE_CHECKING:
     from fastloss.loss import Loss
     from fastloss.terms import Term
@@ -114,7 +116,7 @@ class Adapter:
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
         """A new uninitialised array of the same shape, layout and dtype, and its view."""
         if borrowed.dtype != "bfloat16":
-            new = np.empty_like(borrowed.array)
+            new = empty_like(borrowed.array)
             return new, Borrowed(new, borrowed.dtype)
         try:
             from ml_dtypes import bfloat16
@@ -123,7 +125,7 @@ class Adapter:
                 "out: NumPy has no bfloat16 of its own to return the gradient in; pass out= with "
                 "a bfloat16 array (the logits themselves will do), or install ml_dtypes"
             ) from None
-        new = np.empty_like(borrowed.array)
+        new = empty_like(borrowed.array)
         return new.view(bfloat16), Borrowed(new, "bfloat16")
 
     def result(self, value: Any) -> Any:

@@ -10,13 +10,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from fastloss.frameworks.base import Adapter, Borrowed, Place, as_loss, device_view
-from fastloss.frameworks.memory import (
-    LEAST,
-    PAGE,
-    advise_huge_pages,
-    has_huge_pages,
-    is_resident,
-)
+from fastloss.frameworks.memory import LEAST, large
 from fastloss.naming import text_of
 
 if TYPE_CHECKING:
@@ -68,13 +62,8 @@ class TorchAdapter(Adapter):
 
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
         array = plain(array)
-        new = torch.empty_like(array)
-        nbytes = borrowed.array.nbytes
-        large = borrowed.place is None and nbytes >= LEAST and has_huge_pages()
-        # Memory that was used before has its pages, and none better are to be had.
-        if large and not is_resident(new.data_ptr() + nbytes // 2):
-            del new
-            new = _empty_on_huge_pages(array)
+        is_large = borrowed.place is None and borrowed.array.nbytes >= LEAST
+        new = _large_like(array) if is_large else torch.empty_like(array)
         return new, self.borrow(new, "out")
 
     def result(self, value: Any) -> Any:
@@ -179,18 +168,12 @@ def _borrow_on_device(array: torch.Tensor, name: str, dtype: str, write: bool) -
     return Borrowed(view, dtype, TorchPlace(array.device))
 
 
-def _empty_on_huge_pages(like: torch.Tensor) -> torch.Tensor:
-    """As `torch.empty_like`, whole pages long and from the start of one."""
+def _large_like(like: torch.Tensor) -> torch.Tensor:
+    """As `torch.empty_like`, in memory as NumPy arrays have."""
     layout = torch.empty_like(like, device="meta")
-    item = like.element_size()
-    nbytes = -(-like.numel() * item // PAGE) * PAGE
-    memory = torch.empty((nbytes + PAGE) // item, dtype=like.dtype)
-    address = memory.data_ptr()
-    before = -address % PAGE
-    advise_huge_pages(address + before, nbytes)
-    storage = memory.untyped_storage()
+    memory = torch.from_numpy(large(like.numel() * like.element_size()))
     return torch.empty(0, dtype=like.dtype).set_(
-        storage, before // item, layout.shape, layout.stride()
+        memory.untyped_storage(), 0, layout.shape, layout.stride()
     )
 
 
