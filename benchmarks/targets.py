@@ -38,6 +38,7 @@ from fastloss.bench.inputs import (
 )
 from fastloss.bench.machine import machine, threads
 from fastloss.bench.measure import Timed, forward, forward_backward, interleave
+from fastloss.bench.nnunet_peer import nnunet_source
 
 LOSS = "dice_ce"
 
@@ -268,6 +269,8 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
             f"On 16³ voxels autograd takes {table.number(small['torch'] * 1e6)} µs, of which "
             f"{table.number(overhead * 1e6)} are over NumPy with a new gradient."
         )
+    if any(name.startswith("nnunet") for name in run.peers):
+        parts.append(nnunet_source() + ".")
     if run.missing:
         parts.append("Not measured:\n\n" + "\n".join(f"- {note}" for note in run.missing))
     return "\n\n".join(parts) + "\n"

@@ -886,6 +886,11 @@ def test_three_lines_install_the_trainer(nnunet: Path, tmp_path: Path) -> None:
 
 
 def test_nnunet_finds_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError):  # its kernels are for another build of PyTorch
+        asks = "dynamic_network_architectures.architectures.primus"  # networks of other trainers
+        monkeypatch.setitem(sys.modules, asks, mock.MagicMock())
     objects = need("nnunetv2.utilities.find_objects")
     (tmp_path / "fused.py").write_text(f"from {TRAINER} import nnUNetTrainerFastloss\n")
     monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))

@@ -10,7 +10,7 @@ import torch
 
 from fastloss.bench.errors import Unavailable
 from fastloss.bench.losses import SMOOTH, make_loss
-from fastloss.bench.torch_peers import nnunet_formula
+from fastloss.bench.nnunet_peer import nnunet, nnunet_source
 
 Function = Callable[[Any, Any], Any]
 
@@ -22,8 +22,8 @@ COMPILED = ("MONAI compiled", "nnU-Net compiled")
 class Call:
     """One implementation on one input: Dice + cross-entropy of softmax logits and a label map.
 
-    Peers get labels in int64 with a channel axis, converted before; and for half precision logits
-    autocast, under which they are used, and without which their sums overflow.
+    Peers get labels with a channel axis, in the dtype that their pipelines have; and for half
+    precision logits autocast, under which they are used, and without which their sums overflow.
     """
 
     def __init__(self, name: str, logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -39,7 +39,7 @@ class Call:
         if kind == "fastloss":
             self._function = self._loss = make_loss("dice_ce")
         else:
-            self.labels = labels.long()[:, None]
+            self.labels = labels.to(torch.int16 if kind == "nnU-Net" else torch.int64)[:, None]
             self._function, self.offset, self.note = {"MONAI": _monai, "nnU-Net": _nnunet}[kind]()
             if logits.dtype != torch.float32:
                 self._autocast = lambda: torch.autocast(logits.device.type, logits.dtype)
@@ -84,25 +84,7 @@ def _monai() -> tuple[Function, float, str]:
 
 
 def _nnunet() -> tuple[Function, float, str]:
-    """nnU-Net's value is that of its negative Dice; 1 more is ours."""
-    try:
-        from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
-        from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
-    except ImportError:
-        return (
-            nnunet_formula("dice_ce", 0),
-            0.0,
-            "nnU-Net: its formula, written out, as nnunetv2 is not installed",
-        )
-    loss = DC_and_CE_loss(
-        {"batch_dice": False, "smooth": SMOOTH, "do_bg": True, "ddp": False},
-        {},
-        weight_ce=1,
-        weight_dice=1,
-        ignore_label=None,
-        dice_class=MemoryEfficientSoftDiceLoss,
-    )
-    return loss, 1.0, "nnU-Net: nnunetv2's own DC_and_CE_loss"
+    return *nnunet("dice_ce"), nnunet_source()
 
 
 class Output(torch.autograd.Function):

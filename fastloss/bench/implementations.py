@@ -24,7 +24,7 @@ TITLES = {
     "torch": "fastloss in PyTorch",
     "monai": "MONAI",
     "monai-compile": "MONAI, compiled",
-    "nnunet": "nnU-Net formula",
+    "nnunet": "nnU-Net",
     "nnunet-compile": "nnU-Net, compiled",
     "jax": "JAX, jit",
 }

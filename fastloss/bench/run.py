@@ -20,6 +20,7 @@ from fastloss.bench.inputs import Case, make_case, size_text
 from fastloss.bench.machine import available_memory, machine
 from fastloss.bench.machine import threads as count_threads
 from fastloss.bench.measure import Timed, forward, forward_backward, interleave
+from fastloss.bench.nnunet_peer import nnunet_source
 from fastloss.bench.truth import Truth, find_truth
 from fastloss.bench.volumes import load_volume
 
@@ -281,6 +282,8 @@ def render(report: Report) -> str:
         "memory that one call adds to its inputs, gradient included. The slowest is without the",
         "reference backend.",
     ]
+    if any(row.implementation.startswith("nnunet") for row in report.rows):
+        lines.append(nnunet_source() + ".")
     return "\n".join(lines)
 
 
