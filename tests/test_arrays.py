@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import mmap
+import sys
 import tracemalloc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -260,7 +264,7 @@ def test_changes_to_the_memory_are_seen(backend: str) -> None:
 def test_large_gradients_lie_as_their_logits(
     native_backend: str, kind: str, order: tuple[int, ...]
 ) -> None:
-    """New arrays of 32 MiB and more are made in another way than small ones."""
+    """New arrays of 8 MiB and more are made in another way than small ones."""
     shape = (2, 4, 1024, 1024 * (2 if kind == "bfloat16" else 1) + 1)
     x = np.ones([shape[axis] for axis in order], np.float32).transpose(np.argsort(order))
     x[:, 1] = 2.0
@@ -311,6 +315,57 @@ def test_arrays_are_read_in_place(fast_backend: str, kind: str, layout: str) -> 
     finally:
         tracemalloc.stop()
     assert peak < x.nbytes / 10
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="memory is not kept on this system")
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_memory_of_large_gradients_serves_again(native_backend: str, kind: str) -> None:
+    """That of arrays that are gone, and never that of others, or of parts of them."""
+    x: Any = np.random.default_rng(0).normal(size=(1, 2, 1_200_007)).astype(np.float32)
+    y: Any = np.zeros((1, 1_200_007), np.uint8)
+    if kind == "torch":
+        x, y = (need("torch").from_numpy(a) for a in (x, y))
+
+    def bounds(array: Any) -> tuple[int, int]:
+        start = np.asarray(array).__array_interface__["data"][0]
+        return start, start + x.nbytes
+
+    def compute(_: int) -> Any:
+        with fl.use_backend(native_backend):
+            return LOSS.gradient(x, y)
+
+    gc.collect()
+    with ThreadPoolExecutor(4) as pool:
+        alive = list(pool.map(compute, range(12)))
+    expected = np.asarray(alive[0]).copy()
+    for gradient in alive:
+        np.testing.assert_array_equal(gradient, expected)
+    places = sorted(map(bounds, alive))
+    assert all(a[1] <= b[0] for a, b in pairwise(places))
+    part = alive[0][0, 1, 1_000_000:]
+    own = bounds(alive.pop(0))
+    again = LOSS.gradient(x, y)
+    assert bounds(again)[0] not in {start for start, _ in places}
+    np.testing.assert_array_equal(part, expected[0, 1, 1_000_000:])
+    del part
+    assert bounds(LOSS.gradient(x, y)) == own
+    np.testing.assert_array_equal(again, expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what the system may take is told on Linux")
+def test_kept_memory_is_free_for_the_system() -> None:
+    run_python(
+        "import numpy as np, fastloss as fl\n"
+        "x = np.zeros((1, 4, 4_000_000), np.float32)\n"
+        "gradient = fl.Dice().gradient(x, np.ones((1, 4_000_000), np.uint8))\n"
+        "def free():\n"
+        "    lines = open('/proc/self/smaps').read().splitlines()\n"
+        "    return sum(int(line.split()[1]) for line in lines if line.startswith('LazyFree'))\n"
+        "before = free()\n"
+        "del gradient\n"
+        "assert (free() - before) * 1024 > 0.9 * x.nbytes, (before, free())\n"
+        "kept = fl.Dice().gradient(x, x)  # alive when the process ends\n",
+    )
 
 
 def test_memory_of_the_process(native_backend: str) -> None:
