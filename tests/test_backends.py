@@ -283,6 +283,41 @@ def test_bfloat16(
     check(data.draw(cases(("bfloat16",))), layouts, channels_last, False)
 
 
+@given(st.data())
+def test_what_training_mostly_is(backend: str, data: st.DataObject) -> None:
+    """Softmax, Dice and cross-entropy, few classes, whole vectors of voxels: the fastest paths."""
+    draw = data.draw
+    rng = np.random.default_rng(draw(st.integers(0, 2**20)))
+    classes = draw(st.sampled_from([2, 2, 2, 3, 4, 14, 40]))
+    shape = (2, classes, draw(st.sampled_from([8, 32, 512, 520, 1024, 1100])))
+    dtype = draw(st.sampled_from(["float32", "float32", "float16", "float64"]))
+    x = (draw(st.sampled_from([1.0, 30.0])) * rng.normal(size=shape)).astype(dtype)
+    labels = rng.integers(0, classes, (2, shape[2]))
+    ignore_index = draw(st.sampled_from([None, 1, 255]))
+    if ignore_index is not None:
+        labels[rng.uniform(size=labels.shape) < 0.2] = ignore_index
+    target = labels.astype(np.uint8)
+    if ignore_index != 255 and draw(st.booleans()):
+        target = one_hot(labels, classes, np.float32)
+        if draw(st.booleans()):
+            target = (0.9 * target + rng.uniform(0, 0.1, shape)).astype(dtype)
+    weight: Any = None
+    weight_kind = draw(st.sampled_from(["mask", "number", "none"]))
+    if weight_kind == "number":
+        weight = rng.uniform(0, 2, labels.shape)
+    elif weight_kind == "mask":  # and what is masked may be anything
+        weight = rng.uniform(size=labels.shape) < 0.8
+        x = np.where(weight[:, None], x, np.array(np.nan, dtype))
+    dice = fl.Dice(include_background=draw(st.booleans()), batch=draw(st.booleans()))
+    entropy = fl.CrossEntropy(weight=rng.uniform(0, 1, classes) if draw(st.booleans()) else None)
+    loss = fl.Loss(
+        draw(st.sampled_from([dice, entropy, dice + entropy])), ignore_index=ignore_index
+    )
+    layouts = [draw(st.sampled_from(["contiguous", "channels last"])) for _ in range(2)]
+    case = Case(loss, x, target, weight, 1.0)
+    check(case, (*layouts, "contiguous"), draw(st.booleans()), draw(st.booleans()))
+
+
 @pytest.mark.parametrize("type_", [*LABEL_TYPES, "bool"])
 def test_every_type_of_label(backend: str, type_: str) -> None:
     loss = fl.Dice() + fl.CrossEntropy()

@@ -199,12 +199,16 @@ def test_softmax_does_not_see_a_shift(backend: str, shift: float) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("name", EXTREMES)
-def test_infinity_in_one_class_is_certainty(backend: str, name: str, dtype: str) -> None:
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("kind", ["labels", "dense"])
+def test_infinity_in_one_class_is_certainty(
+    backend: str, name: str, dtype: str, classes: int, kind: str
+) -> None:
     loss = EXTREMES[name]
-    x, y = example(2, 3, (300,), dtype=dtype)
+    x, y = example(2, classes, (304,), dtype=dtype)
     certain = x.copy()
     np.put_along_axis(certain, y[:, None], np.inf, axis=1)
-    value, gradient = agree(loss, certain, y)
+    value, gradient = agree(loss, certain, y if kind == "labels" else one_hot(y, classes))
     assert value == pytest.approx(0, abs=1e-5)
     assert not gradient.any()
 

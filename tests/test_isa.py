@@ -18,8 +18,10 @@ try:
     from ml_dtypes import bfloat16
 except ImportError:
     bfloat16 = np.float16
-for activation in ("softmax", "sigmoid", "none"):
-    loss = fl.Loss(terms, activation=activation, ignore_index=255)
+plain = fl.Dice() + fl.CrossEntropy()
+cases = [(terms, "softmax"), (terms, "sigmoid"), (terms, "none"), (plain, "softmax")]
+for parts, activation in cases:
+    loss = fl.Loss(parts, activation=activation, ignore_index=255)
     for dtype in (np.float32, np.float16, bfloat16, np.float64):
         sizes = (1, 257), (2, 7), (2, 1030), (3, 255), (5, 1), (14, 300), (33, 257)
         for classes, voxels in sizes:

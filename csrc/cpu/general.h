@@ -74,13 +74,6 @@ Fields<T> activate_row(Tile<T>& t, int64_t c, bool logs) {
   return f;
 }
 
-// a b, and 0 where a is 0 though b be infinite: the limit of x log x.
-template <class T>
-FL_INLINE Vec<T> product(Vec<T> a, Vec<T> b) {
-  IVec<T> zero = (a == T(0)) & (b == b);
-  return drop<T>(zero, a * b);
-}
-
 template <class T, class F>
 FL_INLINE double sum_row(int padded, F term) {
   Vec<T> a{};

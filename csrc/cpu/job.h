@@ -114,14 +114,18 @@ inline int64_t block_voxels(int64_t classes, int64_t voxels) {
   return wanted < tile ? tile : wanted;
 }
 
-// The voxels of a sample before the first whose gradient starts a cache line. Tiles of the apply
-// pass start there, so that stores past the caches fill whole lines: parts of one cost several
-// times as much.
+// The voxels of a sample before the first whose gradient starts a cache line, where the gradient is
+// written past the caches: parts of a line cost several times as much. Tiles of the apply pass
+// start there.
 inline int64_t voxels_to_line(const Job& job, int64_t sample) {
-  int64_t item = item_size(job.out.dtype);
-  int64_t past = int64_t(uintptr_t(job.out.data + sample * job.out.batch_stride) % 64);
-  if (!job.stream || past % item || job.out.axes != 1 || job.out.stride[0] != item) return 0;
-  return past ? (64 - past) / item : 0;
+  const int64_t item = item_size(job.out.dtype), size = job.out.stride[0];
+  const bool rows = size == item;
+  const bool last = size == item * job.classes && job.out.channel_stride == item;
+  if (!job.stream || job.out.axes != 1 || !(rows || last)) return 0;
+  const int64_t past = int64_t(uintptr_t(job.out.data + sample * job.out.batch_stride) % 64);
+  for (int64_t voxels = 0; voxels < 64; ++voxels)
+    if ((past + voxels * size) % 64 == 0) return voxels;
+  return 0;
 }
 
 // Bytes of working memory that a thread needs for one block.

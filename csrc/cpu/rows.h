@@ -308,6 +308,18 @@ FL_INLINE void store_opposites(const T* from, int64_t count, S* p, S* q) {
   }
 }
 
+// `count` numbers, of whole vectors, each behind its negative.
+template <class S, bool kStream>
+FL_INLINE void store_pairs(const float* from, int64_t count, S* p) {
+  constexpr int L = lanes<float>;
+  for (int64_t i = 0; i < count; i += L, p += 2 * L) {
+    const Vec<float> v = load<float>(from + i);
+    auto [low, high] = zip(-v, v);
+    store_as<S, kStream, float>(p, low);
+    store_as<S, kStream, float>(p + L, high);
+  }
+}
+
 template <class S, class T>
 void store_runs(char* base, const Runs& runs, const T* row, bool past_caches) {
   for (int r = 0; r < runs.count; ++r) {
@@ -316,20 +328,24 @@ void store_runs(char* base, const Runs& runs, const T* row, bool past_caches) {
     const T* from = row + run.first;
     if (runs.stride == int64_t(sizeof(S))) {
       alignas(64) S converted[kMaxTile];
-      int i = 0;
+      const char* source = (const char*)converted;
+      if constexpr (std::is_same<S, T>::value) {
+        source = (const char*)from;
+      } else {
+        int i = 0;
 #if defined(__F16C__)
-      if constexpr (std::is_same<S, Half>::value)
-        for (; i + 8 <= run.count; i += 8)
-          _mm_store_si128((__m128i*)(converted + i),
-                          _mm256_cvtps_ph(_mm256_loadu_ps((const float*)from + i), 0));
+        if constexpr (std::is_same<S, Half>::value)
+          for (; i + 8 <= run.count; i += 8)
+            _mm_store_si128((__m128i*)(converted + i),
+                            _mm256_cvtps_ph(_mm256_loadu_ps((const float*)from + i), 0));
 #endif
-      for (; i < run.count; ++i) narrow(from[i], converted + i);
+        for (; i < run.count; ++i) narrow(from[i], converted + i);
+      }
       int64_t bytes = int64_t(run.count) * int64_t(sizeof(S)), b = 0;
-      const float* words = (const float*)converted;
       if (past_caches && uintptr_t(p) % kVectorBytes == 0)
         for (; b + kVectorBytes <= bytes; b += kVectorBytes)
-          stream<float>((float*)(p + b), load<float>(words + b / 4));
-      std::memcpy(p + b, (const char*)converted + b, size_t(bytes - b));
+          stream<float>((float*)(p + b), load<float>((const float*)(source + b)));
+      std::memcpy(p + b, source + b, size_t(bytes - b));
     } else {
       for (int i = 0; i < run.count; ++i) {
         S value;

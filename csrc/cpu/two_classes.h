@@ -1,4 +1,4 @@
-// Softmax of two classes with a label map: one exponential a voxel, all in registers.
+// Softmax of two classes: one exponential a voxel, all in registers.
 //
 // With d = x₁ − x₀ the probabilities are 1/(1+e^−|d|) and e^−|d|/(1+e^−|d|), and the gradient by x₀
 // is the negative of that by x₁.
@@ -10,61 +10,74 @@ namespace {
 
 inline bool suits_two_classes(const Job& job) {
   const auto& s = job.slots;
-  return job.activation == Activation::softmax && !job.dense && job.classes == 2 &&
-         s.predicted_squared < 0 && s.uniform < 0 && s.gammas == 0 && s.top_k < 0;
+  return job.activation == Activation::softmax && job.classes == 2 && s.predicted_squared < 0 &&
+         s.uniform < 0 && s.gammas == 0 && s.top_k < 0;
 }
 
 constexpr int kPrefetch = 256;  // voxels
 
-// Fills two rows with d = x₁ − x₀ and e^−|d|. In a loop of its own, and what follows in another:
-// the processor looks only so many operations ahead, and keeps busy if chains of them are short.
-template <class T, class S>
-void differences(const Tile<T>& t, const S* x0, const S* x1, T* difference, T* exponentials) {
-  constexpr int L = lanes<T>, U = 64 / int(sizeof(S)) / L;  // vectors of a cache line
+// Fills two rows with d = x₁ − x₀ and e^−|d|; pair(v) has the logits. In a loop of its own, and
+// what follows in another: the processor looks only so many operations ahead, and keeps busy if
+// chains of them are short. `ahead(v)` prefetches, once per U vectors.
+template <int U, class T, class Load, class Ahead>
+FL_INLINE void fill_differences(Tile<T>& t, const Load& pair, const Ahead& ahead) {
+  constexpr int L = lanes<T>;
+  T *difference = t.row(kA), *exponentials = t.row(kB);
   const IVec<T> sign = bits<T>(splat<T>(T(-0.0)));
   auto one = [&](int64_t v) {
-    Vec<T> a = load_as<S, T>(x0 + v), b = load_as<S, T>(x1 + v);
+    auto [a, b] = pair(v);
     Vec<T> d = drop<T>(a == b, b - a);  // equal infinities share
     store<T>(difference + v, d);
     store<T>(exponentials + v, exponential<T>(from_bits<T>(bits<T>(d) | sign)));
   };
   int64_t v = 0, end = t.padded;
   for (; v + U * L <= end; v += U * L) {
-    prefetch(x0 + v + kPrefetch);
-    prefetch(x1 + v + kPrefetch);
+    ahead(v);
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) one(v + u * L);
   }
   for (; v < end; v += L) one(v);
 }
 
-// Calls f(x0, x1) with the two rows of logits, as they lie in memory or loaded.
-template <class T, class F>
-void with_two_rows(Tile<T>& t, const F& f) {
+template <class T>
+void differences(Tile<T>& t) {
+  constexpr int L = lanes<T>;
   if (t.contiguous()) {
     with_storage<T>(t.job.logits.dtype, [&](auto number) {
       using S = decltype(number);
-      f(t.template source_row<S>(0), t.template source_row<S>(1));
+      const S *x0 = t.template source_row<S>(0), *x1 = t.template source_row<S>(1);
+      fill_differences<64 / int(sizeof(S)) / L>(  // vectors of a cache line
+          t, [&](int64_t v) { return Pair<T>{load_as<S, T>(x0 + v), load_as<S, T>(x1 + v)}; },
+          [&](int64_t v) {
+            prefetch(x0 + v + kPrefetch);
+            prefetch(x1 + v + kPrefetch);
+          });
     });
-  } else {
-    t.load_logits();
-    f((const T*)t.x, (const T*)t.x + t.stride);
+    return;
   }
+  if constexpr (sizeof(T) == 4) {
+    if (t.channels_last(t.job.logits, t.logit_runs) && t.n == t.padded && !t.holes) {
+      with_storage<T>(t.job.logits.dtype, [&](auto number) {
+        using S = decltype(number);
+        const S* x = t.template source_row<S>(0);
+        fill_differences<1>(
+            t,
+            [&](int64_t v) {
+              return unzip(load_as<S, T>(x + 2 * v), load_as<S, T>(x + 2 * v + L));
+            },
+            [](int64_t) {});
+      });
+      return;
+    }
+  }
+  t.load_logits();
+  fill_differences<1>(
+      t, [&](int64_t v) { return Pair<T>{load<T>(t.x + v), load<T>(t.x + t.stride + v)}; },
+      [](int64_t) {});
 }
 
-template <class T>
-void differences(Tile<T>& t, T* difference, T* exponentials) {
-  with_two_rows(
-      t, [&](const auto* x0, const auto* x1) { differences(t, x0, x1, difference, exponentials); });
-}
-
-// The probabilities, of one class where the mask is set and of the other where it is not.
-template <class T>
-struct Pair {
-  Vec<T> set, unset;
-};
-
-// `less` is set where the class is the less probable one.
+// The probabilities of a class, of which `less` tells where it is the less probable one, and of the
+// other.
 template <class T>
 FL_INLINE Pair<T> probabilities(Vec<T> e, IVec<T> less) {
   const Vec<T> big = T(1) / (e + T(1)), little = e * big;
@@ -76,8 +89,8 @@ void reduce_two_rows(Tile<T>& t, double* sums, double* weight) {
   constexpr int L = lanes<T>;
   const auto& s = t.job.slots;
   const T* m = t.row(kWeight);
-  T *difference = t.row(kA), *exponentials = t.row(kB);
-  differences(t, difference, exponentials);
+  const T *difference = t.row(kA), *exponentials = t.row(kB);
+  differences(t);
   const auto* label = t.labels();
   // Voxels, those of label 0, both probabilities, those of the label, loss by label. Two loops:
   // the sums of one would not all stay in registers.
@@ -143,28 +156,121 @@ void reduce_two_rows(Tile<T>& t, double* sums, double* weight) {
   add(s.cross_entropy, total<T>(loss0), total<T>(loss1));
 }
 
+// Row c of a dense target, as it lies in memory or loaded to a buffer.
 template <class T>
-void reduce_two_classes(Tile<T>& t, double* sums, double* weight) {
-  bool logs = t.job.slots.cross_entropy >= 0;
-  auto run = logs ? (t.even ? reduce_two_rows<T, true, true> : reduce_two_rows<T, false, true>)
-                  : (t.even ? reduce_two_rows<T, true, false> : reduce_two_rows<T, false, false>);
-  run(t, sums, weight);
+const T* target_row(Tile<T>& t, int64_t c, T* buffer) {
+  const auto& a = t.job.target;
+  bool direct = t.target_runs.count == 1 && t.target_runs.stride == int64_t(sizeof(T)) &&
+                a.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64) && t.n == t.padded &&
+                !t.holes;
+  if (direct) return (const T*)(t.target_row(c) + t.target_runs.run[0].offset);
+  t.load_target(c, buffer);
+  return buffer;
+}
+
+template <class T, bool kEven, bool kLogs>
+void reduce_two_dense_rows(Tile<T>& t, double* sums, double* weight) {
+  constexpr int L = lanes<T>;
+  const auto& s = t.job.slots;
+  const T* m = t.row(kWeight);
+  const T *difference = t.row(kA), *exponentials = t.row(kB);
+  differences(t);
+  const T *g0 = target_row(t, 0, t.row(kD)), *g1 = target_row(t, 1, t.row(kE));
+  Vec<T> all{}, n0{}, n1{}, predicted0{}, predicted1{}, own0{}, own1{}, loss0{}, loss1{};
+  const int64_t end = t.padded;
+  for (int64_t v = 0; v < end; v += L) {
+    Vec<T> a = load<T>(g0 + v), b = load<T>(g1 + v);
+    auto [p1, p0] =
+        probabilities<T>(load<T>(exponentials + v), bits<T>(load<T>(difference + v)) < 0);
+    if (!kEven) {
+      const Vec<T> w = load<T>(m + v);
+      p0 *= w;
+      p1 *= w;
+      all += w;
+      n0 += w * a;
+      n1 += w * b;
+    } else {
+      n0 += a;
+      n1 += b;
+    }
+    predicted0 += p0;
+    predicted1 += p1;
+    own0 += p0 * a;
+    own1 += p1 * b;
+  }
+  for (int64_t v = 0; kLogs && v < end; v += L) {
+    const Vec<T> d = load<T>(difference + v), rest = log_one_plus_small(load<T>(exponentials + v));
+    Vec<T> a = load<T>(g0 + v), b = load<T>(g1 + v);
+    if (!kEven) {
+      const Vec<T> w = load<T>(m + v);
+      a *= w;
+      b *= w;
+    }
+    // −log p is the logit's gap to the larger one, and log(1+e).
+    loss0 += product<T>(a, larger(splat<T>(0), d) + rest);
+    loss1 += product<T>(b, larger(splat<T>(0), -d) + rest);
+  }
+  *weight += kEven ? double(t.n) : total<T>(all);
+  auto add = [&](int slot, Vec<T> a, Vec<T> b) {
+    if (slot < 0) return;
+    sums[slot * 2] += total<T>(a);
+    sums[slot * 2 + 1] += total<T>(b);
+  };
+  add(s.reference, n0, n1);
+  add(s.overlap, own0, own1);
+  add(s.predicted, predicted0, predicted1);
+  add(s.cross_entropy, loss0, loss1);
+}
+
+template <class T, bool kEven, bool kLogs>
+void reduce_two(Tile<T>& t, double* sums, double* weight) {
+  if (t.job.dense) reduce_two_dense_rows<T, kEven, kLogs>(t, sums, weight);
+  else reduce_two_rows<T, kEven, kLogs>(t, sums, weight);
 }
 
 template <class T>
-void apply_two_classes(Tile<T>& t) {
+void reduce_two_classes(Tile<T>& t, double* sums, double* weight) {
+  bool logs = t.job.slots.cross_entropy >= 0;
+  auto run = logs ? (t.even ? reduce_two<T, true, true> : reduce_two<T, false, true>)
+                  : (t.even ? reduce_two<T, true, false> : reduce_two<T, false, false>);
+  run(t, sums, weight);
+}
+
+// The gradient by x₁ to a row, of a dense target: p₀ p₁ (k₁ − k₀) + p₁ l₀ − p₀ l₁, where k is the
+// derivative by p and l the cross-entropy's coefficient times the target.
+template <class T>
+void two_dense_gradients(Tile<T>& t, T* gradient) {
+  constexpr int L = lanes<T>;
+  const auto& s = t.job.slots;
+  auto k = [&](int slot, int c) { return splat<T>(slot >= 0 ? t.table[slot * 2 + c] : T(0)); };
+  const Vec<T> turn = k(s.predicted, 1) - k(s.predicted, 0);
+  const Vec<T> overlap0 = k(s.overlap, 0), overlap1 = k(s.overlap, 1);
+  const Vec<T> loss0 = k(s.cross_entropy, 0), loss1 = k(s.cross_entropy, 1);
+  const T *difference = t.row(kA), *exponentials = t.row(kB), *m = t.row(kWeight);
+  const T *g0 = target_row(t, 0, t.row(kD)), *g1 = target_row(t, 1, t.row(kE));
+  const bool even = t.even;
+  for (int64_t v = 0, end = t.padded; v < end; v += L) {
+    const Vec<T> a = load<T>(g0 + v), b = load<T>(g1 + v);
+    auto [p1, p0] =
+        probabilities<T>(load<T>(exponentials + v), bits<T>(load<T>(difference + v)) < 0);
+    Vec<T> region = (turn + overlap1 * b - overlap0 * a) * p1 - loss1 * b;
+    Vec<T> g = region * p0 + (loss0 * a) * p1;
+    if (!even) g *= load<T>(m + v);
+    store<T>(gradient + v, g);
+  }
+}
+
+// The same of a label map.
+template <class T>
+void two_label_gradients(Tile<T>& t, T* gradient) {
   constexpr int L = lanes<T>;
   const auto& s = t.job.slots;
   auto k = [&](int slot, int c) { return slot >= 0 ? t.table[slot * 2 + c] : T(0); };
   T turn = k(s.predicted, 1) - k(s.predicted, 0);
   Vec<T> if0 = splat<T>(turn - k(s.overlap, 0)), if1 = splat<T>(turn + k(s.overlap, 1));
   Vec<T> loss0 = splat<T>(k(s.cross_entropy, 0)), loss1 = splat<T>(-k(s.cross_entropy, 1));
-  const T* m = t.row(kWeight);
-  bool even = t.even;
-  // The gradient by x₁. Computed for the whole tile first: stores to the result between the loads
-  // of the logits would hold those up wherever both have the same place in a page.
-  T *difference = t.row(kA), *exponentials = t.row(kB), *gradient = t.row(kC);
-  differences(t, difference, exponentials);
+  const T *difference = t.row(kA), *exponentials = t.row(kB), *m = t.row(kWeight);
+  const bool even = t.even;
   const auto* label = t.labels();
   for (int64_t v = 0, end = t.padded; v < end; v += L) {
     const IVec<T> zero = label_lanes<T>(label + v) == IVec<T>{};
@@ -174,6 +280,28 @@ void apply_two_classes(Tile<T>& t) {
     Vec<T> g = other * (own * select<T>(zero, if0, if1) + select<T>(zero, loss0, loss1));
     if (!even) g *= load<T>(m + v);
     store<T>(gradient + v, g);
+  }
+}
+
+template <class T>
+void apply_two_classes(Tile<T>& t) {
+  // Computed for the whole tile first: stores to the result between the loads of the logits would
+  // hold those up wherever both have the same place in a page.
+  T* gradient = t.row(kC);
+  differences(t);
+  if (t.job.dense) two_dense_gradients(t, gradient);
+  else two_label_gradients(t, gradient);
+  if constexpr (sizeof(T) == 4) {
+    t.find_out();
+    if (t.channels_last(t.job.out, t.out_runs) && t.n == t.padded) {
+      with_storage<T>(t.job.out.dtype, [&](auto number) {
+        using S = decltype(number);
+        S* to = (S*)(t.out_base(0) + t.out_runs.run[0].offset);
+        if (t.job.stream && uintptr_t(to) % 64 == 0) store_pairs<S, true>(gradient, t.padded, to);
+        else store_pairs<S, false>(gradient, t.padded, to);
+      });
+      return;
+    }
   }
   write_rows(t, t.second, t.x, [&](const auto& row, const auto& put) {
     put.opposites(gradient, t.padded, row(1), row(0));

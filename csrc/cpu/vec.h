@@ -157,6 +157,62 @@ FL_INLINE bool any(IVec<T> mask) {
   return all != 0;
 #endif
 }
+// a b, and 0 where a is 0 though b be infinite: the limit of x log x.
+template <class T>
+FL_INLINE Vec<T> product(Vec<T> a, Vec<T> b) {
+  IVec<T> zero = (a == T(0)) & (b == b);
+  return drop<T>(zero, a * b);
+}
+
+// Two vectors, or what they hold side by side.
+template <class T>
+struct Pair {
+  Vec<T> first, second;
+};
+// Of numbers that lie in pairs in two vectors: the first ones of all pairs, and the second ones.
+FL_INLINE Pair<float> unzip(Vec<float> u, Vec<float> v) {
+#if defined(__AVX512F__)
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+  return {(Vec<float>)_mm512_permutex2var_ps((__m512)u, even, (__m512)v),
+          (Vec<float>)_mm512_permutex2var_ps((__m512)u, odd, (__m512)v)};
+#elif defined(__AVX2__)
+  __m256 even = _mm256_shuffle_ps((__m256)u, (__m256)v, 0x88);
+  __m256 odd = _mm256_shuffle_ps((__m256)u, (__m256)v, 0xdd);
+  return {(Vec<float>)_mm256_permute4x64_epi64(_mm256_castps_si256(even), 0xd8),
+          (Vec<float>)_mm256_permute4x64_epi64(_mm256_castps_si256(odd), 0xd8)};
+#else
+  constexpr int L = lanes<float>;
+  Pair<float> result;
+  for (int i = 0; i < L; ++i) {
+    result.first[i] = 2 * i < L ? u[2 * i] : v[2 * i - L];
+    result.second[i] = 2 * i < L ? u[2 * i + 1] : v[2 * i + 1 - L];
+  }
+  return result;
+#endif
+}
+// The other way round.
+FL_INLINE Pair<float> zip(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  return {(Vec<float>)_mm512_permutex2var_ps((__m512)a, low, (__m512)b),
+          (Vec<float>)_mm512_permutex2var_ps((__m512)a, high, (__m512)b)};
+#elif defined(__AVX2__)
+  __m256 low = _mm256_unpacklo_ps((__m256)a, (__m256)b);
+  __m256 high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  return {(Vec<float>)_mm256_permute2f128_ps(low, high, 0x20),
+          (Vec<float>)_mm256_permute2f128_ps(low, high, 0x31)};
+#else
+  constexpr int L = lanes<float>;
+  Pair<float> result;
+  for (int i = 0; i < L; ++i) {
+    result.first[i] = i % 2 ? b[i / 2] : a[i / 2];
+    result.second[i] = i % 2 ? b[(i + L) / 2] : a[(i + L) / 2];
+  }
+  return result;
+#endif
+}
 // Σ of the lanes, in pairs.
 template <class T>
 FL_INLINE double total(Vec<T> v) {
