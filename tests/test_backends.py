@@ -220,6 +220,8 @@ def check(case: Case, layouts: tuple[str, str, str], channels_last: bool, reuse:
     # What the gradient is where nothing cancels: near equal probabilities.
     flat = np.clip(x, 0.4, 0.6) if loss.activation == "none" else 0.1 * x.astype(np.float64)
     scale = norm(reference(loss, flat, y, w, upstream=case.upstream)[1])
+    # Even there what is summed may cancel, most of all where there are few voxels.
+    scale = max(scale, 0.3 * case.upstream / (x.shape[0] * np.sqrt(max(x[0].size, 1))))
     value_scale = 0.5
     if x.shape[1] == 1 and loss.activation == "softmax":  # everything cancels
         scale, value_scale = case.upstream * np.sqrt(x.size), 0.5 + 0.1 * x.size

@@ -138,6 +138,44 @@ def _near_row_weighted(x, voxel, labels, c, weight, count):
     return far
 
 
+@adding
+def _near_pair(x, x2, voxel, labels, c, count):
+    """As `_near_row` for two classes, between which the sums stay in registers."""
+    zero, one, near = like(x, 0), like(x, 1), like(x, _NEAR)
+    label, label2 = np.int32(c), np.int32(c + 1)
+    far = zero
+    for i in range(count):
+        y = labels[i]
+        d, d2 = x[i], x2[i]
+        e, e2 = exp_near(d), exp_near(d2)
+        other, other2 = select(y == label, zero, e), select(y == label2, zero, e2)
+        x[i] = other
+        x2[i] = other2
+        voxel[_REST + i] += other + other2
+        voxel[_E + i] += select(y == label, e, zero) + select(y == label2, e2, zero)
+        far += select(abs(d) > near, one, zero) + select(abs(d2) > near, one, zero)
+    return far
+
+
+@adding
+def _near_pair_weighted(x, x2, voxel, labels, c, weight, weight2, count):
+    zero, one, near = like(x, 0), like(x, 1), like(x, _NEAR)
+    label, label2 = np.int32(c), np.int32(c + 1)
+    far = zero
+    for i in range(count):
+        y = labels[i]
+        d, d2 = x[i], x2[i]
+        e, e2 = exp_near(d), exp_near(d2)
+        other, other2 = select(y == label, zero, e), select(y == label2, zero, e2)
+        x[i] = other
+        x2[i] = other2
+        voxel[_REST + i] += other + other2
+        voxel[_E + i] += select(y == label, e, zero) + select(y == label2, e2, zero)
+        voxel[_A + i] += other * weight + other2 * weight2
+        far += select(abs(d) > near, one, zero) + select(abs(d2) > near, one, zero)
+    return far
+
+
 @inner
 def _far_row(x, voxel, labels, c, count):
     zero, label = like(x, 0), np.int32(c)
@@ -203,18 +241,29 @@ def _activate_near(
     Otherwise False is returned, and nothing that was computed is of use.
     """
     _begin_sums(voxel, wide, count)
-    for c in range(plan[CHANNELS]):
+    channels = plan[CHANNELS]
+    for c in range(0, channels, 2):
         x = shift(tile, c * plan[TILE])
+        x2 = shift(x, plan[TILE])
+        pair = c + 1 < channels
         load(plan, operand, sample, c, first, count, x)
+        if pair:
+            load(plan, operand, sample, c + 1, first, count, x2)
         if zeros:
             blank(x, shift(voxel, _M), count)
-        if weighted:
+            if pair:
+                blank(x2, shift(voxel, _M), count)
+        if pair & weighted:
+            far = _near_pair_weighted(x, x2, voxel, labels, c, weights[c], weights[c + 1], count)
+        elif pair:
+            far = _near_pair(x, x2, voxel, labels, c, count)
+        elif weighted:
             far = _near_row_weighted(x, voxel, labels, c, weights[c], count)
         else:
             far = _near_row(x, voxel, labels, c, count)
         if far > 0:
             return False
-        _carry_sums(voxel, wide, c, count)
+        _carry_sums(voxel, wide, c + 1 if pair else c, count)  # GROUP is even
     return True
 
 
@@ -427,6 +476,17 @@ def _gradient_row(x, voxel, labels, c, a, count):
 
 
 @inner
+def _gradient_pair(x, x2, voxel, labels, c, a, a2, count):
+    """As `_gradient_row` for two classes, between which what is a voxel's stays in registers."""
+    label, label2 = np.int32(c), np.int32(c + 1)
+    for i in range(count):
+        y, own, slope, shared = labels[i], voxel[_OWN + i], voxel[_MI + i], voxel[_SHARED + i]
+        other, other2 = x[i] * (slope * a + shared), x2[i] * (slope * a2 + shared)
+        x[i] = select(y == label, own, other)
+        x2[i] = select(y == label2, own, other2)
+
+
+@inner
 def _gradient_row_squared(x, voxel, labels, c, a, a2, count):
     label = np.int32(c)
     for i in range(count):
@@ -571,7 +631,18 @@ def apply(
                 own = e * voxel[_U_HIGH + i] - weight * voxel[_U + i] + e * voxel[_U_LOW + i]
                 own -= weight * voxel[_P + i] * excess
                 voxel[_OWN + i] = own - slope * voxel[_Q + i]
-            for c in range(channels):
+            done = 0
+            if not (squared | uniform):
+                for c in range(0, channels - 1, 2):
+                    x = shift(tile, c * width)
+                    a = by_predicted[c] if predicted else zero
+                    a2 = by_predicted[c + 1] if predicted else zero
+                    x2 = shift(x, width)
+                    _gradient_pair(x, x2, voxel, labels, c, a, a2, n)
+                    store(plan, operands[OUT], sample, c, first, n, x)
+                    store(plan, operands[OUT], sample, c + 1, first, n, x2)
+                    done = c + 2
+            for c in range(done, channels):
                 x = shift(tile, c * width)
                 a = by_predicted[c] if predicted else zero
                 if uniform:
