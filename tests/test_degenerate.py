@@ -27,6 +27,7 @@ TERMS = {
     "generalized dice": fl.GeneralizedDice(),
     "sum": fl.Dice() + fl.CrossEntropy() + fl.Focal(),
 }
+LOSS = fl.Dice() + fl.CrossEntropy()
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 EXTREMES = {
     "voxel-wise": fl.CrossEntropy() + fl.Focal() + fl.Focal(gamma=0.5) + fl.Focal(gamma=0),
@@ -284,6 +285,19 @@ def test_nan_in_nan_out(backend: str, name: str, activation: str, dtype: str, at
     x[1, other, at] = np.nan
     if activation == "softmax":
         assert np.isnan(loss(x, y))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("classes", [2, 3, 20])
+@pytest.mark.parametrize("kind", ["labels", "dense"])
+def test_memory_of_ones_is_nan(backend: str, kind: str, classes: int, dtype: str) -> None:
+    """All bits set, as memory that nobody has written may be: another NaN than NumPy's."""
+    x, y = example(1, classes, (16,), dtype=dtype)
+    x.view(f"i{x.itemsize}")[0, 1, 3] = -1
+    assert np.isnan(x[0, 1, 3])
+    value, gradient = LOSS.value_and_grad(x, y if kind == "labels" else one_hot(y, classes))
+    assert np.isnan(value)
+    assert np.isnan(gradient[0, :, 3]).all()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])

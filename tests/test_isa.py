@@ -38,6 +38,10 @@ for parts, activation in cases:
                     value, gradient = loss.value_and_grad(given, target, weight)
                     assert_agree(value, gradient, expected, 3 / np.sqrt(2 * voxels))
                     count += 1
+for dtype in (np.float32, np.float64):
+    x, y = example(1, 4, (64,), dtype=dtype)
+    x.view(f"i{x.itemsize}")[0, 1, 3] = -1  # all bits: another NaN than NumPy's
+    assert np.isnan(plain(x, y))
 print(fl.backends.load_backend("cpu").isa, count)
 """
 

@@ -334,7 +334,9 @@ FL_INLINE Vec<T> exponential_near(Vec<T> x) {
 #else
   Vec<T> r = (x - n * N::ln2_high) - n * N::ln2_low;
 #endif
-  return from_bits<T>(bits<T>(exp_core(r)) + (bits<T>(shifted) << N::mantissa));
+  // 2^q as a factor: added to the exponent instead, the bits of some NaN would make numbers of it.
+  const IVec<T> one = bits<T>(splat<T>(1));
+  return exp_core(r) * from_bits<T>((bits<T>(shifted) << N::mantissa) + one);
 }
 
 // e^x for x below the overflow; 0 where the result would be subnormal.
