@@ -299,30 +299,18 @@ void look_up(const Tile<T>& t, const T* table, T* to) {
   for (int64_t v = 0; v < end; ++v) to[v] = table[y[v]];
 }
 
-// The gradient of R classes from their e^(x−largest).
-template <int R, class T, class Row, class Put>
-FL_INLINE void write_gradient(const Tile<T>& t, const Row& row, const Put& put, int64_t c,
-                              const T* k, const T* slope, const T* turn, const T* at_label) {
+// The gradient of a class from its e^(x−largest). One class at a time: memory takes several rows at
+// once more slowly.
+template <class T, class S, class Put>
+FL_INLINE void write_gradient(const Tile<T>& t, S* to, const Put& put, int64_t c, const T* k,
+                              const T* slope, const T* turn, const T* at_label) {
   const T* x = t.x + c * t.stride;
-  const int64_t stride = t.stride;
   const auto* label = t.labels();
-  decltype(row(c)) to[R];
-  Vec<T> factor[R];
-  IVec<T> number[R];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    to[r] = row(c + r);
-    factor[r] = splat<T>(k ? k[c + r] : T(0));
-    number[r] = class_number<T>(c + r);
-  }
+  const Vec<T> factor = splat<T>(k ? k[c] : T(0));
+  const IVec<T> number = class_number<T>(c);
   for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
-    Vec<T> a = load<T>(slope + v), b = load<T>(turn + v), own = load<T>(at_label + v);
-    IVec<T> y = label_lanes<T>(label + v);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      Vec<T> g = load<T>(x + r * stride + v) * (a * factor[r] - b);
-      put(to[r] + v, select<T>(y == number[r], own, g));
-    }
+    Vec<T> g = load<T>(x + v) * (load<T>(slope + v) * factor - load<T>(turn + v));
+    put(to + v, select<T>(label_lanes<T>(label + v) == number, load<T>(at_label + v), g));
   }
 }
 
@@ -497,13 +485,8 @@ void apply_softmax_labels(Tile<T>& t) {
 
   write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
     if (!by_squared && !by_uniform) {
-      int64_t c = 0;
-      for (; c + 4 <= classes; c += 4)
-        write_gradient<4>(t, row, put, c, by_predicted, slope, turn, at_label);
-      for (; c + 2 <= classes; c += 2)
-        write_gradient<2>(t, row, put, c, by_predicted, slope, turn, at_label);
-      for (; c < classes; ++c)
-        write_gradient<1>(t, row, put, c, by_predicted, slope, turn, at_label);
+      for (int64_t c = 0; c < classes; ++c)
+        write_gradient(t, row(c), put, c, by_predicted, slope, turn, at_label);
       return;
     }
     for (int64_t c = 0; c < classes; ++c) {
