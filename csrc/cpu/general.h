@@ -34,8 +34,9 @@ void begin_general(Tile<T>& t, bool logs) {
       store<T>(t.row(kLargest) + v, log_one_plus<T>(load<T>(t.row(kRest) + v)));
 }
 
+// `rests`: 1 − p is wanted of the softmax as well.
 template <class T>
-Fields<T> activate_row(Tile<T>& t, int64_t c, bool logs) {
+Fields<T> activate_row(Tile<T>& t, int64_t c, bool logs, bool rests) {
   constexpr int L = lanes<T>;
   Fields<T> f{t.row(kA), t.row(kB), t.row(kC), t.row(kD)};
   const T* x = t.x + c * t.stride;
@@ -43,12 +44,10 @@ Fields<T> activate_row(Tile<T>& t, int64_t c, bool logs) {
     const T *inverse = t.row(kInverse), *rest = t.row(kRest), *log_sum = t.row(kLargest);
     const T* gap = t.second + c * t.stride;
     for (int64_t v = 0, end = t.padded; v < end; v += L) {
-      Vec<T> e = load<T>(x + v), i = load<T>(inverse + v), r = load<T>(rest + v);
+      Vec<T> e = load<T>(x + v), i = load<T>(inverse + v);
       store<T>(f.p + v, e * i);
-      if (logs) {
-        store<T>(f.loss + v, load<T>(gap + v) + load<T>(log_sum + v));
-        store<T>(f.q + v, complement<T>(e, load<T>(gap + v), r, i));
-      }
+      if (logs) store<T>(f.loss + v, load<T>(gap + v) + load<T>(log_sum + v));
+      if (rests) store<T>(f.q + v, complement<T>(e, load<T>(gap + v), load<T>(rest + v), i));
     }
   } else if (t.job.activation == Activation::sigmoid) {
     for (int64_t v = 0, end = t.padded; v < end; v += L) {
@@ -81,6 +80,24 @@ FL_INLINE double sum_row(int padded, F term) {
   return total<T>(a);
 }
 
+// Σ m g, Σ m p g, Σ m p and Σ m g (−log p) of one row of a tile.
+struct ClassTotals {
+  double reference, overlap, predicted, loss;
+};
+
+template <class T, bool kLogs>
+ClassTotals class_totals(int padded, const T* m, const T* g, const T* p, const T* loss) {
+  Vec<T> reference{}, overlap{}, predicted{}, losses{};
+  for (int v = 0; v < padded; v += lanes<T>) {
+    const Vec<T> w = load<T>(m + v), here = w * load<T>(g + v), probability = load<T>(p + v);
+    reference += here;
+    overlap += here * probability;
+    predicted += w * probability;
+    if (kLogs) losses += product<T>(here, load<T>(loss + v));
+  }
+  return {total<T>(reference), total<T>(overlap), total<T>(predicted), total<T>(losses)};
+}
+
 template <class T>
 void reduce_general(Tile<T>& t, double* sums, double* weight) {
   const auto& s = t.job.slots;
@@ -92,19 +109,20 @@ void reduce_general(Tile<T>& t, double* sums, double* weight) {
   int n = t.padded;
   *weight += sum_row<T>(n, [&](int v) { return load<T>(m + v); });
   for (int64_t c = 0; c < classes; ++c) {
-    Fields<T> f = activate_row(t, c, logs);
+    Fields<T> f = activate_row(t, c, logs, s.gammas > 0);
     t.load_target(c, g);
+    const ClassTotals sum = s.cross_entropy >= 0 ? class_totals<T, true>(n, m, g, f.p, f.loss)
+                                                 : class_totals<T, false>(n, m, g, f.p, f.loss);
+    sums[s.reference * classes + c] += sum.reference;
+    if (s.overlap >= 0) sums[s.overlap * classes + c] += sum.overlap;
+    if (s.predicted >= 0) sums[s.predicted * classes + c] += sum.predicted;
+    if (s.cross_entropy >= 0) sums[s.cross_entropy * classes + c] += sum.loss;
     auto add = [&](int slot, auto term) { sums[slot * classes + c] += sum_row<T>(n, term); };
     auto at = [&](const T* r, int v) { return load<T>(r + v); };
-    add(s.reference, [&](int v) { return at(m, v) * at(g, v); });
-    if (s.overlap >= 0) add(s.overlap, [&](int v) { return at(m, v) * at(f.p, v) * at(g, v); });
-    if (s.predicted >= 0) add(s.predicted, [&](int v) { return at(m, v) * at(f.p, v); });
     if (s.predicted_squared >= 0) {
       add(s.predicted_squared, [&](int v) { return at(m, v) * (at(f.p, v) * at(f.p, v)); });
       add(s.reference_squared, [&](int v) { return at(m, v) * (at(g, v) * at(g, v)); });
     }
-    if (s.cross_entropy >= 0)
-      add(s.cross_entropy, [&](int v) { return product<T>(at(m, v) * at(g, v), at(f.loss, v)); });
     if (s.cross_entropy_rest >= 0)
       add(s.cross_entropy_rest,
           [&](int v) { return product<T>(at(m, v) * (T(1) - at(g, v)), at(f.loss_rest, v)); });
@@ -154,21 +172,29 @@ void apply_general(Tile<T>& t) {
     std::memset(sum, 0, sizeof(T) * kMaxTile);
     std::memset(t.row(kSumOfMany), 0, sizeof(T) * kMaxTile);
   }
+  // Without focal terms to add to them, the derivatives need no rows of their own.
+  const bool joined = softmax && s.gammas == 0;
   auto k = [&](int slot, int64_t c) { return slot >= 0 ? t.table[slot * classes + c] : T(0); };
-  auto at = [&](const T* r, int v) { return load<T>(r + v); };
+  auto at = [&](const T* r, int64_t v) { return load<T>(r + v); };
 
   for (int64_t c = 0; c < classes; ++c) {
-    Fields<T> f = activate_row(t, c, logs);
+    Fields<T> f = activate_row(t, c, logs, logs);
     t.load_target(c, g);
     T overlap = k(s.overlap, c), predicted = k(s.predicted, c);
     T squared = 2 * k(s.predicted_squared, c);
     T loss = k(s.cross_entropy, c), loss_rest = k(s.cross_entropy_rest, c);
     T uniform = k(s.uniform, c);
-    for (int64_t v = 0, end = t.padded; v < end; v += L) {
-      Vec<T> y = at(g, v), w = at(m, v);
-      store<T>(by_p + v, w * (overlap * y + predicted + squared * at(f.p, v)));
-      store<T>(by_log + v, -(w * (loss * y + uniform)));
-      store<T>(by_rest + v, -(w * (loss_rest * (T(1) - y) + (sigmoid ? uniform : T(0)))));
+    // The derivatives by p and by log p, and of the sigmoid by log(1−p).
+    auto slope = [&](int64_t v) {
+      return at(m, v) * (overlap * at(g, v) + predicted + squared * at(f.p, v));
+    };
+    auto log_slope = [&](int64_t v) { return -(at(m, v) * (loss * at(g, v) + uniform)); };
+    if (!joined) {
+      for (int64_t v = 0, end = t.padded; v < end; v += L) {
+        store<T>(by_p + v, slope(v));
+        store<T>(by_log + v, log_slope(v));
+        if (sigmoid) store<T>(by_rest + v, -(at(m, v) * (loss_rest * (T(1) - at(g, v)) + uniform)));
+      }
     }
     for (int i = 0; i < s.gammas; ++i) {
       T gamma = T(s.gamma[i]), here = k(s.focal[i], c);
@@ -187,12 +213,17 @@ void apply_general(Tile<T>& t) {
     if (softmax) {
       // t_c, the derivative by log p_c, takes the place of x − largest in `second`.
       T* turn = t.second + c * t.stride;
-      for (int64_t v = 0, end = t.padded; v < end; v += L) {
-        Vec<T> value = at(by_p, v) * at(f.p, v) + at(by_log, v);
+      auto take = [&](int64_t v, Vec<T> value) {
         store<T>(turn + v, value);
         store<T>(sum + v, at(sum, v) + value);
         store<T>(x + v, at(f.p, v));
-      }
+      };
+      if (joined)
+        for (int64_t v = 0, end = t.padded; v < end; v += L)
+          take(v, slope(v) * at(f.p, v) + log_slope(v));
+      else
+        for (int64_t v = 0, end = t.padded; v < end; v += L)
+          take(v, at(by_p, v) * at(f.p, v) + at(by_log, v));
       if (c % kFewClasses == kFewClasses - 1) t.add_row(sum, t.row(kSumOfMany));
     } else if (sigmoid) {
       for (int64_t v = 0, end = t.padded; v < end; v += L) {
