@@ -42,6 +42,22 @@ for dtype in (np.float32, np.float64):
     x, y = example(1, 4, (64,), dtype=dtype)
     x.view(f"i{x.itemsize}")[0, 1, 3] = -1  # all bits: another NaN than NumPy's
     assert np.isnan(plain(x, y))
+# Gradients that are written past the caches, from any place in memory.
+for dtype in (np.float32, np.float16, bfloat16, np.float64):
+    for classes, order in ((2, "first"), (2, "last"), (3, "last"), (5, "first")):
+        x, y = example(1, classes, (300_000,), dtype=dtype)
+        if order == "last":
+            x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+        expected = plain.gradient(x[..., :], y, out=np.empty(x.shape, dtype))
+        for shift in (0, 1, 4, 7, 8):
+            memory = np.full(x.size + 32, 7, dtype)
+            aligned = -memory.ctypes.data % 64 // x.itemsize
+            out = memory[aligned + shift :][: x.size]
+            out = out.reshape(1, -1, classes) if order == "last" else out.reshape(x.shape)
+            out = np.moveaxis(out, -1, 1) if order == "last" else out
+            plain.gradient(x, y, out=out)
+            assert (out == expected).all(), (dtype, classes, order, shift)
+            assert (memory == 7).sum() >= 32
 print(fl.backends.load_backend("cpu").isa, count)
 """
 

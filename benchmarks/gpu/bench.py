@@ -128,7 +128,7 @@ class Run:
         cases = all_cases(self.options.sizes, self.smoke)
         plain = [c for c in cases if c == Case(c.size, c.edge)]
         others = [c for c in cases if c not in plain]
-        fair = [c for c in others if c.labels == "uint8"]  # peers have int64 in any case
+        fair = [c for c in others if c.labels == "uint8"]  # peers have their own dtype in any case
         mine, peers = OURS[:2], self.options.peers
         eager = EAGER if peers != "none" else ()
         compiled = COMPILED if peers == "all" else ()  # which takes seconds for every input

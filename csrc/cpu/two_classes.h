@@ -76,8 +76,7 @@ void differences(Tile<T>& t) {
       [](int64_t) {});
 }
 
-// The probabilities of a class, of which `less` tells where it is the less probable one, and of the
-// other.
+// p of a class and of the other one; `less`: where the class is the less probable.
 template <class T>
 FL_INLINE Pair<T> probabilities(Vec<T> e, IVec<T> less) {
   const Vec<T> big = T(1) / (e + T(1)), little = e * big;

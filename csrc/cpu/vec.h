@@ -317,7 +317,8 @@ FL_INLINE Vec<float> exponential_by_table(Vec<float> x) {
 }
 #endif
 
-// e^x, to about 1 ulp, where neither x nor the result is out of the range of normal numbers.
+// e^x, to about 1 ulp, where neither x nor the result, or 2^q near it, is out of the range of
+// normal numbers.
 template <class T>
 FL_INLINE Vec<T> exponential_near(Vec<T> x) {
 #if defined(FL_EXP_BY_TABLE)

@@ -33,7 +33,7 @@ def run_apart(task: str, folder: Path, **options: Any) -> dict[str, Any]:
     """
     order = json.dumps({"task": task, "folder": str(folder), **options})
     environment = os.environ | {
-        # Memory that is freed goes back at once, whatever was allocated before.
+        # Memory that malloc freed goes back at once, whatever was allocated before.
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "PYTHONPATH": os.pathsep.join(_search_path()),
     }

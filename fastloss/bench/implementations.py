@@ -53,7 +53,7 @@ class Call:
         raise NotImplementedError
 
     def with_new_gradient(self) -> object:
-        """As `forward_backward`, where the gradient's memory is new."""
+        """As `forward_backward`, where the gradient is a new array."""
         return self.forward_backward()
 
 

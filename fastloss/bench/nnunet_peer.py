@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 from fastloss.bench.errors import Unavailable
@@ -15,9 +15,10 @@ Function = Callable[[Any, Any], Any]
 def nnunet_source() -> str:
     """Which of the two it is, for a report."""
     try:
-        return f"nnU-Net: its own classes, of nnunetv2 {version('nnunetv2')}"
-    except PackageNotFoundError:
-        return "nnU-Net: its formula written out, as nnunetv2 is not installed"
+        _own()
+    except ImportError as error:
+        return f"nnU-Net: its formula written out, as nnunetv2 is not there ({error})"
+    return f"nnU-Net: its own classes, of nnunetv2 {version('nnunetv2')}"
 
 
 def nnunet(loss: str) -> tuple[Function, float]:

@@ -15,6 +15,7 @@ import fastloss
 from fastloss.bench.implementations import Call, make_call
 from fastloss.bench.inputs import Case, load_case
 from fastloss.bench.measure import forward_backward
+from fastloss.frameworks.memory import forget
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -78,7 +79,8 @@ def _peak_so_far() -> int | None:
 
 
 def _trim() -> None:
-    """Hand freed memory back to the system, with glibc."""
+    """Hand freed memory back to the system, with glibc, and what is kept for new gradients."""
+    forget()
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -39,13 +39,16 @@ class _Region:
         start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.address = -(-start // _PAGE) * _PAGE
 
-    def free(self) -> None:
-        """What is in it is needed no more; the memory stays, or comes anew when it is written."""
-        self._advise(_FREE)
+    def free(self) -> bool:
+        """Let the system take it, as what is in it is needed no more; false where it refuses."""
+        return self._advise(_FREE)
 
-    def _advise(self, advice: Any) -> None:
-        with suppress(OSError):  # a wish
+    def _advise(self, advice: Any) -> bool:
+        try:
             self.memory.madvise(advice)
+        except OSError:
+            return False
+        return True
 
 
 class _Loan:
@@ -65,8 +68,7 @@ class _Loan:
         kept: deque[_Region] = _kept,
         is_finalizing: Callable[[], bool] = sys.is_finalizing,
     ) -> None:
-        if not is_finalizing():
-            self._region.free()
+        if not is_finalizing() and self._region.free():
             kept.append(self._region)
 
 
@@ -85,10 +87,18 @@ def _region(nbytes: int) -> _Region:
             if region.nbytes == nbytes:
                 return region
             _kept.appendleft(region)
+    with suppress(OSError):
+        return _Region(nbytes)
+    forget()  # it counts where a process may have only so much
     try:
         return _Region(nbytes)
     except OSError as error:
         raise MemoryError(f"no {nbytes} bytes for a new array: {error}") from error
+
+
+def forget() -> None:
+    """Give back what is kept."""
+    _kept.clear()
 
 
 def empty_like(array: np.ndarray) -> np.ndarray:

@@ -172,7 +172,7 @@ def _large_like(like: torch.Tensor) -> torch.Tensor:
     """As `torch.empty_like`, in memory as NumPy arrays have."""
     layout = torch.empty_like(like, device="meta")
     memory = torch.from_numpy(large(like.numel() * like.element_size()))
-    return torch.empty(0, dtype=like.dtype).set_(
+    return torch.empty(0, dtype=like.dtype, device="cpu").set_(
         memory.untyped_storage(), 0, layout.shape, layout.stride()
     )
 
