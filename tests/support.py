@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import mmap
 import os
 import subprocess
 import sys
@@ -40,6 +41,27 @@ def need_gloo() -> None:
     distributed = need("torch.distributed")
     if not (distributed.is_available() and distributed.is_gloo_available()):
         _absent("torch.distributed", ImportError("built without gloo"))
+
+
+def need_lazy_free() -> None:
+    """A skip (failure if required) where memory cannot be marked as free, or it is not told of."""
+    try:
+        before = lazily_freed()
+        trial = mmap.mmap(-1, 1 << 24, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        trial[:: mmap.PAGESIZE] = bytes((1 << 24) // mmap.PAGESIZE)
+        trial.madvise(mmap.MADV_FREE)
+        marked = lazily_freed() - before
+    except (AttributeError, OSError) as error:
+        _absent("lazy-free", ImportError(f"memory cannot be marked as free: {error}"))
+    else:
+        if marked < 1 << 23:
+            _absent("lazy-free", ImportError("memory that is marked as free is not told of"))
+
+
+def lazily_freed() -> int:
+    """Bytes of this process that are marked as free, and that the system has not taken yet."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("LazyFree")) * 1024
 
 
 def need_backend(name: str) -> str:
