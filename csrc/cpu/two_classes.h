@@ -83,6 +83,14 @@ FL_INLINE Pair<T> probabilities(Vec<T> e, IVec<T> less) {
   return {select<T>(less, little, big), select<T>(less, big, little)};
 }
 
+// Adds what two vectors hold to the sums of both classes in a slot, if it is wanted.
+template <class T>
+FL_INLINE void add_totals(double* sums, int slot, Vec<T> a, Vec<T> b) {
+  if (slot < 0) return;
+  sums[slot * 2] += total<T>(a);
+  sums[slot * 2 + 1] += total<T>(b);
+}
+
 template <class T, bool kEven, bool kLogs>
 void reduce_two_rows(Tile<T>& t, double* sums, double* weight) {
   constexpr int L = lanes<T>;
@@ -144,15 +152,11 @@ void reduce_two_rows(Tile<T>& t, double* sums, double* weight) {
   if (kEven) n0 = __builtin_convertvector(count0, Vec<T>);
   double n = kEven ? double(t.n) : total<T>(all), zeros = total<T>(n0);
   *weight += n;
-  auto add = [&](int slot, double a, double b) {
-    if (slot < 0) return;
-    sums[slot * 2] += a;
-    sums[slot * 2 + 1] += b;
-  };
-  add(s.reference, zeros, n - zeros);
-  add(s.overlap, total<T>(own0), total<T>(own1));
-  add(s.predicted, total<T>(predicted0), total<T>(predicted1));
-  add(s.cross_entropy, total<T>(loss0), total<T>(loss1));
+  sums[s.reference * 2] += zeros;
+  sums[s.reference * 2 + 1] += n - zeros;
+  add_totals<T>(sums, s.overlap, own0, own1);
+  add_totals<T>(sums, s.predicted, predicted0, predicted1);
+  add_totals<T>(sums, s.cross_entropy, loss0, loss1);
 }
 
 // Row c of a dense target, as it lies in memory or loaded to a buffer.
@@ -210,15 +214,10 @@ void reduce_two_dense_rows(Tile<T>& t, double* sums, double* weight) {
     loss1 += product<T>(b, larger(splat<T>(0), -d) + rest);
   }
   *weight += kEven ? double(t.n) : total<T>(all);
-  auto add = [&](int slot, Vec<T> a, Vec<T> b) {
-    if (slot < 0) return;
-    sums[slot * 2] += total<T>(a);
-    sums[slot * 2 + 1] += total<T>(b);
-  };
-  add(s.reference, n0, n1);
-  add(s.overlap, own0, own1);
-  add(s.predicted, predicted0, predicted1);
-  add(s.cross_entropy, loss0, loss1);
+  add_totals<T>(sums, s.reference, n0, n1);
+  add_totals<T>(sums, s.overlap, own0, own1);
+  add_totals<T>(sums, s.predicted, predicted0, predicted1);
+  add_totals<T>(sums, s.cross_entropy, loss0, loss1);
 }
 
 template <class T, bool kEven, bool kLogs>
@@ -290,14 +289,16 @@ void apply_two_classes(Tile<T>& t) {
   differences(t);
   if (t.job.dense) two_dense_gradients(t, gradient);
   else two_label_gradients(t, gradient);
-  if constexpr (sizeof(T) == 4) {
+  const auto& out = t.job.out;
+  if (sizeof(T) == 4 && out.channel_stride == item_size(out.dtype) && t.n == t.padded) {
     t.find_out();
-    if (t.channels_last(t.job.out, t.out_runs) && t.n == t.padded) {
-      with_storage<T>(t.job.out.dtype, [&](auto number) {
+    if (t.channels_last(out, t.out_runs)) {
+      with_storage<float>(out.dtype, [&](auto number) {
         using S = decltype(number);
         S* to = (S*)(t.out_base(0) + t.out_runs.run[0].offset);
-        if (t.job.stream && uintptr_t(to) % 64 == 0) store_pairs<S, true>(gradient, t.padded, to);
-        else store_pairs<S, false>(gradient, t.padded, to);
+        const float* from = (const float*)gradient;
+        if (t.job.stream && uintptr_t(to) % 64 == 0) store_pairs<S, true>(from, t.padded, to);
+        else store_pairs<S, false>(from, t.padded, to);
       });
       return;
     }
