@@ -86,3 +86,21 @@ def test_rounding_is_to_nearest_even(backend: str, name: str) -> None:
         scale = np.float32(1 + steps * step)
         gradient = loss.gradient(x, y, upstream=-scale)
         assert float(gradient[0, 0, 0]) == float(np.array(scale).astype(dtype))
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_rounding_is_to_nearest_even_throughout_a_volume(
+    backend: str, name: str, classes: int
+) -> None:
+    """Of equal logits the cross-entropy's gradient is the upstream gradient times 1/C or 1/C − 1."""
+    dtype = dtype_named(name)
+    loss = fl.Loss(fl.CrossEntropy())
+    x, y = np.zeros((1, classes, 1024), dtype), np.arange(1024)[None] % classes
+    share = np.where(y[:, None] == np.arange(classes)[:, None], 1 / classes - 1, 1 / classes)
+    step = 2.0**-10 if name == "float16" else 2.0**-7
+    for steps in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.5, 3.5):
+        scale = 1 + steps * step
+        gradient = loss.gradient(x, y, upstream=1024 * scale)
+        expected = (np.float32(scale) * share.astype(np.float32)).astype(dtype)
+        assert (gradient == expected).all(), steps

@@ -100,7 +100,7 @@ struct Faults {
 // The voxels of a tile, which is computed at once; few enough that its rows stay in the caches,
 // and enough that what is done once per tile does not count.
 inline int tile_voxels(int64_t classes) {
-  int64_t most = 65536 / (classes > 0 ? classes : 1) / 16 * 16, limit = classes <= 4 ? 512 : 256;
+  int64_t most = 65536 / (classes > 0 ? classes : 1) / 16 * 16, limit = 512;
   return int(most < 16 ? 16 : most > limit ? limit : most);
 }
 

@@ -253,9 +253,21 @@ template <class S>
 FL_INLINE __m256i narrow_vectors(Vec<float> a, Vec<float> b) {
   if constexpr (std::is_same<S, Half>::value)
     return _mm256_set_m128i(narrow_vector<S>(b), narrow_vector<S>(a));
-  else
-    return _mm256_permute4x64_epi64(
-        _mm256_packus_epi32((__m256i)brain_words(a), (__m256i)brain_words(b)), 0xd8);
+  // The upper and the lower halves of all numbers, then one more in the upper where the lower is
+  // more than half of it, or half and the upper is odd. NaN stays: what made it has set its upper
+  // mantissa.
+  const __m256i apart = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+  __m256i u = _mm256_shuffle_epi8((__m256i)a, apart), v = _mm256_shuffle_epi8((__m256i)b, apart);
+  __m256i low = _mm256_unpacklo_epi64(u, v), high = _mm256_unpackhi_epi64(u, v);
+  const __m256i one = _mm256_set1_epi16(1);
+  // (low + 0x7fff + odd) >> 1 has bit 15 where that sum passes 16 bits.
+  __m256i addend = _mm256_add_epi16(_mm256_and_si256(high, one), _mm256_set1_epi16(0x7ffe));
+  __m256i up = _mm256_srai_epi16(_mm256_avg_epu16(low, addend), 15);
+  __m256i magnitude = _mm256_and_si256(high, _mm256_set1_epi16(0x7fff));
+  __m256i nan = _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(0x7f80));
+  __m256i rounded = _mm256_sub_epi16(high, _mm256_andnot_si256(nan, up));
+  return _mm256_permute4x64_epi64(rounded, 0xd8);
 }
 template <bool kStream>
 FL_INLINE void store_halves(void* p, __m128i v) {
@@ -280,6 +292,21 @@ FL_INLINE void store_as(S* p, Vec<T> v) {
     for (int i = 0; i < lanes<T>; ++i) narrow(wide[i], p + i);
 #endif
   }
+}
+
+// Two vectors; halves in one store.
+template <class S, bool kStream, class T>
+FL_INLINE void store_two_as(S* p, Vec<T> a, Vec<T> b) {
+#if defined(FL_HALVES)
+  if constexpr (!std::is_same<S, T>::value) {
+    auto halves = (Vec<T>)narrow_vectors<S>(a, b);
+    if (kStream) stream<T>((T*)p, halves);
+    else store<T>((T*)p, halves);
+    return;
+  }
+#endif
+  store_as<S, kStream, T>(p, a);
+  store_as<S, kStream, T>(p + lanes<T>, b);
 }
 
 // `count` numbers, of whole vectors, to p and their negatives to q. Halves are rounded once for

@@ -21,6 +21,8 @@ void load_and_maximum(Tile<T>& t) {
       T *to = t.x + c * t.stride, *to_next = c + 1 < classes ? to + t.stride : to;
       // The processor follows each row by itself but cannot guess where the next one starts.
       const T *soon = t.row_ahead(c + kAhead), *soon_next = t.row_ahead(c + kAhead + 1);
+      prefetch(soon + t.padded - 1);  // one line more where rows do not start with a line
+      prefetch(soon_next + t.padded - 1);
       for (int64_t v = 0, end = t.padded; v < end; v += L) {
         if (v % (64 / int(sizeof(T))) == 0) {
           prefetch(soon + v);

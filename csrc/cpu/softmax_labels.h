@@ -9,7 +9,7 @@
 namespace {
 
 // Exponentials of logits this small need no maximum taken off, nor do their quotients overflow.
-constexpr int kNear = 40;
+constexpr int kNear = 36;
 
 // to[v] = e^from[v], and the least and greatest of from, for U vectors.
 template <class S, class T, int U>
@@ -35,6 +35,7 @@ bool exponentials_of_rows(Tile<T>& t, const Row& row, bool ahead) {
     // The processor follows each row by itself but cannot guess where the next one starts.
     const S* soon = ahead ? t.template row_ahead<S>(c + kAhead) : from;
     int64_t v = 0, end = t.padded;
+    prefetch(soon + end - 1);  // one line more where rows do not start with a line
     for (; v + U * L <= end; v += U * L) {
       prefetch(soon + v);
       exponentials_of_vectors<S, T, U>(from + v, to + v, low, high);
@@ -97,11 +98,11 @@ FL_INLINE void add_classes(const Tile<T>& t, int64_t c, T* own, T* rest, const T
   }
   auto run = [&](auto with_dot) {
     for (int64_t v = 0; v < end; v += lanes<T>) {
-      const IVec<T> y = label_lanes<T>(label + v);
+      const IVec<T> y = once(label_lanes<T>(label + v));
       Vec<T> mine{}, sum{}, product{};
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        Vec<T> e = load<T>(x + r * stride + v);
+        Vec<T> e = once(load<T>(x + r * stride + v));
         IVec<T> is_label = y == number[r];
         mine = either<T>(mine, keep<T>(is_label, e));
         e = drop<T>(is_label, e);
@@ -163,24 +164,24 @@ struct ClassSums {
   double *reference, *overlap, *predicted, *loss;
 };
 
-// Adds those of R classes: m g, m p g, m p and the loss, where p m is x · scale. `kEven`: all m
-// are 1, and voxels are counted.
+// Adds those of R classes: m g, m p g, m p and the loss, where m p is x · scale, and `value` that
+// of the label. `kEven`: all m are 1, and voxels are counted.
 template <class T, int R, bool kEven>
 FL_INLINE void add_to_classes(const Tile<T>& t, int64_t c, const T* m, const T* scale,
-                              const T* loss, const ClassSums& to) {
+                              const T* value, const T* loss, const ClassSums& to) {
   const T* x = t.x + c * t.stride;
   const int64_t stride = t.stride;
   const auto* label = t.labels();
   Vec<T> reference[R] = {}, overlap[R] = {}, predicted[R] = {}, losses[R] = {};
   IVec<T> count[R] = {};
   for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
-    const IVec<T> y = label_lanes<T>(label + v);
-    const Vec<T> k = load<T>(scale + v), w = load<T>(m + v), l = load<T>(loss + v);
+    const IVec<T> y = once(label_lanes<T>(label + v));
+    const Vec<T> k = once(load<T>(scale + v)), w = load<T>(m + v);
+    const Vec<T> p = once(load<T>(value + v)), l = once(load<T>(loss + v));
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       IVec<T> is_label = y == class_number<T>(c + r);
-      Vec<T> p = load<T>(x + r * stride + v) * k;
-      predicted[r] += p;
+      predicted[r] += load<T>(x + r * stride + v) * k;
       overlap[r] += keep<T>(is_label, p);
       if (kEven) count[r] -= is_label;
       else reference[r] += keep<T>(is_label, w);
@@ -199,18 +200,17 @@ FL_INLINE void add_to_classes(const Tile<T>& t, int64_t c, const T* m, const T* 
 
 // The same for all classes, of which there are few.
 template <class T, bool kEven>
-void add_to_few_classes(const Tile<T>& t, const T* m, const T* scale, const T* loss,
+void add_to_few_classes(const Tile<T>& t, const T* m, const T* scale, const T* value, const T* loss,
                         const ClassSums& to) {
   int64_t c = 0, classes = t.job.classes;
-  for (; c + 2 <= classes; c += 2) add_to_classes<T, 2, kEven>(t, c, m, scale, loss, to);
-  for (; c < classes; ++c) add_to_classes<T, 1, kEven>(t, c, m, scale, loss, to);
+  for (; c + 2 <= classes; c += 2) add_to_classes<T, 2, kEven>(t, c, m, scale, value, loss, to);
+  for (; c < classes; ++c) add_to_classes<T, 1, kEven>(t, c, m, scale, value, loss, to);
 }
 
-// The same for many classes, where it is less work to look at each label once: `value` is m p of
-// the label.
+// The same for many classes, where it is less work to look at each label once.
 template <class T>
-void add_to_many_classes(const Tile<T>& t, const T* m, const T* scale, const T* loss,
-                         const T* value, const ClassSums& to) {
+void add_to_many_classes(const Tile<T>& t, const T* m, const T* scale, const T* value,
+                         const T* loss, const ClassSums& to) {
   constexpr int L = lanes<T>;
   const int64_t classes = t.job.classes, end = t.padded, stride = t.stride;
   const int32_t* y = t.y;
@@ -299,19 +299,48 @@ void look_up(const Tile<T>& t, const T* table, T* to) {
   for (int64_t v = 0; v < end; ++v) to[v] = table[y[v]];
 }
 
-// The gradient of a class from its e^(x−largest). One class at a time: memory takes several rows at
-// once more slowly.
-template <class T, class S, class Put>
-FL_INLINE void write_gradient(const Tile<T>& t, S* to, const Put& put, int64_t c, const T* k,
-                              const T* slope, const T* turn, const T* at_label) {
+// The gradients of R classes from their e^(x−largest), two vectors at a time: memory takes smaller
+// pieces of several rows more slowly.
+template <int R, class T, class Row, class Put>
+FL_INLINE void write_gradients(const Tile<T>& t, const Row& row, const Put& put, int64_t c,
+                               const T* k, const T* slope, const T* turn, const T* at_label) {
+  constexpr int L = lanes<T>;
   const T* x = t.x + c * t.stride;
+  const int64_t stride = t.stride;
   const auto* label = t.labels();
-  const Vec<T> factor = splat<T>(k ? k[c] : T(0));
-  const IVec<T> number = class_number<T>(c);
-  for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
-    Vec<T> g = load<T>(x + v) * (load<T>(slope + v) * factor - load<T>(turn + v));
-    put(to + v, select<T>(label_lanes<T>(label + v) == number, load<T>(at_label + v), g));
+  std::remove_const_t<decltype(row(c))> to[R];
+  Vec<T> factor[R];
+  IVec<T> number[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    to[r] = row(c + r);
+    factor[r] = splat<T>(k ? k[c + r] : T(0));
+    number[r] = class_number<T>(c + r);
   }
+  auto gradients = [&](int64_t first, auto vectors) {
+    constexpr int N = decltype(vectors)::value;
+    Vec<T> a[N], b[N], own[N], g[N];
+    IVec<T> y[N];
+#pragma GCC unroll 4
+    for (int u = 0; u < N; ++u) {
+      const int64_t v = first + u * L;
+      a[u] = once(load<T>(slope + v)), b[u] = once(load<T>(turn + v));
+      own[u] = once(load<T>(at_label + v)), y[u] = once(label_lanes<T>(label + v));
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int u = 0; u < N; ++u) {
+        g[u] = load<T>(x + r * stride + first + u * L) * (a[u] * factor[r] - b[u]);
+        g[u] = select<T>(y[u] == number[r], own[u], g[u]);
+      }
+      if constexpr (N == 2) put.two(to[r] + first, g[0], g[1]);
+      else put(to[r] + first, g[0]);
+    }
+  };
+  int64_t v = 0, end = t.padded;
+  for (; v + 2 * L <= end; v += 2 * L) gradients(v, std::integral_constant<int, 2>{});
+  for (; v < end; v += L) gradients(v, std::integral_constant<int, 1>{});
 }
 
 template <class T>
@@ -326,13 +355,21 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
 
   Vec<T> all{};
   for (int64_t v = 0, end = t.padded; v < end; v += L) {
-    Vec<T> w = load<T>(m + v), e = load<T>(own + v), others = load<T>(rest + v);
-    Vec<T> i = T(1) / (e + others);
+    const Vec<T> w = load<T>(m + v), e = load<T>(own + v), others = load<T>(rest + v);
+    const Vec<T> sum = e + others;
+    Vec<T> i;
+    if (near) {
+      // One division for 1 / sum and for others / e, which near logits do not make overflow.
+      const Vec<T> both = T(1) / (sum * e);
+      i = both * e;
+      store<T>(loss + v, others * (sum * both));
+    } else {
+      i = T(1) / sum;
+    }
     all += w;
     store<T>(inverse + v, i);
     store<T>(scale + v, w * i);
     store<T>(value + v, e * (w * i));
-    if (near) store<T>(loss + v, others / e);
   }
   *weight += total<T>(all);
   // Loops of their own keep the chains of dependent operations short. A voxel without weight has
@@ -348,9 +385,9 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
   const ClassSums to = {to_sum(s.reference), to_sum(s.overlap), to_sum(s.predicted),
                         to_sum(s.cross_entropy)};
   const T* losses = logs ? loss : m;
-  if (classes > kFewClasses) add_to_many_classes(t, m, scale, losses, value, to);
-  else if (t.even) add_to_few_classes<T, true>(t, m, scale, losses, to);
-  else add_to_few_classes<T, false>(t, m, scale, losses, to);
+  if (classes > kFewClasses) add_to_many_classes(t, m, scale, value, losses, to);
+  else if (t.even) add_to_few_classes<T, true>(t, m, scale, value, losses, to);
+  else add_to_few_classes<T, false>(t, m, scale, value, losses, to);
   if (s.reference_squared >= 0) add_by_label(t, m, to_sum(s.reference_squared));
   if (s.predicted_squared >= 0)
     for (int64_t c = 0; c < classes; ++c) {
@@ -395,6 +432,102 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
   }
 }
 
+// Adds the part of squared probabilities: to `others` that of the classes but the label, to
+// `own_region` that of the label.
+template <class T>
+void add_squares(Tile<T>& t, const T* by_squared, T* others, T* own_region) {
+  constexpr int L = lanes<T>;
+  const T *inverse = t.row(kInverse), *own = t.row(kLabelExp);
+  const auto* label = t.labels();
+  const int64_t classes = t.job.classes;
+  for (int64_t first = 0; first < classes; first += kFewClasses) {
+    int64_t last = first + kFewClasses < classes ? first + kFewClasses : classes;
+    for (int64_t v = 0, end = t.padded; v < end; v += L) {
+      Vec<T> few{};
+      for (int64_t c = first; c < last; ++c) {
+        Vec<T> p = load<T>(t.x + c * t.stride + v) * load<T>(inverse + v);
+        IVec<T> is_label = label_lanes<T>(label + v) == class_number<T>(c);
+        few += drop<T>(is_label, (2 * by_squared[c]) * (p * p));
+      }
+      store<T>(others + v, load<T>(others + v) + few);
+    }
+  }
+  const T two = 2;
+  for (int64_t v = 0, end = t.padded; v < end; ++v)
+    own_region[v] += two * by_squared[t.y[v]] * own[v] * inverse[v];
+}
+
+// Focal slopes join the cross-entropy's coefficient; two rows are for working.
+template <class T>
+void add_focal_slopes(Tile<T>& t, bool near, T* loss, T* k, T* own_loss) {
+  constexpr int L = lanes<T>;
+  const auto& s = t.job.slots;
+  const T *rest = t.row(kRest), *inverse = t.row(kInverse), *own = t.row(kLabelExp);
+  for (int64_t v = 0, end = t.padded; v < end; v += L)
+    store<T>(loss + v, label_loss(t, near, v, load<T>(own + v), load<T>(rest + v)));
+  for (int f = 0; f < s.gammas; ++f) {
+    T gamma = T(s.gamma[f]);
+    look_up(t, t.table + s.focal[f] * t.job.classes, k);
+    for (int64_t v = 0, end = t.padded; v < end; v += L) {
+      Vec<T> i = load<T>(inverse + v), q = load<T>(rest + v) * i, p = load<T>(own + v) * i;
+      // p log p → 0 as p → 0, and (1−p)^(γ−1) log p → 0 as p → 1.
+      Vec<T> p_log_p = drop<T>(p == T(0), -(p * load<T>(loss + v)));
+      Vec<T> less = gamma == 0 ? Vec<T>{} : drop<T>(q == T(0), power<T>(q, gamma - 1));
+      Vec<T> change = focal_slope<Vec<T>, T>(power<T>(q, gamma), less, p_log_p, gamma);
+      store<T>(own_loss + v, load<T>(own_loss + v) + load<T>(k + v) * change);
+    }
+  }
+}
+
+// A table's number for each voxel's label: picked from registers that hold a table of kVectors
+// vectors, or, for 0, from a row that has them already.
+template <class T, int kVectors>
+struct ByLabel {
+  Vec<T> low{}, high{};
+  const T* row;
+
+  ByLabel(const Tile<T>& t, const T* table, const T* looked_up) : row(looked_up) {
+    if (kVectors == 0 || !table) return;
+    T numbers[2 * lanes<T>] = {};
+    for (int64_t c = 0; c < t.job.classes; ++c) numbers[c] = table[c];
+    low = load<T>(numbers), high = load<T>(numbers + lanes<T>);
+  }
+  FL_INLINE Vec<T> at(int64_t v, IVec<T> y) const {
+    if constexpr (kVectors == 0) return load<T>(row + v);
+    else if constexpr (kVectors == 1) return pick(low, y);
+    else return pick(low, high, y);
+  }
+};
+
+// What the label decides: the whole gradient at the label's class to `at_label`, and of the other
+// classes' gradients p_c (m · derivative by p_c) − p_c Σ_j t_j, where t_j is the derivative by
+// log p_j, both factors of e_c: `slope` and `turn`. `others` has Σ e_c · (derivative by p_c) over
+// the other classes. `kInverted`: 1 / Σe is there already, and in `others`.
+template <class T, int kVectors, bool kInverted>
+void label_gradients(Tile<T>& t, const ByLabel<T, kVectors>& overlap,
+                     const ByLabel<T, kVectors>& region, const ByLabel<T, kVectors>& loss,
+                     T uniform_total, const T* others, T* at_label, T* turn, T* slope) {
+  const T *m = t.row(kWeight), *rest = t.row(kRest), *own = t.row(kLabelExp);
+  const T* inverse = t.row(kInverse);
+  const auto* label = t.labels();
+  for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
+    const IVec<T> y = label_lanes<T>(label + v);
+    Vec<T> e = load<T>(own + v), r = load<T>(rest + v), rests = load<T>(others + v), i;
+    if (kInverted) {
+      i = load<T>(inverse + v);
+    } else {
+      i = T(1) / (r + e);
+      rests *= i;
+    }
+    const Vec<T> q = r * i, p = e * i, factor = load<T>(m + v) * i;
+    const Vec<T> by_p = region.at(v, y), own_slope = p * overlap.at(v, y) - loss.at(v, y);
+    rests -= uniform_total;
+    store<T>(at_label + v, load<T>(m + v) * (p * (by_p * q - rests) + own_slope * q));
+    store<T>(turn + v, factor * (rests + p * by_p + own_slope));
+    store<T>(slope + v, factor);
+  }
+}
+
 template <class T>
 void apply_softmax_labels(Tile<T>& t) {
   constexpr int L = lanes<T>;
@@ -407,86 +540,61 @@ void apply_softmax_labels(Tile<T>& t) {
 
   T *m = t.row(kWeight), *rest = t.row(kRest), *inverse = t.row(kInverse);
   T* own = t.row(kLabelExp);
-  // Σ p_c · (derivative by p_c) over the classes but the label, without the overlap's, without m.
+  // Σ e_c · (derivative by p_c) over the classes but the label, without the overlap's, without m.
   T* others = t.row(kA);
   bool near = begin_softmax_labels<T>(t, by_predicted, others);
   if (!by_predicted) std::memset(others, 0, sizeof(T) * kMaxTile);
-  for (int64_t v = 0, end = t.padded; v < end; v += L) {
-    Vec<T> i = T(1) / (load<T>(rest + v) + load<T>(own + v));
-    store<T>(inverse + v, i);
-    store<T>(others + v, load<T>(others + v) * i);
-  }
-  if (by_squared) {
-    const auto* label = t.labels();
-    for (int64_t first = 0; first < classes; first += kFewClasses) {
-      int64_t last = first + kFewClasses < classes ? first + kFewClasses : classes;
-      for (int64_t v = 0, end = t.padded; v < end; v += L) {
-        Vec<T> few{};
-        for (int64_t c = first; c < last; ++c) {
-          Vec<T> p = load<T>(t.x + c * t.stride + v) * load<T>(inverse + v);
-          IVec<T> is_label = label_lanes<T>(label + v) == class_number<T>(c);
-          few += drop<T>(is_label, (2 * by_squared[c]) * (p * p));
-        }
-        store<T>(others + v, load<T>(others + v) + few);
-      }
-    }
-  }
+  T *at_label = t.row(kB), *slope = t.row(kC), *turn = t.row(kD);
+  T *own_overlap = t.row(kE), *own_region = t.row(kF), *own_loss = t.row(kLargest);
   double uniform_sum = 0;
   if (by_uniform)
     for (int64_t c = 0; c < classes; ++c) uniform_sum += double(by_uniform[c]);
-  T uniform_total = T(uniform_sum);
-
-  // What the label decides: the whole gradient at the label's class, and for the other classes
-  // Σ_j t_j, where t_j is the derivative by log p_j.
-  T *at_label = t.row(kB), *slope = t.row(kC), *turn = t.row(kD);
-  T *own_overlap = t.row(kE), *own_region = t.row(kF), *own_loss = t.row(kLargest);
-  look_up(t, by_overlap, own_overlap);
-  look_up(t, by_loss, own_loss);
-  look_up(t, by_predicted, own_region);
-  if (s.top_k >= 0) {
-    const T* chosen = t.losses();
-    look_up(t, t.table + s.top_k * classes, turn);
-    for (int64_t v = 0, end = t.n; v < end; ++v) own_loss[v] += turn[v] * chosen[v];
-  }
-  if (s.gammas > 0) {
-    // Focal slopes join the cross-entropy's coefficient.
-    T *loss = at_label, *k = turn;
-    for (int64_t v = 0, end = t.padded; v < end; v += L)
-      store<T>(loss + v, label_loss(t, near, v, load<T>(own + v), load<T>(rest + v)));
-    for (int f = 0; f < s.gammas; ++f) {
-      T gamma = T(s.gamma[f]);
-      look_up(t, t.table + s.focal[f] * classes, k);
-      for (int64_t v = 0, end = t.padded; v < end; v += L) {
-        Vec<T> i = load<T>(inverse + v), q = load<T>(rest + v) * i, p = load<T>(own + v) * i;
-        // p log p → 0 as p → 0, and (1−p)^(γ−1) log p → 0 as p → 1.
-        Vec<T> p_log_p = drop<T>(p == T(0), -(p * load<T>(loss + v)));
-        Vec<T> less = gamma == 0 ? Vec<T>{} : drop<T>(q == T(0), power<T>(q, gamma - 1));
-        Vec<T> change = focal_slope<Vec<T>, T>(power<T>(q, gamma), less, p_log_p, gamma);
-        store<T>(own_loss + v, load<T>(own_loss + v) + load<T>(k + v) * change);
-      }
+  auto run = [&](auto vectors, auto inverted) {
+    using Table = ByLabel<T, decltype(vectors)::value>;
+    label_gradients<T, decltype(vectors)::value, decltype(inverted)::value>(
+        t, Table(t, by_overlap, own_overlap), Table(t, by_predicted, own_region),
+        Table(t, by_loss, own_loss), T(uniform_sum), others, at_label, turn, slope);
+  };
+  auto look_up_all = [&] {
+    look_up(t, by_overlap, own_overlap);
+    look_up(t, by_loss, own_loss);
+    look_up(t, by_predicted, own_region);
+  };
+  using std::integral_constant;
+  if (by_squared || by_uniform || s.top_k >= 0 || s.gammas > 0) {
+    for (int64_t v = 0, end = t.padded; v < end; v += L) {
+      Vec<T> i = T(1) / (load<T>(rest + v) + load<T>(own + v));
+      store<T>(inverse + v, i);
+      store<T>(others + v, load<T>(others + v) * i);
     }
+    look_up_all();
+    if (by_squared) add_squares(t, by_squared, others, own_region);
+    if (s.top_k >= 0) {
+      const T* chosen = t.losses();
+      look_up(t, t.table + s.top_k * classes, turn);
+      for (int64_t v = 0, end = t.n; v < end; ++v) own_loss[v] += turn[v] * chosen[v];
+    }
+    if (s.gammas > 0) add_focal_slopes(t, near, at_label, turn, own_loss);
+    run(integral_constant<int, 0>{}, std::true_type{});
+  } else if (kPicks<T> && classes <= L) {
+    if constexpr (kPicks<T>) run(integral_constant<int, 1>{}, std::false_type{});
+  } else if (kPicks<T> && classes <= 2 * L) {
+    if constexpr (kPicks<T>) run(integral_constant<int, 2>{}, std::false_type{});
+  } else {
+    look_up_all();
+    run(integral_constant<int, 0>{}, std::false_type{});
   }
-  T two = 2;
-  if (by_squared)
-    for (int64_t v = 0, end = t.padded; v < end; ++v)
-      own_region[v] += two * by_squared[t.y[v]] * own[v] * inverse[v];
-  for (int64_t v = 0, end = t.padded; v < end; v += L) {
-    Vec<T> i = load<T>(inverse + v), w = load<T>(m + v);
-    Vec<T> q = load<T>(rest + v) * i, p = load<T>(own + v) * i;
-    Vec<T> region = load<T>(own_region + v), rests = load<T>(others + v) - uniform_total;
-    Vec<T> own_slope = p * load<T>(own_overlap + v) - load<T>(own_loss + v);
-    Vec<T> factor = w * i;
-    store<T>(at_label + v, w * (p * (region * q - rests) + own_slope * q));
-    store<T>(turn + v, factor * (rests + p * region + own_slope));
-    store<T>(slope + v, factor);
-  }
+  const T two = 2;
   if (by_uniform)
     for (int64_t v = 0, end = t.padded; v < end; ++v) at_label[v] -= m[v] * by_uniform[t.y[v]];
 
   write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
     if (!by_squared && !by_uniform) {
-      for (int64_t c = 0; c < classes; ++c)
-        write_gradient(t, row(c), put, c, by_predicted, slope, turn, at_label);
+      int64_t c = 0;
+      for (; c + 2 <= classes; c += 2)
+        write_gradients<2>(t, row, put, c, by_predicted, slope, turn, at_label);
+      for (; c < classes; ++c)
+        write_gradients<1>(t, row, put, c, by_predicted, slope, turn, at_label);
       return;
     }
     for (int64_t c = 0; c < classes; ++c) {

@@ -354,6 +354,8 @@ template <class T, class S, bool kStream>
 struct Put {
   // A vector.
   FL_INLINE void operator()(S* p, Vec<T> v) const { store_as<S, kStream, T>(p, v); }
+  // Two vectors, one behind the other.
+  FL_INLINE void two(S* p, Vec<T> a, Vec<T> b) const { store_two_as<S, kStream, T>(p, a, b); }
   // Whole vectors to p, and their negatives to q.
   FL_INLINE void opposites(const T* from, int64_t count, S* p, S* q) const {
     store_opposites<S, kStream, T>(from, count, p, q);
