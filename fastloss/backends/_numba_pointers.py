@@ -113,6 +113,35 @@ def call_row(
     return types.void(types.intp, types.intp, types.intp, types.intp, types.intp), codegen
 
 
+LINE = 64  # bytes
+
+
+@intrinsic
+def stream_line(typingctx: Any, target: Any, source: Any) -> Any:
+    """Copy a cache line to ``target``, which begins one, past the caches."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        line = ir.VectorType(ir.IntType(32), LINE // 4).as_pointer()
+        value = builder.load(builder.bitcast(args[1], line), align=4)
+        stored = builder.store(value, builder.bitcast(args[0], line), align=LINE)
+        one = ir.Constant(ir.IntType(32), 1)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([one]))
+        return context.get_dummy_value()
+
+    return types.void(target, source), codegen
+
+
+@intrinsic
+def fence(typingctx: Any) -> Any:
+    """What went past the caches is there before anything that follows."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 @intrinsic
 def to_bits(typingctx: Any, number: Any) -> Any:
     """The bits of a float32 as uint32."""

@@ -12,10 +12,20 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import cfunc
+from numba import cfunc, njit
 from numba.core import types
 
-from fastloss.backends._numba_pointers import from_bits, item_size, shift_bytes, to_bits
+from fastloss.backends._numba_pointers import (
+    LINE,
+    address,
+    fence,
+    from_bits,
+    item_size,
+    shift,
+    shift_bytes,
+    stream_line,
+    to_bits,
+)
 
 _STORED = {"bfloat16": types.uint16, "float16": types.uint16, "bool": types.uint8}
 
@@ -64,6 +74,24 @@ def _store(source: Any, stride: int, count: int, target: Any) -> None:
             shift_bytes(target, i * stride)[0] = source[i]
 
 
+def _stream(source: Any, stride: int, count: int, target: Any) -> None:
+    """As `_store`, past the caches, where a store does not first read the line."""
+    size = item_size(target)
+    i = 0
+    if (stride == size) & (address(target) % size == 0):
+        head = min((-address(target) & (LINE - 1)) // size, count)
+        while i < head:
+            target[i] = source[i]
+            i += 1
+        step = LINE // size
+        while i + step <= count:
+            stream_line(shift(target, i), shift(source, i))
+            i += step
+    while i < count:
+        shift_bytes(target, i * stride)[0] = source[i]
+        i += 1
+
+
 def _store_bfloat16(source: Any, stride: int, count: int, target: Any) -> None:
     for i in range(count):
         bits = to_bits(source[i])
@@ -97,12 +125,19 @@ def loader(dtype: str, to: str) -> int:
 
 
 @cache
-def storer(dtype: str) -> int:
-    """The address of the row function that writes ``dtype`` from what it is computed in."""
+def storer(dtype: str, stream: bool) -> int:
+    """The address of the row function that writes ``dtype`` from what it is computed in; with
+    ``stream`` past the caches, if it can, and `settle` must follow."""
     functions = {"bfloat16": _store_bfloat16, "float16": _store_float16}
-    function = functions.get(dtype, _store)
+    function = functions.get(dtype, _stream if stream else _store)
     computed = types.float64 if dtype == "float64" else types.float32
     return _compile(function, computed, _type(dtype))
+
+
+@njit(nogil=True)
+def settle() -> None:
+    """Let no other thread see anything before what this one stored."""
+    fence()
 
 
 def _type(dtype: str) -> Any:

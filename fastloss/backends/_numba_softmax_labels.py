@@ -58,6 +58,7 @@ from fastloss.backends._numba_tile import (
     store,
     summing,
     total,
+    two_by_label,
 )
 
 # Rows of numbers per voxel, in units of elements.
@@ -394,11 +395,9 @@ def reduce(
                 _activate_far(plan, voxel, tile, labels, wide, n, tile, False)
             _normalise(plan, voxel, wide, n)
             count_of[WEIGHT_SUM] += total(m, n)
-            undefined = 0
-            for i in range(n):
-                undefined += 0 if voxel[_REST + i] == voxel[_REST + i] else 1
-                undefined += 0 if voxel[_E + i] == voxel[_E + i] else 1
-            count_of[UNDEFINED] += undefined
+            # Finite for every voxel, unless a logit was NaN.
+            undefined = total(shift(voxel, _INVERSE), n)
+            count_of[UNDEFINED] += 0 if undefined == undefined else 1
             if logs:
                 _logarithms(near, voxel, n)
                 for i in range(n):
@@ -524,6 +523,8 @@ def apply(
     operand = operands[LOGITS]
     h, v, w1, w2 = shift(voxel, _H), shift(voxel, _V), shift(voxel, _W1), shift(voxel, _W2)
     zero, two = like(voxel, 0), like(voxel, 2)
+    tables = np.empty((2, channels), coefficients.dtype)
+    by_own, by_loss = data(tables), shift(data(tables), channels)
     for block in range(begin, end):
         sample = block // plan[BLOCKS]
         start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
@@ -537,6 +538,11 @@ def apply(
         predicted = slots[PREDICTED] >= 0
         squared = slots[PREDICTED_SQUARED] >= 0
         uniform = slots[UNIFORM] >= 0
+        cross_entropy = slots[CROSS_ENTROPY] >= 0
+        for c in range(channels):
+            by_own[c] = by_predicted[c] if predicted else zero
+            by_own[c] += by_overlap[c] if slots[OVERLAP] >= 0 else zero
+            by_loss[c] = here[slots[CROSS_ENTROPY] * step + c] if cross_entropy else zero
         sum_of_uniform = 0.0
         if uniform:
             for c in range(channels):
@@ -566,13 +572,8 @@ def apply(
             _normalise(plan, voxel, wide, n)
 
             # The derivative by p_y, and with it Σ_c p_c (the derivative by p_c − that by p_y).
-            fill(h, 0, n)
-            if predicted:
-                by_label(by_predicted, labels, n, channels, h)
-            if slots[OVERLAP] >= 0:
-                by_label(by_overlap, labels, n, channels, w1)
-                for i in range(n):
-                    voxel[_H + i] += voxel[_W1 + i]
+            # The derivative by −log p_y, at first without the voxel weight.
+            two_by_label(by_own, by_loss, labels, n, channels, h, v)
             for i in range(n):
                 voxel[_A + i] *= voxel[_INVERSE + i]
             if squared:
@@ -589,10 +590,6 @@ def apply(
                 for i in range(n):
                     voxel[_A + i] += voxel[_W2 + i]
 
-            # The derivative by −log p_y, at first without the voxel weight.
-            fill(v, 0, n)
-            if slots[CROSS_ENTROPY] >= 0:
-                by_label(shift(here, slots[CROSS_ENTROPY] * step), labels, n, channels, v)
             if slots[TOP_K] >= 0:
                 by_label(shift(here, slots[TOP_K] * step), labels, n, channels, w2)
                 share = shift(data(losses), sample * plan[VOXELS] + first)

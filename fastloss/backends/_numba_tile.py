@@ -19,7 +19,7 @@ from numba import njit
 from fastloss.backends._numba_math import exp, log
 from fastloss.backends._numba_pointers import address, call_row, item_size, like, select, to_int32
 
-WIDTH = 256
+WIDTH = 512
 FEW = 6
 MORE = 24
 """Up to so many classes a pass over the voxels for each is faster than to read by the label, and
@@ -34,7 +34,8 @@ CHANNELS, VOXELS, TILE, BLOCK, BLOCKS, BATCH, IGNORE, AXES, SIZES = range(9)
 # The rows of ``operands``, and what each says of its array: then the strides of the spatial axes.
 LOGITS, TARGET, WEIGHT, OUT = range(4)
 ADDRESS, BY_SAMPLE, BY_CHANNEL, ROW, ROW64, STRIDES = range(6)
-"""ROW, ROW64: the addresses of the row functions, to the dtype of computation and to float64."""
+"""ROW, ROW64: the addresses of the row functions, to the dtype of computation and to float64. That
+of a label map's ROW leads to int32; 0 where that would not hold all labels."""
 # What a block counts besides its sums.
 WEIGHT_SUM, BAD_LABELS, BAD_WEIGHTS, UNDEFINED, COUNTS = range(5)
 # The indices of the slots of the sums, −1 where not asked for; a pair for each gamma at the end.
@@ -137,10 +138,45 @@ def load_weights(plan, operands, sample, first, count, weights, wide, counts):
     return zeros > 0
 
 
+@adding
+def _ignore_labels(labels, weights, ignore, count):
+    """Weights and labels of 0 where the label is ``ignore``; return how many there are."""
+    zero, one, label = like(weights, 0), like(weights, 1), np.int32(0)
+    found = zero
+    for i in range(count):
+        y, weight = labels[i], weights[i]
+        here = y == ignore
+        labels[i] = select(here, label, y)
+        weights[i] = settle(weights, select(here, zero, weight))
+        found += select(here, one, zero)
+    return found
+
+
+@adding
+def _bound_labels(labels, last, count):
+    """Bring all labels into [0, last]; return how many were not."""
+    label, zero, one = np.int32(0), np.float32(0), np.float32(1)
+    bad = zero
+    for i in range(count):
+        y = labels[i]
+        inside = select(y > label, y, label)
+        inside = select(inside < last, inside, last)
+        labels[i] = inside
+        bad += select(inside == y, zero, one)
+    return bad
+
+
 @inner
 def load_labels(plan, operands, ignore, sample, first, count, labels, weights, wide, counts):
     """Fill the labels, and weights of 0 where they are ignored; return whether any is."""
     operand = operands[TARGET]
+    if operand[ROW] != 0:  # integers that int32 holds
+        move(plan, operand, operand[ROW], sample, 0, first, count, labels, False)
+        ignored = 0.0
+        if plan[IGNORE] != 0:
+            ignored = _ignore_labels(labels, weights, np.int32(ignore), count)
+        counts[BAD_LABELS] += _bound_labels(labels, np.int32(plan[CHANNELS] - 1), count)
+        return ignored > 0
     move(plan, operand, operand[ROW64], sample, 0, first, count, wide, False)
     classes = np.float64(plan[CHANNELS])
     zeros = 0
@@ -352,6 +388,26 @@ def by_label(table, labels, count, classes, row):
     else:
         for i in range(count):
             row[i] = table[labels[i]]
+
+
+@inner
+def two_by_label(table, table2, labels, count, classes, row, row2):
+    """As `by_label` for two tables and rows."""
+    if classes <= FEW:
+        fill(row, 0, count)
+        fill(row2, 0, count)
+        zero = like(row, 0)
+        for c in range(classes):
+            number, number2, label = table[c], table2[c], np.int32(c)
+            for i in range(count):
+                here = labels[i] == label
+                row[i] += select(here, number, zero)
+                row2[i] += select(here, number2, zero)
+    else:
+        for i in range(count):
+            label = labels[i]
+            row[i] = table[label]
+            row2[i] = table2[label]
 
 
 @inner

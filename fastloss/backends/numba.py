@@ -24,7 +24,7 @@ from fastloss.backends import (
     _numba_two_classes,
 )
 from fastloss.backends._axes import merge_axes
-from fastloss.backends._numba_rows import loader, storer
+from fastloss.backends._numba_rows import loader, settle, storer
 from fastloss.backends._numba_threads import Pool
 from fastloss.backends._numba_tile import WIDTH
 from fastloss.backends.base import Backend, bad_labels, bad_weights
@@ -33,6 +33,7 @@ from fastloss.voxel_losses import VoxelLosses
 
 _config: Any = _untyped_config  # its attributes are made at run time
 
+_STREAMED = 1 << 20  # bytes of a gradient that is written past the caches
 _TILE_BYTES = 1 << 18  # of the logits of a tile: they stay in the second-level cache
 _BLOCK_VOXELS = 4096
 _BLOCK_LOGITS = 1 << 18
@@ -117,6 +118,8 @@ class NumbaBackend(Backend):
 
         def compute(begin: int, end: int) -> None:
             kernel(begin, end, *call.inputs, *call.scratch(), *results, *call.options)
+            if call.stream:
+                settle()
 
         few = call.arrays.logits.size < _FEW_LOGITS
         self._pool.run(compute, int(blocks), 1 if few else self.get_num_threads())
@@ -146,6 +149,8 @@ class _Call:
             self.dtype.itemsize,
         )
         self.blocks = int(self.plan[_numba_tile.BLOCKS])
+        # In place the lines are in the caches already, and a small gradient is better left there.
+        self.stream = out is not None and out.nbytes >= _STREAMED and _address(out) != _address(x)
         if request.activation != "softmax":
             self.kernels: Any = _numba_channels
             self.options: tuple[Any, ...] = (arrays.dense, request.activation == "sigmoid")
@@ -172,6 +177,8 @@ class _Call:
         operands[_numba_tile.TARGET, first] += _address(arrays.target)
         if arrays.dense:
             operands[_numba_tile.TARGET, _numba_tile.ROW] = loader(arrays.target_dtype, computed)
+        elif _fits_int32(arrays.target_dtype, request.ignore_index):
+            operands[_numba_tile.TARGET, _numba_tile.ROW] = loader(arrays.target_dtype, "int32")
         if not arrays.dense or request.ignore_index is not None:
             operands[_numba_tile.TARGET, _numba_tile.ROW64] = loader(arrays.target_dtype, "float64")
         if w is not None:
@@ -179,7 +186,7 @@ class _Call:
             operands[_numba_tile.WEIGHT, _numba_tile.ROW64] = loader(arrays.weight_dtype, "float64")
         if out is not None:
             operands[_numba_tile.OUT, first] += _address(out)
-            operands[_numba_tile.OUT, _numba_tile.ROW] = storer(arrays.logits_dtype)
+            operands[_numba_tile.OUT, _numba_tile.ROW] = storer(arrays.logits_dtype, self.stream)
         self.inputs = (self.plan, operands, *_numbers(request))
 
     def scratch(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -192,6 +199,13 @@ class _Call:
             np.empty(WIDTH, np.int32),
             np.empty(2 * WIDTH, np.float64),
         )
+
+
+def _fits_int32(dtype: str, ignore: int | None) -> bool:
+    """Whether int32 holds all labels of a map of this dtype, and the one that is ignored."""
+    if dtype not in ("bool", "uint8", "int8", "uint16", "int16", "int32"):
+        return False
+    return ignore is None or -(1 << 31) <= ignore < 1 << 31
 
 
 def _address(array: np.ndarray) -> int:
