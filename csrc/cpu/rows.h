@@ -544,6 +544,41 @@ FL_INLINE void transpose4(const float* from, int64_t from_step, float* to, int64
 #endif
 }
 
+#if defined(__AVX2__)
+// An 8×8 block. Halves of rows are put together as they are loaded, which takes no pipe that
+// shuffles.
+FL_INLINE void transpose8(const float* from, int64_t from_step, float* to, int64_t to_step) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    __m256 r[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const float* p = from + i * from_step + 4 * half;
+      r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
+                                  _mm_loadu_ps(p + 4 * from_step), 1);
+    }
+    __m256 a = _mm256_unpacklo_ps(r[0], r[1]), b = _mm256_unpackhi_ps(r[0], r[1]);
+    __m256 c = _mm256_unpacklo_ps(r[2], r[3]), d = _mm256_unpackhi_ps(r[2], r[3]);
+    float* q = to + 4 * half * to_step;
+    _mm256_storeu_ps(q, _mm256_shuffle_ps(a, c, 0x44));
+    _mm256_storeu_ps(q + to_step, _mm256_shuffle_ps(a, c, 0xee));
+    _mm256_storeu_ps(q + 2 * to_step, _mm256_shuffle_ps(b, d, 0x44));
+    _mm256_storeu_ps(q + 3 * to_step, _mm256_shuffle_ps(b, d, 0xee));
+  }
+}
+#endif
+
+// Calls block(i, j) for blocks of kSize × kSize that cover rows and columns: the last ones overlap
+// those before them where kSize does not divide.
+template <int kSize, class F>
+FL_INLINE void cover(int64_t rows, int64_t columns, const F& block) {
+  for (int64_t i = 0; i < rows; i += kSize) {
+    int64_t a = i + kSize <= rows ? i : rows - kSize;
+    for (int64_t j = 0; j < columns; j += kSize)
+      block(a, j + kSize <= columns ? j : columns - kSize);
+  }
+}
+
 // As transpose, for a number of columns known to the compiler, which makes vectors of it.
 template <int kColumns>
 void split_columns(const float* __restrict from, float* __restrict to, int64_t to_step,
@@ -570,14 +605,15 @@ inline void transpose(const float* from, int64_t from_step, float* to, int64_t t
       for (int64_t j = 0; j < columns; ++j) to[j * to_step + i] = from[i * from_step + j];
     return;
   }
-  // The last blocks overlap those before them where 4 does not divide.
-  for (int64_t i = 0; i < rows; i += 4) {
-    int64_t a = i + 4 <= rows ? i : rows - 4;
-    for (int64_t j = 0; j < columns; j += 4) {
-      int64_t b = j + 4 <= columns ? j : columns - 4;
-      transpose4(from + a * from_step + b, from_step, to + b * to_step + a, to_step);
-    }
-  }
+#if defined(__AVX2__)
+  if (rows >= 8 && columns >= 8)
+    return cover<8>(rows, columns, [&](int64_t i, int64_t j) {
+      transpose8(from + i * from_step + j, from_step, to + j * to_step + i, to_step);
+    });
+#endif
+  cover<4>(rows, columns, [&](int64_t i, int64_t j) {
+    transpose4(from + i * from_step + j, from_step, to + j * to_step + i, to_step);
+  });
 }
 
 }  // namespace
