@@ -203,18 +203,55 @@ def test_report_of_a_kernel_whose_numbers_are_in_memory() -> None:
 # ------------------------------------------------------------------------------ instructions
 
 
-def instructions(cubin: Path, kernel: str) -> list[str]:
-    """The instructions of a kernel with their modifiers, as ``LDG.E.128``."""
+def machine_code(cubin: Path, kernel: str) -> str:
+    """What the disassembler prints of a kernel."""
     tool = shutil.which("nvdisasm") or file_of_package("nvidia-cuda-nvdisasm", "*/bin/nvdisasm*")
     result = subprocess.run(
         [str(tool), "--print-code", str(cubin)], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     sections = re.split(r"^\.text\.(\w+):$", result.stdout, flags=re.MULTILINE)
-    text = dict(zip(sections[1::2], sections[2::2], strict=True))[kernel]
+    return dict(zip(sections[1::2], sections[2::2], strict=True))[kernel]
+
+
+def instructions(cubin: Path, kernel: str) -> list[str]:
+    """The instructions of a kernel with their modifiers, as ``LDG.E.128``."""
     return re.findall(
-        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", text, re.MULTILINE
+        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)",
+        machine_code(cubin, kernel),
+        re.MULTILINE,
     )
+
+
+def longest_loop(code: str) -> int:
+    """How many instructions lie between the ends of the longest loop, rare branches included."""
+    places: dict[str, int] = {}
+    count = longest = 0
+    for line in code.splitlines():
+        if label := re.match(r"\s*\.(\w+):$", line):
+            places[label[1]] = count
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+\S", line):
+            count += 1
+            jump = re.search(r"\bBRA\b.*`\(\.(\w+)\)", line)
+            if jump and jump[1] in places:
+                longest = max(longest, count - places[jump[1]])
+    return longest
+
+
+def test_longest_loop() -> None:
+    need_nvcc()
+    text = """extern "C" __global__ void loops(float* x, int n) {
+      #pragma unroll 1
+      for (int i = 0; i < n; ++i) x[i] = 1;
+    }
+    extern "C" __global__ void straight(float* x) { *x = 1; }"""
+    _, binary = nvcc(text, ("loops", "straight"), MAIN)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "made.cubin"
+        cubin.write_bytes(binary)
+        assert 4 <= longest_loop(machine_code(cubin, "loops")) <= 20
+        # What lies behind the end of a kernel jumps to itself.
+        assert longest_loop(machine_code(cubin, "straight")) <= 1
 
 
 def of_width(found: list[str], name: str, bits: int) -> int:
@@ -318,25 +355,32 @@ PLAN = (
 
 
 def print_table(architecture: str, matching: str) -> None:
-    """Registers, threads and memory of every kind of call."""
+    """Registers, threads and memory of every kind of call, and the instructions that a thread
+    executes for each logit: those of the longest loop, of which some are executed seldom."""
     kinds = [kind for kind in cuda_variants.kinds() if matching in str(kind)]
     width = max(len(str(kind)) for kind in kinds)
-    print(f"{architecture:{width}} registers threads shared stack stores loads  {' '.join(PLAN)}")
+    columns = "registers threads shared stack stores loads a-logit"
+    print(f"{architecture:{width}} {columns}  {' '.join(PLAN)}")
 
     def of(kind: Kind) -> str:
         made = cuda_variants.compiled(kind)
         plan = "/".join(str(made.constant(name)) for name in PLAN)
         lines = []
         try:
-            found, _ = nvcc(made.text, made.names, architecture)
+            found, binary = nvcc(made.text, made.names, architecture)
         except AssertionError as error:
             return f"{kind}: {error}"
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "made.cubin"
+            cubin.write_bytes(binary)
+            loop = longest_loop(machine_code(cubin, made.names[0]))
+        each = loop / (made.constant("vector") * made.constant("per_thread"))
         for name, u in found.items():
             if name == made.names[0] or u.in_memory:
                 label = str(kind) if name == made.names[0] else f"  {name}"
                 lines.append(
                     f"{label:{width}} {u.registers:9} {made.threads:7} {made.shared:6} {u.stack:5} "
-                    f"{u.spill_stores:6} {u.spill_loads:5}  {plan}"
+                    f"{u.spill_stores:6} {u.spill_loads:5} {each:7.1f}  {plan}"
                 )
         return "\n".join(lines)
 
