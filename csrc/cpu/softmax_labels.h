@@ -499,10 +499,10 @@ struct ByLabel {
   }
 };
 
-// What the label decides: the whole gradient at the label's class to `at_label`, and of the other
-// classes' gradients p_c (m · derivative by p_c) − p_c Σ_j t_j, where t_j is the derivative by
-// log p_j, both factors of e_c: `slope` and `turn`. `others` has Σ e_c · (derivative by p_c) over
-// the other classes. `kInverted`: 1 / Σe is there already, and in `others`.
+// What the label decides of a voxel's gradient: all of it at the label's class, to `at_label`; of
+// the other classes, whose gradient is e_c (slope · derivative by p_c − turn), those two factors.
+// `others` has Σ e_c · (derivative by p_c) over the other classes. `kInverted`: 1 / Σe is there
+// already, and in `others`.
 template <class T, int kVectors, bool kInverted>
 void label_gradients(Tile<T>& t, const ByLabel<T, kVectors>& overlap,
                      const ByLabel<T, kVectors>& region, const ByLabel<T, kVectors>& loss,
