@@ -73,6 +73,33 @@ def test_the_same_bits_from_run_to_run(backend: str) -> None:
         same_bits(LOSS.value_and_grad(x, y), first)
 
 
+@pytest.mark.parametrize("loss", [fl.Dice() + fl.CrossEntropy(), fl.Dice() + fl.Focal(), LOSS])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("classes", [2, 3, 4, 9, 40])
+def test_the_same_bits_wherever_the_gradient_lies(
+    native_backend: str, classes: int, dtype: str, loss: fl.Loss
+) -> None:
+    size = np.dtype(dtype).itemsize
+    # More than 1 MiB is written past the caches, by whole lines of them.
+    voxels = (1 << 20) // (size * classes) // 2 + 1037
+    x, y = example(2, classes, (voxels,), dtype=dtype)
+    y[0] = np.arange(voxels) // 97 % classes
+    rng = np.random.default_rng(0)
+    some = rng.choice(voxels, 40, replace=False)
+    x[:, :, some[:20]] *= 30
+    x[0, 0, some[20:25]] = np.inf
+    x[1, 1, some[25:30]] = -np.inf
+    x[0, :, some[30:]] += 50
+    memory = np.empty(x.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64
+    results = []
+    for offset in (0, size, 16, 48, 64 - size):
+        out = memory[start + offset :][: x.nbytes].view(dtype).reshape(x.shape)
+        results.append(loss.value_and_grad(x, y, out=out)[1].copy())
+    for result in results[1:]:
+        same_bits([result], [results[0]])
+
+
 def test_several_threads_at_once(backend: str) -> None:
     cases = [example(2, 3, (20_000 + i,), seed=i, dtype=np.float32) for i in range(4)]
     expected = [LOSS.value_and_grad(*case) for case in cases]

@@ -128,11 +128,26 @@ inline int64_t voxels_to_line(const Job& job, int64_t sample) {
   return 0;
 }
 
-// Bytes of working memory that a thread needs for one block.
+// Blocks of a sample that follow each other, and what the reduce pass finds in them.
+struct Blocks {
+  int64_t first, last;  // voxels
+  int64_t size;         // voxels of every block but the last
+  double* sums;         // (blocks, S + 1, C), the last slot being waste; zeros at first
+  double* weights;      // (blocks,), the sums of voxel weights; zeros at first
+  Faults* faults;       // (blocks,)
+
+  int64_t of(int64_t voxel) const { return (voxel - first) / size; }
+  // The voxels of the tile that starts at v.
+  int tile(int64_t v, int step) const {
+    int64_t end = first + (of(v) + 1) * size;
+    end = (end < last ? end : last) - v;
+    return int(end < step ? end : step);
+  }
+};
+
+// Bytes of working memory that a thread needs.
 using ScratchSize = size_t (*)(const Job&);
-// Writes the block's sums (S + 1, C), the last slot being waste, and its sum of voxel weights.
-using Reduce = void (*)(const Job&, int64_t sample, int64_t first, int64_t last, void* scratch,
-                        double* sums, double* weight, Faults* faults);
+using Reduce = void (*)(const Job&, int64_t sample, const Blocks&, void* scratch);
 using Apply = void (*)(const Job&, int64_t sample, int64_t first, int64_t last, void* scratch);
 
 struct Kernels {

@@ -178,6 +178,8 @@ Array view(const py::array& a, const std::string& dtype, bool channels) {
   return r;
 }
 
+constexpr int64_t kRangesPerThread = 16;
+
 // One Request, see fastloss/request.py.
 class Passes {
  public:
@@ -277,17 +279,39 @@ class Passes {
     return job;
   }
 
+  // The blocks of a batch, in ranges that follow each other in memory: few enough that threads
+  // mostly go on where they are, and enough that they end together.
+  struct Plan {
+    int64_t block;           // voxels
+    int64_t blocks, ranges;  // of a sample
+    int64_t range;           // blocks
+
+    explicit Plan(const Job& job) {
+      block = block_voxels(job.classes, job.voxels);
+      blocks = (job.voxels + block - 1) / block;
+      int64_t wanted = kRangesPerThread * num_threads();
+      range = std::max<int64_t>(blocks * job.batch / wanted, 1);
+      ranges = (blocks + range - 1) / range;
+    }
+  };
+
   static void run_reduce(const Job& job, double* sums, double* voxels, Faults* faults) {
-    int64_t block = block_voxels(job.classes, job.voxels);
-    int64_t blocks = (job.voxels + block - 1) / block, count = job.batch * blocks;
-    int64_t size = (job.slots.count + 1) * job.classes;  // see Reduce
+    const Plan plan(job);
+    int64_t blocks = plan.blocks, count = job.batch * blocks;
+    int64_t size = (job.slots.count + 1) * job.classes;  // see Blocks
     int64_t wanted = job.slots.count * job.classes;
     std::vector<double> partial(size_t(count * size)), weights(static_cast<size_t>(count));
     std::vector<Faults> found(static_cast<size_t>(count));
-    parallel(count, kernels->scratch_size(job), [&](int64_t i, void* scratch) {
-      int64_t sample = i / blocks, first = i % blocks * block;
-      kernels->reduce(job, sample, first, std::min(first + block, job.voxels), scratch,
-                      partial.data() + i * size, &weights[size_t(i)], &found[size_t(i)]);
+    parallel(job.batch * plan.ranges, kernels->scratch_size(job), [&](int64_t i, void* scratch) {
+      int64_t sample = i / plan.ranges, first = i % plan.ranges * plan.range;
+      int64_t last = std::min(first + plan.range, blocks), place = sample * blocks + first;
+      Blocks here = {first * plan.block,
+                     std::min(last * plan.block, job.voxels),
+                     plan.block,
+                     partial.data() + place * size,
+                     &weights[size_t(place)],
+                     &found[size_t(place)]};
+      kernels->reduce(job, sample, here, scratch);
     });
     std::fill(sums, sums + wanted * job.batch, 0.0);
     std::fill(voxels, voxels + job.batch, 0.0);
@@ -304,13 +328,13 @@ class Passes {
   }
 
   static void run_apply(const Job& job) {
-    int64_t block = block_voxels(job.classes, job.voxels);
-    int64_t blocks = (job.voxels + block - 1) / block, count = job.batch * blocks;
+    const Plan plan(job);
+    const int64_t size = plan.range * plan.block, count = job.batch * plan.ranges;
     parallel(count, kernels->scratch_size(job), [&](int64_t i, void* scratch) {
       // Backwards: what the reduce pass read last is in the caches still.
       i = count - 1 - i;
-      int64_t sample = i / blocks, lead = voxels_to_line(job, sample);
-      int64_t first = i % blocks * block, last = std::min(first + block + lead, job.voxels);
+      int64_t sample = i / plan.ranges, lead = voxels_to_line(job, sample);
+      int64_t first = i % plan.ranges * size, last = std::min(first + size + lead, job.voxels);
       kernels->apply(job, sample, first ? std::min(first + lead, last) : 0, last, scratch);
     });
   }

@@ -17,35 +17,32 @@ Path path_of(const Job& job) {
 bool in_double(const Job& job) { return job.logits.dtype == DType::f64; }
 
 template <class T>
-void reduce_block(const Job& job, int64_t sample, int64_t first, int64_t last, void* scratch,
-                  double* sums, double* weight, Faults* faults) {
-  Tile<T> tile(job, sample, scratch);
-  int64_t count = int64_t(job.slots.count + 1) * job.classes;
-  for (int64_t i = 0; i < count; ++i) sums[i] = 0;
-  *weight = 0;
+void reduce_blocks(const Job& job, int64_t sample, const Blocks& blocks, void* scratch) {
   Path path = path_of(job);
-  for (int64_t v = first; v < last; v += tile.step) {
-    tile.move(v, int(last - v < tile.step ? last - v : tile.step), faults);
-    if (path == Path::two_classes) reduce_two_classes(tile, sums, weight);
-    else if (path == Path::softmax_labels) reduce_softmax_labels(tile, sums, weight);
-    else reduce_general(tile, sums, weight);
+  if (path == Path::softmax_labels) return reduce_softmax_labels<T>(job, sample, blocks, scratch);
+  Tile<T> tile(job, sample, scratch);
+  for (int64_t v = blocks.first; v < blocks.last; v += tile.n) {
+    const int64_t block = blocks.of(v);
+    tile.move(v, blocks.tile(v, tile.step), &blocks.faults[block]);
+    double* sums = blocks.sums + block * (job.slots.count + 1) * job.classes;
+    if (path == Path::two_classes) reduce_two_classes(tile, sums, &blocks.weights[block]);
+    else reduce_general(tile, sums, &blocks.weights[block]);
   }
 }
 
 template <class T>
-void apply_block(const Job& job, int64_t sample, int64_t first, int64_t last, void* scratch) {
-  Tile<T> tile(job, sample, scratch);
+void apply_voxels_of(const Job& job, int64_t sample, int64_t first, int64_t last, void* scratch) {
   Path path = path_of(job);
-  int64_t lead = fastloss::voxels_to_line(job, sample);
-  for (int64_t v = first; v < last;) {
-    int64_t next = v + tile.step;
-    if (v < lead && next > lead) next = lead;
-    if (next > last) next = last;
-    tile.move(v, int(next - v), nullptr);
-    v = next;
-    if (path == Path::two_classes) apply_two_classes(tile);
-    else if (path == Path::softmax_labels) apply_softmax_labels(tile);
-    else apply_general(tile);
+  if (path == Path::softmax_labels) {
+    apply_softmax_labels<T>(job, sample, first, last, scratch);
+  } else {
+    Tile<T> tile(job, sample, scratch);
+    const int64_t lead = fastloss::voxels_to_line(job, sample);
+    for (int64_t v = first; v < last; v += tile.n) {
+      tile.move(v, tile_from(v, last, lead, tile.step), nullptr);
+      if (path == Path::two_classes) apply_two_classes(tile);
+      else apply_general(tile);
+    }
   }
 #if defined(__SSE2__)
   if (job.stream) _mm_sfence();
@@ -53,15 +50,15 @@ void apply_block(const Job& job, int64_t sample, int64_t first, int64_t last, vo
 }
 
 size_t scratch_size(const Job& job) {
-  return in_double(job) ? Tile<double>::bytes(job) : Tile<float>::bytes(job);
+  const size_t tile = in_double(job) ? Tile<double>::bytes(job) : Tile<float>::bytes(job);
+  return path_of(job) == Path::softmax_labels ? 2 * tile : tile;
 }
-void reduce(const Job& job, int64_t sample, int64_t first, int64_t last, void* scratch,
-            double* sums, double* weight, Faults* faults) {
-  (in_double(job) ? reduce_block<double> : reduce_block<float>)(job, sample, first, last, scratch,
-                                                                sums, weight, faults);
+void reduce(const Job& job, int64_t sample, const Blocks& blocks, void* scratch) {
+  (in_double(job) ? reduce_blocks<double> : reduce_blocks<float>)(job, sample, blocks, scratch);
 }
 void apply(const Job& job, int64_t sample, int64_t first, int64_t last, void* scratch) {
-  (in_double(job) ? apply_block<double> : apply_block<float>)(job, sample, first, last, scratch);
+  (in_double(job) ? apply_voxels_of<double> : apply_voxels_of<float>)(job, sample, first, last,
+                                                                      scratch);
 }
 
 }  // namespace

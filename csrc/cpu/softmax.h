@@ -5,8 +5,6 @@
 
 namespace {
 
-constexpr int kAhead = 4;  // rows
-
 // Loads the logits to x and their maximum to a row; turns them into x − largest where infinite.
 template <class T>
 void load_and_maximum(Tile<T>& t) {

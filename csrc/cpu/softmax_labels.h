@@ -3,6 +3,7 @@
 // What a voxel's label decides is computed once per voxel, not once per class.
 #pragma once
 
+#include "label_rows.h"
 #include "softmax.h"
 #include "voxel.h"
 
@@ -11,252 +12,215 @@ namespace {
 // Exponentials of logits this small need no maximum taken off, nor do their quotients overflow.
 constexpr int kNear = 36;
 
-// to[v] = e^from[v], and the least and greatest of from, for U vectors.
-template <class S, class T, int U>
-FL_INLINE void exponentials_of_vectors(const S* from, T* to, Vec<T>& low, Vec<T>& high) {
-  constexpr int L = lanes<T>;
-#pragma GCC unroll 4
-  for (int u = 0; u < U; ++u) {
-    Vec<T> x = load_as<S, T>(from + u * L);
-    low = smaller(x, low);
-    high = larger(x, high);
-    store<T>(to + u * L, exponential_near<T>(x));
-  }
-}
+// The gap of a voxel whose logits are near: no maximum was taken off there.
+constexpr int kNoGap = -1;
 
-// x becomes e^x, of rows that lie in memory as numbers of type S, row(c). False: some are not near.
-template <class S, class T, class Row>
-bool exponentials_of_rows(Tile<T>& t, const Row& row, bool ahead) {
-  constexpr int L = lanes<T>, U = 64 / int(sizeof(S)) / L;  // vectors of a cache line
-  Vec<T> low{}, high{};
-  for (int64_t c = 0, classes = t.job.classes; c < classes; ++c) {
-    T* to = t.x + c * t.stride;
-    const S* from = row(c);
-    // The processor follows each row by itself but cannot guess where the next one starts.
-    const S* soon = ahead ? t.template row_ahead<S>(c + kAhead) : from;
-    int64_t v = 0, end = t.padded;
-    prefetch(soon + end - 1);  // one line more where rows do not start with a line
-    for (; v + U * L <= end; v += U * L) {
-      prefetch(soon + v);
-      exponentials_of_vectors<S, T, U>(from + v, to + v, low, high);
-    }
-    for (; v < end; v += L) exponentials_of_vectors<S, T, 1>(from + v, to + v, low, high);
-  }
-  // NaN is in neither and makes its own way: its exponential is NaN.
-  return !any<T>((low < -T(kNear)) | (high > T(kNear)));
-}
+// Fewer classes than this stay in the first cache, where loops are faster one by one.
+constexpr int64_t kFusedClasses = 8;
+// Up to this many are taken at once.
+constexpr int64_t kClassesAtOnce = 4;
 
-// x becomes e^x if all logits are near 0. False: some are not, and x is of no use.
-template <class T>
-bool exponentials_near(Tile<T>& t) {
-  if (!t.contiguous()) {
-    t.load_logits();
-    return exponentials_of_rows<T>(t, [&](int64_t c) { return t.x + c * t.stride; }, false);
-  }
-  bool near = false;
-  with_storage<T>(t.job.logits.dtype, [&](auto number) {
-    using S = decltype(number);
-    near = exponentials_of_rows<S>(t, [&](int64_t c) { return t.template source_row<S>(c); }, true);
-  });
-  return near;
-}
-
-// x becomes e^(x−largest); the label's gap to the largest is kept.
+// As where all logits of a tile are near, for one with others: where those of a voxel are, x
+// becomes e^x, so that what is around a voxel changes no bit of it; else e^(x−largest), and the
+// label's gap to the largest is kept.
 template <class T>
 void exponentials_far(Tile<T>& t) {
   constexpr int L = lanes<T>;
   load_and_maximum(t);
-  T *largest = t.row(kLargest), *gap = t.row(kLabelGap);
+  T *largest = t.row(kLargest), *gap = t.row(kLabelGap), *least = t.row(kLabelExp);
   const auto* label = t.labels();
+  const int64_t classes = t.job.classes, end = t.padded;
   std::memset(gap, 0, sizeof(T) * kMaxTile);
-  for (int64_t c = 0, classes = t.job.classes; c < classes; ++c) {
+  std::memset(least, 0, sizeof(T) * kMaxTile);
+  for (int64_t c = 0; c < classes; ++c)
+    for (int64_t v = 0; v < end; v += L)
+      store<T>(least + v, smaller(load<T>(t.x + c * t.stride + v), load<T>(least + v)));
+  // One class alone has p = 1 exactly, which only the maximum makes sure of.
+  for (int64_t v = 0; classes > 1 && v < end; v += L) {
+    const Vec<T> high = load<T>(largest + v), low = load<T>(least + v);
+    const IVec<T> near = (low >= -T(kNear)) & (high <= T(kNear));
+    store<T>(largest + v, drop<T>(near, high));
+    store<T>(gap + v, keep<T>(near, splat<T>(kNoGap)));
+  }
+  for (int64_t c = 0; c < classes; ++c) {
     T* x = t.x + c * t.stride;
     const IVec<T> number = class_number<T>(c);
-    for (int64_t v = 0, end = t.padded; v < end; v += L) {
-      Vec<T> below = load<T>(x + v) - load<T>(largest + v);
-      store<T>(gap + v, load<T>(gap + v) - keep<T>(label_lanes<T>(label + v) == number, below));
+    for (int64_t v = 0; v < end; v += L) {
+      const Vec<T> below = load<T>(x + v) - load<T>(largest + v), before = load<T>(gap + v);
+      const IVec<T> changes = (label_lanes<T>(label + v) == number) & (before != T(kNoGap));
+      store<T>(gap + v, before - keep<T>(changes, below));
       store<T>(x + v, exponential<T>(below));
     }
   }
 }
 
-// Of R classes, for every voxel: adds the exponentials of those that are not the label to `rest`,
-// with `slope` also times it to `dot`, and puts the label's into `own`. Labels decide by masks: a
-// branch would be guessed wrongly wherever organs meet. The first classes of all start the sums.
-template <class T, int R>
-FL_INLINE void add_classes(const Tile<T>& t, int64_t c, T* own, T* rest, const T* slope, T* dot) {
-  const T* x = t.x + c * t.stride;
-  const int64_t stride = t.stride, end = t.padded;
-  const bool first = c == 0;
-  const auto* label = t.labels();
-  IVec<T> number[R];
-  Vec<T> k[R];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    number[r] = class_number<T>(c + r);
-    k[r] = splat<T>(slope ? slope[c + r] : T(0));
-  }
-  auto run = [&](auto with_dot) {
-    for (int64_t v = 0; v < end; v += lanes<T>) {
-      const IVec<T> y = once(label_lanes<T>(label + v));
-      Vec<T> mine{}, sum{}, product{};
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        Vec<T> e = once(load<T>(x + r * stride + v));
-        IVec<T> is_label = y == number[r];
-        mine = either<T>(mine, keep<T>(is_label, e));
-        e = drop<T>(is_label, e);
-        sum += e;
-        if (with_dot) product += e * k[r];
-      }
-      store<T>(own + v, first ? mine : either<T>(load<T>(own + v), mine));
-      store<T>(rest + v, first ? sum : load<T>(rest + v) + sum);
-      if (with_dot) store<T>(dot + v, first ? product : load<T>(dot + v) + product);
-    }
-  };
-  if (slope) run(std::true_type{});
-  else run(std::false_type{});
+template <class F>
+FL_INLINE void with_constant(bool value, const F& f) {
+  if (value) f(std::true_type{});
+  else f(std::false_type{});
+}
+// f(S{}) with the type of the numbers that the exponentials of a tile are made of.
+template <class T, class F>
+FL_INLINE void with_source(const Tile<T>& t, const F& f) {
+  if (t.direct) with_storage<T>(t.job.logits.dtype, f);
+  else f(T{});
 }
 
-// The exponentials of a tile, the label's, and the sum of the others: kept apart, that sum is exact
-// to the last bit where the label dominates, and with it 1−p and log p are. Returns whether the
-// logits were near.
-template <class T>
-bool begin_softmax_labels(Tile<T>& t, const T* slope, T* dot) {
-  // One class alone has p = 1 exactly, which only the maximum makes sure of.
-  bool near = t.job.classes > 1 && exponentials_near(t);
-  if (!near) exponentials_far(t);
-  T *own = t.row(kLabelExp), *rest = t.row(kRest);
-  int64_t classes = t.job.classes;
-  T *many = t.row(kSumOfMany), *dot_of_many = t.row(kDotOfMany);
-  if (classes > kFewClasses) {
-    std::memset(many, 0, sizeof(T) * kMaxTile);
-    std::memset(dot_of_many, 0, sizeof(T) * kMaxTile);
+// Starts the sums of a tile's exponentials.
+template <bool kDot, class T>
+void clear_sums(Tile<T>& t) {
+  const int64_t classes = t.job.classes;
+  auto clear = [&](T* row) { std::memset(row, 0, sizeof(T) * size_t(t.padded)); };
+  if (classes > kClassesAtOnce) {
+    clear(t.row(kLabelExp)), clear(t.row(kRest));
+    if (kDot) clear(other_slopes(t));
   }
+  if (classes > kFewClasses) {
+    clear(t.row(kSumOfMany));
+    if (kDot) clear(t.row(kDotOfMany));
+  }
+}
+
+// Sums of many classes are made of sums of a few: rounding errors then do not pile up. To be called
+// when the exponentials of all classes below c have been added.
+template <bool kDot, class T>
+FL_INLINE void sum_few(Tile<T>& t, int64_t c) {
+  const int64_t classes = t.job.classes;
+  if (classes <= kFewClasses || (c % kFewClasses && c != classes)) return;
+  t.add_row(t.row(kRest), t.row(kSumOfMany));
+  if (kDot) t.add_row(other_slopes(t), t.row(kDotOfMany));
+  if (c != classes) return;
+  t.add_row(t.row(kSumOfMany), t.row(kRest));
+  if (kDot) t.add_row(t.row(kDotOfMany), other_slopes(t));
+}
+
+// Calls f(c, count) for all classes, two at a time and then one, as constants.
+template <class F>
+FL_INLINE void in_pairs(int64_t classes, const F& f) {
   int64_t c = 0;
-  for (; c + 4 <= classes; c += 4) {
-    add_classes<T, 4>(t, c, own, rest, slope, dot);
-    // Sums of many classes are made of sums of a few: rounding errors then do not pile up.
-    if (classes > kFewClasses && (c + 4) % kFewClasses == 0) {
-      t.add_row(rest, many);
-      if (slope) t.add_row(dot, dot_of_many);
+  for (; c + 2 <= classes; c += 2) f(c, std::integral_constant<int, 2>{});
+  if (c < classes) f(c, std::integral_constant<int, 1>{});
+}
+
+// The exponentials of R classes of a tile; what labels decide is left out for the many classes that
+// a tile, a small part of the volume, has nothing of.
+template <class S, int R, bool kDot, Exponentials kWhat, class T>
+void exponentials_of(Tile<T>& t, int64_t c) {
+  with_constant(t.has_any(c, R), [&](auto present) {
+    ExponentialRows<S, T, R, decltype(present)::value, kDot, kWhat> rows(t, c);
+    run(rows, 0, t.padded);
+  });
+}
+// Those of all of R classes are added up.
+template <int R, bool kDot, class T>
+void add_all(Tile<T>& t) {
+  ExponentialRows<T, T, R, true, kDot, Exponentials::added, true> rows(t, 0);
+  run(rows, 0, t.padded);
+}
+
+// The exponentials of a tile, whose logits are numbers of type S: the label's, and the sum of the
+// others. Kept apart, that sum is exact to the last bit where the label dominates, and with it 1−p
+// and log p are.
+template <class S, bool kDot, Exponentials kWhat, class T>
+void exponentials(Tile<T>& t) {
+  const int64_t classes = t.job.classes;
+  if (classes > kClassesAtOnce)
+    return in_pairs(classes, [&](int64_t c, auto count) {
+      constexpr int R = decltype(count)::value;
+      exponentials_of<S, R, kDot, kWhat>(t, c);
+      sum_few<kDot>(t, c + R);
+    });
+  if (kWhat == Exponentials::both)
+    for (int64_t c = 0; c < classes; ++c) {
+      ExponentialRows<S, T, 1, false, false, Exponentials::made> rows(t, c);
+      run(rows, 0, t.padded);
     }
+  if (classes == 1) add_all<1, kDot>(t);
+  if (classes == 2) add_all<2, kDot>(t);
+  if (classes == 3) add_all<3, kDot>(t);
+  if (classes == 4) add_all<4, kDot>(t);
+}
+
+// Makes the exponentials of the tile `next` while `now`, another tile, gets the loops that make(c,
+// count, present) gives for its classes.
+template <class S, bool kDot, class T, class Make>
+void exponentials_beside(Tile<T>& next, Tile<T>& now, const Make& make) {
+  in_pairs(next.job.classes, [&](int64_t c, auto count) {
+    constexpr int R = decltype(count)::value;
+    if constexpr (R == 1) {
+      exponentials_of<S, 1, kDot, Exponentials::both>(next, c);
+      auto rows = make(c, count, std::true_type{});
+      run(rows, 0, now.padded);
+    } else {
+      with_constant(next.has_any(c, R), [&](auto in_next) {
+        with_constant(now.has_any(c, R), [&](auto in_now) {
+          ExponentialRows<S, T, R, decltype(in_next)::value, kDot, Exponentials::both> in(next, c);
+          auto out = make(c, count, in_now);
+          run_both(in, next.padded, out, now.padded);
+        });
+      });
+    }
+    sum_few<kDot>(next, c + R);
+  });
+}
+// Those loops alone.
+template <class T, class Make>
+void finish(Tile<T>& now, const Make& make) {
+  in_pairs(now.job.classes, [&](int64_t c, auto count) {
+    with_constant(now.has_any(c, decltype(count)::value), [&](auto present) {
+      auto rows = make(c, count, present);
+      run(rows, 0, now.padded);
+    });
+  });
+}
+
+// Goes through the tiles from the voxel `first` to `last`: move(tile, v) moves one to v, and
+// finish(tile, next) does what is left to do when its exponentials are known. `fused`: two tiles
+// are under way, and `next`, where it is not null, gets its exponentials from there.
+template <bool kDot, class T, class Move, class Finish>
+void over_tiles(const Job& job, int64_t sample, int64_t first, int64_t last, void* scratch,
+                bool fused, const Move& move, const Finish& finish) {
+  Tile<T> tiles[2] = {{job, sample, scratch}, {job, sample, (char*)scratch + Tile<T>::bytes(job)}};
+  Tile<T>* now = nullptr;
+  for (int64_t v = first, turn = 0; now || v < last;) {
+    Tile<T>* next = nullptr;
+    if (v < last && (fused || !now)) {
+      next = &tiles[fused ? turn++ % 2 : 0];
+      move(*next, v);
+      v += next->n;
+      next->find_present();
+      next->direct = next->contiguous();
+      if (!next->direct) next->load_logits();
+      next->low = next->high = Vec<T>{};
+      clear_sums<kDot>(*next);
+    }
+    if (now) finish(*now, next);
+    else
+      with_source(*next, [&](auto number) {
+        exponentials<decltype(number), kDot, Exponentials::both>(*next);
+      });
+    if (next) {
+      // NaN is in neither and makes its own way: its exponential is NaN.
+      const IVec<T> far = (next->low < -T(kNear)) | (next->high > T(kNear));
+      next->near = job.classes > 1 && !any<T>(far);
+      if (!next->near) {
+        exponentials_far(*next);
+        clear_sums<kDot>(*next);
+        exponentials<T, kDot, Exponentials::added>(*next);
+      }
+    }
+    now = next;
   }
-  for (; c + 2 <= classes; c += 2) add_classes<T, 2>(t, c, own, rest, slope, dot);
-  for (; c < classes; ++c) add_classes<T, 1>(t, c, own, rest, slope, dot);
-  if (classes > kFewClasses) {
-    t.add_row(many, rest);
-    if (slope) t.add_row(dot_of_many, dot);
-  }
-  return near;
 }
 
 // −log p of the label's class, for a vector of voxels.
 template <class T>
-FL_INLINE Vec<T> label_loss(Tile<T>& t, bool near, int64_t v, Vec<T> own, Vec<T> rest) {
-  if (near) return log_one_plus<T>(rest / own);
-  Vec<T> gap = load<T>(t.row(kLabelGap) + v);
-  return gap + log_one_plus<T>(select<T>(gap == T(0), rest, (rest + own) - T(1)));
-}
-
-// The sums over the tile's voxels of one set of slots, (C,) each.
-struct ClassSums {
-  double *reference, *overlap, *predicted, *loss;
-};
-
-// Adds those of R classes: m g, m p g, m p and the loss, where m p is x · scale, and `value` that
-// of the label. `kEven`: all m are 1, and voxels are counted.
-template <class T, int R, bool kEven>
-FL_INLINE void add_to_classes(const Tile<T>& t, int64_t c, const T* m, const T* scale,
-                              const T* value, const T* loss, const ClassSums& to) {
-  const T* x = t.x + c * t.stride;
-  const int64_t stride = t.stride;
-  const auto* label = t.labels();
-  Vec<T> reference[R] = {}, overlap[R] = {}, predicted[R] = {}, losses[R] = {};
-  IVec<T> count[R] = {};
-  for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
-    const IVec<T> y = once(label_lanes<T>(label + v));
-    const Vec<T> k = once(load<T>(scale + v)), w = load<T>(m + v);
-    const Vec<T> p = once(load<T>(value + v)), l = once(load<T>(loss + v));
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      IVec<T> is_label = y == class_number<T>(c + r);
-      predicted[r] += load<T>(x + r * stride + v) * k;
-      overlap[r] += keep<T>(is_label, p);
-      if (kEven) count[r] -= is_label;
-      else reference[r] += keep<T>(is_label, w);
-      losses[r] += keep<T>(is_label, l);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    if (kEven) reference[r] = __builtin_convertvector(count[r], Vec<T>);
-    to.reference[c + r] += total<T>(reference[r]);
-    to.overlap[c + r] += total<T>(overlap[r]);
-    to.predicted[c + r] += total<T>(predicted[r]);
-    to.loss[c + r] += total<T>(losses[r]);
-  }
-}
-
-// The same for all classes, of which there are few.
-template <class T, bool kEven>
-void add_to_few_classes(const Tile<T>& t, const T* m, const T* scale, const T* value, const T* loss,
-                        const ClassSums& to) {
-  int64_t c = 0, classes = t.job.classes;
-  for (; c + 2 <= classes; c += 2) add_to_classes<T, 2, kEven>(t, c, m, scale, value, loss, to);
-  for (; c < classes; ++c) add_to_classes<T, 1, kEven>(t, c, m, scale, value, loss, to);
-}
-
-// The same for many classes, where it is less work to look at each label once.
-template <class T>
-void add_to_many_classes(const Tile<T>& t, const T* m, const T* scale, const T* value,
-                         const T* loss, const ClassSums& to) {
-  constexpr int L = lanes<T>;
-  const int64_t classes = t.job.classes, end = t.padded, stride = t.stride;
-  const int32_t* y = t.y;
-  // Labels come in stretches: vectors of one label are summed as vectors.
-  Vec<T> reference{}, overlap{}, losses{};
-  int32_t current = y[0];
-  auto finish = [&] {
-    to.reference[current] += total<T>(reference);
-    to.overlap[current] += total<T>(overlap);
-    to.loss[current] += total<T>(losses);
-    reference = overlap = losses = Vec<T>{};
-  };
-  const auto* label = t.labels();
-  for (int64_t v = 0; v < end; v += L) {
-    if (any<T>(label_lanes<T>(label + v) != class_number<T>(y[v]))) {
-      for (int64_t i = v; i < v + L; ++i) {
-        to.reference[y[i]] += double(m[i]);
-        to.overlap[y[i]] += double(value[i]);
-        to.loss[y[i]] += double(loss[i]);
-      }
-      continue;
-    }
-    if (y[v] != current) {
-      finish();
-      current = y[v];
-    }
-    reference += load<T>(m + v);
-    overlap += load<T>(value + v);
-    losses += load<T>(loss + v);
-  }
-  finish();
-  auto add = [&](int64_t c, auto count) {
-    constexpr int R = decltype(count)::value;
-    const T* x = t.x + c * stride;
-    Vec<T> a[R] = {};
-    for (int64_t v = 0; v < end; v += L) {
-      Vec<T> k = load<T>(scale + v);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) a[r] += load<T>(x + r * stride + v) * k;
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) to.predicted[c + r] += total<T>(a[r]);
-  };
-  int64_t c = 0;
-  for (; c + 4 <= classes; c += 4) add(c, std::integral_constant<int, 4>{});
-  for (; c < classes; ++c) add(c, std::integral_constant<int, 1>{});
+FL_INLINE Vec<T> label_loss(Tile<T>& t, int64_t v, Vec<T> own, Vec<T> rest) {
+  if (t.near) return log_one_plus<T>(rest / own);
+  const Vec<T> gap = load<T>(t.row(kLabelGap) + v);
+  const IVec<T> near = gap == T(kNoGap);
+  const Vec<T> far = gap + log_one_plus<T>(select<T>(gap == T(0), rest, (rest + own) - T(1)));
+  return select<T>(near, log_one_plus<T>(rest / own), far);
 }
 
 // sums[c] += Σ value over the voxels of label c.
@@ -264,6 +228,7 @@ template <class T>
 void add_by_label(const Tile<T>& t, const T* value, double* sums) {
   const auto* label = t.labels();
   for (int64_t c = 0, classes = t.job.classes; c < classes; ++c) {
+    if (!t.present[c]) continue;
     const IVec<T> number = class_number<T>(c);
     Vec<T> sum{};
     for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>)
@@ -299,60 +264,13 @@ void look_up(const Tile<T>& t, const T* table, T* to) {
   for (int64_t v = 0; v < end; ++v) to[v] = table[y[v]];
 }
 
-// The gradients of R classes from their e^(x−largest), two vectors at a time: memory takes smaller
-// pieces of several rows more slowly.
-template <int R, class T, class Row, class Put>
-FL_INLINE void write_gradients(const Tile<T>& t, const Row& row, const Put& put, int64_t c,
-                               const T* k, const T* slope, const T* turn, const T* at_label) {
-  constexpr int L = lanes<T>;
-  const T* x = t.x + c * t.stride;
-  const int64_t stride = t.stride;
-  const auto* label = t.labels();
-  std::remove_const_t<decltype(row(c))> to[R];
-  Vec<T> factor[R];
-  IVec<T> number[R];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    to[r] = row(c + r);
-    factor[r] = splat<T>(k ? k[c + r] : T(0));
-    number[r] = class_number<T>(c + r);
-  }
-  auto gradients = [&](int64_t first, auto vectors) {
-    constexpr int N = decltype(vectors)::value;
-    Vec<T> a[N], b[N], own[N], g[N];
-    IVec<T> y[N];
-#pragma GCC unroll 4
-    for (int u = 0; u < N; ++u) {
-      const int64_t v = first + u * L;
-      a[u] = once(load<T>(slope + v)), b[u] = once(load<T>(turn + v));
-      own[u] = once(load<T>(at_label + v)), y[u] = once(label_lanes<T>(label + v));
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int u = 0; u < N; ++u) {
-        g[u] = load<T>(x + r * stride + first + u * L) * (a[u] * factor[r] - b[u]);
-        g[u] = select<T>(y[u] == number[r], own[u], g[u]);
-      }
-      if constexpr (N == 2) put.two(to[r] + first, g[0], g[1]);
-      else put(to[r] + first, g[0]);
-    }
-  };
-  int64_t v = 0, end = t.padded;
-  for (; v + 2 * L <= end; v += 2 * L) gradients(v, std::integral_constant<int, 2>{});
-  for (; v < end; v += L) gradients(v, std::integral_constant<int, 1>{});
-}
-
+// What a pass adds of a tile's voxels to the sums, but for the sums over all classes.
 template <class T>
-void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
+void reduce_voxels(Tile<T>& t, bool logs, double* weight) {
   constexpr int L = lanes<T>;
-  const auto& s = t.job.slots;
-  int64_t classes = t.job.classes;
-  bool near = begin_softmax_labels<T>(t, nullptr, nullptr);
   T *m = t.row(kWeight), *rest = t.row(kRest), *inverse = t.row(kInverse);
   T *own = t.row(kLabelExp), *scale = t.row(kA), *value = t.row(kB), *loss = t.row(kC);
-  bool logs = s.cross_entropy >= 0 || s.gammas > 0 || t.job.losses;
-
+  const bool near = t.near;
   Vec<T> all{};
   for (int64_t v = 0, end = t.padded; v < end; v += L) {
     const Vec<T> w = load<T>(m + v), e = load<T>(own + v), others = load<T>(rest + v);
@@ -379,16 +297,18 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
       store<T>(loss + v, load<T>(m + v) * log_one_plus<T>(load<T>(loss + v)));
   else if (logs)
     for (int64_t v = 0, end = t.padded; v < end; v += L)
-      store<T>(loss + v,
-               load<T>(m + v) * label_loss(t, near, v, load<T>(own + v), load<T>(rest + v)));
-  auto to_sum = [&](int slot) { return sums + (slot >= 0 ? slot : s.count) * classes; };
-  const ClassSums to = {to_sum(s.reference), to_sum(s.overlap), to_sum(s.predicted),
-                        to_sum(s.cross_entropy)};
-  const T* losses = logs ? loss : m;
-  if (classes > kFewClasses) add_to_many_classes(t, m, scale, value, losses, to);
-  else if (t.even) add_to_few_classes<T, true>(t, m, scale, value, losses, to);
-  else add_to_few_classes<T, false>(t, m, scale, value, losses, to);
-  if (s.reference_squared >= 0) add_by_label(t, m, to_sum(s.reference_squared));
+      store<T>(loss + v, load<T>(m + v) * label_loss(t, v, load<T>(own + v), load<T>(rest + v)));
+}
+
+// The sums that not every loss has.
+template <class T>
+void reduce_extras(Tile<T>& t, double* sums) {
+  constexpr int L = lanes<T>;
+  const auto& s = t.job.slots;
+  const int64_t classes = t.job.classes;
+  T *m = t.row(kWeight), *rest = t.row(kRest), *inverse = t.row(kInverse);
+  T *own = t.row(kLabelExp), *scale = t.row(kA), *value = t.row(kB), *loss = t.row(kC);
+  if (s.reference_squared >= 0) add_by_label(t, m, sums + s.reference_squared * classes);
   if (s.predicted_squared >= 0)
     for (int64_t c = 0; c < classes; ++c) {
       const T* e = t.x + c * t.stride;
@@ -419,9 +339,12 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
     T* log_sum = t.row(kD);
     for (int64_t v = 0, end = t.padded; v < end; v += L)
       store<T>(log_sum + v, logarithm<T>(load<T>(rest + v) + load<T>(own + v)));
+    T *gap = t.row(kLabelGap), *largest = t.row(kLargest);
     load_and_maximum(t);
-    T* largest = t.row(kLargest);
-    if (near) std::memset(largest, 0, sizeof(T) * kMaxTile);
+    if (t.near) std::memset(largest, 0, sizeof(T) * kMaxTile);
+    else
+      for (int64_t v = 0, end = t.padded; v < end; v += L)
+        store<T>(largest + v, drop<T>(load<T>(gap + v) == T(kNoGap), load<T>(largest + v)));
     for (int64_t c = 0; c < classes; ++c) {
       const T* x = t.x + c * t.stride;
       Vec<T> a{};
@@ -430,6 +353,35 @@ void reduce_softmax_labels(Tile<T>& t, double* sums, double* weight) {
       sums[s.uniform * classes + c] += total<T>(a);
     }
   }
+}
+
+template <class T>
+void reduce_softmax_labels(const Job& job, int64_t sample, const Blocks& blocks, void* scratch) {
+  const auto& s = job.slots;
+  const bool logs = s.cross_entropy >= 0 || s.gammas > 0 || job.losses;
+  auto move = [&](Tile<T>& t, int64_t v) {
+    t.move(v, blocks.tile(v, t.step), &blocks.faults[blocks.of(v)]);
+  };
+  auto finish_tile = [&](Tile<T>& t, Tile<T>* next) {
+    const int64_t block = blocks.of(t.voxel);
+    double* sums = blocks.sums + block * (s.count + 1) * job.classes;
+    auto to_sum = [&](int slot) { return sums + (slot >= 0 ? slot : s.count) * job.classes; };
+    const ClassSums to = {to_sum(s.reference), to_sum(s.overlap), to_sum(s.predicted),
+                          to_sum(s.cross_entropy)};
+    reduce_voxels(t, logs, &blocks.weights[block]);
+    auto make = [&](int64_t c, auto count, auto present) {
+      return SumRows<T, decltype(count)::value, decltype(present)::value>(
+          t, c, t.row(kA), t.row(kB), t.row(logs ? kC : kWeight), to);
+    };
+    if (next)
+      with_source(*next, [&](auto number) {
+        exponentials_beside<decltype(number), false>(*next, t, make);
+      });
+    else finish(t, make);
+    reduce_extras(t, sums);
+  };
+  over_tiles<false, T>(job, sample, blocks.first, blocks.last, scratch,
+                       job.classes >= kFusedClasses, move, finish_tile);
 }
 
 // Adds the part of squared probabilities: to `others` that of the classes but the label, to
@@ -452,19 +404,18 @@ void add_squares(Tile<T>& t, const T* by_squared, T* others, T* own_region) {
       store<T>(others + v, load<T>(others + v) + few);
     }
   }
-  const T two = 2;
   for (int64_t v = 0, end = t.padded; v < end; ++v)
-    own_region[v] += two * by_squared[t.y[v]] * own[v] * inverse[v];
+    own_region[v] += 2 * by_squared[t.y[v]] * own[v] * inverse[v];
 }
 
 // Focal slopes join the cross-entropy's coefficient; two rows are for working.
 template <class T>
-void add_focal_slopes(Tile<T>& t, bool near, T* loss, T* k, T* own_loss) {
+void add_focal_slopes(Tile<T>& t, T* loss, T* k, T* own_loss) {
   constexpr int L = lanes<T>;
   const auto& s = t.job.slots;
   const T *rest = t.row(kRest), *inverse = t.row(kInverse), *own = t.row(kLabelExp);
   for (int64_t v = 0, end = t.padded; v < end; v += L)
-    store<T>(loss + v, label_loss(t, near, v, load<T>(own + v), load<T>(rest + v)));
+    store<T>(loss + v, label_loss(t, v, load<T>(own + v), load<T>(rest + v)));
   for (int f = 0; f < s.gammas; ++f) {
     T gamma = T(s.gamma[f]);
     look_up(t, t.table + s.focal[f] * t.job.classes, k);
@@ -528,22 +479,18 @@ void label_gradients(Tile<T>& t, const ByLabel<T, kVectors>& overlap,
   }
 }
 
+// What the labels decide of a tile's gradients.
 template <class T>
-void apply_softmax_labels(Tile<T>& t) {
+LabelGradients<T> apply_voxels(Tile<T>& t) {
   constexpr int L = lanes<T>;
   const auto& s = t.job.slots;
   int64_t classes = t.job.classes;
-  auto coefficients = [&](int slot) { return slot >= 0 ? t.table + slot * classes : nullptr; };
-  const T *by_overlap = coefficients(s.overlap), *by_predicted = coefficients(s.predicted);
-  const T* by_squared = coefficients(s.predicted_squared);
-  const T *by_loss = coefficients(s.cross_entropy), *by_uniform = coefficients(s.uniform);
+  const T *by_overlap = coefficients(t, s.overlap), *by_predicted = coefficients(t, s.predicted);
+  const T* by_squared = coefficients(t, s.predicted_squared);
+  const T *by_loss = coefficients(t, s.cross_entropy), *by_uniform = coefficients(t, s.uniform);
 
   T *m = t.row(kWeight), *rest = t.row(kRest), *inverse = t.row(kInverse);
-  T* own = t.row(kLabelExp);
-  // Σ e_c · (derivative by p_c) over the classes but the label, without the overlap's, without m.
-  T* others = t.row(kA);
-  bool near = begin_softmax_labels<T>(t, by_predicted, others);
-  if (!by_predicted) std::memset(others, 0, sizeof(T) * kMaxTile);
+  T *own = t.row(kLabelExp), *others = other_slopes(t);
   T *at_label = t.row(kB), *slope = t.row(kC), *turn = t.row(kD);
   T *own_overlap = t.row(kE), *own_region = t.row(kF), *own_loss = t.row(kLargest);
   double uniform_sum = 0;
@@ -574,7 +521,7 @@ void apply_softmax_labels(Tile<T>& t) {
       look_up(t, t.table + s.top_k * classes, turn);
       for (int64_t v = 0, end = t.n; v < end; ++v) own_loss[v] += turn[v] * chosen[v];
     }
-    if (s.gammas > 0) add_focal_slopes(t, near, at_label, turn, own_loss);
+    if (s.gammas > 0) add_focal_slopes(t, at_label, turn, own_loss);
     run(integral_constant<int, 0>{}, std::true_type{});
   } else if (kPicks<T> && classes <= L) {
     if constexpr (kPicks<T>) run(integral_constant<int, 1>{}, std::false_type{});
@@ -584,35 +531,85 @@ void apply_softmax_labels(Tile<T>& t) {
     look_up_all();
     run(integral_constant<int, 0>{}, std::false_type{});
   }
-  const T two = 2;
   if (by_uniform)
     for (int64_t v = 0, end = t.padded; v < end; ++v) at_label[v] -= m[v] * by_uniform[t.y[v]];
 
-  write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
-    if (!by_squared && !by_uniform) {
-      int64_t c = 0;
-      for (; c + 2 <= classes; c += 2)
-        write_gradients<2>(t, row, put, c, by_predicted, slope, turn, at_label);
-      for (; c < classes; ++c)
-        write_gradients<1>(t, row, put, c, by_predicted, slope, turn, at_label);
-      return;
+  return {by_predicted, slope, turn, at_label};
+}
+
+// Writes the gradients of a tile; while the exponentials of the next one, if there is one, are
+// made.
+template <class T>
+void write_gradients(Tile<T>& t, const LabelGradients<T>& gradients, Tile<T>* next) {
+  with_storage<T>(t.job.out.dtype, [&](auto number) {
+    using S = decltype(number);
+    const Writer<T, S> writer(t);
+    auto write = [&](const auto& row, const auto& put) {
+      using Put = std::remove_cv_t<std::remove_reference_t<decltype(put)>>;
+      auto make = [&](int64_t c, auto count, auto present) {
+        return GradientRows<T, decltype(count)::value, decltype(present)::value, decltype(row(0)),
+                            Put>(t, c, gradients, row, put);
+      };
+      if constexpr (std::is_same<S, T>::value)
+        if (next) return exponentials_beside<T, true>(*next, t, make);
+      finish(t, make);
+    };
+    auto straight = [&](int64_t c) { return writer.row(c); };
+    if (writer.past_caches) {
+      write(straight, Put<T, S, true>());
+    } else if (writer.straight) {
+      write(straight, Put<T, S, false>());
+    } else {
+      write([&](int64_t c) { return t.x + c * t.stride; }, Put<T, T, false>());
+      t.store_gradient(t.x, t.second);
     }
+  });
+}
+
+// The same where squared probabilities or all classes' losses count.
+template <class T>
+void write_gradients_with_extras(Tile<T>& t, const LabelGradients<T>& gradients) {
+  constexpr int L = lanes<T>;
+  const auto& s = t.job.slots;
+  const int64_t classes = t.job.classes;
+  const T* by_squared = coefficients(t, s.predicted_squared);
+  const T* by_uniform = coefficients(t, s.uniform);
+  const T *m = t.row(kWeight), *inverse = t.row(kInverse);
+  write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
     for (int64_t c = 0; c < classes; ++c) {
       const T* e = t.x + c * t.stride;
       auto to = row(c);
-      Vec<T> k = splat<T>(by_predicted ? by_predicted[c] : T(0));
-      Vec<T> k2 = splat<T>(by_squared ? two * by_squared[c] : T(0));
+      Vec<T> k = splat<T>(gradients.k ? gradients.k[c] : T(0));
+      Vec<T> k2 = splat<T>(by_squared ? 2 * by_squared[c] : T(0));
       Vec<T> u = splat<T>(by_uniform ? by_uniform[c] : T(0));
       IVec<T> number = class_number<T>(c);
       const auto* label = t.labels();
       for (int64_t v = 0, end = t.padded; v < end; v += L) {
         Vec<T> x = load<T>(e + v), p = x * load<T>(inverse + v);
-        Vec<T> g = x * (load<T>(slope + v) * (k + k2 * p) - load<T>(turn + v));
+        Vec<T> g = x * (load<T>(gradients.slope + v) * (k + k2 * p) - load<T>(gradients.turn + v));
         g -= load<T>(m + v) * u;
-        put(to + v, select<T>(label_lanes<T>(label + v) == number, load<T>(at_label + v), g));
+        IVec<T> is_label = label_lanes<T>(label + v) == number;
+        put(to + v, select<T>(is_label, load<T>(gradients.at_label + v), g));
       }
     }
   });
+}
+
+template <class T>
+void apply_softmax_labels(const Job& job, int64_t sample, int64_t first, int64_t last,
+                          void* scratch) {
+  const bool extras = job.slots.predicted_squared >= 0 || job.slots.uniform >= 0;
+  // To round numbers takes too many instructions for more in one loop.
+  const bool rounds = item_size(job.out.dtype) != int(sizeof(T));
+  const int64_t lead = fastloss::voxels_to_line(job, sample);
+  auto move = [&](Tile<T>& t, int64_t v) { t.move(v, tile_from(v, last, lead, t.step), nullptr); };
+  auto finish_tile = [&](Tile<T>& t, Tile<T>* next) {
+    const LabelGradients<T> gradients = apply_voxels(t);
+    if (extras) write_gradients_with_extras(t, gradients);
+    else write_gradients(t, gradients, next);
+  };
+  over_tiles<true, T>(job, sample, first, last, scratch,
+                      job.classes >= kFusedClasses && !rounds && !extras, move, finish_tile);
 }
 
 }  // namespace

@@ -7,7 +7,13 @@
 
 namespace {
 
+// How many rows before a row is read it is brought to the caches.
+constexpr int kAhead = 4;
+// The same of voxels whose classes lie side by side.
+constexpr int kBytesAhead = 16384;
+
 using fastloss::Activation;
+using fastloss::Blocks;
 using fastloss::Faults;
 using fastloss::Job;
 
@@ -47,17 +53,26 @@ constexpr int64_t kFewClasses = 32;
 // Rows a power of two apart would share few places of the caches.
 constexpr int kPad = 16;
 
+// The voxels of the tile of the apply pass that starts at v: one ends at the voxel `lead`, where
+// the lines of the gradient start.
+inline int tile_from(int64_t v, int64_t last, int64_t lead, int step) {
+  int64_t next = v + step;
+  if (v < lead && next > lead) next = lead;
+  return int((next < last ? next : last) - v);
+}
+
 template <class T>
 struct Tile {
   const Job& job;
   int64_t sample;
-  int step;    // voxels of a tile
-  int stride;  // numbers from row to row of the buffers
-  T* x;        // logits, later what is made of them: (C, stride)
-  T* second;   // another buffer like it, or null
-  T* rows;     // (kRows, kMaxTile)
-  T* table;    // coefficients of the sample: (S, C)
-  int32_t* y;  // labels
+  int step;          // voxels of a tile
+  int stride;        // numbers from row to row of the buffers
+  T* x;              // logits, later what is made of them: (C, stride)
+  T* second;         // another buffer like it, or null
+  T* rows;           // (kRows, kMaxTile)
+  T* table;          // coefficients of the sample: (S, C)
+  int32_t* y;        // labels
+  uint8_t* present;  // (C,): whether a label is there, of what `find_present` has looked at
   Runs logit_runs, target_runs, weight_runs, out_runs;
   int64_t voxel = 0;   // the first one
   int n = 0;           // voxels
@@ -65,6 +80,10 @@ struct Tile {
   bool even = true;    // every m is 1 and there is no padding
   bool ones = false;   // the row of m holds ones
   bool holes = false;  // some voxel has m = 0
+  // Of softmax with a label map.
+  bool direct = false;   // the logits are used where they lie
+  bool near = false;     // they were so small that no maximum was taken off
+  Vec<T> low{}, high{};  // the least and the greatest
 
   T* row(int which) { return rows + which * kMaxTile; }
   const char* logits() const { return job.logits.data + sample * job.logits.batch_stride; }
@@ -73,10 +92,11 @@ struct Tile {
     if (job.activation != Activation::softmax) return false;
     return job.dense || job.slots.uniform >= 0;
   }
+  // The working memory of a tile.
   static size_t bytes(const Job& job) {
     size_t tile = size_t(fastloss::tile_voxels(job.classes) + kPad) * size_t(job.classes);
     size_t numbers = tile * 2 + kRows * kMaxTile + size_t(job.slots.count) * size_t(job.classes);
-    return numbers * sizeof(T) + kMaxTile * sizeof(int32_t) + 256;
+    return numbers * sizeof(T) + kMaxTile * sizeof(int32_t) + size_t(job.classes) + 256;
   }
 
   Tile(const Job& j, int64_t b, void* scratch) : job(j), sample(b) {
@@ -89,6 +109,7 @@ struct Tile {
     rows = second + size;
     y = (int32_t*)(rows + kRows * kMaxTile);
     table = (T*)(y + kMaxTile);
+    present = (uint8_t*)(table + int64_t(j.slots.count) * j.classes);
     if (j.coefficients)
       for (int32_t i = 0; i < j.slots.count; ++i)
         for (int64_t c = 0; c < j.classes; ++c)
@@ -177,6 +198,47 @@ struct Tile {
   const typename Types<T>::Int* labels() const {
     if constexpr (sizeof(T) == 4) return y;
     else return (const int64_t*)(rows + kLabel * kMaxTile);
+  }
+
+  // The label that all voxels have, or −1.
+  int32_t only_label() const {
+    constexpr int L = lanes<float>;
+    IVec<float> others{};
+    const IVec<float> first = class_number<float>(y[0]);
+    int v = 0;
+    for (; v + L <= padded; v += L) others |= label_lanes<float>(y + v) ^ first;
+    bool any_other = any<float>(others != IVec<float>{});
+    for (; v < padded; ++v) any_other |= y[v] != y[0];
+    return any_other ? -1 : y[0];
+  }
+
+  // Finds the classes that the labels name: few, as a tile is a small part of the volume.
+  void find_present() {
+    constexpr int L = lanes<float>;
+    std::memset(present, 0, size_t(job.classes));
+    int v = 0;
+    if (kPicks<float> && job.classes <= 32) {
+      IVec<float> found{};
+      for (; v + L <= padded; v += L) found |= (IVec<float>{} + 1) << label_lanes<float>(y + v);
+      int32_t all = 0;
+      for (int i = 0; i < L; ++i) all |= found[i];
+      for (int64_t c = 0; c < job.classes; ++c) present[c] = all >> c & 1;
+    } else {
+      for (; v + L <= padded; v += L) {
+        const IVec<float> first = class_number<float>(y[v]);
+        present[y[v]] = 1;
+        if (any<float>(label_lanes<float>(y + v) != first))
+          for (int i = 1; i < L; ++i) present[y[v + i]] = 1;
+      }
+    }
+    for (; v < padded; ++v) present[y[v]] = 1;
+  }
+
+  // Whether labels name any of `count` classes.
+  bool has_any(int64_t c, int count) const {
+    bool any = false;
+    for (int i = 0; i < count; ++i) any |= present[c + i] != 0;
+    return any;
   }
 
   // The tile's part of the losses of single voxels.
@@ -271,12 +333,20 @@ struct Tile {
     const char* base = logits();
     if (sizeof(T) == 4 && channels_last(a, logit_runs)) {
       const char* from = base + logit_runs.run[0].offset;
-      int64_t count = int64_t(n) * job.classes;
-      if (a.dtype != DType::f32) {
-        load_flat(from, a.dtype, count, second);
-        from = (const char*)second;
+      const int64_t some = few_voxels();
+      for (int64_t v = 0; v < n; v += some) {
+        const int64_t voxels = n - v < some ? n - v : some, count = voxels * job.classes;
+        const int64_t bytes = count * item_size(a.dtype);
+        // The processor does not follow a place that moves to and fro between voxels.
+        for (int64_t i = 0; i < bytes; i += 64) prefetch(from + i + kBytesAhead);
+        const float* numbers = (const float*)from;
+        if (a.dtype != DType::f32) {
+          load_flat(from, a.dtype, count, second);
+          numbers = (const float*)second;
+        }
+        transpose(numbers, job.classes, (float*)x + v, stride, voxels, job.classes);
+        from += bytes;
       }
-      transpose((const float*)from, job.classes, (float*)x, stride, n, job.classes);
     } else {
       for (int64_t c = 0; c < job.classes; ++c)
         load_row<T>(base + c * a.channel_stride, a.dtype, logit_runs, x + c * stride);
@@ -303,6 +373,20 @@ struct Tile {
     }
   }
 
+  // Voxels whose classes, side by side, leave room in the first cache.
+  int64_t few_voxels() const { return job.classes < 128 ? 2048 / job.classes / 16 * 16 : 16; }
+
+  void store_flat(char* to, DType dtype, int64_t count, const T* from) {
+    const int64_t size = item_size(dtype);
+    Runs packed;
+    packed.count = 1;
+    packed.stride = size;
+    for (int64_t i = 0; i < count; i += kMaxTile) {
+      packed.run[0] = {0, 0, int32_t(count - i < kMaxTile ? count - i : kMaxTile)};
+      store_row<T>(to + i * size, dtype, packed, from + i, job.stream);
+    }
+  }
+
   void find_out() { out_runs.find(job.out, voxel, n); }
   char* out_base(int64_t c) const {
     return job.out.data + sample * job.out.batch_stride + c * job.out.channel_stride;
@@ -313,15 +397,13 @@ struct Tile {
     const Array& a = job.out;
     if (sizeof(T) == 4 && channels_last(a, out_runs)) {
       char* to = out_base(0) + out_runs.run[0].offset;
-      transpose((const float*)from, stride, (float*)spare, job.classes, job.classes, n);
-      int64_t count = int64_t(n) * job.classes;
-      int size = item_size(a.dtype);
-      Runs packed;
-      packed.count = 1;
-      packed.stride = size;
-      for (int64_t i = 0; i < count; i += kMaxTile) {
-        packed.run[0] = {0, 0, int32_t(count - i < kMaxTile ? count - i : kMaxTile)};
-        store_row<T>(to + i * size, a.dtype, packed, spare + i, job.stream);
+      const int64_t size = item_size(a.dtype);
+      // A few voxels at a time, which stay in the first cache.
+      const int64_t some = few_voxels();
+      for (int64_t v = 0; v < n; v += some) {
+        const int64_t voxels = n - v < some ? n - v : some;
+        transpose((const float*)from + v, stride, (float*)spare, job.classes, job.classes, voxels);
+        store_flat(to + v * job.classes * size, a.dtype, voxels * job.classes, spare);
       }
     } else {
       for (int64_t c = 0; c < job.classes; ++c)

@@ -91,9 +91,30 @@ FL_INLINE void add_totals(double* sums, int slot, Vec<T> a, Vec<T> b) {
   sums[slot * 2 + 1] += total<T>(b);
 }
 
-template <class T, bool kEven, bool kLogs>
+// Of a tile whose voxels all have the label kLabel, or any for −1: where it is 0, and what two
+// vectors hold of such voxels, and of the others.
+template <class T, int kLabel>
+struct TwoLabels {
+  IVec<T> zero{};
+
+  FL_INLINE TwoLabels(const typename Types<T>::Int* label) {
+    if (kLabel < 0) zero = label_lanes<T>(label) == IVec<T>{};
+  }
+  FL_INLINE Vec<T> of0(Vec<T> v) const {
+    return kLabel == 0 ? v : kLabel == 1 ? Vec<T>{} : keep<T>(zero, v);
+  }
+  FL_INLINE Vec<T> of1(Vec<T> v) const {
+    return kLabel == 1 ? v : kLabel == 0 ? Vec<T>{} : drop<T>(zero, v);
+  }
+  FL_INLINE Vec<T> choose(Vec<T> if0, Vec<T> if1) const {
+    return kLabel == 0 ? if0 : kLabel == 1 ? if1 : select<T>(zero, if0, if1);
+  }
+};
+
+template <class T, bool kEven, bool kLogs, int kLabel>
 void reduce_two_rows(Tile<T>& t, double* sums, double* weight) {
   constexpr int L = lanes<T>;
+  using Labels = TwoLabels<T, kLabel>;
   const auto& s = t.job.slots;
   const T* m = t.row(kWeight);
   const T *difference = t.row(kA), *exponentials = t.row(kB);
@@ -105,22 +126,22 @@ void reduce_two_rows(Tile<T>& t, double* sums, double* weight) {
   IVec<T> count0{};
   const int64_t end = t.padded;
   for (int64_t v = 0; v < end; v += L) {
-    const IVec<T> zero = label_lanes<T>(label + v) == IVec<T>{};
+    const Labels labels(label + v);
     auto [p1, p0] =
         probabilities<T>(load<T>(exponentials + v), bits<T>(load<T>(difference + v)) < 0);
     if (kEven) {
-      count0 -= zero;
+      if (kLabel < 0) count0 -= labels.zero;
     } else {
       const Vec<T> w = load<T>(m + v);
       p0 *= w;
       p1 *= w;
       all += w;
-      n0 += keep<T>(zero, w);
+      n0 += labels.of0(w);
     }
     predicted0 += p0;
     predicted1 += p1;
-    own0 += keep<T>(zero, p0);
-    own1 += drop<T>(zero, p1);
+    own0 += labels.of0(p0);
+    own1 += labels.of1(p1);
   }
   constexpr int kStep = 8 * L;
   for (int64_t first = 0; kLogs && first < end; first += kStep) {
@@ -128,29 +149,30 @@ void reduce_two_rows(Tile<T>& t, double* sums, double* weight) {
     // Σ log(1+e) = log Π(1+e), of which the product less 1 is exact where the e are small.
     Vec<T> product0{}, product1{};
     for (int64_t v = first; v < last; v += L) {
+      const Labels labels(label + v);
       const Vec<T> d = load<T>(difference + v), e = load<T>(exponentials + v);
-      const IVec<T> zero = label_lanes<T>(label + v) == IVec<T>{};
       // −log p is the logit's gap to the larger one, and log(1+e).
       Vec<T> gap0 = larger(splat<T>(0), d), gap1 = larger(splat<T>(0), -d);
       if (kEven) {
-        const Vec<T> e0 = keep<T>(zero, e), e1 = drop<T>(zero, e);
-        product0 = product0 * (e0 + T(1)) + e0;
-        product1 = product1 * (e1 + T(1)) + e1;
+        const Vec<T> e0 = labels.of0(e), e1 = labels.of1(e);
+        if (kLabel != 1) product0 = product0 * (e0 + T(1)) + e0;
+        if (kLabel != 0) product1 = product1 * (e1 + T(1)) + e1;
       } else {
         Vec<T> rest = log_one_plus_small(e), w = load<T>(m + v);
         gap0 = w * (gap0 + rest);
         gap1 = w * (gap1 + rest);
       }
-      loss0 += keep<T>(zero, gap0);
-      loss1 += drop<T>(zero, gap1);
+      loss0 += labels.of0(gap0);
+      loss1 += labels.of1(gap1);
     }
     if (kEven) {
-      loss0 += log_one_plus<T>(product0);
-      loss1 += log_one_plus<T>(product1);
+      if (kLabel != 1) loss0 += log_one_plus<T>(product0);
+      if (kLabel != 0) loss1 += log_one_plus<T>(product1);
     }
   }
-  if (kEven) n0 = __builtin_convertvector(count0, Vec<T>);
   double n = kEven ? double(t.n) : total<T>(all), zeros = total<T>(n0);
+  if (kEven)
+    zeros = kLabel < 0 ? total<T>(__builtin_convertvector(count0, Vec<T>)) : kLabel == 0 ? n : 0;
   *weight += n;
   sums[s.reference * 2] += zeros;
   sums[s.reference * 2 + 1] += n - zeros;
@@ -222,8 +244,11 @@ void reduce_two_dense_rows(Tile<T>& t, double* sums, double* weight) {
 
 template <class T, bool kEven, bool kLogs>
 void reduce_two(Tile<T>& t, double* sums, double* weight) {
-  if (t.job.dense) reduce_two_dense_rows<T, kEven, kLogs>(t, sums, weight);
-  else reduce_two_rows<T, kEven, kLogs>(t, sums, weight);
+  if (t.job.dense) return reduce_two_dense_rows<T, kEven, kLogs>(t, sums, weight);
+  const int32_t only = t.only_label();
+  if (only == 0) reduce_two_rows<T, kEven, kLogs, 0>(t, sums, weight);
+  else if (only == 1) reduce_two_rows<T, kEven, kLogs, 1>(t, sums, weight);
+  else reduce_two_rows<T, kEven, kLogs, -1>(t, sums, weight);
 }
 
 template <class T>
@@ -259,7 +284,7 @@ void two_dense_gradients(Tile<T>& t, T* gradient) {
 }
 
 // The same of a label map.
-template <class T>
+template <class T, int kLabel>
 void two_label_gradients(Tile<T>& t, T* gradient) {
   constexpr int L = lanes<T>;
   const auto& s = t.job.slots;
@@ -271,11 +296,12 @@ void two_label_gradients(Tile<T>& t, T* gradient) {
   const bool even = t.even;
   const auto* label = t.labels();
   for (int64_t v = 0, end = t.padded; v < end; v += L) {
-    const IVec<T> zero = label_lanes<T>(label + v) == IVec<T>{};
+    const TwoLabels<T, kLabel> labels(label + v);
+    const IVec<T> zero = kLabel < 0 ? labels.zero : class_number<T>(kLabel == 0 ? -1 : 0);
     const IVec<T> less = bits<T>(load<T>(difference + v)) ^ zero;  // its sign alone counts
     // Label 1: p₀ (p₁ k − loss₁); label 0: p₁ (p₀ k + loss₀).
     auto [own, other] = probabilities<T>(load<T>(exponentials + v), less < 0);
-    Vec<T> g = other * (own * select<T>(zero, if0, if1) + select<T>(zero, loss0, loss1));
+    Vec<T> g = other * (own * labels.choose(if0, if1) + labels.choose(loss0, loss1));
     if (!even) g *= load<T>(m + v);
     store<T>(gradient + v, g);
   }
@@ -287,8 +313,11 @@ void apply_two_classes(Tile<T>& t) {
   // hold those up wherever both have the same place in a page.
   T* gradient = t.row(kC);
   differences(t);
+  const int32_t only = t.job.dense ? -1 : t.only_label();
   if (t.job.dense) two_dense_gradients(t, gradient);
-  else two_label_gradients(t, gradient);
+  else if (only == 0) two_label_gradients<T, 0>(t, gradient);
+  else if (only == 1) two_label_gradients<T, 1>(t, gradient);
+  else two_label_gradients<T, -1>(t, gradient);
   const auto& out = t.job.out;
   if (sizeof(T) == 4 && out.channel_stride == item_size(out.dtype) && t.n == t.padded) {
     t.find_out();

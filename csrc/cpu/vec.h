@@ -314,50 +314,61 @@ FL_INLINE Vec<double> exp_core(Vec<double> r) {  // Taylor
 #endif
 
 #if defined(FL_BY_TABLE)
-// e^x = 2^q 2^(j/8) e^r with j < 8, |r| ≤ ln2 / 16.
-FL_INLINE Vec<float> exponential_by_table(Vec<float> x) {
-  using N = Numbers<float>;
+// e^x = 2^q 2^(j/8) e^r with j < 8, |r| ≤ ln2 / 16. The constants are held: GCC would load them
+// anew for every use, and loads are what limits the loops.
+struct ExponentialByTable {
   // The bits of 2^(j/8) less those of j that the shift below puts there.
-  const IVec<float> powers = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
-                              0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
-  Vec<float> shifted = x * 11.541560327111707f + N::round;  // 8 / ln2
-  Vec<float> n = shifted - N::round;
-  Vec<float> r = x - n * 0.08664339756999316f;
-  IVec<float> eights = bits<float>(shifted);  // 8q + j
-  IVec<float> two = bits<float>(pick(from_bits<float>(powers), eights)) + (eights << 20);
-  Vec<float> power = from_bits<float>(two);
-  Vec<float> q = (r * 0.16664297878742218f + 0.5000647902488708f) * r + 1.f;  // error 3e-8
-  return (power * r) * q + power;
-}
+  IVec<float> powers = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                        0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+  Vec<float> scale = once(splat<float>(11.541560327111707f));  // 8 / ln2
+  Vec<float> round = once(splat<float>(Numbers<float>::round));
+  Vec<float> eighth = once(splat<float>(0.08664339756999316f));
+  Vec<float> third = once(splat<float>(0.16664297878742218f));  // error 3e-8
+  Vec<float> second = once(splat<float>(0.5000647902488708f));
+  Vec<float> first = once(splat<float>(1.f));
+
+  FL_INLINE Vec<float> operator()(Vec<float> x) const {
+    Vec<float> shifted = x * scale + round;
+    Vec<float> r = x - (shifted - round) * eighth;
+    IVec<float> eights = bits<float>(shifted);  // 8q + j
+    Vec<float> power =
+        from_bits<float>(bits<float>(pick(from_bits<float>(powers), eights)) + (eights << 20));
+    return (power * r) * ((r * third + second) * r + first) + power;
+  }
+};
 #endif
 
 // e^x, to about 1 ulp, where neither x nor the result, or 2^q near it, is out of the range of
 // normal numbers.
 template <class T>
-FL_INLINE Vec<T> exponential_near(Vec<T> x) {
-#if defined(FL_BY_TABLE)
-  if constexpr (sizeof(T) == 4) return exponential_by_table(x);
-#endif
-  using N = Numbers<T>;
-  Vec<T> shifted = x * T(1.4426950408889634) + N::round;
-  Vec<T> n = shifted - N::round;
+struct NearExponential {
+  FL_INLINE Vec<T> operator()(Vec<T> x) const {
+    using N = Numbers<T>;
+    Vec<T> shifted = x * T(1.4426950408889634) + N::round;
+    Vec<T> n = shifted - N::round;
 #if defined(__FMA__)
-  Vec<T> r;
-  if constexpr (sizeof(T) == 4)
-    r = x - n * T(0.6931471805599453);  // rounded once; the float nearest ln 2 is 2e-9 from it
-  else r = (x - n * N::ln2_high) - n * N::ln2_low;
+    Vec<T> r;
+    if constexpr (sizeof(T) == 4)
+      r = x - n * T(0.6931471805599453);  // rounded once; the float nearest ln 2 is 2e-9 from it
+    else r = (x - n * N::ln2_high) - n * N::ln2_low;
 #else
-  Vec<T> r = (x - n * N::ln2_high) - n * N::ln2_low;
+    Vec<T> r = (x - n * N::ln2_high) - n * N::ln2_low;
 #endif
-  // 2^q as a factor: added to the exponent instead, the bits of some NaN would make numbers of it.
-  const IVec<T> one = bits<T>(splat<T>(1));
-  return exp_core(r) * from_bits<T>((bits<T>(shifted) << N::mantissa) + one);
-}
+    // 2^q as a factor: added to the exponent instead, the bits of some NaN would make numbers of
+    // it.
+    const IVec<T> one = bits<T>(splat<T>(1));
+    return exp_core(r) * from_bits<T>((bits<T>(shifted) << N::mantissa) + one);
+  }
+};
+#if defined(FL_BY_TABLE)
+template <>
+struct NearExponential<float> : ExponentialByTable {};
+#endif
 
 // e^x for x below the overflow; 0 where the result would be subnormal.
 template <class T>
 FL_INLINE Vec<T> exponential(Vec<T> x) {
-  return drop<T>(x < Numbers<T>::smallest_exponent, exponential_near<T>(x));
+  return drop<T>(x < Numbers<T>::smallest_exponent, NearExponential<T>()(x));
 }
 
 // log(1+f) for 1+f in [√½, √2].

@@ -1,0 +1,252 @@
+// The loops over all logits of softmax with a label map. Each works on the rows of some classes of
+// a tile; two of them can run as one loop, one on each of two tiles: what reads memory and what is
+// computed or written then goes on at the same time.
+#pragma once
+
+#include "tile.h"
+
+namespace {
+
+// The coefficients of a slot, (C,), or null.
+template <class T>
+const T* coefficients(const Tile<T>& t, int slot) {
+  return slot >= 0 ? t.table + slot * t.job.classes : nullptr;
+}
+// The row of Σ e_c · (derivative by p_c) over the classes but the label, without the overlap's part
+// and without m.
+template <class T>
+T* other_slopes(Tile<T>& t) {
+  return t.row(kA);
+}
+
+// What loops over exponentials do: make them of the logits, add them up for each voxel, or both.
+enum class Exponentials { made, added, both };
+
+// Of R classes from c on: x becomes e^x; the exponentials are added to `rest` of their voxels, or,
+// the label's, to `own`; and with `kDot`, times the derivatives by p, to a row of their own. Labels
+// decide by masks: a branch would be guessed wrongly wherever organs meet. Classes are added one by
+// one, so that how many are taken at a time changes no bit. The logits are numbers of type S.
+// `kAll`: there are no other classes, and the sums start here.
+template <class S, class T, int R, bool kPresent, bool kDot,
+          Exponentials kWhat = Exponentials::both, bool kAll = false>
+struct ExponentialRows {
+  static constexpr int L = lanes<T>;
+  static constexpr bool kMade = kWhat != Exponentials::added, kAdded = kWhat != Exponentials::made;
+  Tile<T>& t;
+  const S *from[R], *soon[R];
+  T* to[R];
+  T *own, *rest, *dot;
+  const typename Types<T>::Int* label;
+  Vec<T> factor[R], low, high;
+  IVec<T> number[R];
+  NearExponential<T> exponential;
+
+  FL_INLINE ExponentialRows(Tile<T>& tile, int64_t c)
+      : t(tile),
+        own(t.row(kLabelExp)),
+        rest(t.row(kRest)),
+        dot(other_slopes(t)),
+        label(t.labels()) {
+    const T* slope = kDot ? coefficients(t, t.job.slots.predicted) : nullptr;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      to[r] = t.x + (c + r) * t.stride;
+      from[r] = soon[r] = (const S*)to[r];
+      if (kMade && t.direct) {
+        from[r] = t.template source_row<S>(c + r);
+        // The processor follows each row by itself but cannot guess where the next one starts.
+        soon[r] = t.template row_ahead<S>(c + r + kAhead);
+        prefetch(soon[r] + t.padded - 1);  // one line more where rows do not start with a line
+      }
+      number[r] = class_number<T>(c + r);
+      factor[r] = splat<T>(slope ? slope[c + r] : T(0));
+    }
+    low = t.low, high = t.high;
+  }
+  FL_INLINE void finish() { t.low = low, t.high = high; }
+
+  // N vectors of each row.
+  template <int N>
+  FL_INLINE void step(int64_t first) {
+    if (kMade)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) prefetch(soon[r] + first);
+#pragma GCC unroll 4
+    for (int u = 0; u < N; ++u) {
+      const int64_t v = first + u * L;
+      Vec<T> sum{}, product{}, mine{};
+      IVec<T> y;
+      if (kAdded) {
+        if (!kAll) sum = load<T>(rest + v);
+        if (!kAll && kDot) product = load<T>(dot + v);
+        if (!kAll && kPresent) mine = load<T>(own + v);
+        if (kPresent) y = once(label_lanes<T>(label + v));
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        Vec<T> e;
+        if constexpr (!kMade) {
+          e = once(load<T>(to[r] + v));
+        } else {
+          Vec<T> x = load_as<S, T>(from[r] + v);
+          low = smaller(x, low);
+          high = larger(x, high);
+          e = exponential(x);
+          store<T>(to[r] + v, e);
+        }
+        if (!kAdded) continue;
+        if (kPresent) {
+          const IVec<T> is_label = y == number[r];
+          mine = either<T>(mine, keep<T>(is_label, e));
+          e = drop<T>(is_label, e);
+        }
+        sum += e;
+        if (kDot) product += e * factor[r];
+      }
+      if (!kAdded) continue;
+      store<T>(rest + v, sum);
+      if (kDot) store<T>(dot + v, product);
+      if (kPresent) store<T>(own + v, mine);
+    }
+  }
+};
+
+// The sums over the tile's voxels of one set of slots, (C,) each.
+struct ClassSums {
+  double *reference, *overlap, *predicted, *loss;
+};
+
+// Adds to the sums of R classes: m g, m p g, m p and the loss, where m p is x · scale, and `value`
+// that of the label. Without `kPresent` only m p.
+template <class T, int R, bool kPresent>
+struct SumRows {
+  static constexpr int L = lanes<T>;
+  const int64_t c;
+  const ClassSums& to;
+  const T *x[R], *m, *scale, *value, *loss;
+  const typename Types<T>::Int* label;
+  Vec<T> reference[R] = {}, overlap[R] = {}, predicted[R] = {}, losses[R] = {};
+  IVec<T> number[R];
+
+  FL_INLINE SumRows(const Tile<T>& t, int64_t first, const T* scales, const T* values,
+                    const T* loss_row, const ClassSums& sums)
+      : c(first), to(sums), scale(scales), value(values), loss(loss_row), label(t.labels()) {
+    m = t.rows + kWeight * kMaxTile;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      x[r] = t.x + (c + r) * t.stride;
+      number[r] = class_number<T>(c + r);
+    }
+  }
+  template <int N>
+  FL_INLINE void step(int64_t first) {
+#pragma GCC unroll 4
+    for (int u = 0; u < N; ++u) {
+      const int64_t v = first + u * L;
+      const Vec<T> k = once(load<T>(scale + v));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) predicted[r] += load<T>(x[r] + v) * k;
+      if (!kPresent) continue;
+      const IVec<T> y = once(label_lanes<T>(label + v));
+      const Vec<T> w = load<T>(m + v), p = once(load<T>(value + v)), l = once(load<T>(loss + v));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const IVec<T> is_label = y == number[r];
+        reference[r] += keep<T>(is_label, w);
+        overlap[r] += keep<T>(is_label, p);
+        losses[r] += keep<T>(is_label, l);
+      }
+    }
+  }
+  FL_INLINE void finish() {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      to.predicted[c + r] += total<T>(predicted[r]);
+      if (!kPresent) continue;
+      to.reference[c + r] += total<T>(reference[r]);
+      to.overlap[c + r] += total<T>(overlap[r]);
+      to.loss[c + r] += total<T>(losses[r]);
+    }
+  }
+};
+
+// What the label decides of the gradients of a tile's voxels: that at the label's class, and of the
+// others' e_c (slope · k_c − turn), with k_c the derivative by p_c, or null for zeros.
+template <class T>
+struct LabelGradients {
+  const T *k, *slope, *turn, *at_label;
+};
+
+// Writes the gradients of R classes, two vectors at a time: memory takes smaller pieces of several
+// rows more slowly.
+template <class T, int R, bool kPresent, class P, class Put>
+struct GradientRows {
+  static constexpr int L = lanes<T>;
+  const LabelGradients<T> by_label;
+  const Put put;
+  const T* x[R];
+  P to[R];
+  const typename Types<T>::Int* label;
+  Vec<T> factor[R];
+  IVec<T> number[R];
+
+  template <class Row>
+  FL_INLINE GradientRows(const Tile<T>& t, int64_t c, const LabelGradients<T>& g, const Row& row,
+                         const Put& how)
+      : by_label(g), put(how), label(t.labels()) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      x[r] = t.x + (c + r) * t.stride;
+      to[r] = row(c + r);
+      factor[r] = splat<T>(g.k ? g.k[c + r] : T(0));
+      number[r] = class_number<T>(c + r);
+    }
+  }
+  template <int N>
+  FL_INLINE void step(int64_t first) {
+    Vec<T> a[N], b[N], own[N], g[N];
+    IVec<T> y[N];
+#pragma GCC unroll 4
+    for (int u = 0; u < N; ++u) {
+      const int64_t v = first + u * L;
+      a[u] = once(load<T>(by_label.slope + v)), b[u] = once(load<T>(by_label.turn + v));
+      if (kPresent)
+        own[u] = once(load<T>(by_label.at_label + v)), y[u] = once(label_lanes<T>(label + v));
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int u = 0; u < N; ++u) {
+        g[u] = load<T>(x[r] + first + u * L) * (a[u] * factor[r] - b[u]);
+        if (kPresent) g[u] = select<T>(y[u] == number[r], own[u], g[u]);
+      }
+      if constexpr (N == 2) put.two(to[r] + first, g[0], g[1]);
+      else put(to[r] + first, g[0]);
+    }
+  }
+  FL_INLINE void finish() {}
+};
+
+// A loop over the `voxels` of a tile, whole vectors, from `first` on.
+template <class Rows>
+FL_INLINE void run(Rows& rows, int64_t first, int64_t voxels) {
+  constexpr int L = Rows::L;
+  for (; first + 2 * L <= voxels; first += 2 * L) rows.template step<2>(first);
+  for (; first < voxels; first += L) rows.template step<1>(first);
+  rows.finish();
+}
+
+// Two of them as one loop.
+template <class In, class Out>
+FL_INLINE void run_both(In& in, int64_t in_voxels, Out& out, int64_t out_voxels) {
+  constexpr int L = In::L;
+  int64_t v = 0;
+  for (; v + 2 * L <= in_voxels && v + 2 * L <= out_voxels; v += 2 * L) {
+    in.template step<2>(v);
+    out.template step<2>(v);
+  }
+  run(in, v, in_voxels);
+  run(out, v, out_voxels);
+}
+
+}  // namespace
