@@ -132,6 +132,22 @@ def stream_line(typingctx: Any, target: Any, source: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Bring the cache line of an address to the second level; any address will do."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        read, level, is_data = (ir.Constant(word, n) for n in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(args[0], pointer), read, level, is_data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@intrinsic
 def fence(typingctx: Any) -> Any:
     """What went past the caches is there before anything that follows."""
 

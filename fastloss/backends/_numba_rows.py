@@ -15,6 +15,7 @@ import numpy as np
 from numba import cfunc, njit
 from numba.core import types
 
+from fastloss.backends._numba_cache import renamed
 from fastloss.backends._numba_pointers import (
     LINE,
     address,
@@ -150,7 +151,7 @@ _compiled: list[Any] = []  # the addresses live as long as these
 def _compile(function: Any, source: Any, target: Any) -> int:
     signature = types.void(types.CPointer(source), types.intp, types.intp, types.CPointer(target))
     try:
-        compiled = cfunc(signature, cache=True, error_model="numpy")(function)
+        compiled = cfunc(signature, cache=True, error_model="numpy")(renamed(function))
     except RuntimeError:  # nowhere to keep the cache
         compiled = cfunc(signature, error_model="numpy")(function)
     _compiled.append(compiled)

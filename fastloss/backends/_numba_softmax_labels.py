@@ -47,6 +47,7 @@ from fastloss.backends._numba_tile import (
     dot,
     dot3,
     fill,
+    find_present,
     inner,
     kernel,
     load,
@@ -154,7 +155,8 @@ def _near_pair(x, x2, voxel, labels, c, count):
         x2[i] = other2
         voxel[_REST + i] += other + other2
         voxel[_E + i] += select(y == label, e, zero) + select(y == label2, e2, zero)
-        far += select(abs(d) > near, one, zero) + select(abs(d2) > near, one, zero)
+        largest = select(abs(d) > abs(d2), abs(d), abs(d2))
+        far += select(largest > near, one, zero)
     return far
 
 
@@ -173,7 +175,42 @@ def _near_pair_weighted(x, x2, voxel, labels, c, weight, weight2, count):
         voxel[_REST + i] += other + other2
         voxel[_E + i] += select(y == label, e, zero) + select(y == label2, e2, zero)
         voxel[_A + i] += other * weight + other2 * weight2
-        far += select(abs(d) > near, one, zero) + select(abs(d2) > near, one, zero)
+        largest = select(abs(d) > abs(d2), abs(d), abs(d2))
+        far += select(largest > near, one, zero)
+    return far
+
+
+# Where no label names either class.
+
+
+@adding
+def _near_others(x, x2, voxel, count):
+    zero, one, near = like(x, 0), like(x, 1), like(x, _NEAR)
+    far = zero
+    for i in range(count):
+        d, d2 = x[i], x2[i]
+        e, e2 = exp_near(d), exp_near(d2)
+        x[i] = e
+        x2[i] = e2
+        voxel[_REST + i] += e + e2
+        largest = select(abs(d) > abs(d2), abs(d), abs(d2))
+        far += select(largest > near, one, zero)
+    return far
+
+
+@adding
+def _near_others_weighted(x, x2, voxel, weight, weight2, count):
+    zero, one, near = like(x, 0), like(x, 1), like(x, _NEAR)
+    far = zero
+    for i in range(count):
+        d, d2 = x[i], x2[i]
+        e, e2 = exp_near(d), exp_near(d2)
+        x[i] = e
+        x2[i] = e2
+        voxel[_REST + i] += e + e2
+        voxel[_A + i] += e * weight + e2 * weight2
+        largest = select(abs(d) > abs(d2), abs(d), abs(d2))
+        far += select(largest > near, one, zero)
     return far
 
 
@@ -235,7 +272,19 @@ def _carry_sums(voxel, wide, c, count):
 
 @inner
 def _activate_near(
-    plan, operand, sample, first, count, zeros, voxel, tile, labels, wide, weights, weighted
+    plan,
+    operand,
+    sample,
+    first,
+    count,
+    zeros,
+    voxel,
+    tile,
+    labels,
+    present,
+    wide,
+    weights,
+    weighted,
 ):
     """Exponentials of the other classes and of the own one, if all logits are near 0.
 
@@ -254,7 +303,12 @@ def _activate_near(
             blank(x, shift(voxel, _M), count)
             if pair:
                 blank(x2, shift(voxel, _M), count)
-        if pair & weighted:
+        others = pair and present[c] + present[c + 1] == 0
+        if others & weighted:
+            far = _near_others_weighted(x, x2, voxel, weights[c], weights[c + 1], count)
+        elif others:
+            far = _near_others(x, x2, voxel, count)
+        elif pair & weighted:
             far = _near_pair_weighted(x, x2, voxel, labels, c, weights[c], weights[c + 1], count)
         elif pair:
             far = _near_pair(x, x2, voxel, labels, c, count)
@@ -369,6 +423,7 @@ def reduce(
     logs = (slots[CROSS_ENTROPY] >= 0) | (slots[UNIFORM] >= 0) | (gammas > 0) | top_k
     m, v, w2 = shift(voxel, _M), shift(voxel, _V), shift(voxel, _W2)
     unused = data(np.zeros(channels))
+    present = data(np.empty(channels, np.uint8))
     operand = operands[LOGITS]
     for block in range(begin, end):
         sample = block // plan[BLOCKS]
@@ -381,10 +436,23 @@ def reduce(
             zeros = _load_voxels(
                 plan, operands, numbers[0], sample, first, n, voxel, labels, wide, count_of
             )
+            find_present(labels, n, channels, present)
             near = False
             if slots[UNIFORM] < 0:  # which needs the logits themselves
                 near = _activate_near(
-                    plan, operand, sample, first, n, zeros, voxel, tile, labels, wide, tile, False
+                    plan,
+                    operand,
+                    sample,
+                    first,
+                    n,
+                    zeros,
+                    voxel,
+                    tile,
+                    labels,
+                    present,
+                    wide,
+                    tile,
+                    False,
                 )
             if not near:
                 _load_tile(plan, operand, sample, first, n, zeros, voxel, tile)
@@ -416,6 +484,7 @@ def reduce(
                 labels,
                 n,
                 channels,
+                present,
                 shift(out, slots[REFERENCE] * channels),
                 shift(out, slots[OVERLAP] * channels) if slots[OVERLAP] >= 0 else unused,
                 shift(out, slots[CROSS_ENTROPY] * channels)
@@ -486,6 +555,15 @@ def _gradient_pair(x, x2, voxel, labels, c, a, a2, count):
 
 
 @inner
+def _gradient_others(x, x2, voxel, a, a2, count):
+    """The same where no label names either class."""
+    for i in range(count):
+        slope, shared = voxel[_MI + i], voxel[_SHARED + i]
+        x[i] = x[i] * (slope * a + shared)
+        x2[i] = x2[i] * (slope * a2 + shared)
+
+
+@inner
 def _gradient_row_squared(x, voxel, labels, c, a, a2, count):
     label = np.int32(c)
     for i in range(count):
@@ -525,6 +603,7 @@ def apply(
     zero, two = like(voxel, 0), like(voxel, 2)
     tables = np.empty((2, channels), coefficients.dtype)
     by_own, by_loss = data(tables), shift(data(tables), channels)
+    present = data(np.empty(channels, np.uint8))
     for block in range(begin, end):
         sample = block // plan[BLOCKS]
         start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
@@ -552,6 +631,7 @@ def apply(
             zeros = _load_voxels(
                 plan, operands, numbers[0], sample, first, n, voxel, labels, wide, data(unused)
             )
+            find_present(labels, n, channels, present)
             near = _activate_near(
                 plan,
                 operand,
@@ -562,6 +642,7 @@ def apply(
                 voxel,
                 tile,
                 labels,
+                present,
                 wide,
                 by_predicted,
                 predicted,
@@ -573,7 +654,7 @@ def apply(
 
             # The derivative by p_y, and with it Σ_c p_c (the derivative by p_c − that by p_y).
             # The derivative by −log p_y, at first without the voxel weight.
-            two_by_label(by_own, by_loss, labels, n, channels, h, v)
+            two_by_label(by_own, by_loss, labels, n, channels, present, h, v)
             for i in range(n):
                 voxel[_A + i] *= voxel[_INVERSE + i]
             if squared:
@@ -635,7 +716,10 @@ def apply(
                     a = by_predicted[c] if predicted else zero
                     a2 = by_predicted[c + 1] if predicted else zero
                     x2 = shift(x, width)
-                    _gradient_pair(x, x2, voxel, labels, c, a, a2, n)
+                    if present[c] + present[c + 1] == 0:
+                        _gradient_others(x, x2, voxel, a, a2, n)
+                    else:
+                        _gradient_pair(x, x2, voxel, labels, c, a, a2, n)
                     store(plan, operands[OUT], sample, c, first, n, x)
                     store(plan, operands[OUT], sample, c + 1, first, n, x2)
                     done = c + 2

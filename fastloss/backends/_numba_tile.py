@@ -16,8 +16,18 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from fastloss.backends._numba_cache import renamed
 from fastloss.backends._numba_math import exp, log
-from fastloss.backends._numba_pointers import address, call_row, item_size, like, select, to_int32
+from fastloss.backends._numba_pointers import (
+    LINE,
+    address,
+    call_row,
+    item_size,
+    like,
+    prefetch,
+    select,
+    to_int32,
+)
 
 WIDTH = 512
 FEW = 6
@@ -62,14 +72,10 @@ between the old sum and the new one instead, a sum that it does not vectorise.""
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile on first use; keep the result on disk where there is a place for it.
-
-    Numba drops what it kept when the kernel's own file changes. After a change to another file,
-    delete ``__pycache__``.
-    """
+    """Compile on first use; keep the result on disk where there is a place for it."""
     options = {"error_model": "numpy", "nogil": True, "fastmath": {"contract"}}
     try:
-        return njit(cache=True, **options)(function)
+        return njit(cache=True, **options)(renamed(function))
     except RuntimeError:
         return njit(**options)(function)
 
@@ -107,8 +113,31 @@ def move(plan, operand, function, sample, channel, first, count, row, store):
         count -= run
 
 
+_AHEAD = 4  # rows
+_MOST_BYTES = 8  # of an element
+
+
+@inner
+def _fetch_ahead(plan, operand, sample, channel, first, count):
+    """Prefetch a row that will be loaded soon, where rows are contiguous: the processor follows a
+    row by itself, but cannot guess where the next one starts."""
+    stride = operand[STRIDES]
+    if (plan[AXES] != 1) | (stride < 1) | (stride > _MOST_BYTES):
+        return
+    channel += _AHEAD
+    while channel >= plan[CHANNELS]:
+        channel -= plan[CHANNELS]
+        first += count
+    base = operand[ADDRESS] + sample * operand[BY_SAMPLE] + channel * operand[BY_CHANNEL]
+    base += first * stride
+    for offset in range(0, count * stride + LINE - 1, LINE):
+        prefetch(base + offset)
+
+
 @inner
 def load(plan, operand, sample, channel, first, count, row):
+    """Load a channel's row. The others are fetched in their order, to be loaded next."""
+    _fetch_ahead(plan, operand, sample, channel, first, count)
     move(plan, operand, operand[ROW], sample, channel, first, count, row, False)
 
 
@@ -341,12 +370,35 @@ def add_by_label(values, labels, count, classes, sums):
             sums[labels[i]] += values[i]
 
 
+@inner
+def find_present(labels, count, classes, present):
+    """Say of every class whether a label names it; few do in so small a part of a volume."""
+    if classes <= 32:
+        one = np.uint32(1)
+        found = np.uint32(0)
+        for i in range(count):
+            found |= one << np.uint32(labels[i])
+        for c in range(classes):
+            present[c] = (found >> np.uint32(c)) & one
+        return
+    for c in range(classes):
+        present[c] = 0
+    last = labels[0]
+    present[last] = 1
+    for i in range(count):
+        if labels[i] != last:
+            last = labels[i]
+            present[last] = 1
+
+
 @adding
-def add_three_by_label(a, b, c, labels, count, classes, to_a, to_b, to_c):
+def add_three_by_label(a, b, c, labels, count, classes, present, to_a, to_b, to_c):
     """Add every voxel's three values to the sums of its label."""
     zero = like(a, 0)
     if classes <= MORE:
         for k in range(classes):
+            if present[k] == 0:
+                continue
             s, t, u = zero, zero, zero
             label = np.int32(k)
             for i in range(count):
@@ -391,13 +443,15 @@ def by_label(table, labels, count, classes, row):
 
 
 @inner
-def two_by_label(table, table2, labels, count, classes, row, row2):
+def two_by_label(table, table2, labels, count, classes, present, row, row2):
     """As `by_label` for two tables and rows."""
-    if classes <= FEW:
+    if classes <= MORE:
         fill(row, 0, count)
         fill(row2, 0, count)
         zero = like(row, 0)
         for c in range(classes):
+            if present[c] == 0:
+                continue
             number, number2, label = table[c], table2[c], np.int32(c)
             for i in range(count):
                 here = labels[i] == label
