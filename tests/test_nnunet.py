@@ -927,6 +927,7 @@ def work(rank: int, folder: str) -> None:
             importlib.import_module("nnunetv2.training.loss.compound_losses")
             results[i, "nnU-Net"] = run(made(their, own), own)
     torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()  # one that leaves early can take the other down
     torch.distributed.destroy_process_group()
 
 
