@@ -541,28 +541,15 @@ LabelGradients<T> apply_voxels(Tile<T>& t) {
 // made.
 template <class T>
 void write_gradients(Tile<T>& t, const LabelGradients<T>& gradients, Tile<T>* next) {
-  with_storage<T>(t.job.out.dtype, [&](auto number) {
-    using S = decltype(number);
-    const Writer<T, S> writer(t);
-    auto write = [&](const auto& row, const auto& put) {
-      using Put = std::remove_cv_t<std::remove_reference_t<decltype(put)>>;
-      auto make = [&](int64_t c, auto count, auto present) {
-        return GradientRows<T, decltype(count)::value, decltype(present)::value, decltype(row(0)),
-                            Put>(t, c, gradients, row, put);
-      };
-      if constexpr (std::is_same<S, T>::value)
-        if (next) return exponentials_beside<T, true>(*next, t, make);
-      finish(t, make);
+  write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
+    using Put = std::remove_cv_t<std::remove_reference_t<decltype(put)>>;
+    auto make = [&](int64_t c, auto count, auto present) {
+      return GradientRows<T, decltype(count)::value, decltype(present)::value, decltype(row(0)),
+                          Put>(t, c, gradients, row, put);
     };
-    auto straight = [&](int64_t c) { return writer.row(c); };
-    if (writer.past_caches) {
-      write(straight, Put<T, S, true>());
-    } else if (writer.straight) {
-      write(straight, Put<T, S, false>());
-    } else {
-      write([&](int64_t c) { return t.x + c * t.stride; }, Put<T, T, false>());
-      t.store_gradient(t.x, t.second);
-    }
+    if constexpr (!Put::kRounds)
+      if (next) return exponentials_beside<T, true>(*next, t, make);
+    finish(t, make);
   });
 }
 

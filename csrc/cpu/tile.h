@@ -68,7 +68,7 @@ struct Tile {
   int step;          // voxels of a tile
   int stride;        // numbers from row to row of the buffers
   T* x;              // logits, later what is made of them: (C, stride)
-  T* second;         // another buffer like it, or null
+  T* second;         // another buffer like it
   T* rows;           // (kRows, kMaxTile)
   T* table;          // coefficients of the sample: (S, C)
   int32_t* y;        // labels
@@ -88,10 +88,6 @@ struct Tile {
   T* row(int which) { return rows + which * kMaxTile; }
   const char* logits() const { return job.logits.data + sample * job.logits.batch_stride; }
 
-  static bool needs_second(const Job& job) {
-    if (job.activation != Activation::softmax) return false;
-    return job.dense || job.slots.uniform >= 0;
-  }
   // The working memory of a tile.
   static size_t bytes(const Job& job) {
     size_t tile = size_t(fastloss::tile_voxels(job.classes) + kPad) * size_t(job.classes);
@@ -434,6 +430,7 @@ struct Writer {
 // Stores what was computed in T as numbers of type S.
 template <class T, class S, bool kStream>
 struct Put {
+  static constexpr bool kRounds = !std::is_same<S, T>::value;
   // A vector.
   FL_INLINE void operator()(S* p, Vec<T> v) const { store_as<S, kStream, T>(p, v); }
   // Two vectors, one behind the other.

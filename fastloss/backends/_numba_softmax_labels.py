@@ -244,13 +244,16 @@ def _far_row_weighted(x, voxel, labels, c, weight, count):
 
 
 @inner
-def _load_voxels(plan, operands, ignore, sample, first, count, voxel, labels, wide, counts):
-    """Labels and weights. Returns whether any weight is 0."""
+def _load_voxels(
+    plan, operands, ignore, sample, first, count, voxel, labels, present, wide, counts
+):
+    """Labels, the classes they name, and weights. Returns whether any weight is 0."""
     weights = shift(voxel, _M)
     zeros = load_weights(plan, operands, sample, first, count, weights, wide, counts)
     zeros |= load_labels(
         plan, operands, ignore, sample, first, count, labels, weights, wide, counts
     )
+    find_present(labels, count, plan[CHANNELS], present)
     return zeros
 
 
@@ -434,9 +437,8 @@ def reduce(
         for first in range(start, stop, width):
             n = min(width, stop - first)
             zeros = _load_voxels(
-                plan, operands, numbers[0], sample, first, n, voxel, labels, wide, count_of
+                plan, operands, numbers[0], sample, first, n, voxel, labels, present, wide, count_of
             )
-            find_present(labels, n, channels, present)
             near = False
             if slots[UNIFORM] < 0:  # which needs the logits themselves
                 near = _activate_near(
@@ -629,9 +631,18 @@ def apply(
         for first in range(start, stop, width):
             n = min(width, stop - first)
             zeros = _load_voxels(
-                plan, operands, numbers[0], sample, first, n, voxel, labels, wide, data(unused)
+                plan,
+                operands,
+                numbers[0],
+                sample,
+                first,
+                n,
+                voxel,
+                labels,
+                present,
+                wide,
+                data(unused),
             )
-            find_present(labels, n, channels, present)
             near = _activate_near(
                 plan,
                 operand,
