@@ -7,6 +7,9 @@
 
 namespace {
 
+// Exponentials of logits this small need no maximum taken off, nor do their quotients overflow.
+constexpr int kNear = 36;
+
 // The coefficients of a slot, (C,), or null.
 template <class T>
 const T* coefficients(const Tile<T>& t, int slot) {
@@ -37,7 +40,8 @@ struct ExponentialRows {
   T* to[R];
   T *own, *rest, *dot;
   const typename Types<T>::Int* label;
-  Vec<T> factor[R], low, high;
+  Vec<T> factor[R];
+  Extent<S, T> extent;
   IVec<T> number[R];
   NearExponential<T> exponential;
 
@@ -61,16 +65,20 @@ struct ExponentialRows {
       number[r] = class_number<T>(c + r);
       factor[r] = splat<T>(slope ? slope[c + r] : T(0));
     }
-    low = t.low, high = t.high;
   }
-  FL_INLINE void finish() { t.low = low, t.high = high; }
+  FL_INLINE void finish() {
+    if (kMade) t.near = t.near && extent.within(kNear);
+  }
 
   // N vectors of each row.
   template <int N>
   FL_INLINE void step(int64_t first) {
     if (kMade)
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) prefetch(soon[r] + first);
+      for (int r = 0; r < R; ++r) {
+        prefetch(soon[r] + first);
+        extent.template stored<N>(from[r] + first);
+      }
 #pragma GCC unroll 4
     for (int u = 0; u < N; ++u) {
       const int64_t v = first + u * L;
@@ -89,8 +97,7 @@ struct ExponentialRows {
           e = once(load<T>(to[r] + v));
         } else {
           Vec<T> x = load_as<S, T>(from[r] + v);
-          low = smaller(x, low);
-          high = larger(x, high);
+          extent.loaded(x);
           e = exponential(x);
           store<T>(to[r] + v, e);
         }

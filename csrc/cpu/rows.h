@@ -220,7 +220,8 @@ FL_INLINE IVec<float> brain_words(Vec<float> v) {
   return (IVec<float>)((Words)rounded >> 16);
 }
 
-// Vectors of halves, rounded likewise.
+// Vectors of halves, rounded likewise. Without `kAnyNan` the lower half of what is NaN must be 0,
+// as that of the processor's own NaN is, and of those that come from halves.
 #if defined(__AVX512F__)
 #define FL_HALVES
 template <class S>
@@ -229,7 +230,7 @@ FL_INLINE __m256i narrow_vector(Vec<float> v) {
     return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
   else return _mm512_cvtepi32_epi16((__m512i)brain_words(v));
 }
-template <class S>
+template <class S, bool kAnyNan = true>
 FL_INLINE __m512i narrow_vectors(Vec<float> a, Vec<float> b) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_vector<S>(a)), narrow_vector<S>(b), 1);
 }
@@ -249,7 +250,7 @@ FL_INLINE __m128i narrow_vector(Vec<float> v) {
     return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   }
 }
-template <class S>
+template <class S, bool kAnyNan = true>
 FL_INLINE __m256i narrow_vectors(Vec<float> a, Vec<float> b) {
   if constexpr (std::is_same<S, Half>::value)
     return _mm256_set_m128i(narrow_vector<S>(b), narrow_vector<S>(a));
@@ -264,16 +265,66 @@ FL_INLINE __m256i narrow_vectors(Vec<float> a, Vec<float> b) {
   // (low + 0x7fff + odd) >> 1 has bit 15 where that sum passes 16 bits.
   __m256i addend = _mm256_add_epi16(_mm256_and_si256(high, one), _mm256_set1_epi16(0x7ffe));
   __m256i up = _mm256_srai_epi16(_mm256_avg_epu16(low, addend), 15);
-  __m256i magnitude = _mm256_and_si256(high, _mm256_set1_epi16(0x7fff));
-  __m256i nan = _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(0x7f80));
-  __m256i rounded = _mm256_sub_epi16(high, _mm256_andnot_si256(nan, up));
-  return _mm256_permute4x64_epi64(rounded, 0xd8);
+  if (kAnyNan) {
+    __m256i magnitude = _mm256_and_si256(high, _mm256_set1_epi16(0x7fff));
+    __m256i nan = _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(0x7f80));
+    up = _mm256_andnot_si256(nan, up);
+  }
+  return _mm256_permute4x64_epi64(_mm256_sub_epi16(high, up), 0xd8);
 }
 template <bool kStream>
 FL_INLINE void store_halves(void* p, __m128i v) {
   if (kStream) _mm_stream_si128((__m128i*)p, v);
   else _mm_storeu_si128((__m128i*)p, v);
 }
+#endif
+
+// Whether numbers that lie in memory as S are from −most to most; NaN may count either way. Each is
+// shown both as what was loaded and where it lies.
+template <class S, class T>
+struct Extent {
+  Vec<T> low{}, high{};
+
+  FL_INLINE void loaded(Vec<T> v) {
+    low = smaller(v, low);
+    high = larger(v, high);
+  }
+  template <int N>  // vectors
+  FL_INLINE void stored(const S*) {}
+  FL_INLINE bool within(int most) const { return !any<T>((low < -T(most)) | (high > T(most))); }
+};
+#if defined(FL_HALVES)
+// Of halves the bits without the sign are in order, and a vector holds twice as many.
+template <class S>
+struct ExtentOfHalves {
+  __m256i largest = _mm256_setzero_si256();
+
+  FL_INLINE void loaded(Vec<float>) {}
+  template <int N>
+  FL_INLINE void stored(const S* p) {
+    constexpr int kHalves = N * lanes<float>;
+    if constexpr (kHalves < 16)
+      add(_mm256_inserti128_si256(_mm256_setzero_si256(), _mm_loadu_si128((const __m128i*)p), 0));
+    else
+#pragma GCC unroll 4
+      for (int i = 0; i < kHalves; i += 16) add(_mm256_loadu_si256((const __m256i*)(p + i)));
+  }
+  FL_INLINE bool within(int most) const {
+    S limit;
+    narrow(float(most), &limit);
+    const __m256i above = _mm256_subs_epu16(largest, _mm256_set1_epi16(int16_t(limit.bits)));
+    return _mm256_testz_si256(above, above);
+  }
+
+ private:
+  FL_INLINE void add(__m256i halves) {
+    largest = _mm256_max_epu16(largest, _mm256_and_si256(halves, _mm256_set1_epi16(0x7fff)));
+  }
+};
+template <>
+struct Extent<Half, float> : ExtentOfHalves<Half> {};
+template <>
+struct Extent<Brain, float> : ExtentOfHalves<Brain> {};
 #endif
 
 // A vector of numbers to memory, rounded to nearest, ties to even; `kStream`: past the caches,
@@ -295,11 +346,11 @@ FL_INLINE void store_as(S* p, Vec<T> v) {
 }
 
 // Two vectors; halves in one store.
-template <class S, bool kStream, class T>
+template <class S, bool kStream, bool kAnyNan, class T>
 FL_INLINE void store_two_as(S* p, Vec<T> a, Vec<T> b) {
 #if defined(FL_HALVES)
   if constexpr (!std::is_same<S, T>::value) {
-    auto halves = (Vec<T>)narrow_vectors<S>(a, b);
+    auto halves = (Vec<T>)narrow_vectors<S, kAnyNan>(a, b);
     if (kStream) stream<T>((T*)p, halves);
     else store<T>((T*)p, halves);
     return;

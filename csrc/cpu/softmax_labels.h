@@ -9,9 +9,6 @@
 
 namespace {
 
-// Exponentials of logits this small need no maximum taken off, nor do their quotients overflow.
-constexpr int kNear = 36;
-
 // The gap of a voxel whose logits are near: no maximum was taken off there.
 constexpr int kNoGap = -1;
 
@@ -191,7 +188,7 @@ void over_tiles(const Job& job, int64_t sample, int64_t first, int64_t last, voi
       next->find_present();
       next->direct = next->contiguous();
       if (!next->direct) next->load_logits();
-      next->low = next->high = Vec<T>{};
+      next->near = true;
       clear_sums<kDot>(*next);
     }
     if (now) finish(*now, next);
@@ -200,9 +197,7 @@ void over_tiles(const Job& job, int64_t sample, int64_t first, int64_t last, voi
         exponentials<decltype(number), kDot, Exponentials::both>(*next);
       });
     if (next) {
-      // NaN is in neither and makes its own way: its exponential is NaN.
-      const IVec<T> far = (next->low < -T(kNear)) | (next->high > T(kNear));
-      next->near = job.classes > 1 && !any<T>(far);
+      next->near = next->near && job.classes > 1;
       if (!next->near) {
         exponentials_far(*next);
         clear_sums<kDot>(*next);

@@ -81,9 +81,8 @@ struct Tile {
   bool ones = false;   // the row of m holds ones
   bool holes = false;  // some voxel has m = 0
   // Of softmax with a label map.
-  bool direct = false;   // the logits are used where they lie
-  bool near = false;     // they were so small that no maximum was taken off
-  Vec<T> low{}, high{};  // the least and the greatest
+  bool direct = false;  // the logits are used where they lie
+  bool near = false;    // they are so small that no maximum need be taken off
 
   T* row(int which) { return rows + which * kMaxTile; }
   const char* logits() const { return job.logits.data + sample * job.logits.batch_stride; }
@@ -108,8 +107,10 @@ struct Tile {
     present = (uint8_t*)(table + int64_t(j.slots.count) * j.classes);
     if (j.coefficients)
       for (int32_t i = 0; i < j.slots.count; ++i)
-        for (int64_t c = 0; c < j.classes; ++c)
-          table[i * j.classes + c] = T(j.coefficients[(i * j.batch + b) * j.classes + c]);
+        for (int64_t c = 0; c < j.classes; ++c) {
+          const T k = T(j.coefficients[(i * j.batch + b) * j.classes + c]);
+          table[i * j.classes + c] = k == k ? k : T(NAN);  // a caller's may have any bits
+        }
     else if (j.loss_weights)
       for (int64_t c = 0; c < j.classes; ++c) table[c] = T(j.loss_weights[c]);
   }
@@ -433,8 +434,10 @@ struct Put {
   static constexpr bool kRounds = !std::is_same<S, T>::value;
   // A vector.
   FL_INLINE void operator()(S* p, Vec<T> v) const { store_as<S, kStream, T>(p, v); }
-  // Two vectors, one behind the other.
-  FL_INLINE void two(S* p, Vec<T> a, Vec<T> b) const { store_two_as<S, kStream, T>(p, a, b); }
+  // Two vectors, one behind the other; see narrow_vectors for NaN among them.
+  FL_INLINE void two(S* p, Vec<T> a, Vec<T> b) const {
+    store_two_as<S, kStream, false, T>(p, a, b);
+  }
   // Whole vectors to p, and their negatives to q.
   FL_INLINE void opposites(const T* from, int64_t count, S* p, S* q) const {
     store_opposites<S, kStream, T>(from, count, p, q);
