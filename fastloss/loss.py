@@ -10,7 +10,7 @@ import numpy as np
 
 from fastloss.arrays import Arrays, arrange, channels_second, check_out
 from fastloss.backends import Backend, current_backend
-from fastloss.frameworks import Borrowed, adapter_of, borrow
+from fastloss.frameworks import Adapter, Borrowed, adapter_of, borrow
 from fastloss.frameworks.base import constant
 from fastloss.request import ACTIVATIONS, Request, make_request
 from fastloss.statistics import Statistics
@@ -19,6 +19,7 @@ from fastloss.terms.distribution import TopKCrossEntropy
 from fastloss.voxel_losses import VoxelLosses
 
 if TYPE_CHECKING:
+    from fastloss.backends._cuda_prepared import Prepared
     from fastloss.backends.cuda import DevicePasses
 
 
@@ -176,6 +177,14 @@ class Loss:
         Raises:
             ValueError: ``out`` is read-only, or overlaps an input other than as the logits.
         """
+        if out is None and upstream is None:
+            adapter = adapter_of(logits, "logits")
+            ready = self.prepared(adapter, logits, target, voxel_weight)
+            if ready is not None:
+                call, addresses = ready
+                value, kept = call.value(addresses)
+                arrays = (logits, target, voxel_weight)
+                return value, call.gradient(self, adapter, arrays, addresses, kept)
         passes = self.passes(logits, target, voxel_weight)
         out, view = passes.output(out)
         value, pullback = passes.combine(passes.reduce())
@@ -238,6 +247,17 @@ class Loss:
     def passes(self, logits: Any, target: Any, voxel_weight: Any) -> Passes:
         """The two passes over these arrays, for the adapters of frameworks."""
         return Passes(self, logits, target, voxel_weight)
+
+    def prepared(
+        self, adapter: Adapter, logits: Any, target: Any, voxel_weight: Any
+    ) -> tuple[Prepared, tuple[int, ...]] | None:
+        """What is kept of such calls on a GPU, and the addresses of these arrays; or None."""
+        kind = adapter.kind(logits, "logits")
+        if kind is None:
+            return None
+        from fastloss.backends._cuda_prepared import find
+
+        return find(self, adapter, kind, logits, target, voxel_weight)
 
     def _request(self, arrays: Arrays) -> Request:
         classes = arrays.logits.shape[1]
@@ -349,7 +369,9 @@ class Loss:
 
     def __getstate__(self) -> dict[str, Any]:
         # The name of a loss may be understood by this process alone; programs are made again.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_text", "_programs")}
+        return {
+            k: v for k, v in self.__dict__.items() if k not in ("_text", "_programs", "_prepared")
+        }
 
     def __repr__(self) -> str:
         parts = [repr(t) if w == 1.0 else f"{w!r} * {t!r}" for w, t in self.terms]
@@ -418,6 +440,11 @@ class Passes:
         self.check_output(view)
         return out, view
 
+    def gradient_view(self, out: Borrowed) -> np.ndarray:
+        """The gradient's array with the channel axis where kernels look for it."""
+        axis = self.loss.channel_axis
+        return out.array if axis == 1 else channels_second(out.array, axis, "out")
+
     def check_output(self, view: Borrowed) -> None:
         """Raise ValueError or TypeError if the gradient cannot be written here."""
         others = [("target", self.target)]
@@ -427,9 +454,7 @@ class Passes:
 
     def apply(self, coefficients: Any, out: Borrowed) -> None:
         """Write the gradient, given what `combine` returns for the upstream gradient."""
-        view = out.array
-        if self.loss.channel_axis != 1:
-            view = channels_second(view, self.loss.channel_axis, "out")
+        view = self.gradient_view(out)
         if self.device is not None:
             self.device.apply(self.loss, self.request, self.arrays, coefficients, view)
             return

@@ -14,7 +14,7 @@ from device_backend import EmulatedDevice
 
 from fastloss import frameworks
 from fastloss.backends import cuda
-from fastloss.frameworks.base import Adapter, Borrowed, Place, device_view
+from fastloss.frameworks.base import Adapter, Borrowed, Kind, Place, device_view
 
 
 class OnDevice:
@@ -66,8 +66,18 @@ class StandInAdapter(Adapter):
         return Borrowed(view, values.dtype.name, StandInPlace(array.ordinal))
 
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
-        new = OnDevice(np.full_like(array.values, np.nan), array.ordinal)
+        new = self.like(array)
         return new, self.borrow(new, "out")
+
+    def kind(self, array: Any, name: str) -> Kind | None:
+        if not self.serves(array):
+            return None
+        values = array.values
+        traits = (array.ordinal, values.dtype, values.shape, values.strides)
+        return Kind(traits, values.ctypes.data)
+
+    def like(self, array: Any) -> OnDevice:
+        return OnDevice(np.full_like(array.values, np.nan), array.ordinal)
 
 
 class RecordingDevice(EmulatedDevice):
@@ -116,6 +126,7 @@ def install_for_torch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return borrow(self, array, name, write=write)._replace(place=TensorPlace())
 
     monkeypatch.setattr(adapter.TorchAdapter, "borrow", borrow_on_device)
+    monkeypatch.setattr(adapter, "_is_on_gpu", lambda tensor: True)
     # What autograd hands on stays on a device.
     monkeypatch.setattr(adapter.TorchAdapter, "upstream", lambda self, gradient: gradient)
     return install(monkeypatch)

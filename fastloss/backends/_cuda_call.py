@@ -99,8 +99,8 @@ class Plan:
     """A launch, but for the addresses of its arrays."""
 
     request: Request
-    call: np.ndarray
-    """The bytes of CALL."""
+    call: bytes
+    """CALL, (1,)."""
     offsets: tuple[int, ...]
     """Per array, in bytes, where its first voxel lies."""
     constants: tuple[tuple[str, object], ...]
@@ -289,7 +289,7 @@ def plan_pass(
     width = len(request.slots) * classes + 2
     return Plan(
         request,
-        call.view(np.uint8),
+        call.tobytes(),
         tuple(offsets),
         constants,
         batch * blocks,

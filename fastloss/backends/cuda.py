@@ -10,6 +10,7 @@ lost.
 from __future__ import annotations
 
 import logging
+import struct
 import time
 from dataclasses import replace
 from functools import cache
@@ -244,9 +245,9 @@ class DevicePasses:
         self, loss: Loss, statistics: Statistics
     ) -> tuple[Any, Callable[[Any], DeviceCoefficients]]:
         """The value, on the device, and from its upstream gradient the derivative by every sum."""
-        program = _program(loss, statistics)
+        shape = slots, batch, classes = tuple(statistics.sums.shape)
+        program = program_of(loss, statistics.request, shape, statistics.dtype)
         place, device = self.place, self.device
-        slots, batch, classes = statistics.sums.shape
         dtype = statistics.dtype.name
         value = place.empty(program.value_shape, dtype)
         derivatives = place.empty((slots, batch, classes), "float64")
@@ -262,7 +263,7 @@ class DevicePasses:
         }
         names = _COMBINE[: 1 + bool(program.value_shape)]
         kernels = device.kernels(program.sources, names)
-        device.launch(kernels[0], 1, (256, 1), 0, _combine_call(addresses))
+        device.launch(kernels[0], 1, (256, 1), 0, combine_call(**addresses))
         coefficients = DeviceCoefficients(derivatives, addresses["derivatives"], batch, classes)
 
         def pullback(upstream: Any) -> DeviceCoefficients:
@@ -283,7 +284,7 @@ class DevicePasses:
                 return coefficients._replace(
                     upstream=array, upstream_address=place.address(array), upstream_type=kind
                 )
-            again = _combine_call(addresses | {"upstream": place.address(array)})
+            again = combine_call(**addresses, upstream=place.address(array))
             device.launch(kernels[1], 1, (256, 1), 0, again)
             # Held until the gradient is queued: memory that is let go may be handed out again.
             return coefficients._replace(kept=(array, statistics, joined, scratch))
@@ -333,22 +334,33 @@ class DevicePasses:
 _COMBINE = ("fastloss_combine", "fastloss_pullback")
 
 
-def _combine_call(addresses: dict[str, int]) -> np.ndarray:
-    assert COMBINE_CALL.names is not None
-    numbers = [addresses.get(name, 0) for name in COMBINE_CALL.names]
-    return np.array(numbers, np.uint64).view(_COMBINE_RECORD)
+def combine_call(
+    *,
+    sums: int,
+    voxels: int,
+    joined: int = 0,
+    value: int,
+    derivatives: int,
+    upstream: int = 0,
+    scratch: int = 0,
+) -> np.ndarray:
+    """COMBINE_CALL, (1,), of these addresses."""
+    addresses = (sums, voxels, joined, value, derivatives, upstream, scratch)
+    return np.frombuffer(_ADDRESSES.pack(*addresses), _COMBINE_RECORD)
 
 
+_ADDRESSES = struct.Struct("=7Q")
 _COMBINE_RECORD = np.dtype(("V", COMBINE_CALL.itemsize))
 
 
-def _program(loss: Loss, statistics: Statistics) -> Program:
+def program_of(
+    loss: Loss, request: Request, shape: tuple[int, int, int], dtype: np.dtype
+) -> Program:
     """The step between the passes, traced once for every shape of the sums."""
     programs: dict[Any, Program] = loss.__dict__.setdefault("_programs", {})
-    key = (statistics.request, tuple(statistics.sums.shape), statistics.dtype)
+    key = (request, shape, dtype)
     if key not in programs:
-        _, batch, classes = statistics.sums.shape
-        programs[key] = trace(loss, statistics.request, batch, classes, statistics.dtype)
+        programs[key] = trace(loss, request, *shape[1:], dtype)
     return programs[key]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
@@ -51,9 +51,20 @@ class Place:
         """Where an array of the framework lies."""
         raise NotImplementedError(f"{type(self).__name__} must define address")
 
+    def scalar(self, number: Any, dtype: str) -> Any:
+        """As `array`, of one number, which itself will do."""
+        return self.array(number, dtype)
+
     def numpy(self, array: Any) -> np.ndarray:
         """A copy in the processor's memory, once all that is queued is done."""
         raise NotImplementedError(f"{type(self).__name__} must define numpy")
+
+
+class Kind(NamedTuple):
+    """An array in a GPU's memory: its device, dtype, shape and strides, and where it lies."""
+
+    traits: Hashable
+    address: int
 
 
 class Borrowed(NamedTuple):
@@ -128,6 +139,17 @@ class Adapter:
         new = empty_like(borrowed.array)
         return new.view(bfloat16), Borrowed(new, "bfloat16")
 
+    def kind(self, array: Any, name: str) -> Kind | None:
+        """What `borrow` would find out, without a view; None for all but plain arrays on a GPU.
+
+        None also for what `borrow` might refuse.
+        """
+        return None
+
+    def like(self, array: Any) -> Any:
+        """The new array of `empty_like`, for one that has a `kind`."""
+        raise NotImplementedError(f"{type(self).__name__} must define like")
+
     def result(self, value: Any) -> Any:
         """The value of a loss as the caller knows numbers."""
         return value
@@ -145,7 +167,12 @@ class Adapter:
         ``passes`` of the loss borrows the arrays, runs the two passes over them, and the step
         between.
         """
-        passes = as_loss(loss).passes(logits, target, voxel_weight)
+        loss = as_loss(loss)
+        ready = loss.prepared(self, logits, target, voxel_weight)
+        if ready is not None:
+            call, addresses = ready
+            return call.value(addresses)[0]
+        passes = loss.passes(logits, target, voxel_weight)
         return self.result(passes.combine(passes.reduce())[0])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from fastloss.frameworks.base import Adapter, Borrowed, Place, device_view
+from fastloss.frameworks.base import Adapter, Borrowed, Kind, Place, device_view
 from fastloss.frameworks.dlpack import device_of, export, view_of
 
 _LEGACY_STREAM = 1  # what DLPack calls the default stream, whose address is 0
@@ -53,11 +53,19 @@ class CupyAdapter(Adapter):
         return Borrowed(view, dtype, CupyPlace(array.device.id))
 
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
-        assert borrowed.place is not None
-        with cupy.cuda.Device(borrowed.place.ordinal):
-            # K: in the order of the logits' strides, as they need not be contiguous.
-            new = cupy.empty_like(array, order="K")
+        new = self.like(array)
         return new, self.borrow(new, "out", write=True)
+
+    def kind(self, array: Any, name: str) -> Kind | None:
+        if type(array) is not cupy.ndarray:
+            return None
+        traits = (array.device.id, array.dtype, array.shape, array.strides)
+        return Kind(traits, int(array.data.ptr))
+
+    def like(self, array: Any) -> Any:
+        with array.device:
+            # K: in the order of the logits' strides, as they need not be contiguous.
+            return cupy.empty_like(array, order="K")
 
 
 class ExporterAdapter(Adapter):

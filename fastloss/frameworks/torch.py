@@ -9,11 +9,12 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from fastloss.frameworks.base import Adapter, Borrowed, Place, as_loss, device_view
+from fastloss.frameworks.base import Adapter, Borrowed, Kind, Place, as_loss, device_view
 from fastloss.frameworks.memory import LEAST, large
 from fastloss.naming import text_of
 
 if TYPE_CHECKING:
+    from fastloss.backends._cuda_prepared import Prepared
     from fastloss.frameworks.base import LossLike
     from fastloss.frameworks.torch_distributed import Ranks
     from fastloss.loss import Loss
@@ -31,6 +32,7 @@ _NAMES = {
 _saved_tensors_hooks = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True
 )
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -61,10 +63,20 @@ class TorchAdapter(Adapter):
         return Borrowed(view, dtype)
 
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
-        array = plain(array)
         is_large = borrowed.place is None and borrowed.array.nbytes >= LEAST
-        new = _large_like(array) if is_large else torch.empty_like(array)
+        new = _large_like(plain(array)) if is_large else self.like(array)
         return new, self.borrow(new, "out")
+
+    def kind(self, array: Any, name: str) -> Kind | None:
+        if type(array) not in _PLAIN or not _is_on_gpu(array) or array.is_neg():
+            return None
+        if name != "logits" and array.requires_grad:
+            return None
+        traits = (array.get_device(), array.dtype, array.shape, array.stride())
+        return Kind(traits, array.data_ptr())
+
+    def like(self, array: Any) -> Any:
+        return torch.empty_like(plain(array))
 
     def result(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -111,7 +123,15 @@ class TorchAdapter(Adapter):
             raise RuntimeError(
                 "logits: forward-mode derivatives are not computed; take the gradient by backward()"
             )
-        if torch.is_grad_enabled() and logits.requires_grad:
+        differentiable = torch.is_grad_enabled() and logits.requires_grad
+        if ranks is None and not reuse_logits:
+            ready = loss.prepared(self, logits, target, voxel_weight)
+            if ready is not None:
+                call, addresses = ready
+                if differentiable:
+                    return _QueuedValue.apply(logits, target, voxel_weight, (loss, *ready))
+                return call.value(addresses)[0]
+        if differentiable:
             if reuse_logits:
                 _check_reuse(logits)
             return _Value.apply(logits, target, voxel_weight, loss, reuse_logits, ranks)
@@ -131,6 +151,8 @@ class TorchPlace(Place):
 
     @property
     def stream(self) -> int:
+        if _raw_stream is not None:  # without an object around it
+            return int(_raw_stream(self.ordinal))
         return int(torch.cuda.current_stream(self.device).cuda_stream)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
@@ -144,12 +166,24 @@ class TorchPlace(Place):
             values = torch.as_tensor(values)
         return values.detach().to(self.device, getattr(torch, dtype)).contiguous()
 
+    def scalar(self, number: Any, dtype: str) -> Any:
+        plain = type(number) is torch.Tensor and number.device == self.device
+        return (
+            number
+            if plain and number.dtype is getattr(torch, dtype)
+            else super().scalar(number, dtype)
+        )
+
     def address(self, array: Any) -> int:
         return int(array.data_ptr())
 
     def numpy(self, array: Any) -> np.ndarray:
         result: np.ndarray = array.cpu().numpy()
         return result
+
+
+def _is_on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.version.hip is None
 
 
 def _borrow_on_device(array: torch.Tensor, name: str, dtype: str, write: bool) -> Borrowed:
@@ -269,6 +303,42 @@ class _Value(torch.autograd.Function):
         if torch.is_grad_enabled():
             gradient = _Once.apply(gradient, upstream[0], logits)
         return gradient, None, None, None, None, None
+
+
+class _QueuedValue(torch.autograd.Function):
+    """As `_Value`, of calls on a GPU that are like earlier ones."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any,
+        how: tuple[Loss, Prepared, tuple[int, ...]],
+    ) -> Any:
+        _, call, addresses = how
+        value, ctx.kept = call.value(addresses)
+        ctx.save_for_backward(logits, target, voxel_weight)
+        ctx.how, ctx.moved = how, _saved_tensors_hooks(True) is not None
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+        arrays = logits, target, voxel_weight = ctx.saved_tensors
+        loss, call, addresses = ctx.how
+        ready: Any = call, addresses
+        here = (logits.data_ptr(), target.data_ptr())
+        if ctx.moved or here != addresses[:2] or voxel_weight is not None:
+            ready = loss.prepared(ADAPTER, *arrays)
+        if ready is not None:
+            gradient = ready[0].gradient(loss, ADAPTER, arrays, ready[1], ctx.kept, upstream)
+        else:
+            passes = loss.passes(*arrays)
+            gradient, view = passes.output(None)
+            passes.apply(call.coefficients(ctx.kept, upstream), view)
+        if torch.is_grad_enabled():
+            gradient = _Once.apply(gradient, upstream, logits)
+        return gradient, None, None, None
 
 
 class _Once(torch.autograd.Function):

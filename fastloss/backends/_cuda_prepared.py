@@ -1,0 +1,161 @@
+"""Calls on a GPU of a kind that came before: all is known but where the arrays lie.
+
+To check arrays, plan launches and look up kernels takes the host several times as long as to queue
+them. In training all calls are alike, so what the first one finds out is kept with the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastloss.backends import _cuda_engine as engine
+from fastloss.backends import cuda
+from fastloss.backends._cuda_call import NO_TYPE, TYPES
+
+if TYPE_CHECKING:
+    from fastloss.backends._cuda_call import Plan
+    from fastloss.frameworks.base import Adapter, Kind
+    from fastloss.loss import Loss
+
+_MOST_KINDS = 256
+
+
+class Kept(NamedTuple):
+    """What the value leaves for the gradient."""
+
+    memory: Any
+    """(S · B · C + …) float64 on the device, the derivatives by the sums first."""
+    address: int
+
+
+class Prepared:
+    """Calls of one loss with arrays of one kind."""
+
+    def __init__(self, loss: Loss, logits: Any, target: Any, voxel_weight: Any) -> None:
+        passes = loss.passes(logits, target, voxel_weight)  # raises what there is to raise
+        request, arrays = passes.request, passes.arrays
+        assert passes.logits.place is not None
+        self.place = passes.logits.place
+        self.shape = (len(request.slots), *arrays.logits.shape[:2])
+        self.dtype = arrays.value_dtype.name
+        joins = any(term.joins_ranks for _, term in loss.terms)
+        self.alike = loss.additive and not loss.validate and not joins and arrays.logits.size > 0
+        """Whether what is kept here is enough; if not, calls go the long way."""
+        if not self.alike:
+            return
+        program = cuda.program_of(loss, request, self.shape, arrays.value_dtype)
+        self.alike = not program.value_shape
+        device = self._device()
+        self._plan, _ = engine.plan_of(device, request, arrays, None, NO_TYPE, False)
+        self._reduce = device.passes(self._plan.constants, "reduce")
+        (self._combine,) = device.kernels(program.sources, ("fastloss_combine",))
+        self._applies: dict[tuple[int, int], tuple[Plan, Any]] = {}
+        slots, batch, classes = self.shape
+        count = slots * batch * classes
+        # Where what is made on the way lies in one piece of memory, in bytes; derivatives first.
+        self._sums, self._voxels, self._scratch = 8 * count, 16 * count, 16 * count + 8 * batch
+        self._doubles = 2 * count + batch + program.scratch_doubles
+        self._has_scratch = program.scratch_doubles > 0
+
+    def _device(self) -> engine.Device:
+        return cuda.CudaDevice(self.place)
+
+    def value(self, at: tuple[int, ...]) -> tuple[Any, Kept]:
+        """Queue the reduce pass and the step behind it, of arrays at these addresses."""
+        place, device = self.place, self._device()
+        memory = place.empty((self._doubles,), "float64")
+        value = place.empty((), self.dtype)
+        base = place.address(memory)
+        sums, voxels = base + self._sums, base + self._voxels
+        engine.run_reduce(device, self._plan, self._reduce, at, sums, voxels)
+        call = cuda.combine_call(
+            sums=sums,
+            voxels=voxels,
+            value=place.address(value),
+            derivatives=base,
+            scratch=base + self._scratch if self._has_scratch else 0,
+        )
+        device.launch(self._combine, 1, (256, 1), 0, call)
+        return value, Kept(memory, base)
+
+    def gradient(
+        self,
+        loss: Loss,
+        adapter: Adapter,
+        arrays: tuple[Any, Any, Any],
+        at: tuple[int, ...],
+        kept: Kept,
+        upstream: Any = None,
+    ) -> Any:
+        """Queue the apply pass; ``upstream``: one number on the device, or None for 1."""
+        place, device = self.place, self._device()
+        new = adapter.like(arrays[0])
+        to = place.address(new)
+        upstream_type, factor = NO_TYPE, 0
+        if upstream is not None:
+            upstream = place.scalar(upstream, self.dtype)
+            upstream_type, factor = TYPES.index(self.dtype), place.address(upstream)
+        kind = (upstream_type, to & 15)
+        if kind not in self._applies:
+            self._applies[kind] = self._plan_apply(loss, adapter, arrays, new, upstream_type)
+        plan, kernels = self._applies[kind]
+        _, batch, classes = self.shape
+        engine.run_apply(
+            device,
+            plan,
+            kernels,
+            (*at, to),
+            kept.address,
+            slot_stride=batch * classes,
+            sample_stride=classes,
+            upstream=factor,
+        )
+        return new
+
+    def _plan_apply(
+        self, loss: Loss, adapter: Adapter, arrays: tuple[Any, Any, Any], new: Any, upstream: int
+    ) -> tuple[Plan, Any]:
+        passes = loss.passes(*arrays)
+        view = passes.gradient_view(adapter.borrow(new, "out"))
+        device = self._device()
+        plan, _ = engine.plan_of(device, passes.request, passes.arrays, view, upstream, False)
+        return plan, device.passes(plan.constants, "apply")
+
+    def coefficients(self, kept: Kept, upstream: Any) -> cuda.DeviceCoefficients:
+        """For `DevicePasses.apply`, as `DevicePasses.combine` makes them."""
+        _, batch, classes = self.shape
+        upstream = self.place.scalar(upstream, self.dtype)
+        return cuda.DeviceCoefficients(
+            kept.memory,
+            kept.address,
+            batch,
+            classes,
+            upstream=upstream,
+            upstream_address=self.place.address(upstream),
+            upstream_type=TYPES.index(self.dtype),
+        )
+
+
+def find(
+    loss: Loss, adapter: Adapter, kind: Kind, logits: Any, target: Any, voxel_weight: Any
+) -> tuple[Prepared, tuple[int, ...]] | None:
+    """What is kept of calls like this one, and the addresses of its arrays; None: the long way.
+
+    ``kind`` is that of the logits. Raises what the arrays are to blame for.
+    """
+    of_target = adapter.kind(target, "target")
+    of_weight = None if voxel_weight is None else adapter.kind(voxel_weight, "voxel_weight")
+    if of_target is None or (of_weight is None) != (voxel_weight is None):
+        return None
+    x, y = kind.address, of_target.address
+    w, traits = (0, None) if of_weight is None else (of_weight.address, of_weight.traits)
+    key: Hashable = (kind.traits, of_target.traits, traits, x & 15, y & 15, w & 15)
+    calls: dict[Hashable, Prepared] = loss.__dict__.setdefault("_prepared", {})
+    call = calls.get(key)
+    if call is None:
+        call = Prepared(loss, logits, target, voxel_weight)
+        if len(calls) >= _MOST_KINDS:
+            calls.clear()
+        calls[key] = call
+    return (call, (x, y, w)) if call.alike else None
