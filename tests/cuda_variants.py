@@ -117,7 +117,22 @@ def curated() -> list[Kind]:
         for kernel in ("reduce", "apply")
         for activation, target in (("softmax", "uint8"), ("sigmoid", "dense uint8"))
     ]
-    return most + many
+    # Numbers of two registers each.
+    wide = [
+        Kind("reduce", "float64", "contiguous", 200, "softmax", "uint8", "dice+ce"),
+        Kind("reduce", "float64", "last", 150, "softmax", "uint8", "tversky", "uint8", 0),
+        Kind("reduce", "float64", "strided", 150, "sigmoid", "dense float32", "tversky", "uint8"),
+        Kind("reduce", "float64", "odd", 20, "softmax", "uint8", "top_k", "", 255),
+        Kind("apply", "float64", "odd", 200, "softmax", "dense float32", "focal1.5", "float32"),
+        Kind("apply", "float64", "large", 16, "softmax", "int64", "squared+smooth", "", 255),
+    ]
+    return most + many + wide
+
+
+def at_random(count: int, seed: int) -> list[Kind]:
+    """So many kinds, each factor with any of its values."""
+    generator = random.Random(seed)
+    return [_random_kind(generator, _ANY) for _ in range(count)]
 
 
 @cache
@@ -164,6 +179,9 @@ def _pairs_of_all() -> Iterator[Pair]:
                 rest = {name: values[0] for name, values in FACTORS.items()} | simple
                 if possible(Kind(**{**rest, a: x, b: y})):
                     yield (a, x), (b, y)
+
+
+_ANY: Any = ()
 
 
 def _random_kind(generator: random.Random, pair: Pair) -> Kind:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -354,10 +354,9 @@ PLAN = (
 )  # fmt: skip
 
 
-def print_table(architecture: str, matching: str) -> None:
-    """Registers, threads and memory of every kind of call, and the instructions that a thread
+def print_table(architecture: str, kinds: Sequence[Kind]) -> None:
+    """Registers, threads and memory of kinds of calls, and the instructions that a thread
     executes for each logit: those of the longest loop, of which some are executed seldom."""
-    kinds = [kind for kind in cuda_variants.kinds() if matching in str(kind)]
     width = max(len(str(kind)) for kind in kinds)
     columns = "registers threads shared stack stores loads a-logit"
     print(f"{architecture:{width}} {columns}  {' '.join(PLAN)}")
@@ -393,7 +392,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="What every kernel takes of a GPU.")
     parser.add_argument("architecture", nargs="*", default=[MAIN], help="default: %(default)s")
     parser.add_argument("--matching", default="", help="only kinds whose name has this in it")
+    parser.add_argument("--random", type=int, metavar="N", help="N kinds at random instead")
+    parser.add_argument("--seed", type=int, default=0, help="of those; default: %(default)s")
     given = parser.parse_args()
+    several = cuda_variants.kinds()
+    if given.random:
+        several = tuple(cuda_variants.at_random(given.random, given.seed))
     for one in given.architecture:
-        print_table(one, given.matching)
+        print_table(one, [kind for kind in several if given.matching in str(kind)])
     sys.exit(0)

@@ -185,8 +185,12 @@ def plan_pass(
     if by_label:
         kept_slots = sum(name in request.index for name in slots_of_classes)
     sums = kept_slots * words if out is None else 0
-    warps = _warps(classes, sums, labels)
+    # Those of float64 need all the registers that a thread can have, for which eight are the most.
+    most_warps = _MOST_WARPS // 2 if words == 2 else _MOST_WARPS
+    warps = _warps(classes, sums, labels, most_warps)
     per_thread = min(_ONCE, -(-classes // warps))
+    if words == 2 and warps * per_thread < classes:
+        per_thread = _ONCE * 3 // 4  # as going round takes registers too
     rounds = -(-classes // (warps * per_thread))
     keep = rounds == 1 and per_thread * sums <= _HELD
     groups = max(1, 4 // warps)
@@ -255,7 +259,7 @@ def plan_pass(
     if any(o.strides[0] % 16 and batch > 1 for o, _ in large):
         bytes_of_piece = 0
     # The plain cases know what they need; the others take what there is.
-    plain = labels and not staged and not request.gammas and keep
+    plain = labels and not staged and not request.gammas and keep and words == 1
     needed = _OTHERWISE[warps > 1] + 5 * max(0, vector - 4)
     needed += per_thread * (words * vector * arrays_held + sums)
     each = -(-groups * warps // 4) * 4 * LANES * needed  # the four parts of one get as many warps
@@ -342,7 +346,7 @@ def _record(
     return call, tuple(constants)
 
 
-def _warps(classes: int, sums: int, labels: bool) -> int:
+def _warps(classes: int, sums: int, labels: bool, most: int) -> int:
     """How many warps share the classes of a voxel; ``sums``: registers for those of a class."""
 
     def fits(warps: int) -> bool:
@@ -351,11 +355,11 @@ def _warps(classes: int, sums: int, labels: bool) -> int:
         held = _HELD if labels or warps <= _MOST_WARPS // 2 else _HELD // 2
         return each <= _ONCE and each * sums <= held
 
-    fewest = next((n for n in range(1, _MOST_WARPS + 1) if fits(n)), None)
+    fewest = next((n for n in range(1, most + 1) if fits(n)), None)
     if fewest is None:
         return _MOST_WARPS // 2
     # A warp or two more, if all then have the same number of classes.
-    several = [n for n in range(fewest, fewest * 5 // 4 + 1) if n <= _MOST_WARPS and fits(n)]
+    several = [n for n in range(fewest, fewest * 5 // 4 + 1) if n <= most and fits(n)]
     return min(several, key=lambda n: (-(-classes // n) * n - classes, n))
 
 
