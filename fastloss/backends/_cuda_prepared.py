@@ -39,13 +39,17 @@ class Prepared:
         self.place = passes.logits.place
         self.shape = (len(request.slots), *arrays.logits.shape[:2])
         self.dtype = arrays.value_dtype.name
-        joins = any(term.joins_ranks for _, term in loss.terms)
-        self.alike = loss.additive and not loss.validate and not joins and arrays.logits.size > 0
+        program = cuda.program_of(loss, request, self.shape, arrays.value_dtype)
+        self.alike = (
+            loss.additive
+            and not loss.validate
+            and not any(term.joins_ranks for _, term in loss.terms)
+            and not program.value_shape
+            and arrays.logits.size > 0
+        )
         """Whether what is kept here is enough; if not, calls go the long way."""
         if not self.alike:
             return
-        program = cuda.program_of(loss, request, self.shape, arrays.value_dtype)
-        self.alike = not program.value_shape
         device = self._device()
         self._plan, _ = engine.plan_of(device, request, arrays, None, NO_TYPE, False)
         self._reduce = device.passes(self._plan.constants, "reduce")

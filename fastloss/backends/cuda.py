@@ -346,7 +346,7 @@ def combine_call(
 ) -> np.ndarray:
     """COMBINE_CALL, (1,), of these addresses."""
     addresses = (sums, voxels, joined, value, derivatives, upstream, scratch)
-    return np.frombuffer(_ADDRESSES.pack(*addresses), _COMBINE_RECORD)
+    return np.frombuffer(bytearray(_ADDRESSES.pack(*addresses)), _COMBINE_RECORD)
 
 
 _ADDRESSES = struct.Struct("=7Q")
