@@ -224,7 +224,7 @@ def apply(
     labels = data(label_scratch)
     wide = data(wide_scratch)
     gammas = numbers.size - 1
-    unused = np.zeros(COUNTS)
+    unused = shift(wide, 2 * WIDTH)
     zero, two = like(voxel, 0), like(voxel, 2)
     for block in range(begin, end):
         sample = block // plan[BLOCKS]
@@ -245,7 +245,7 @@ def apply(
                 voxel,
                 labels,
                 wide,
-                data(unused),
+                unused,
             )
             for c in range(channels):
                 _load_channel(

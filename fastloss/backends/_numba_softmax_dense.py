@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from fastloss.backends._numba_math import exp, log1p
 from fastloss.backends._numba_pointers import data, like, shift
 from fastloss.backends._numba_tile import (
@@ -243,7 +241,7 @@ def apply(
     targets = shift(exponentials, channels * width)
     wide = data(wide_scratch)
     gammas = numbers.size - 1
-    unused = np.zeros(COUNTS)
+    unused = shift(wide, 2 * WIDTH)
     w1, w3 = shift(voxel, _W1), shift(voxel, _W3)
     zero, one, two = like(voxel, 0), like(voxel, 1), like(voxel, 2)
     for block in range(begin, end):
@@ -266,7 +264,7 @@ def apply(
                 exponentials,
                 targets,
                 wide,
-                data(unused),
+                unused,
             )
             fill(shift(voxel, _SUM), 0, n)
             fill(shift(voxel, _SUM_REST), 0, n)

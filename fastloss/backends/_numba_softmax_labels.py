@@ -425,8 +425,7 @@ def reduce(
     top_k = slots[TOP_K] >= 0
     logs = (slots[CROSS_ENTROPY] >= 0) | (slots[UNIFORM] >= 0) | (gammas > 0) | top_k
     m, v, w2 = shift(voxel, _M), shift(voxel, _V), shift(voxel, _W2)
-    unused = data(np.zeros(channels))
-    present = data(np.empty(channels, np.uint8))
+    unused, present = shift(wide, 2 * WIDTH), shift(labels, WIDTH)
     operand = operands[LOGITS]
     for block in range(begin, end):
         sample = block // plan[BLOCKS]
@@ -599,13 +598,12 @@ def apply(
     labels = data(label_scratch)
     wide = data(wide_scratch)
     gammas = numbers.size - 1
-    unused = np.zeros(COUNTS)
+    unused, present = shift(wide, 2 * WIDTH), shift(labels, WIDTH)
     operand = operands[LOGITS]
     h, v, w1, w2 = shift(voxel, _H), shift(voxel, _V), shift(voxel, _W1), shift(voxel, _W2)
     zero, two = like(voxel, 0), like(voxel, 2)
-    tables = np.empty((2, channels), coefficients.dtype)
-    by_own, by_loss = data(tables), shift(data(tables), channels)
-    present = data(np.empty(channels, np.uint8))
+    by_own = shift(tile, channels * width)
+    by_loss = shift(by_own, channels)
     for block in range(begin, end):
         sample = block // plan[BLOCKS]
         start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
@@ -641,7 +639,7 @@ def apply(
                 labels,
                 present,
                 wide,
-                data(unused),
+                unused,
             )
             near = _activate_near(
                 plan,

@@ -185,7 +185,7 @@ def apply(
     voxel = data(scratch)
     labels = data(label_scratch)
     wide = data(wide_scratch)
-    unused = np.zeros(COUNTS)
+    unused = shift(wide, 2 * WIDTH)
     for block in range(begin, end):
         sample = block // plan[BLOCKS]
         start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
@@ -204,9 +204,7 @@ def apply(
             loss1 = here[slots[CROSS_ENTROPY] * step + 1]
         for first in range(start, stop, width):
             n = min(width, stop - first)
-            _load_tile(
-                plan, operands, numbers[0], sample, first, n, voxel, labels, wide, data(unused)
-            )
+            _load_tile(plan, operands, numbers[0], sample, first, n, voxel, labels, wide, unused)
             _gradient(voxel, labels, if0, if1, loss0, loss1, n)
             store(plan, operands[OUT], sample, 0, first, n, shift(voxel, _X0))
             store(plan, operands[OUT], sample, 1, first, n, shift(voxel, _X1))

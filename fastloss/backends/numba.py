@@ -190,14 +190,16 @@ class _Call:
         self.inputs = (self.plan, operands, *_numbers(request))
 
     def scratch(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Memory for one thread."""
+        """Memory for one thread, which kernels share out: what they made themselves would be freed
+        as soon as nothing but its address is used.
+        """
         copies = {_numba_softmax_labels: 1, _numba_softmax_dense: 3}.get(self.kernels, 0)
-        elements = self.kernels.ROWS * WIDTH
-        elements += copies * int(self.plan[_numba_tile.CHANNELS] * self.plan[_numba_tile.TILE])
+        channels = int(self.plan[_numba_tile.CHANNELS])
+        elements = self.kernels.ROWS * WIDTH + copies * channels * int(self.plan[_numba_tile.TILE])
         return (
-            _aligned(elements, self.dtype),
-            np.empty(WIDTH, np.int32),
-            np.empty(2 * WIDTH, np.float64),
+            _aligned(elements + 2 * channels, self.dtype),
+            np.empty(WIDTH + channels, np.int32),
+            np.empty(2 * WIDTH + max(channels, _numba_tile.COUNTS), np.float64),
         )
 
 
