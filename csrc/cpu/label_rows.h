@@ -76,7 +76,7 @@ struct ExponentialRows {
     if (kMade)
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        prefetch(soon[r] + first);
+        prefetch_lines<N * L * int(sizeof(S))>(soon[r] + first);
         extent.template stored<N>(from[r] + first);
       }
 #pragma GCC unroll 4

@@ -244,6 +244,12 @@ FL_INLINE double total<float>(Vec<float> v) {
 // Brings the cache line at p to the second level; any address will do. The first level takes so few
 // lines at once that asking for them there halves what memory delivers.
 FL_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// All lines from p on, of kBytes in all.
+template <int kBytes>
+FL_INLINE void prefetch_lines(const void* p) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kBytes; i += 64) prefetch((const char*)p + i);
+}
 // Stores past the caches; `p` must be aligned to the vector.
 template <class T>
 FL_INLINE void stream(T* p, Vec<T> v) {
