@@ -595,7 +595,7 @@ FL_INLINE void transpose4(const float* from, int64_t from_step, float* to, int64
 #endif
 }
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
 // An 8×8 block. Halves of rows are put together as they are loaded, which takes no pipe that
 // shuffles.
 FL_INLINE void transpose8(const float* from, int64_t from_step, float* to, int64_t to_step) {
@@ -619,14 +619,54 @@ FL_INLINE void transpose8(const float* from, int64_t from_step, float* to, int64
 }
 #endif
 
-// Calls block(i, j) for blocks of kSize × kSize that cover rows and columns: the last ones overlap
-// those before them where kSize does not divide.
-template <int kSize, class F>
+#if defined(__AVX512F__)
+// Four 4×4 blocks, one in each quarter of the vectors.
+FL_INLINE void transpose_quarters(__m512 (&r)[4]) {
+  __m512 a = _mm512_unpacklo_ps(r[0], r[1]), b = _mm512_unpackhi_ps(r[0], r[1]);
+  __m512 c = _mm512_unpacklo_ps(r[2], r[3]), d = _mm512_unpackhi_ps(r[2], r[3]);
+  r[0] = _mm512_shuffle_ps(a, c, 0x44), r[1] = _mm512_shuffle_ps(a, c, 0xee);
+  r[2] = _mm512_shuffle_ps(b, d, 0x44), r[3] = _mm512_shuffle_ps(b, d, 0xee);
+}
+// A block of 16 rows and 4 columns.
+FL_INLINE void transpose16x4(const float* from, int64_t from_step, float* to, int64_t to_step) {
+  __m512 r[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const float* p = from + i * from_step;
+    r[i] = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(p + 4 * from_step), 1);
+    r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(p + 8 * from_step), 2);
+    r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(p + 12 * from_step), 3);
+  }
+  transpose_quarters(r);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) _mm512_storeu_ps(to + j * to_step, r[j]);
+}
+// A block of 4 rows and 16 columns.
+FL_INLINE void transpose4x16(const float* from, int64_t from_step, float* to, int64_t to_step) {
+  __m512 r[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) r[i] = _mm512_loadu_ps(from + i * from_step);
+  transpose_quarters(r);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    float* p = to + j * to_step;
+    _mm_storeu_ps(p, _mm512_castps512_ps128(r[j]));
+    _mm_storeu_ps(p + 4 * to_step, _mm512_extractf32x4_ps(r[j], 1));
+    _mm_storeu_ps(p + 8 * to_step, _mm512_extractf32x4_ps(r[j], 2));
+    _mm_storeu_ps(p + 12 * to_step, _mm512_extractf32x4_ps(r[j], 3));
+  }
+}
+#endif
+
+// Calls block(i, j) for blocks of kRows × kColumns that cover rows and columns: the last ones
+// overlap those before them where the sizes do not divide.
+template <int kRows, int kColumns, class F>
 FL_INLINE void cover(int64_t rows, int64_t columns, const F& block) {
-  for (int64_t i = 0; i < rows; i += kSize) {
-    int64_t a = i + kSize <= rows ? i : rows - kSize;
-    for (int64_t j = 0; j < columns; j += kSize)
-      block(a, j + kSize <= columns ? j : columns - kSize);
+  for (int64_t i = 0; i < rows; i += kRows) {
+    int64_t a = i + kRows <= rows ? i : rows - kRows;
+    for (int64_t j = 0; j < columns; j += kColumns)
+      block(a, j + kColumns <= columns ? j : columns - kColumns);
   }
 }
 
@@ -656,13 +696,22 @@ inline void transpose(const float* from, int64_t from_step, float* to, int64_t t
       for (int64_t j = 0; j < columns; ++j) to[j * to_step + i] = from[i * from_step + j];
     return;
   }
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  if (rows >= 16)
+    return cover<16, 4>(rows, columns, [&](int64_t i, int64_t j) {
+      transpose16x4(from + i * from_step + j, from_step, to + j * to_step + i, to_step);
+    });
+  if (columns >= 16)
+    return cover<4, 16>(rows, columns, [&](int64_t i, int64_t j) {
+      transpose4x16(from + i * from_step + j, from_step, to + j * to_step + i, to_step);
+    });
+#elif defined(__AVX2__)
   if (rows >= 8 && columns >= 8)
-    return cover<8>(rows, columns, [&](int64_t i, int64_t j) {
+    return cover<8, 8>(rows, columns, [&](int64_t i, int64_t j) {
       transpose8(from + i * from_step + j, from_step, to + j * to_step + i, to_step);
     });
 #endif
-  cover<4>(rows, columns, [&](int64_t i, int64_t j) {
+  cover<4, 4>(rows, columns, [&](int64_t i, int64_t j) {
     transpose4(from + i * from_step + j, from_step, to + j * to_step + i, to_step);
   });
 }

@@ -9,8 +9,8 @@ namespace {
 
 // How many rows before a row is read it is brought to the caches.
 constexpr int kAhead = 4;
-// The same of voxels whose classes lie side by side.
-constexpr int kBytesAhead = 16384;
+// The same of voxels whose classes lie side by side, in bytes.
+constexpr int kBytesAhead = kVectorBytes < 64 ? 16384 : 8192;
 
 using fastloss::Activation;
 using fastloss::Blocks;
@@ -330,7 +330,8 @@ struct Tile {
     const char* base = logits();
     if (sizeof(T) == 4 && channels_last(a, logit_runs)) {
       const char* from = base + logit_runs.run[0].offset;
-      const int64_t some = few_voxels();
+      // About 1 KB at a time: more lines asked for at once would hold up the loads behind them.
+      const int64_t some = job.classes < 16 ? 256 / job.classes / 16 * 16 : 16;
       for (int64_t v = 0; v < n; v += some) {
         const int64_t voxels = n - v < some ? n - v : some, count = voxels * job.classes;
         const int64_t bytes = count * item_size(a.dtype);
