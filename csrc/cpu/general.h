@@ -22,12 +22,9 @@ void begin_general(Tile<T>& t, bool logs) {
     return;
   }
   load_and_maximum(t);
-  if (logs)
-    for (int64_t c = 0; c < t.job.classes; ++c)
-      for (int64_t v = 0, end = t.padded; v < end; v += L)
-        store<T>(t.second + c * t.stride + v,
-                 load<T>(t.row(kLargest) + v) - load<T>(t.x + c * t.stride + v));
-  exponentials(t);
+  auto nothing = [](int64_t, int64_t, auto) {};
+  if (logs) exponentials<true>(t, nothing);
+  else exponentials<false>(t, nothing);
   // The largest logit is not needed any more; its row takes log Σ e^(x−largest).
   if (logs)
     for (int64_t v = 0, end = t.padded; v < end; v += L)

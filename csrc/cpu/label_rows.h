@@ -3,6 +3,7 @@
 // computed or written then goes on at the same time.
 #pragma once
 
+#include "loops.h"
 #include "tile.h"
 
 namespace {
@@ -76,7 +77,7 @@ struct ExponentialRows {
     if (kMade)
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        prefetch_lines<N * L * int(sizeof(S))>(soon[r] + first);
+        prefetch_lines<N * L* int(sizeof(S))>(soon[r] + first);
         extent.template stored<N>(from[r] + first);
       }
 #pragma GCC unroll 4
@@ -233,27 +234,5 @@ struct GradientRows {
   }
   FL_INLINE void finish() {}
 };
-
-// A loop over the `voxels` of a tile, whole vectors, from `first` on.
-template <class Rows>
-FL_INLINE void run(Rows& rows, int64_t first, int64_t voxels) {
-  constexpr int L = Rows::L;
-  for (; first + 2 * L <= voxels; first += 2 * L) rows.template step<2>(first);
-  for (; first < voxels; first += L) rows.template step<1>(first);
-  rows.finish();
-}
-
-// Two of them as one loop.
-template <class In, class Out>
-FL_INLINE void run_both(In& in, int64_t in_voxels, Out& out, int64_t out_voxels) {
-  constexpr int L = In::L;
-  int64_t v = 0;
-  for (; v + 2 * L <= in_voxels && v + 2 * L <= out_voxels; v += 2 * L) {
-    in.template step<2>(v);
-    out.template step<2>(v);
-  }
-  run(in, v, in_voxels);
-  run(out, v, out_voxels);
-}
 
 }  // namespace

@@ -1,17 +1,18 @@
 // The two passes over one block of voxels. Compiled once per instruction set.
 #include "general.h"
+#include "softmax_dense.h"
 #include "softmax_labels.h"
 #include "tile.h"
 #include "two_classes.h"
 
 namespace {
 
-enum class Path { two_classes, softmax_labels, general };
+enum class Path { two_classes, softmax_labels, softmax_dense, general };
 
 Path path_of(const Job& job) {
   if (suits_two_classes(job)) return Path::two_classes;
   if (job.activation == Activation::softmax && !job.dense) return Path::softmax_labels;
-  return Path::general;
+  return suits_softmax_dense(job) ? Path::softmax_dense : Path::general;
 }
 
 bool in_double(const Job& job) { return job.logits.dtype == DType::f64; }
@@ -26,6 +27,7 @@ void reduce_blocks(const Job& job, int64_t sample, const Blocks& blocks, void* s
     tile.move(v, blocks.tile(v, tile.step), &blocks.faults[block]);
     double* sums = blocks.sums + block * (job.slots.count + 1) * job.classes;
     if (path == Path::two_classes) reduce_two_classes(tile, sums, &blocks.weights[block]);
+    else if (path == Path::softmax_dense) reduce_softmax_dense(tile, sums, &blocks.weights[block]);
     else reduce_general(tile, sums, &blocks.weights[block]);
   }
 }
@@ -41,6 +43,7 @@ void apply_voxels_of(const Job& job, int64_t sample, int64_t first, int64_t last
     for (int64_t v = first; v < last; v += tile.n) {
       tile.move(v, tile_from(v, last, lead, tile.step), nullptr);
       if (path == Path::two_classes) apply_two_classes(tile);
+      else if (path == Path::softmax_dense) apply_softmax_dense(tile);
       else apply_general(tile);
     }
   }

@@ -57,8 +57,8 @@ void load_and_maximum(Tile<T>& t) {
 }
 
 // As `exponentials`, for the U vectors of voxels that start at v, whose sums stay in registers.
-template <class T, int U>
-FL_INLINE void exponential_columns(Tile<T>& t, int v) {
+template <bool kGaps, int U, class T, class Ahead>
+FL_INLINE void exponential_columns(Tile<T>& t, int v, const Ahead& ahead) {
   constexpr int L = lanes<T>;
   int64_t classes = t.job.classes;
   Vec<T> largest[U], rest[U] = {};
@@ -69,14 +69,16 @@ FL_INLINE void exponential_columns(Tile<T>& t, int v) {
   for (int64_t first = 0; first < classes; first += kFewClasses) {
     int64_t last = first + kFewClasses < classes ? first + kFewClasses : classes;
     Vec<T> few[U] = {};
-    T* x = t.x + first * t.stride + v;
-    for (int64_t c = first; c < last; ++c, x += t.stride) {
+    T *x = t.x + first * t.stride + v, *gaps = t.second + first * t.stride + v;
+    for (int64_t c = first; c < last; ++c, x += t.stride, gaps += t.stride) {
+      ahead(c, v, std::integral_constant<int, U>{});
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u) {
         Vec<T> d = load<T>(x + u * L) - largest[u];
         Vec<T> e = exponential<T>(d);
         IVec<T> top = d == T(0);
         store<T>(x + u * L, e);
+        if (kGaps) store<T>(gaps + u * L, -d);
         // The sum without its largest member is exact to the last bit where one class dominates,
         // and with it 1−p and log p are.
         few[u] += drop<T>(top, e);
@@ -94,13 +96,15 @@ FL_INLINE void exponential_columns(Tile<T>& t, int v) {
   }
 }
 
-// x becomes e^(x−largest); rest, the sum but for one largest member, and 1 / sum.
-template <class T>
-void exponentials(Tile<T>& t) {
+// x becomes e^(x−largest); rest, the sum but for one largest member, and 1 / sum. With `kGaps`
+// second becomes largest − x. `ahead(c, v, U)` is called before U vectors of class c, from the
+// voxel v on.
+template <bool kGaps, class T, class Ahead>
+void exponentials(Tile<T>& t, const Ahead& ahead) {
   constexpr int L = lanes<T>, U = kVectorBytes < 32 ? 4 : 2;
   int v = 0;
-  for (; v + U * L <= t.padded; v += U * L) exponential_columns<T, U>(t, v);
-  for (; v < t.padded; v += L) exponential_columns<T, 1>(t, v);
+  for (; v + U * L <= t.padded; v += U * L) exponential_columns<kGaps, U>(t, v, ahead);
+  for (; v < t.padded; v += L) exponential_columns<kGaps, 1>(t, v, ahead);
 }
 
 // 1 − p from what `exponentials` leaves, where `gap` is largest − x.

@@ -91,14 +91,6 @@ FL_INLINE void sum_few(Tile<T>& t, int64_t c) {
   if (kDot) t.add_row(t.row(kDotOfMany), other_slopes(t));
 }
 
-// Calls f(c, count) for all classes, two at a time and then one, as constants.
-template <class F>
-FL_INLINE void in_pairs(int64_t classes, const F& f) {
-  int64_t c = 0;
-  for (; c + 2 <= classes; c += 2) f(c, std::integral_constant<int, 2>{});
-  if (c < classes) f(c, std::integral_constant<int, 1>{});
-}
-
 // The exponentials of R classes of a tile; what labels decide is left out for the many classes that
 // a tile, a small part of the volume, has nothing of.
 template <class S, int R, bool kDot, Exponentials kWhat, class T>

@@ -287,6 +287,16 @@ struct Tile {
     }
   }
 
+  // Row c of a dense target, as it lies in memory or loaded to a buffer.
+  const T* target_numbers(int64_t c, T* buffer) {
+    const bool direct = target_runs.count == 1 && target_runs.stride == int64_t(sizeof(T)) &&
+                        job.target.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64) &&
+                        n == padded && !holes;
+    if (direct) return (const T*)(target_row(c) + target_runs.run[0].offset);
+    load_target(c, buffer);
+    return buffer;
+  }
+
   // to += from, and from = 0.
   void add_row(T* from, T* to) const {
     for (int64_t v = 0, end = padded; v < end; v += lanes<T>) {

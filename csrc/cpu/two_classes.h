@@ -181,18 +181,6 @@ void reduce_two_rows(Tile<T>& t, double* sums, double* weight) {
   add_totals<T>(sums, s.cross_entropy, loss0, loss1);
 }
 
-// Row c of a dense target, as it lies in memory or loaded to a buffer.
-template <class T>
-const T* target_row(Tile<T>& t, int64_t c, T* buffer) {
-  const auto& a = t.job.target;
-  bool direct = t.target_runs.count == 1 && t.target_runs.stride == int64_t(sizeof(T)) &&
-                a.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64) && t.n == t.padded &&
-                !t.holes;
-  if (direct) return (const T*)(t.target_row(c) + t.target_runs.run[0].offset);
-  t.load_target(c, buffer);
-  return buffer;
-}
-
 template <class T, bool kEven, bool kLogs>
 void reduce_two_dense_rows(Tile<T>& t, double* sums, double* weight) {
   constexpr int L = lanes<T>;
@@ -200,7 +188,7 @@ void reduce_two_dense_rows(Tile<T>& t, double* sums, double* weight) {
   const T* m = t.row(kWeight);
   const T *difference = t.row(kA), *exponentials = t.row(kB);
   differences(t);
-  const T *g0 = target_row(t, 0, t.row(kD)), *g1 = target_row(t, 1, t.row(kE));
+  const T *g0 = t.target_numbers(0, t.row(kD)), *g1 = t.target_numbers(1, t.row(kE));
   Vec<T> all{}, n0{}, n1{}, predicted0{}, predicted1{}, own0{}, own1{}, loss0{}, loss1{};
   const int64_t end = t.padded;
   for (int64_t v = 0; v < end; v += L) {
@@ -270,7 +258,7 @@ void two_dense_gradients(Tile<T>& t, T* gradient) {
   const Vec<T> overlap0 = k(s.overlap, 0), overlap1 = k(s.overlap, 1);
   const Vec<T> loss0 = k(s.cross_entropy, 0), loss1 = k(s.cross_entropy, 1);
   const T *difference = t.row(kA), *exponentials = t.row(kB), *m = t.row(kWeight);
-  const T *g0 = target_row(t, 0, t.row(kD)), *g1 = target_row(t, 1, t.row(kE));
+  const T *g0 = t.target_numbers(0, t.row(kD)), *g1 = t.target_numbers(1, t.row(kE));
   const bool even = t.even;
   for (int64_t v = 0, end = t.padded; v < end; v += L) {
     const Vec<T> a = load<T>(g0 + v), b = load<T>(g1 + v);

@@ -251,6 +251,8 @@ FL_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p, 0, 2);
 #endif
 }
+// The same to the second level, for what is needed later.
+FL_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 // All lines from p on, of kBytes in all.
 template <int kBytes>
 FL_INLINE void prefetch_lines(const void* p) {
