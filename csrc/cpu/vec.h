@@ -322,33 +322,51 @@ FL_INLINE Vec<double> exp_core(Vec<double> r) {  // Taylor
   return q;
 }
 
-#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
-// e^x and log(1+x) with tables of eight numbers, which fit a register: the short polynomials that
-// then suffice leave more of the two pipes that multiply to others.
+#if defined(__AVX2__) && defined(__FMA__)
+// e^x and log(1+x) with tables of as many numbers as one or two registers hold: the short
+// polynomials that then suffice leave more of the two pipes that multiply to others.
 #define FL_BY_TABLE
-#endif
 
-#if defined(FL_BY_TABLE)
-// e^x = 2^q 2^(j/8) e^r with j < 8, |r| ≤ ln2 / 16. The constants are held: GCC would load them
-// anew for every use, and loads are what limits the loops.
+// e^x = 2^q 2^(j/n) e^r with j < n, |r| ≤ ln2 / 2n, where n is 8, or 32 in two registers. The
+// constants are held: GCC would load them anew for every use, and loads are what limits the loops.
 struct ExponentialByTable {
-  // The bits of 2^(j/8) less those of j that the shift below puts there.
+#if defined(__AVX512F__)
+  static constexpr int kBits = 5;
+  // The bits of 2^(j/32) less those of j that the shift below puts there.
+  IVec<float> powers = {0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a,
+                        0x3f79c3d3, 0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043,
+                        0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6};
+  IVec<float> more = {0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be,
+                      0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907,
+                      0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+  Vec<float> second = once(splat<float>(0.4999999701976776f));  // error 5e-8
+  Vec<float> first = once(splat<float>(1.0000146627426147f));
+#else
+  static constexpr int kBits = 3;
   IVec<float> powers = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
                         0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
-  Vec<float> scale = once(splat<float>(11.541560327111707f));  // 8 / ln2
-  Vec<float> round = once(splat<float>(Numbers<float>::round));
-  Vec<float> eighth = once(splat<float>(0.08664339756999316f));
   Vec<float> third = once(splat<float>(0.16664297878742218f));  // error 3e-8
   Vec<float> second = once(splat<float>(0.5000647902488708f));
   Vec<float> first = once(splat<float>(1.f));
+#endif
+  Vec<float> scale = once(splat<float>((1 << kBits) * 1.4426950408889634f));
+  Vec<float> round = once(splat<float>(Numbers<float>::round));
+  Vec<float> unit = once(splat<float>(0.6931471805599453f / (1 << kBits)));
 
   FL_INLINE Vec<float> operator()(Vec<float> x) const {
     Vec<float> shifted = x * scale + round;
-    Vec<float> r = x - (shifted - round) * eighth;
-    IVec<float> eights = bits<float>(shifted);  // 8q + j
-    Vec<float> power =
-        from_bits<float>(bits<float>(pick(from_bits<float>(powers), eights)) + (eights << 20));
-    return (power * r) * ((r * third + second) * r + first) + power;
+    Vec<float> r = x - (shifted - round) * unit;
+    IVec<float> parts = bits<float>(shifted);  // n q + j
+#if defined(__AVX512F__)
+    Vec<float> found =
+        (Vec<float>)_mm512_permutex2var_ps((__m512)powers, (__m512i)parts, (__m512)more);
+    Vec<float> polynomial = r * second + first;
+#else
+    Vec<float> found = pick(from_bits<float>(powers), parts);
+    Vec<float> polynomial = (r * third + second) * r + first;
+#endif
+    Vec<float> power = from_bits<float>(bits<float>(found) + (parts << (23 - kBits)));
+    return (power * r) * polynomial + power;
   }
 };
 #endif
@@ -420,8 +438,31 @@ template <class T>
 FL_INLINE Vec<T> log_one_plus(Vec<T> x) {
 #if defined(FL_BY_TABLE)
   if constexpr (sizeof(T) == 4) {
-    // 1+x = 2^k (1 + j/8) (1+f) with |f| ≤ 1/16: `parts` has k from bit 23 on and j in the three
-    // bits below.
+    // 1+x = 2^k (1 + j/n) (1+f) with |f| ≤ 1/2n, where n is the vectors' length: `parts` has k from
+    // bit 23 on and j in the bits below.
+#if defined(__AVX512F__)
+    constexpr int kBits = 4;
+    const IVec<T> scales = {0x3f800000, 0x3f70f0f1, 0x3f638e39, 0x3f579436, 0x3f4ccccd, 0x3f430c31,
+                            0x3f3a2e8c, 0x3f321643, 0x3f2aaaab, 0x3f23d70a, 0x3f1d89d9, 0x3f17b426,
+                            0x3f124925, 0x3f0d3dcb, 0x3f088889, 0x3f042108};
+    const Vec<T> logs = {0.f,
+                         0.0606246180832386f,
+                         0.11778302490711212f,
+                         0.17185024917125702f,
+                         0.2231435328722f,
+                         0.2719337046146393f,
+                         0.31845369935035706f,
+                         0.36290547251701355f,
+                         0.4054650664329529f,
+                         0.4462871253490448f,
+                         0.4855077862739563f,
+                         0.5232481360435486f,
+                         0.5596157312393188f,
+                         0.5947071313858032f,
+                         0.6286085844039917f,
+                         0.6613985300064087f};
+#else
+    constexpr int kBits = 3;
     const IVec<T> scales = {0x3f800000, 0x3f638e39, 0x3f4ccccd, 0x3f3a2e8c,
                             0x3f2aaaab, 0x3f1d89d9, 0x3f124925, 0x3f088889};
     const Vec<T> logs = {0.f,
@@ -432,13 +473,19 @@ FL_INLINE Vec<T> log_one_plus(Vec<T> x) {
                          0.4855077862739563f,
                          0.5596157312393188f,
                          0.6286085844039917f};
-    const IVec<T> parts = bits<T>(x + 1.f) + ((1 << 19) - 0x3f800000), j = parts >> 20;
-    const IVec<T> k = parts & ~0x7fffff;  // times 2^23
+#endif
+    const IVec<T> parts = bits<T>(x + 1.f) + ((1 << (22 - kBits)) - 0x3f800000);
+    const IVec<T> j = parts >> (23 - kBits), k = parts & ~0x7fffff;  // k times 2^23
     Vec<T> scale = from_bits<T>(bits<T>(pick(from_bits<T>(scales), j)) - k);
     Vec<T> f = x * scale + (scale - 1.f), f2 = f * f;  // x itself where x is small
+#if defined(__AVX512F__)
+    Vec<T> high = f * -0.2502308487892151f + 0.333495557308197f;  // relative error 3e-8
+    Vec<T> r = (high * f - 0.4999999403953552f) * f2 + f;
+#else
     Vec<T> low = f * 0.3333319127559662f - 0.4999992251396179f;
     Vec<T> high = f * 0.20092542469501495f - 0.2508120536804199f;  // relative error 1e-8
     Vec<T> r = (high * f2 + low) * f2 + f;
+#endif
     return __builtin_convertvector(k, Vec<T>) * 8.262958405176314e-08f + (pick(logs, j) + r);
   }
 #endif
