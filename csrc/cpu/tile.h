@@ -345,14 +345,19 @@ struct Tile {
       for (int64_t v = 0; v < n; v += some) {
         const int64_t voxels = n - v < some ? n - v : some, count = voxels * job.classes;
         const int64_t bytes = count * item_size(a.dtype);
-        // The processor does not follow a place that moves to and fro between voxels.
-        for (int64_t i = 0; i < bytes; i += 64) prefetch(from + i + kBytesAhead);
         const float* numbers = (const float*)from;
         if (a.dtype != DType::f32) {
           load_flat(from, a.dtype, count, second);
           numbers = (const float*)second;
         }
-        transpose(numbers, job.classes, (float*)x + v, stride, voxels, job.classes);
+        const char *soon = from + kBytesAhead, *end = soon + bytes;
+        for (int64_t c = 0, few; c < job.classes; c += few) {
+          few = job.classes - c < 32 ? job.classes - c : 16;
+          // The processor does not follow a place that moves to and fro between voxels.
+          const char* part = few < job.classes - c ? soon + bytes / job.classes * few : end;
+          for (; soon < part; soon += 64) prefetch(soon);
+          transpose(numbers + c, job.classes, (float*)x + c * stride + v, stride, voxels, few);
+        }
         from += bytes;
       }
     } else {
