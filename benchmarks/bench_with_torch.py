@@ -32,11 +32,11 @@ def test_with_torch(size, benchmark, threads):
                     loss="dice_ce",
                     threads=threads,
                     after_torch=after_torch,
-                    repeats=5,
+                    repeats=15,
                 )
                 seconds[after_torch].append(answer["seconds"])
 
-        benchmark.pedantic(pair, rounds=3)
+        benchmark.pedantic(pair, rounds=5)
     alone, after = median(seconds[False]), median(seconds[True])
     benchmark.extra_info["seconds_alone"] = alone
     benchmark.extra_info["seconds_after_torch"] = after

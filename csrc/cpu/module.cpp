@@ -109,6 +109,22 @@ int num_threads() {
 #endif
 }
 
+// A thread's working memory, kept for its next call: new pages would take as long as a small call.
+void* working_memory(size_t bytes) {
+  struct Memory {
+    void* data = nullptr;
+    size_t bytes = 0;
+    ~Memory() { std::free(data); }
+  };
+  static thread_local Memory kept;
+  if (kept.bytes < bytes) {
+    std::free(kept.data);
+    kept.data = std::malloc(bytes);
+    kept.bytes = kept.data ? bytes : 0;
+  }
+  return kept.data;
+}
+
 // Calls work(i, scratch) for i in [0, count); the order of the calls is free.
 template <class Work>
 void parallel(int64_t count, size_t scratch_bytes, const Work& work) {
@@ -119,21 +135,19 @@ void parallel(int64_t count, size_t scratch_bytes, const Work& work) {
     bool failed = false;
 #pragma omp parallel num_threads(threads)
     {
-      void* scratch = std::malloc(scratch_bytes);
+      void* scratch = working_memory(scratch_bytes);
       if (!scratch) failed = true;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < count; ++i)
         if (scratch) work(i, scratch);
-      std::free(scratch);
     }
     if (failed) throw std::bad_alloc();
     return;
   }
 #endif
-  void* scratch = std::malloc(scratch_bytes);
+  void* scratch = working_memory(scratch_bytes);
   if (!scratch) throw std::bad_alloc();
   for (int64_t i = 0; i < count; ++i) work(i, scratch);
-  std::free(scratch);
 }
 
 // ------------------------------------------------------------------ arrays
