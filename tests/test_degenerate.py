@@ -32,6 +32,7 @@ ACTIVATIONS = ("softmax", "sigmoid", "none")
 EXTREMES = {
     "voxel-wise": fl.CrossEntropy() + fl.Focal() + fl.Focal(gamma=0.5) + fl.Focal(gamma=0),
     "regions": fl.Dice() + fl.Dice(squared=True) + fl.Tversky(gamma=0.75),
+    "both": fl.Dice() + fl.CrossEntropy(),
 }
 
 
@@ -216,27 +217,31 @@ def test_infinity_in_one_class_is_certainty(
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("name", EXTREMES)
-def test_minus_infinity_excludes_a_class(backend: str, name: str, dtype: str) -> None:
+@pytest.mark.parametrize("kind", ["labels", "dense"])
+def test_minus_infinity_excludes_a_class(backend: str, name: str, dtype: str, kind: str) -> None:
     x, y = example(2, 4, (300,), dtype=dtype)
     y = np.minimum(y, 2)
     x[:, 3, ::2] = -np.inf
-    _, gradient = agree(EXTREMES[name], x, y)
+    value, gradient = agree(EXTREMES[name], x, y if kind == "labels" else one_hot(y, 4))
+    assert np.isfinite(value)
     assert not gradient[:, 3, ::2].any()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_an_excluded_target_costs_infinitely(backend: str, dtype: str) -> None:
+@pytest.mark.parametrize("kind", ["labels", "dense"])
+def test_an_excluded_target_costs_infinitely(backend: str, dtype: str, kind: str) -> None:
     x, y = example(2, 3, (300,), dtype=dtype)
     x[0, y[0, 7], 7] = -np.inf
+    target = y if kind == "labels" else one_hot(y, 3)
     for term in (fl.CrossEntropy(), fl.Focal(), fl.Focal(gamma=0.5)):
-        value, gradient = term.value_and_grad(x, y)
+        value, gradient = term.value_and_grad(x, target)
         assert value == np.inf
         assert np.isfinite(gradient).all()
         assert gradient[0, y[0, 7], 7] < 0
     # Of no weight, it costs nothing.
     weight = np.ones(3)
     weight[y[0, 7]] = 0
-    assert np.isfinite(fl.CrossEntropy(weight=weight)(x, y))
+    assert np.isfinite(fl.CrossEntropy(weight=weight)(x, target))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
