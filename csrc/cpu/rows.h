@@ -467,14 +467,23 @@ FL_INLINE bool load_byte_labels(const char* p, int count, int64_t classes, int32
   int i = 0;
   for (; i + 32 <= count; i += 32) {
     high = _mm256_max_epu8(high, _mm256_loadu_si256((const __m256i*)(p + i)));
+#if defined(__AVX512F__)
+#pragma GCC unroll 2
+    for (int j = 0; j < 32; j += 16)
+      _mm512_storeu_si512(y + i + j,
+                          _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + i + j))));
+#else
 #pragma GCC unroll 4
     for (int j = 0; j < 32; j += 8)
       _mm256_storeu_si256((__m256i*)(y + i + j),
                           _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + i + j))));
+#endif
   }
-  uint8_t maxima[32], most = 0;
-  _mm256_storeu_si256((__m256i*)maxima, high);
-  for (uint8_t label : maxima) most = label > most ? label : most;
+  // The largest byte is, of its complement, the smallest word.
+  __m128i top = _mm_max_epu8(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  top = _mm_max_epu8(top, _mm_srli_epi16(top, 8));
+  top = _mm_minpos_epu16(_mm_andnot_si128(top, _mm_set1_epi16(0xff)));
+  uint8_t most = uint8_t(~_mm_cvtsi128_si32(top));
   for (; i < count; ++i) {
     uint8_t label = uint8_t(p[i]);
     most = label > most ? label : most;
@@ -483,6 +492,21 @@ FL_INLINE bool load_byte_labels(const char* p, int count, int64_t classes, int32
   return most < classes;
 }
 #endif
+
+// Whether `count` bytes are all the same.
+inline bool all_same(const uint8_t* p, int count) {
+  constexpr int L = lanes<float> * 4;
+  IVec<float> others{}, v;
+  const IVec<float> first = IVec<float>{} + int32_t(0x01010101u * p[0]);
+  int i = 0;
+  for (; i + L <= count; i += L) {
+    std::memcpy(&v, p + i, sizeof v);
+    others |= v ^ first;
+  }
+  bool any_other = any<float>(others != IVec<float>{});
+  for (; i < count; ++i) any_other |= p[i] != p[0];
+  return !any_other;
+}
 
 // Widens labels that are all in [0, classes), which is quickly seen; false if some are not.
 template <class S, class I>

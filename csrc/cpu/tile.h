@@ -200,6 +200,8 @@ struct Tile {
   // The label that all voxels have, or −1.
   int32_t only_label() const {
     constexpr int L = lanes<float>;
+    if (job.target.dtype == DType::u8 && target_runs.count == 1 && target_runs.stride == 1 && even)
+      return all_same((const uint8_t*)target_row(0) + target_runs.run[0].offset, n) ? y[0] : -1;
     IVec<float> others{};
     const IVec<float> first = class_number<float>(y[0]);
     int v = 0;

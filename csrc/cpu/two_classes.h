@@ -14,7 +14,7 @@ inline bool suits_two_classes(const Job& job) {
          s.uniform < 0 && s.gammas == 0 && s.top_k < 0;
 }
 
-constexpr int kPrefetch = 256;  // voxels
+constexpr int kPrefetch = kVectorBytes < 64 ? 256 : 512;  // voxels
 
 // Fills two rows with d = x₁ − x₀ and e^−|d|; pair(v) has the logits. In a loop of its own, and
 // what follows in another: the processor looks only so many operations ahead, and keeps busy if
