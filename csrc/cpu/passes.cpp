@@ -22,6 +22,7 @@ void reduce_blocks(const Job& job, int64_t sample, const Blocks& blocks, void* s
   Path path = path_of(job);
   if (path == Path::softmax_labels) return reduce_softmax_labels<T>(job, sample, blocks, scratch);
   Tile<T> tile(job, sample, scratch);
+  tile.keeps_bytes = path == Path::two_classes && sizeof(T) == 4;
   for (int64_t v = blocks.first; v < blocks.last; v += tile.n) {
     const int64_t block = blocks.of(v);
     tile.move(v, blocks.tile(v, tile.step), &blocks.faults[block]);
@@ -39,6 +40,7 @@ void apply_voxels_of(const Job& job, int64_t sample, int64_t first, int64_t last
     apply_softmax_labels<T>(job, sample, first, last, scratch);
   } else {
     Tile<T> tile(job, sample, scratch);
+    tile.keeps_bytes = path == Path::two_classes && sizeof(T) == 4;
     const int64_t lead = fastloss::voxels_to_line(job, sample);
     for (int64_t v = first; v < last; v += tile.n) {
       tile.move(v, tile_from(v, last, lead, tile.step), nullptr);

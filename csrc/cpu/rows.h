@@ -493,6 +493,30 @@ FL_INLINE bool load_byte_labels(const char* p, int count, int64_t classes, int32
 }
 #endif
 
+// How many of `count` bytes, at most kMaxTile, are 1; −1 if any is neither 0 nor 1.
+inline int count_ones(const uint8_t* p, int count) {
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
+  Bytes v, any{}, sums{};
+  int i = 0;
+  for (; i + kVectorBytes <= count; i += kVectorBytes) {
+    std::memcpy(&v, p + i, sizeof v);
+    any |= v;
+    sums += v;
+  }
+  uint64_t words[kVectorBytes / 8], all = 0, sum = 0;
+  std::memcpy(words, &any, sizeof any);
+  for (uint64_t word : words) all |= word;
+  std::memcpy(words, &sums, sizeof sums);
+  for (uint64_t word : words) sum += word;  // at most 64 in each byte
+  const uint64_t even = 0x00ff00ff00ff00ff;
+  int ones = int((((sum & even) + (sum >> 8 & even)) * 0x0001000100010001) >> 48);
+  for (; i < count; ++i) {
+    all |= p[i];
+    ones += p[i];
+  }
+  return all & 0xfefefefefefefefe ? -1 : ones;
+}
+
 // Whether `count` bytes are all the same.
 inline bool all_same(const uint8_t* p, int count) {
   constexpr int L = lanes<float> * 4;

@@ -23,6 +23,20 @@ FL_INLINE IVec<T> label_lanes(const typename Types<T>::Int* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+// The same of bytes.
+template <class T>
+FL_INLINE IVec<T> label_lanes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (IVec<T>)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return (IVec<T>)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#endif
+  IVec<T> v;
+  for (int i = 0; i < lanes<T>; ++i) v[i] = p[i];
+  return v;
+}
 // A class as the labels' lanes hold it.
 template <class T>
 FL_INLINE IVec<T> class_number(int64_t c) {
@@ -83,6 +97,10 @@ struct Tile {
   // Of softmax with a label map.
   bool direct = false;  // the logits are used where they lie
   bool near = false;    // they are so small that no maximum need be taken off
+  // Of softmax of two classes.
+  bool keeps_bytes = false;              // labels that are bytes may stay where they lie
+  const uint8_t* label_bytes = nullptr;  // they do: all are 0 or 1, `y` is not filled
+  int ones_among = 0;                    // how many of them are 1
 
   T* row(int which) { return rows + which * kMaxTile; }
   const char* logits() const { return job.logits.data + sample * job.logits.batch_stride; }
@@ -165,6 +183,22 @@ struct Tile {
   }
 
   void load_labels_of_tile(Faults* faults) {
+    label_bytes = nullptr;
+    const bool counts = !job.has_ignore || job.ignore < 0 || job.ignore > 1;
+    if (keeps_bytes && even && counts && job.target.dtype == DType::u8 && target_runs.count == 1 &&
+        target_runs.stride == 1) {
+      const auto* bytes = (const uint8_t*)target_row(0) + target_runs.run[0].offset;
+      ones_among = count_ones(bytes, n);
+      if (ones_among >= 0) {
+        label_bytes = bytes;
+        return;
+      }
+    }
+    widen_labels(faults);
+  }
+
+  // Fills `y`.
+  void widen_labels(Faults* faults = nullptr) {
     bool all = load_labels(job.target.data + sample * job.target.batch_stride, job.target.dtype,
                            target_runs, job.classes, job.has_ignore, job.ignore, y);
     if (!all) find_unlabelled(faults);

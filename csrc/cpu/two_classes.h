@@ -91,94 +91,175 @@ FL_INLINE void add_totals(double* sums, int slot, Vec<T> a, Vec<T> b) {
   sums[slot * 2 + 1] += total<T>(b);
 }
 
-// Of a tile whose voxels all have the label kLabel, or any for −1: where it is 0, and what two
-// vectors hold of such voxels, and of the others.
+// Where a vector of voxels has the label 0: labels of a tile that has both.
+template <class T, class Number>
+struct BothLabels {
+  static constexpr bool k0 = true, k1 = true, kCounted = sizeof(Number) == 1;
+  const Number* label;
+  int ones = 0;  // if kCounted: of how many voxels it is 1
+  FL_INLINE IVec<T> zero(int64_t v) const { return label_lanes<T>(label + v) == IVec<T>{}; }
+};
+// The same of a tile that has the label kLabel alone.
 template <class T, int kLabel>
-struct TwoLabels {
-  IVec<T> zero{};
-
-  FL_INLINE TwoLabels(const typename Types<T>::Int* label) {
-    if (kLabel < 0) zero = label_lanes<T>(label) == IVec<T>{};
-  }
-  FL_INLINE Vec<T> of0(Vec<T> v) const {
-    return kLabel == 0 ? v : kLabel == 1 ? Vec<T>{} : keep<T>(zero, v);
-  }
-  FL_INLINE Vec<T> of1(Vec<T> v) const {
-    return kLabel == 1 ? v : kLabel == 0 ? Vec<T>{} : drop<T>(zero, v);
-  }
-  FL_INLINE Vec<T> choose(Vec<T> if0, Vec<T> if1) const {
-    return kLabel == 0 ? if0 : kLabel == 1 ? if1 : select<T>(zero, if0, if1);
-  }
+struct OneLabel {
+  static constexpr bool k0 = kLabel == 0, k1 = kLabel == 1, kCounted = true;
+  int ones;
+  FL_INLINE IVec<T> zero(int64_t) const { return IVec<T>{} + (kLabel - 1); }
 };
 
-template <class T, bool kEven, bool kLogs, int kLabel>
-void reduce_two_rows(Tile<T>& t, double* sums, double* weight) {
+// a where the label is 0, b where it is 1.
+template <class Labels, class T>
+FL_INLINE Vec<T> choose(IVec<T> zero, Vec<T> a, Vec<T> b) {
+  return !Labels::k1 ? a : !Labels::k0 ? b : select<T>(zero, a, b);
+}
+// Adds to the sum of either label.
+template <class Labels, class T>
+FL_INLINE void add(IVec<T> zero, Vec<T> v, Vec<T>& sum0, Vec<T>& sum1) {
+  if (Labels::k0) sum0 = Labels::k1 ? select<T>(zero, sum0 + v, sum0) : sum0 + v;
+  if (Labels::k1) sum1 = Labels::k0 ? select<T>(zero, sum1, sum1 + v) : sum1 + v;
+}
+
+// Loads the logits of a tile to x.
+template <class T>
+void load_two(Tile<T>& t) {
+  if constexpr (sizeof(T) == 4)
+    if (t.channels_last(t.job.logits, t.logit_runs) && t.n == t.padded && !t.holes) {
+      constexpr int L = lanes<T>;
+      T *x0 = t.x, *x1 = t.x + t.stride;
+      return with_storage<T>(t.job.logits.dtype, [&](auto number) {
+        using S = decltype(number);
+        const S* x = t.template source_row<S>(0);
+        for (int64_t v = 0, end = t.padded; v < end; v += L) {
+          prefetch_lines<2 * L* int(sizeof(S))>(x + 2 * v + 2 * kPrefetch);
+          auto [a, b] = unzip(load_as<S, T>(x + 2 * v), load_as<S, T>(x + 2 * v + L));
+          store<T>(x0 + v, a);
+          store<T>(x1 + v, b);
+        }
+      });
+    }
+  t.load_logits();
+}
+
+// Calls use(even, x0, x1, labels) for a tile with a label map, with its logits, where they lie if
+// they can be read there, and again, with logits that are loaded, if the first one gives false.
+template <class T, class Use>
+void with_labels(Tile<T>& t, const Use& use) {
+  auto with_numbers = [&](auto even, const auto* x0, const auto* x1) {
+    if constexpr (sizeof(T) == 4)
+      if (t.label_bytes) {
+        if (t.ones_among == 0) return use(even, x0, x1, OneLabel<T, 0>{0});
+        if (t.ones_among == t.n) return use(even, x0, x1, OneLabel<T, 1>{t.n});
+        return use(even, x0, x1, BothLabels<T, uint8_t>{t.label_bytes, t.ones_among});
+      }
+    const int32_t only = t.only_label();
+    if (only == 0) return use(even, x0, x1, OneLabel<T, 0>{0});
+    if (only == 1) return use(even, x0, x1, OneLabel<T, 1>{t.n});
+    return use(even, x0, x1, BothLabels<T, typename Types<T>::Int>{t.labels()});
+  };
+  bool done = false;
+  if (t.contiguous() && t.even) {
+    with_storage<T>(t.job.logits.dtype, [&](auto number) {
+      using S = decltype(number);
+      done =
+          with_numbers(std::true_type{}, t.template source_row<S>(0), t.template source_row<S>(1));
+    });
+    if (done) return;
+  }
+  load_two(t);
+  const T *x0 = t.x, *x1 = t.x + t.stride;
+  if (t.even && !done && with_numbers(std::true_type{}, x0, x1)) return;
+  if (t.label_bytes) t.widen_labels();
+  use(std::false_type{}, x0, x1, BothLabels<T, typename Types<T>::Int>{t.labels()});
+}
+
+// Where exp underflows: it gives 0 for this number itself.
+template <class T>
+constexpr T kNothing = sizeof(T) == 4 ? T(-88.029692) : T(-709.0895657128241);
+
+// Adds the sums of a tile; false, and nothing added, if `kEven` and some logits are no numbers or
+// share an infinity.
+template <bool kEven, bool kLogs, class T, class S, class Labels>
+bool reduce_two_labels(Tile<T>& t, const S* x0, const S* x1, const Labels& labels, double* sums,
+                       double* weight) {
   constexpr int L = lanes<T>;
-  using Labels = TwoLabels<T, kLabel>;
   const auto& s = t.job.slots;
   const T* m = t.row(kWeight);
-  const T *difference = t.row(kA), *exponentials = t.row(kB);
-  differences(t);
-  const auto* label = t.labels();
-  // Voxels, those of label 0, both probabilities, those of the label, loss by label. Two loops:
-  // the sums of one would not all stay in registers.
-  Vec<T> all{}, n0{}, predicted0{}, predicted1{}, own0{}, own1{}, loss0{}, loss1{};
+  const IVec<T> sign = bits<T>(splat<T>(T(-0.0)));
+  const NearExponential<T> exponential;
+  // Of the voxels of each label: their number, Σ p of the label, Σ p of the other class, Σ loss.
+  Vec<T> n0{}, n1{}, own0{}, own1{}, other0{}, other1{}, loss0{}, loss1{};
+  // Σ log(1+e) = log Π(1+e), of which the product less 1 is exact where the e are small.
+  Vec<T> product0{}, product1{};
   IVec<T> count0{};
-  const int64_t end = t.padded;
-  for (int64_t v = 0; v < end; v += L) {
-    const Labels labels(label + v);
-    auto [p1, p0] =
-        probabilities<T>(load<T>(exponentials + v), bits<T>(load<T>(difference + v)) < 0);
+  auto one = [&](int64_t v) __attribute__((always_inline)) {
+    const Vec<T> a = load_as<S, T>(x0 + v), b = load_as<S, T>(x1 + v);
+    const IVec<T> zero = labels.zero(v);
+    // The other logit less the label's.
+    Vec<T> z = choose<Labels, T>(zero, b - a, a - b);
+    if (!kEven) z = drop<T>(a == b, z);  // equal infinities share
+    const Vec<T> e = exponential(larger(splat<T>(kNothing<T>), from_bits<T>(bits<T>(z) | sign)));
+    const Vec<T> sum = e + T(1), big = T(1) / sum, little = e * big;
+    const IVec<T> more = bits<T>(z) < 0;
+    Vec<T> own = select<T>(more, big, little), other = select<T>(more, little, big);
     if (kEven) {
-      if (kLabel < 0) count0 -= labels.zero;
+      if (!Labels::kCounted) count0 -= zero;
     } else {
       const Vec<T> w = load<T>(m + v);
-      p0 *= w;
-      p1 *= w;
-      all += w;
-      n0 += labels.of0(w);
+      own *= w;
+      other *= w;
+      add<Labels, T>(zero, w, n0, n1);
     }
-    predicted0 += p0;
-    predicted1 += p1;
-    own0 += labels.of0(p0);
-    own1 += labels.of1(p1);
-  }
-  constexpr int kStep = 8 * L;
-  for (int64_t first = 0; kLogs && first < end; first += kStep) {
-    int64_t last = first + kStep < end ? first + kStep : end;
-    // Σ log(1+e) = log Π(1+e), of which the product less 1 is exact where the e are small.
-    Vec<T> product0{}, product1{};
-    for (int64_t v = first; v < last; v += L) {
-      const Labels labels(label + v);
-      const Vec<T> d = load<T>(difference + v), e = load<T>(exponentials + v);
-      // −log p is the logit's gap to the larger one, and log(1+e).
-      Vec<T> gap0 = larger(splat<T>(0), d), gap1 = larger(splat<T>(0), -d);
-      if (kEven) {
-        const Vec<T> e0 = labels.of0(e), e1 = labels.of1(e);
-        if (kLabel != 1) product0 = product0 * (e0 + T(1)) + e0;
-        if (kLabel != 0) product1 = product1 * (e1 + T(1)) + e1;
-      } else {
-        Vec<T> rest = log_one_plus_small(e), w = load<T>(m + v);
-        gap0 = w * (gap0 + rest);
-        gap1 = w * (gap1 + rest);
-      }
-      loss0 += labels.of0(gap0);
-      loss1 += labels.of1(gap1);
-    }
+    add<Labels, T>(zero, own, own0, own1);
+    add<Labels, T>(zero, other, other0, other1);
+    if (!kLogs) return;
+    // −log p of the label is its logit's gap to the larger one, and log(1+e).
+    const Vec<T> gap = larger(splat<T>(0), z);
     if (kEven) {
-      if (kLabel != 1) loss0 += log_one_plus<T>(product0);
-      if (kLabel != 0) loss1 += log_one_plus<T>(product1);
+      add<Labels, T>(zero, gap, loss0, loss1);
+      const Vec<T> next0 = product0 * sum + e, next1 = product1 * sum + e;
+      if (Labels::k0) product0 = Labels::k1 ? select<T>(zero, next0, product0) : next0;
+      if (Labels::k1) product1 = Labels::k0 ? select<T>(zero, product1, next1) : next1;
+    } else {
+      add<Labels, T>(zero, load<T>(m + v) * (log_one_plus_small(e) + gap), loss0, loss1);
+    }
+  };
+  constexpr int U = kEven ? 64 / int(sizeof(S)) / L : 1;  // vectors of a cache line
+  constexpr int kMost = 64 * L;                           // voxels whose product does not overflow
+  int64_t v = 0;
+  for (int64_t end = t.padded, last; v < end;) {
+    last = kMost < kMaxTile && v + kMost < end ? v + kMost : end;
+    for (; v + U * L <= last; v += U * L) {
+      if (kEven) {
+        prefetch(x0 + v + kPrefetch);
+        prefetch(x1 + v + kPrefetch);
+      }
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) one(v + u * L);
+    }
+    for (; v < last; v += L) one(v);
+    if (kEven && kLogs) {
+      if (Labels::k0) loss0 += log_one_plus<T>(product0);
+      if (Labels::k1) loss1 += log_one_plus<T>(product1);
+      product0 = product1 = Vec<T>{};
     }
   }
-  double n = kEven ? double(t.n) : total<T>(all), zeros = total<T>(n0);
-  if (kEven)
-    zeros = kLabel < 0 ? total<T>(__builtin_convertvector(count0, Vec<T>)) : kLabel == 0 ? n : 0;
-  *weight += n;
+  if (kEven) {
+    const Vec<T> all = (own0 + own1) + (other0 + other1);
+    if (any<T>(all != all)) return false;
+  }
+  double zeros = total<T>(n0), ones = total<T>(n1);
+  if (kEven) {
+    if (Labels::kCounted) zeros = t.n - labels.ones;
+    else zeros = total<T>(__builtin_convertvector(count0, Vec<T>));
+    ones = t.n - zeros;
+  }
+  *weight += zeros + ones;
   sums[s.reference * 2] += zeros;
-  sums[s.reference * 2 + 1] += n - zeros;
+  sums[s.reference * 2 + 1] += ones;
   add_totals<T>(sums, s.overlap, own0, own1);
-  add_totals<T>(sums, s.predicted, predicted0, predicted1);
-  add_totals<T>(sums, s.cross_entropy, loss0, loss1);
+  add_totals<T>(sums, s.predicted, own0 + other1, own1 + other0);
+  if (kLogs) add_totals<T>(sums, s.cross_entropy, loss0, loss1);
+  return true;
 }
 
 template <class T, bool kEven, bool kLogs>
@@ -230,21 +311,21 @@ void reduce_two_dense_rows(Tile<T>& t, double* sums, double* weight) {
   add_totals<T>(sums, s.cross_entropy, loss0, loss1);
 }
 
-template <class T, bool kEven, bool kLogs>
-void reduce_two(Tile<T>& t, double* sums, double* weight) {
-  if (t.job.dense) return reduce_two_dense_rows<T, kEven, kLogs>(t, sums, weight);
-  const int32_t only = t.only_label();
-  if (only == 0) reduce_two_rows<T, kEven, kLogs, 0>(t, sums, weight);
-  else if (only == 1) reduce_two_rows<T, kEven, kLogs, 1>(t, sums, weight);
-  else reduce_two_rows<T, kEven, kLogs, -1>(t, sums, weight);
-}
-
 template <class T>
 void reduce_two_classes(Tile<T>& t, double* sums, double* weight) {
-  bool logs = t.job.slots.cross_entropy >= 0;
-  auto run = logs ? (t.even ? reduce_two<T, true, true> : reduce_two<T, false, true>)
-                  : (t.even ? reduce_two<T, true, false> : reduce_two<T, false, false>);
-  run(t, sums, weight);
+  const bool logs = t.job.slots.cross_entropy >= 0;
+  if (t.job.dense) {
+    auto run = logs ? (t.even ? reduce_two_dense_rows<T, true, true>
+                              : reduce_two_dense_rows<T, false, true>)
+                    : (t.even ? reduce_two_dense_rows<T, true, false>
+                              : reduce_two_dense_rows<T, false, false>);
+    return run(t, sums, weight);
+  }
+  with_labels(t, [&](auto even, auto x0, auto x1, const auto& labels) {
+    constexpr bool kEven = decltype(even)::value;
+    return logs ? reduce_two_labels<kEven, true>(t, x0, x1, labels, sums, weight)
+                : reduce_two_labels<kEven, false>(t, x0, x1, labels, sums, weight);
+  });
 }
 
 // The gradient by x₁ to a row, of a dense target: p₀ p₁ (k₁ − k₀) + p₁ l₀ − p₀ l₁, where k is the
@@ -271,28 +352,46 @@ void two_dense_gradients(Tile<T>& t, T* gradient) {
   }
 }
 
-// The same of a label map.
-template <class T, int kLabel>
-void two_label_gradients(Tile<T>& t, T* gradient) {
+// The same of a label map; false if `kEven` and some logits are no numbers or share an infinity.
+template <bool kEven, class T, class S, class Labels>
+bool two_label_gradients(Tile<T>& t, const S* x0, const S* x1, const Labels& labels, T* gradient) {
   constexpr int L = lanes<T>;
   const auto& s = t.job.slots;
   auto k = [&](int slot, int c) { return slot >= 0 ? t.table[slot * 2 + c] : T(0); };
   T turn = k(s.predicted, 1) - k(s.predicted, 0);
-  Vec<T> if0 = splat<T>(turn - k(s.overlap, 0)), if1 = splat<T>(turn + k(s.overlap, 1));
-  Vec<T> loss0 = splat<T>(k(s.cross_entropy, 0)), loss1 = splat<T>(-k(s.cross_entropy, 1));
-  const T *difference = t.row(kA), *exponentials = t.row(kB), *m = t.row(kWeight);
-  const bool even = t.even;
-  const auto* label = t.labels();
-  for (int64_t v = 0, end = t.padded; v < end; v += L) {
-    const TwoLabels<T, kLabel> labels(label + v);
-    const IVec<T> zero = kLabel < 0 ? labels.zero : class_number<T>(kLabel == 0 ? -1 : 0);
-    const IVec<T> less = bits<T>(load<T>(difference + v)) ^ zero;  // its sign alone counts
+  const Vec<T> region0 = splat<T>(turn - k(s.overlap, 0)),
+               region1 = splat<T>(turn + k(s.overlap, 1));
+  const Vec<T> loss0 = splat<T>(k(s.cross_entropy, 0)), loss1 = splat<T>(-k(s.cross_entropy, 1));
+  const T* m = t.row(kWeight);
+  const NearExponential<T> exponential;
+  Vec<T> probe{};
+  auto one = [&](int64_t v) __attribute__((always_inline)) {
+    const Vec<T> a = load_as<S, T>(x0 + v), b = load_as<S, T>(x1 + v);
+    const IVec<T> zero = labels.zero(v);
+    // The other logit less the label's.
+    Vec<T> z = choose<Labels, T>(zero, b - a, a - b);
+    if (!kEven) z = drop<T>(a == b, z);  // equal infinities share
+    z = larger(splat<T>(kNothing<T>), smaller(splat<T>(-Numbers<T>::smallest_exponent), z));
+    const Vec<T> e = exponential(z), own = T(1) / (e + T(1)), other = e * own;
+    if (kEven) probe += own;
     // Label 1: p₀ (p₁ k − loss₁); label 0: p₁ (p₀ k + loss₀).
-    auto [own, other] = probabilities<T>(load<T>(exponentials + v), less < 0);
-    Vec<T> g = other * (own * labels.choose(if0, if1) + labels.choose(loss0, loss1));
-    if (!even) g *= load<T>(m + v);
+    Vec<T> g = other * (own * choose<Labels, T>(zero, region0, region1) +
+                        choose<Labels, T>(zero, loss0, loss1));
+    if (!kEven) g *= load<T>(m + v);
     store<T>(gradient + v, g);
+  };
+  constexpr int U = kEven ? 64 / int(sizeof(S)) / L : 1;  // vectors of a cache line
+  int64_t v = 0, end = t.padded;
+  for (; v + U * L <= end; v += U * L) {
+    if (kEven) {
+      prefetch(x0 + v + kPrefetch);
+      prefetch(x1 + v + kPrefetch);
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) one(v + u * L);
   }
+  for (; v < end; v += L) one(v);
+  return !any<T>(probe != probe);
 }
 
 template <class T>
@@ -300,12 +399,14 @@ void apply_two_classes(Tile<T>& t) {
   // Computed for the whole tile first: stores to the result between the loads of the logits would
   // hold those up wherever both have the same place in a page.
   T* gradient = t.row(kC);
-  differences(t);
-  const int32_t only = t.job.dense ? -1 : t.only_label();
-  if (t.job.dense) two_dense_gradients(t, gradient);
-  else if (only == 0) two_label_gradients<T, 0>(t, gradient);
-  else if (only == 1) two_label_gradients<T, 1>(t, gradient);
-  else two_label_gradients<T, -1>(t, gradient);
+  if (t.job.dense) {
+    differences(t);
+    two_dense_gradients(t, gradient);
+  } else {
+    with_labels(t, [&](auto even, auto x0, auto x1, const auto& labels) {
+      return two_label_gradients<decltype(even)::value>(t, x0, x1, labels, gradient);
+    });
+  }
   const auto& out = t.job.out;
   if (sizeof(T) == 4 && out.channel_stride == item_size(out.dtype) && t.n == t.padded) {
     t.find_out();
