@@ -44,24 +44,26 @@ for dtype in (np.float32, np.float64):
     x, y = example(1, 4, (64,), dtype=dtype)
     x.view(f"i{x.itemsize}")[0, 1, 3] = -1  # all bits: another NaN than NumPy's
     assert np.isnan(plain(x, y))
-# Two classes, whose tiles are told apart by their labels, with logits that decide nothing, all that
-# a number can hold, or more.
+# Few classes and a label for every voxel; tiles are told apart by having one label or several.
+# Logits that decide nothing, all that a number can hold, or more.
 random = np.random.default_rng(2)
 for dtype in (np.float32, np.float16, bfloat16, np.float64):
-    for y in (np.zeros((1, 1040)), np.ones((1, 1040)), random.integers(0, 2, (1, 1040))):
-        for apart in (0, 1, 88, 300):
-            x = (apart * random.uniform(0.98, 1, (1, 2, 1040)) / 2).astype(dtype)
-            x[:, 0] *= random.choice([-1, 1], 1040).astype(dtype)
-            x[:, 1] = -x[:, 0]
-            for infinite in (False, True):
-                if infinite:
-                    x[0, :, 600] = np.inf  # which both share
-                    x[0, int(y[0, 601]), 601] = np.inf
-                expected = reference(plain, x, y)
-                for target in (y.astype(np.uint8), y.astype(np.int64)):
-                    value, gradient = plain.value_and_grad(x, target)
-                    assert_agree(value, gradient, expected, 3 / np.sqrt(2 * 1040))
-                    count += 1
+    for classes in (2, 3, 4):
+        for y in (np.zeros((1, 1040)), np.ones((1, 1040)), random.integers(0, classes, (1, 1040))):
+            for apart in (0, 1, 60, 88, 300):
+                x = (apart * random.uniform(0.98, 1, (1, classes, 1040)) / 2).astype(dtype)
+                x *= random.choice([-1, 1], x.shape).astype(dtype)
+                for infinite in (False, True):
+                    if infinite:
+                        x[0, :2, 600] = np.inf  # which both share
+                        x[0, int(y[0, 601]), 601] = np.inf
+                        x[0, -1, y[0] == 0] = -np.inf
+                    last = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+                    expected = reference(plain, x, y)
+                    for target, given in ((y.astype(np.uint8), x), (y.astype(np.int64), last)):
+                        value, gradient = plain.value_and_grad(given, target)
+                        assert_agree(value, gradient, expected, 3 / np.sqrt(2 * 1040))
+                        count += 1
 # Gradients that are written past the caches, from any place in memory.
 for dtype in (np.float32, np.float16, bfloat16, np.float64):
     for classes, order in ((2, "first"), (2, "last"), (3, "last"), (5, "first")):

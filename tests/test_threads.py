@@ -84,6 +84,7 @@ def test_the_same_bits_wherever_the_gradient_lies(
     voxels = (1 << 20) // (size * classes) // 2 + 1037
     x, y = example(2, classes, (voxels,), dtype=dtype)
     y[0] = np.arange(voxels) // 97 % classes
+    y[1, voxels // 2 :] = np.arange(voxels - voxels // 2) // 1500 % classes
     rng = np.random.default_rng(0)
     some = rng.choice(voxels, 40, replace=False)
     x[:, :, some[:20]] *= 30

@@ -178,6 +178,35 @@ struct SumRows {
   }
 };
 
+template <class F>
+FL_INLINE void with_constant(bool value, const F& f) {
+  if (value) f(std::true_type{});
+  else f(std::false_type{});
+}
+// f(S{}) with the type of the numbers that the exponentials of a tile are made of.
+template <class T, class F>
+FL_INLINE void with_source(const Tile<T>& t, const F& f) {
+  if (t.direct) with_storage<T>(t.job.logits.dtype, f);
+  else f(T{});
+}
+
+// What the label decides of a voxel's gradient, but for its weight: all of it at the label's class,
+// and of another class, whose gradient is e_c (inverse · derivative by p_c − inverse · turn), the
+// latter. `own` is e of the label, `rest` the sum of the others', `rests` Σ p_c · (derivative by
+// p_c) over them. Which products are rounded does not depend on the code around.
+template <class T>
+struct LabelGradient {
+  Vec<T> at_label, turn;
+
+  FL_INLINE LabelGradient(Vec<T> own, Vec<T> rest, Vec<T> inverse, Vec<T> rests, Vec<T> by_overlap,
+                          Vec<T> by_p, Vec<T> by_loss) {
+    rests = once(rests);
+    const Vec<T> q = rest * inverse, p = own * inverse, own_slope = p * by_overlap - by_loss;
+    at_label = p * (by_p * q - rests) + once(own_slope * q);
+    turn = rests + p * by_p + own_slope;
+  }
+};
+
 // What the label decides of the gradients of a tile's voxels: that at the label's class, and of the
 // others' e_c (slope · k_c − turn), with k_c the derivative by p_c, or null for zeros.
 template <class T>

@@ -5,6 +5,7 @@
 
 #include "label_rows.h"
 #include "softmax.h"
+#include "softmax_few.h"
 #include "voxel.h"
 
 namespace {
@@ -49,18 +50,6 @@ void exponentials_far(Tile<T>& t) {
       store<T>(x + v, exponential<T>(below));
     }
   }
-}
-
-template <class F>
-FL_INLINE void with_constant(bool value, const F& f) {
-  if (value) f(std::true_type{});
-  else f(std::false_type{});
-}
-// f(S{}) with the type of the numbers that the exponentials of a tile are made of.
-template <class T, class F>
-FL_INLINE void with_source(const Tile<T>& t, const F& f) {
-  if (t.direct) with_storage<T>(t.job.logits.dtype, f);
-  else f(T{});
 }
 
 // Starts the sums of a tile's exponentials.
@@ -165,10 +154,11 @@ void finish(Tile<T>& now, const Make& make) {
 
 // Goes through the tiles from the voxel `first` to `last`: move(tile, v) moves one to v, and
 // finish(tile, next) does what is left to do when its exponentials are known. `fused`: two tiles
-// are under way, and `next`, where it is not null, gets its exponentials from there.
-template <bool kDot, class T, class Move, class Finish>
+// are under way, and `next`, where it is not null, gets its exponentials from there. Else few(tile)
+// may do all of it at once.
+template <bool kDot, class T, class Move, class AtOnce, class Finish>
 void over_tiles(const Job& job, int64_t sample, int64_t first, int64_t last, void* scratch,
-                bool fused, const Move& move, const Finish& finish) {
+                bool fused, const Move& move, const AtOnce& few, const Finish& finish) {
   Tile<T> tiles[2] = {{job, sample, scratch}, {job, sample, (char*)scratch + Tile<T>::bytes(job)}};
   Tile<T>* now = nullptr;
   for (int64_t v = first, turn = 0; now || v < last;) {
@@ -177,14 +167,16 @@ void over_tiles(const Job& job, int64_t sample, int64_t first, int64_t last, voi
       next = &tiles[fused ? turn++ % 2 : 0];
       move(*next, v);
       v += next->n;
-      next->find_present();
       next->direct = next->contiguous();
       if (!next->direct) next->load_logits();
-      next->near = true;
+      const Few known = fused ? Few::unsuited : few(*next);
+      if (known == Few::done) continue;
+      next->find_present();
+      next->near = known == Few::unsuited;
       clear_sums<kDot>(*next);
     }
     if (now) finish(*now, next);
-    else
+    else if (next->near)
       with_source(*next, [&](auto number) {
         exponentials<decltype(number), kDot, Exponentials::both>(*next);
       });
@@ -349,12 +341,24 @@ void reduce_softmax_labels(const Job& job, int64_t sample, const Blocks& blocks,
   auto move = [&](Tile<T>& t, int64_t v) {
     t.move(v, blocks.tile(v, t.step), &blocks.faults[blocks.of(v)]);
   };
+  auto sums_of = [&](int64_t block) { return blocks.sums + block * (s.count + 1) * job.classes; };
+  auto class_sums = [&](double* sums) {
+    auto to = [&](int slot) { return sums + (slot >= 0 ? slot : s.count) * job.classes; };
+    return ClassSums{to(s.reference), to(s.overlap), to(s.predicted), to(s.cross_entropy)};
+  };
+  const bool suits_few = suits_few_classes(job);
+  auto few = [&](Tile<T>& t) {
+    if constexpr (kPicks<T>)
+      if (suits_few) {
+        const int64_t block = blocks.of(t.voxel);
+        return reduce_few(t, class_sums(sums_of(block)), logs, &blocks.weights[block]);
+      }
+    return Few::unsuited;
+  };
   auto finish_tile = [&](Tile<T>& t, Tile<T>* next) {
     const int64_t block = blocks.of(t.voxel);
-    double* sums = blocks.sums + block * (s.count + 1) * job.classes;
-    auto to_sum = [&](int slot) { return sums + (slot >= 0 ? slot : s.count) * job.classes; };
-    const ClassSums to = {to_sum(s.reference), to_sum(s.overlap), to_sum(s.predicted),
-                          to_sum(s.cross_entropy)};
+    double* sums = sums_of(block);
+    const ClassSums to = class_sums(sums);
     reduce_voxels(t, logs, &blocks.weights[block]);
     auto make = [&](int64_t c, auto count, auto present) {
       return SumRows<T, decltype(count)::value, decltype(present)::value>(
@@ -368,7 +372,7 @@ void reduce_softmax_labels(const Job& job, int64_t sample, const Blocks& blocks,
     reduce_extras(t, sums);
   };
   over_tiles<false, T>(job, sample, blocks.first, blocks.last, scratch,
-                       job.classes >= kFusedClasses, move, finish_tile);
+                       job.classes >= kFusedClasses, move, few, finish_tile);
 }
 
 // Adds the part of squared probabilities: to `others` that of the classes but the label, to
@@ -457,11 +461,11 @@ void label_gradients(Tile<T>& t, const ByLabel<T, kVectors>& overlap,
       i = T(1) / (r + e);
       rests *= i;
     }
-    const Vec<T> q = r * i, p = e * i, factor = load<T>(m + v) * i;
-    const Vec<T> by_p = region.at(v, y), own_slope = p * overlap.at(v, y) - loss.at(v, y);
-    rests -= uniform_total;
-    store<T>(at_label + v, load<T>(m + v) * (p * (by_p * q - rests) + own_slope * q));
-    store<T>(turn + v, factor * (rests + p * by_p + own_slope));
+    const LabelGradient<T> g(e, r, i, rests - uniform_total, overlap.at(v, y), region.at(v, y),
+                             loss.at(v, y));
+    const Vec<T> factor = load<T>(m + v) * i;
+    store<T>(at_label + v, load<T>(m + v) * g.at_label);
+    store<T>(turn + v, factor * g.turn);
     store<T>(slope + v, factor);
   }
 }
@@ -577,13 +581,19 @@ void apply_softmax_labels(const Job& job, int64_t sample, int64_t first, int64_t
   const bool rounds = item_size(job.out.dtype) != int(sizeof(T));
   const int64_t lead = fastloss::voxels_to_line(job, sample);
   auto move = [&](Tile<T>& t, int64_t v) { t.move(v, tile_from(v, last, lead, t.step), nullptr); };
+  const bool suits_few = suits_few_classes(job);
+  auto few = [&](Tile<T>& t) {
+    if constexpr (kPicks<T>)
+      if (suits_few) return apply_few(t);
+    return Few::unsuited;
+  };
   auto finish_tile = [&](Tile<T>& t, Tile<T>* next) {
     const LabelGradients<T> gradients = apply_voxels(t);
     if (extras) write_gradients_with_extras(t, gradients);
     else write_gradients(t, gradients, next);
   };
   over_tiles<true, T>(job, sample, first, last, scratch,
-                      job.classes >= kFusedClasses && !rounds && !extras, move, finish_tile);
+                      job.classes >= kFusedClasses && !rounds && !extras, move, few, finish_tile);
 }
 
 }  // namespace

@@ -71,7 +71,9 @@ FL_INLINE Vec<T> from_bits(IVec<T> v) {
 // take its operand from memory, and loads are what limits a loop then.
 template <class V>
 FL_INLINE V once(V v) {
-#if defined(__SSE2__)
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
   asm("" : "+x"(v));
 #endif
   return v;

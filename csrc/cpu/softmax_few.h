@@ -1,0 +1,261 @@
+// Softmax of three or four classes with a label map, where every voxel counts alike and no logit is
+// large: what becomes of a vector of voxels stays in registers. A gradient has the very bits that
+// the loops of softmax_labels.h give: which tile a voxel is of depends on where the gradient lies.
+#pragma once
+
+#include "label_rows.h"
+
+namespace {
+
+inline bool suits_few_classes(const Job& job) {
+  const auto& s = job.slots;
+  return kPicks<float> && (job.classes == 3 || job.classes == 4) &&
+         job.logits.dtype != DType::f64 && !job.weighted && s.predicted_squared < 0 &&
+         s.reference_squared < 0 && s.uniform < 0 && s.gammas == 0 && s.top_k < 0 && !job.losses;
+}
+
+// The exponentials of C classes' logits, numbers of type S. `kOne`: all voxels have the label
+// `first`, which then is the first of the classes here; the others keep their order.
+template <class S, int C, bool kOne>
+struct FewClasses {
+  using T = float;
+  static constexpr int L = lanes<T>;
+  static constexpr int U = 64 / int(sizeof(S)) / L;  // vectors of a cache line
+  const S* x[C];
+  int64_t number[C];
+  int64_t ahead;
+  const int32_t* label;
+  Extent<S, T> extent;
+  NearExponential<T> exponential;
+
+  FL_INLINE FewClasses(const Tile<T>& t, int first) : ahead(t.direct ? t.step : 0), label(t.y) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      number[c] = !kOne ? c : c == 0 ? first : c <= first ? c - 1 : c;
+      x[c] = t.direct ? t.source_row<S>(number[c]) : (const S*)(t.x + number[c] * t.stride);
+    }
+  }
+
+  // Calls use(v, e, y) for each vector of voxels, with its exponentials and labels.
+  template <class Use>
+  FL_INLINE void each(int64_t voxels, const Use& use) {
+    int64_t v = 0;
+    for (; v + U * L <= voxels; v += U * L) some<U>(v, use);
+    if constexpr (U > 1)
+      for (; v < voxels; v += L) some<1>(v, use);
+  }
+
+ private:
+  template <int N, class Use>
+  FL_INLINE void some(int64_t first, const Use& use) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      prefetch_lines<N * L* int(sizeof(S))>(x[c] + first + ahead);
+      extent.template stored<N>(x[c] + first);
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < N; ++u) {
+      const int64_t v = first + u * L;
+      Vec<T> e[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        e[c] = load_as<S, T>(x[c] + v);
+        extent.loaded(e[c]);
+        e[c] = exponential(e[c]);
+      }
+      use(v, e, kOne ? IVec<T>{} : once(label_lanes<T>(label + v)));
+    }
+  }
+};
+
+// The label's exponential, and the sum of the others.
+template <int C, bool kOne>
+FL_INLINE Pair<float> own_and_rest(const Vec<float> (&e)[C], IVec<float> y) {
+  Vec<float> own = e[0], rest{};
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+    if (kOne) {
+      if (c > 0) rest += e[c];
+      continue;
+    }
+    const IVec<float> is_label = y == class_number<float>(c);
+    own = select<float>(is_label, e[c], own);
+    rest = select<float>(is_label, rest, rest + e[c]);
+  }
+  return {own, rest};
+}
+
+// Makes rows of the label's p, where there are several labels, and of rest / own, and adds Σ p.
+// False, and nothing added, if some logits are too large.
+template <class S, int C, bool kOne>
+bool reduce_few_classes(Tile<float>& t, int only, const ClassSums& to) {
+  using T = float;
+  FewClasses<S, C, kOne> classes(t, only);
+  T *ps = t.row(kA), *quotients = t.row(kB);
+  Vec<T> sums[C] = {};
+  classes.each(t.padded,
+               [&](int64_t v, const Vec<T>(&e)[C], IVec<T> y) __attribute__((always_inline)) {
+                 auto [own, rest] = own_and_rest<C, kOne>(e, y);
+                 // One division for 1 / sum and for rest / own, which near logits do not make
+                 // overflow.
+                 const Vec<T> sum = own + rest, both = T(1) / (sum * own), inverse = both * own;
+#pragma GCC unroll 4
+                 for (int c = 0; c < C; ++c) sums[c] += e[c] * inverse;
+                 store<T>(quotients + v, rest * (sum * both));
+                 if (!kOne) store<T>(ps + v, own * inverse);
+               });
+  if (!classes.extent.within(kNear)) return false;
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) to.predicted[classes.number[c]] += total<T>(sums[c]);
+  if (kOne) to.overlap[only] += total<T>(sums[0]);
+  return true;
+}
+
+// Adds the other sums, from those rows.
+template <int C, bool kOne, bool kLogs>
+void reduce_few_labels(Tile<float>& t, int only, const ClassSums& to) {
+  using T = float;
+  const T *ps = t.row(kA), *quotients = t.row(kB);
+  Vec<T> overlap[C] = {}, loss[C] = {};
+  IVec<T> count[C] = {};
+  for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
+    Vec<T> l{};
+    if (kLogs) l = log_one_plus<T>(load<T>(quotients + v));
+    if (kOne) {
+      loss[0] += l;
+      continue;
+    }
+    const IVec<T> y = once(label_lanes<T>(t.y + v));
+    const Vec<T> p = once(load<T>(ps + v));
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const IVec<T> is_label = y == class_number<T>(c);
+      count[c] -= is_label;
+      overlap[c] = select<T>(is_label, overlap[c] + p, overlap[c]);
+      if (kLogs) loss[c] = select<T>(is_label, loss[c] + l, loss[c]);
+    }
+  }
+  if (kOne) {
+    to.reference[only] += t.n;
+    if (kLogs) to.loss[only] += total<T>(loss[0]);
+    return;
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+    to.reference[c] += total<T>(__builtin_convertvector(count[c], Vec<T>));
+    to.overlap[c] += total<T>(overlap[c]);
+    if (kLogs) to.loss[c] += total<T>(loss[c]);
+  }
+}
+
+// Makes the gradients, rows of `second`. False if some logits are too large for what it made.
+template <class S, int C, bool kOne>
+bool apply_few_classes(Tile<float>& t, int only) {
+  using T = float;
+  const auto& s = t.job.slots;
+  FewClasses<S, C, kOne> classes(t, only);
+  // The derivatives by overlap, predicted and cross-entropy.
+  auto table = [&](int slot) {
+    const T* by_class = coefficients(t, slot);
+    T numbers[lanes<T> < C ? C : lanes<T>] = {};
+    for (int c = 0; by_class && c < C; ++c) numbers[c] = by_class[c];
+    return kOne ? splat<T>(numbers[only]) : load<T>(numbers);
+  };
+  const Vec<T> overlap = table(s.overlap), region = table(s.predicted);
+  const Vec<T> loss = table(s.cross_entropy);
+  Vec<T> k[C];
+  T* to[C];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+    const int64_t number = classes.number[c];
+    k[c] = splat<T>(s.predicted >= 0 ? coefficients(t, s.predicted)[number] : T(0));
+    to[c] = t.second + number * t.stride;
+  }
+  classes.each(t.padded,
+               [&](int64_t v, const Vec<T>(&e)[C], IVec<T> y) __attribute__((always_inline)) {
+                 auto [own, rest] = own_and_rest<C, kOne>(e, y);
+                 Vec<T> others{};
+#pragma GCC unroll 4
+                 for (int c = kOne; c < C; ++c) {
+                   const Vec<T> sum = others + e[c] * k[c];
+                   others = kOne ? sum : select<T>(y == class_number<T>(c), others, sum);
+                 }
+                 auto at = [&](auto of_classes) { return kOne ? of_classes : pick(of_classes, y); };
+                 const Vec<T> inverse = T(1) / (rest + own);
+                 const LabelGradient<T> g(own, rest, inverse, others * inverse, at(overlap),
+                                          at(region), at(loss));
+                 const Vec<T> turn = once(inverse * g.turn);
+#pragma GCC unroll 4
+                 for (int c = 0; c < C; ++c) {
+                   const Vec<T> other = e[c] * (inverse * k[c] - turn);
+                   if (kOne) store<T>(to[c] + v, c ? other : g.at_label);
+                   else store<T>(to[c] + v, select<T>(y == class_number<T>(c), g.at_label, other));
+                 }
+               });
+  return classes.extent.within(kNear);
+}
+
+// Writes them.
+inline void write_few_classes(Tile<float>& t) {
+  with_storage<float>(t.job.out.dtype, [&](auto number) {
+    using S = decltype(number);
+    const Writer<float, S> writer(t);
+    if (!writer.straight) return t.store_gradient(t.second, t.x);
+    with_constant(writer.past_caches, [&](auto stream) {
+      constexpr int L = lanes<float>;
+      constexpr bool kStream = decltype(stream)::value;
+      for (int64_t c = 0; c < t.job.classes; ++c) {
+        const float* g = t.second + c * t.stride;
+        S* to = writer.row(c);
+        int64_t v = 0, end = t.padded;
+        for (; v + 2 * L <= end; v += 2 * L)
+          store_two_as<S, kStream, false, float>(to + v, load<float>(g + v),
+                                                 load<float>(g + v + L));
+        for (; v < end; v += L) store_as<S, kStream, float>(to + v, load<float>(g + v));
+      }
+    });
+  });
+}
+
+// What became of a tile.
+enum class Few { done, too_large, unsuited };
+
+// Calls run(S{}, count, one, only) for a tile whose logits are where they can be read.
+template <class Run>
+Few few_classes(Tile<float>& t, const Run& run) {
+  if (!t.even) return Few::unsuited;
+  const int only = t.only_label();
+  bool near = false;
+  with_source(t, [&](auto number) {
+    with_constant(only >= 0, [&](auto one) {
+      near = t.job.classes == 3 ? run(number, std::integral_constant<int, 3>{}, one, only)
+                                : run(number, std::integral_constant<int, 4>{}, one, only);
+    });
+  });
+  return near ? Few::done : Few::too_large;
+}
+
+template <class T>
+Few reduce_few(Tile<T>& t, const ClassSums& to, bool logs, double* weight) {
+  return few_classes(t, [&](auto number, auto count, auto one, int only) {
+    constexpr int C = decltype(count)::value;
+    constexpr bool kOne = decltype(one)::value;
+    if (!reduce_few_classes<decltype(number), C, kOne>(t, only, to)) return false;
+    if (logs) reduce_few_labels<C, kOne, true>(t, only, to);
+    else reduce_few_labels<C, kOne, false>(t, only, to);
+    *weight += t.n;
+    return true;
+  });
+}
+
+template <class T>
+Few apply_few(Tile<T>& t) {
+  return few_classes(t, [&](auto number, auto count, auto one, int only) {
+    constexpr int C = decltype(count)::value;
+    if (!apply_few_classes<decltype(number), C, decltype(one)::value>(t, only)) return false;
+    write_few_classes(t);
+    return true;
+  });
+}
+
+}  // namespace
