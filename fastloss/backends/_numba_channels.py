@@ -8,13 +8,12 @@ from __future__ import annotations
 import numpy as np
 
 from fastloss.backends._numba_math import exp, log, log1p
-from fastloss.backends._numba_pointers import data, like, shift
+from fastloss.backends._numba_pointers import data, like, shift, take
 from fastloss.backends._numba_tile import (
     BATCH,
     BLOCK,
     BLOCKS,
     CHANNELS,
-    COUNTS,
     CROSS_ENTROPY,
     CROSS_ENTROPY_REST,
     FOCAL,
@@ -125,8 +124,7 @@ def _load_channel(
 
 @kernel
 def reduce(
-    begin,
-    end,
+    turn,
     plan,
     operands,
     numbers,
@@ -139,7 +137,7 @@ def reduce(
     dense,
     sigmoid,
 ):
-    """The sums of the blocks from ``begin`` to ``end``."""
+    """The sums of one block after the other, whose ``turn`` it is."""
     channels = plan[CHANNELS]
     width = plan[TILE]
     voxel = data(scratch)
@@ -155,12 +153,15 @@ def reduce(
     )
     w1 = shift(voxel, _W1)
     logs = (slots[CROSS_ENTROPY] >= 0) | (slots[UNIFORM] >= 0) | (gammas > 0)
-    for block in range(begin, end):
+    while True:
+        block = take(turn)
+        if block >= plan[BATCH] * plan[BLOCKS]:
+            break
         sample = block // plan[BLOCKS]
         start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
         stop = min(start + plan[BLOCK], plan[VOXELS])
         out = shift(data(sums), block * sums.shape[1] * channels)
-        count_of = shift(data(counts), block * COUNTS)
+        count_of = shift(data(counts), block * counts.shape[1])
         for first in range(start, stop, width):
             n = min(width, stop - first)
             zeros = _load_voxels(
@@ -204,8 +205,7 @@ def reduce(
 
 @kernel
 def apply(
-    begin,
-    end,
+    turn,
     plan,
     operands,
     numbers,
@@ -217,7 +217,7 @@ def apply(
     dense,
     sigmoid,
 ):
-    """The gradient of the blocks from ``begin`` to ``end``."""
+    """The gradient of one block after the other, whose ``turn`` it is."""
     channels = plan[CHANNELS]
     width = plan[TILE]
     voxel = data(scratch)
@@ -226,7 +226,10 @@ def apply(
     gammas = numbers.size - 1
     unused = shift(wide, 2 * WIDTH)
     zero, two = like(voxel, 0), like(voxel, 2)
-    for block in range(begin, end):
+    while True:
+        block = take(turn)
+        if block >= plan[BATCH] * plan[BLOCKS]:
+            break
         sample = block // plan[BLOCKS]
         start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
         stop = min(start + plan[BLOCK], plan[VOXELS])

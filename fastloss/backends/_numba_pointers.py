@@ -60,6 +60,16 @@ def address(typingctx: Any, pointer: Any) -> Any:
 
 
 @intrinsic
+def at_address(typingctx: Any, pointer: Any, address: Any) -> Any:
+    """The pointer of the same type to an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[1], args[0].type)
+
+    return pointer(pointer, types.intp), codegen
+
+
+@intrinsic
 def item_size(typingctx: Any, pointer: Any) -> Any:
     """Bytes of an element."""
 
@@ -151,6 +161,18 @@ def prefetch(typingctx: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.intp), codegen
+
+
+@intrinsic
+def take(typingctx: Any, counter: Any) -> Any:
+    """Add 1 to an array of one integer, whoever else does at the same time; what it was before."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = context.make_array(signature.args[0])(context, builder, args[0]).data
+        one = ir.Constant(context.get_value_type(types.intp), 1)
+        return builder.atomic_rmw("add", pointer, one, "monotonic")
+
+    return types.intp(counter), codegen
 
 
 @intrinsic

@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 from fastloss.backends._numba_math import exp, log1p
-from fastloss.backends._numba_pointers import data, like, shift
+from fastloss.backends._numba_pointers import data, like, shift, take
 from fastloss.backends._numba_tile import (
     BATCH,
     BLOCK,
     BLOCKS,
     CHANNELS,
-    COUNTS,
     CROSS_ENTROPY,
     FOCAL,
     GROUP,
@@ -160,9 +159,9 @@ def _nll_row(x, voxel, count, row):
 
 @kernel
 def reduce(
-    begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, sums, counts
+    turn, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, sums, counts
 ):
-    """The sums of the blocks from ``begin`` to ``end``."""
+    """The sums of one block after the other, whose ``turn`` it is."""
     channels = plan[CHANNELS]
     width = plan[TILE]
     voxel = data(scratch)
@@ -174,12 +173,15 @@ def reduce(
     m, mi, mg = shift(voxel, _M), shift(voxel, _MI), shift(voxel, _MG)
     w1, w2, w3 = shift(voxel, _W1), shift(voxel, _W2), shift(voxel, _W3)
     logs = (slots[CROSS_ENTROPY] >= 0) | (slots[UNIFORM] >= 0) | (gammas > 0)
-    for block in range(begin, end):
+    while True:
+        block = take(turn)
+        if block >= plan[BATCH] * plan[BLOCKS]:
+            break
         sample = block // plan[BLOCKS]
         start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
         stop = min(start + plan[BLOCK], plan[VOXELS])
         out = shift(data(sums), block * sums.shape[1] * channels)
-        count_of = shift(data(counts), block * COUNTS)
+        count_of = shift(data(counts), block * counts.shape[1])
         for first in range(start, stop, width):
             n = min(width, stop - first)
             _load_tile(
@@ -229,10 +231,8 @@ def reduce(
 
 
 @kernel
-def apply(
-    begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, coefficients
-):
-    """The gradient of the blocks from ``begin`` to ``end``."""
+def apply(turn, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, coefficients):
+    """The gradient of one block after the other, whose ``turn`` it is."""
     channels = plan[CHANNELS]
     width = plan[TILE]
     voxel = data(scratch)
@@ -244,7 +244,10 @@ def apply(
     unused = shift(wide, 2 * WIDTH)
     w1, w3 = shift(voxel, _W1), shift(voxel, _W3)
     zero, one, two = like(voxel, 0), like(voxel, 1), like(voxel, 2)
-    for block in range(begin, end):
+    while True:
+        block = take(turn)
+        if block >= plan[BATCH] * plan[BLOCKS]:
+            break
         sample = block // plan[BLOCKS]
         start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
         stop = min(start + plan[BLOCK], plan[VOXELS])

@@ -12,13 +12,12 @@ from __future__ import annotations
 import numpy as np
 
 from fastloss.backends._numba_math import exp, exp_near, log_sum
-from fastloss.backends._numba_pointers import data, like, select, shift
+from fastloss.backends._numba_pointers import data, like, select, shift, take
 from fastloss.backends._numba_tile import (
     BATCH,
     BLOCK,
     BLOCKS,
     CHANNELS,
-    COUNTS,
     CROSS_ENTROPY,
     FOCAL,
     GROUP,
@@ -398,8 +397,7 @@ def _logarithms(near, voxel, count):
 
 @kernel
 def reduce(
-    begin,
-    end,
+    turn,
     plan,
     operands,
     numbers,
@@ -412,7 +410,7 @@ def reduce(
     losses,
     loss_weights,
 ):
-    """The sums of the blocks from ``begin`` to ``end``."""
+    """The sums of one block after the other, whose ``turn`` it is."""
     channels = plan[CHANNELS]
     width = plan[TILE]
     voxel = data(scratch)
@@ -427,12 +425,15 @@ def reduce(
     m, v, w2 = shift(voxel, _M), shift(voxel, _V), shift(voxel, _W2)
     unused, present = shift(wide, 2 * WIDTH), shift(labels, WIDTH)
     operand = operands[LOGITS]
-    for block in range(begin, end):
+    while True:
+        block = take(turn)
+        if block >= plan[BATCH] * plan[BLOCKS]:
+            break
         sample = block // plan[BLOCKS]
         start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
         stop = min(start + plan[BLOCK], plan[VOXELS])
         out = shift(data(sums), block * sums.shape[1] * channels)
-        count_of = shift(data(counts), block * COUNTS)
+        count_of = shift(data(counts), block * counts.shape[1])
         for first in range(start, stop, width):
             n = min(width, stop - first)
             zeros = _load_voxels(
@@ -577,8 +578,7 @@ def _gradient_row_squared(x, voxel, labels, c, a, a2, count):
 
 @kernel
 def apply(
-    begin,
-    end,
+    turn,
     plan,
     operands,
     numbers,
@@ -590,7 +590,7 @@ def apply(
     losses,
     loss_weights,
 ):
-    """The gradient of the blocks from ``begin`` to ``end``."""
+    """The gradient of one block after the other, whose ``turn`` it is."""
     channels = plan[CHANNELS]
     width = plan[TILE]
     voxel = data(scratch)
@@ -604,7 +604,10 @@ def apply(
     zero, two = like(voxel, 0), like(voxel, 2)
     by_own = shift(tile, channels * width)
     by_loss = shift(by_own, channels)
-    for block in range(begin, end):
+    while True:
+        block = take(turn)
+        if block >= plan[BATCH] * plan[BLOCKS]:
+            break
         sample = block // plan[BLOCKS]
         start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
         stop = min(start + plan[BLOCK], plan[VOXELS])

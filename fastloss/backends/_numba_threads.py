@@ -1,8 +1,8 @@
-"""Threads for the Numba kernels: they share out blocks, and the caller works along.
+"""Threads for the Numba kernels: all run the same function, which shares out blocks.
 
 Numba's own threading layers do not serve here: one aborts when two Python threads use it at
 once, another when a process forked from one that used it does. The kernels release the GIL, so
-that plain threads will do.
+that plain threads will do. A thread enters a kernel only once, as it must hold the GIL to.
 """
 
 from __future__ import annotations
@@ -10,36 +10,41 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from itertools import count
 from queue import SimpleQueue
 
 
 class Job:
-    """A function of block ranges, run over all of ``blocks`` by whoever has time."""
+    """A function that takes turns with itself, until nothing is left to do."""
 
-    def __init__(self, function: Callable[[int, int], None], blocks: int, chunk: int) -> None:
+    def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
-        self._blocks = blocks
-        self._chunk = chunk
-        self._chunks = -(-blocks // chunk)
-        # Steps of an itertools.count are atomic.
-        self._started, self._finished = count(), count(1)
+        self._lock = threading.Lock()
         self._done = threading.Event()
+        self._running = 0
+        self._closed = False
         self._error: BaseException | None = None
 
     def work(self) -> None:
-        """Take chunks until none is left."""
-        while (number := next(self._started)) < self._chunks:
-            begin = number * self._chunk
-            try:
-                if self._error is None:
-                    self._function(begin, min(begin + self._chunk, self._blocks))
-            except BaseException as error:
-                self._error = error
-            if next(self._finished) == self._chunks:
+        """Call the function, unless it is too late for that."""
+        with self._lock:
+            if self._closed:
+                return
+            self._running += 1
+        try:
+            self._function()
+        except BaseException as error:
+            self._error = error
+        with self._lock:
+            self._running -= 1
+            if self._closed and not self._running:
                 self._done.set()
 
-    def wait(self) -> None:
+    def finish(self) -> None:
+        """Wait for those who began; nobody begins any more."""
+        with self._lock:
+            self._closed = True
+            if not self._running:
+                self._done.set()
         self._done.wait()
         if self._error is not None:
             raise self._error
@@ -58,11 +63,10 @@ class Pool:
         self._queue: SimpleQueue[Job] = SimpleQueue()
         self._started = 0
 
-    def run(self, function: Callable[[int, int], None], blocks: int, threads: int) -> None:
-        """Call function(begin, end) on ranges that together make up all the blocks."""
-        threads = min(threads, blocks)
+    def run(self, function: Callable[[], None], threads: int) -> None:
+        """Call the function from so many threads, until it returns in the one that called."""
         if threads <= 1:
-            function(0, blocks)
+            function()
             return
         if self._started < threads - 1:
             with self._lock:
@@ -70,12 +74,11 @@ class Pool:
                     name = f"fastloss-{self._started}"
                     threading.Thread(target=self._serve, name=name, daemon=True).start()
                     self._started += 1
-        # Several chunks a thread, as a thread may be held up.
-        job = Job(function, blocks, max(1, blocks // (8 * threads)))
+        job = Job(function)
         for _ in range(threads - 1):
             self._queue.put(job)
         job.work()
-        job.wait()
+        job.finish()
 
     def _serve(self) -> None:
         queue = self._queue

@@ -21,6 +21,7 @@ from fastloss.backends._numba_math import exp, log
 from fastloss.backends._numba_pointers import (
     LINE,
     address,
+    at_address,
     call_row,
     item_size,
     like,
@@ -43,9 +44,10 @@ CHANNELS, VOXELS, TILE, BLOCK, BLOCKS, BATCH, IGNORE, AXES, SIZES = range(9)
 """IGNORE: 0 nothing, 1 the voxels that hold the number, 2 those of more than half that class."""
 # The rows of ``operands``, and what each says of its array: then the strides of the spatial axes.
 LOGITS, TARGET, WEIGHT, OUT = range(4)
-ADDRESS, BY_SAMPLE, BY_CHANNEL, ROW, ROW64, STRIDES = range(6)
-"""ROW, ROW64: the addresses of the row functions, to the dtype of computation and to float64. That
-of a label map's ROW leads to int32; 0 where that would not hold all labels."""
+ADDRESS, BY_SAMPLE, BY_CHANNEL, ROW, ROW64, DIRECT, STRIDES = range(7)
+"""DIRECT: 1 where rows can be computed with as they lie. ROW, ROW64: the addresses of the row
+functions, to the dtype of computation and to float64. That of a label map's ROW leads to int32; 0
+where that would not hold all labels."""
 # What a block counts besides its sums.
 WEIGHT_SUM, BAD_LABELS, BAD_WEIGHTS, UNDEFINED, COUNTS = range(5)
 # The indices of the slots of the sums, −1 where not asked for; a pair for each gamma at the end.
@@ -118,27 +120,61 @@ _MOST_BYTES = 8  # of an element
 
 
 @inner
-def _fetch_ahead(plan, operand, sample, channel, first, count):
-    """Prefetch a row that will be loaded soon, where rows are contiguous: the processor follows a
-    row by itself, but cannot guess where the next one starts."""
+def _row_ahead(plan, operand, sample, channel, first, count):
+    """The address of a row that will be loaded soon, or 0 where rows are not contiguous: the
+    processor follows a row by itself, but cannot guess where the next one starts."""
     stride = operand[STRIDES]
     if (plan[AXES] != 1) | (stride < 1) | (stride > _MOST_BYTES):
-        return
+        return 0
     channel += _AHEAD
     while channel >= plan[CHANNELS]:
         channel -= plan[CHANNELS]
         first += count
     base = operand[ADDRESS] + sample * operand[BY_SAMPLE] + channel * operand[BY_CHANNEL]
-    base += first * stride
-    for offset in range(0, count * stride + LINE - 1, LINE):
-        prefetch(base + offset)
+    return base + first * stride
+
+
+@inner
+def fetched(plan, operand, sample, channel, first, count):
+    """What is to be fetched when a row is loaded: an address, and two numbers of bytes, half of the
+    lines and all."""
+    ahead = _row_ahead(plan, operand, sample, channel, first, count)
+    end = count * operand[STRIDES] + LINE - 1 if ahead != 0 else 0
+    return ahead, end // 2 // LINE * LINE, end
+
+
+@inner
+def source(plan, operand, sample, channel, first, row):
+    """The pointer to a row where it lies."""
+    base = operand[ADDRESS] + sample * operand[BY_SAMPLE] + channel * operand[BY_CHANNEL]
+    return at_address(row, base + first * operand[STRIDES])
+
+
+@inner
+def fetch(address, begin, end):
+    for offset in range(begin, end, LINE):
+        prefetch(address + offset)
 
 
 @inner
 def load(plan, operand, sample, channel, first, count, row):
     """Load a channel's row. The others are fetched in their order, to be loaded next."""
-    _fetch_ahead(plan, operand, sample, channel, first, count)
+    # Half of the lines at a time: a processor waits with more than some 20 under way.
+    ahead, half, end = fetched(plan, operand, sample, channel, first, count)
+    fetch(ahead, 0, half)
     move(plan, operand, operand[ROW], sample, channel, first, count, row, False)
+    fetch(ahead, half, end)
+
+
+@inner
+def voxels_to_line(plan, operand, sample):
+    """The voxels of a sample before the first that begins a cache line of the operand, where its
+    voxels follow each other: to write parts of a line past the caches costs more than the line."""
+    stride = operand[STRIDES]
+    if (plan[AXES] != 1) | (stride < 1) | (stride > _MOST_BYTES):
+        return 0
+    past = (operand[ADDRESS] + sample * operand[BY_SAMPLE]) & (LINE - 1)
+    return ((LINE - past) & (LINE - 1)) // stride
 
 
 @inner
@@ -181,9 +217,18 @@ def _ignore_labels(labels, weights, ignore, count):
     return found
 
 
-@adding
+@inner
 def _bound_labels(labels, last, count):
     """Bring all labels into [0, last]; return how many were not."""
+    largest = np.uint32(0)
+    for i in range(count):
+        y = np.uint32(labels[i])
+        largest = select(y > largest, y, largest)
+    return _bound_some(labels, last, count) if largest > np.uint32(last) else np.float32(0)
+
+
+@adding
+def _bound_some(labels, last, count):
     label, zero, one = np.int32(0), np.float32(0), np.float32(1)
     bad = zero
     for i in range(count):

@@ -1,7 +1,7 @@
 """The two passes for a softmax over two channels and a label map, in Numba.
 
-One exponential a voxel is enough: with d = x₁ − x₀ the probabilities are 1/(1+e^−|d|) and
-e^−|d|/(1+e^−|d|), and the gradient by x₀ is the negative of that by x₁.
+One exponential a voxel is enough: with z, the other class's logit less the label's, the
+probabilities are 1/(1+e^z) and e^z/(1+e^z), and the gradient by x₀ is the negative of that by x₁.
 """
 
 # mypy: ignore-errors
@@ -12,13 +12,14 @@ from __future__ import annotations
 import numpy as np
 
 from fastloss.backends._numba_math import exp, log1p_small
-from fastloss.backends._numba_pointers import data, like, select, shift
+from fastloss.backends._numba_pointers import data, like, select, shift, take
 from fastloss.backends._numba_tile import (
+    ADDRESS,
     BATCH,
     BLOCK,
     BLOCKS,
-    COUNTS,
     CROSS_ENTROPY,
+    DIRECT,
     LOGITS,
     OUT,
     OVERLAP,
@@ -27,115 +28,200 @@ from fastloss.backends._numba_tile import (
     TILE,
     UNDEFINED,
     VOXELS,
+    WEIGHT,
     WEIGHT_SUM,
     WIDTH,
     adding,
     blank,
+    fetch,
+    fetched,
     inner,
     kernel,
     load,
     load_labels,
     load_weights,
+    source,
     store,
+    voxels_to_line,
 )
 
 # Rows of numbers per voxel, in units of elements.
 _M = 0 * WIDTH  # the weight m
-_X0 = 1 * WIDTH  # the logits, and then the gradient
+_X0 = 1 * WIDTH  # the logits
 _X1 = 2 * WIDTH
-_E = 3 * WIDTH  # e^−|d|
-_LOSS = 4 * WIDTH  # −log p of the label's class, less log(1 + e^−|d|)
-_OWN = 5 * WIDTH  # p of the label's class, and of the other
-_OTHER = 6 * WIDTH
-ROWS = 7
+_G0 = 3 * WIDTH  # the gradient
+_G1 = 4 * WIDTH
+ROWS = 5
+
+_LARGEST = 87.0
+"""exp takes numbers up to so much, also those of 32 bits."""
 
 
 @inner
-def _load_tile(plan, operands, ignore, sample, first, count, voxel, labels, wide, counts):
+def _load_voxels(plan, operands, ignore, sample, first, count, voxel, labels, wide, counts):
+    """Labels and weights. Returns whether every voxel counts alike, and whether any for nothing."""
     weights = shift(voxel, _M)
     zeros = load_weights(plan, operands, sample, first, count, weights, wide, counts)
     zeros |= load_labels(
         plan, operands, ignore, sample, first, count, labels, weights, wide, counts
     )
+    return (operands[WEIGHT, ADDRESS] == 0) & (not zeros), zeros
+
+
+@inner
+def _load_logits(plan, operands, sample, first, count, voxel, zeros):
     for c in range(2):
         x = shift(voxel, _X0 + c * WIDTH)
         load(plan, operands[LOGITS], sample, c, first, count, x)
         if zeros:
-            blank(x, weights, count)
+            blank(x, shift(voxel, _M), count)
 
 
 @inner
-def _probabilities(voxel, labels, count):
-    """Without the weights; and E and LOSS."""
-    label0 = np.int32(0)  # 64 bits would halve the vectors
-    zero, one = like(voxel, 0), like(voxel, 1)
+def _fetch(plan, operands, sample, channel, first, count):
+    """Fetch a row that will be read where it lies."""
+    ahead, _, end = fetched(plan, operands[LOGITS], sample, channel, first, count)
+    fetch(ahead, 0, end)
+
+
+# In one loop each, where nothing need be stored in between.
+
+
+@inner
+def _ones(labels, count):
+    """How many labels are 1."""
+    ones = np.int32(0)
     for i in range(count):
-        a, b = voxel[_X0 + i], voxel[_X1 + i]
-        d = select(a == b, zero, b - a)  # equal infinities share
-        e = exp(-abs(d))
-        big = one / (one + e)
-        little = e * big
-        margin = select(labels[i] == label0, -d, d)
-        voxel[_E + i] = e
-        voxel[_LOSS + i] = select(margin < zero, -margin, zero)
-        voxel[_OWN + i] = select(margin < zero, little, big)
-        voxel[_OTHER + i] = select(margin < zero, big, little)
+        ones = np.int32(ones + labels[i])
+    return ones
 
 
 @adding
-def _sums(voxel, labels, count):
-    """By label: Σ m, Σ m p of the label's class, and Σ m p of the other class."""
-    label0 = np.int32(0)
-    zero = like(voxel, 0)
-    m0, m1, own0, own1, other0, other1 = zero, zero, zero, zero, zero, zero
+def _sums_of_one(x, x2, count):
+    """Where all labels are the class of x: Σ p of it, Σ p of the other class, and Σ −log p."""
+    zero, one = like(x, 0), like(x, 1)
+    owns, others, losses = zero, zero, zero
     for i in range(count):
-        m = voxel[_M + i]
+        z = x2[i] - x[i]
+        e = exp(-abs(z))
+        big = one / (one + e)
+        little = e * big
+        owns += select(z < zero, big, little)
+        others += select(z < zero, little, big)
+        losses += log1p_small(e) + select(z > zero, z, zero)
+    return owns, others, losses
+
+
+@adding
+def _sums_of_both(x0, x1, labels, count):
+    """By label: Σ p of the label's class, Σ p of the other class, and Σ −log p of the label's."""
+    label0 = np.int32(0)  # 64 bits would halve the vectors
+    zero, one = like(x0, 0), like(x0, 1)
+    own0, own1, other0, other1, loss0, loss1 = zero, zero, zero, zero, zero, zero
+    for i in range(count):
+        a, b = x0[i], x1[i]
         first = labels[i] == label0
-        own, other = m * voxel[_OWN + i], m * voxel[_OTHER + i]
+        z = select(first, b - a, a - b)  # the other logit less the label's
+        e = exp(-abs(z))
+        big = one / (one + e)
+        little = e * big
+        own, other = select(z < zero, big, little), select(z < zero, little, big)
+        loss = log1p_small(e) + select(z > zero, z, zero)
+        own0 += select(first, own, zero)
+        own1 += select(first, zero, own)
+        other0 += select(first, other, zero)
+        other1 += select(first, zero, other)
+        loss0 += select(first, loss, zero)
+        loss1 += select(first, zero, loss)
+    return own0, own1, other0, other1, loss0, loss1
+
+
+@inner
+def _plain_sums(x0, x1, labels, count):
+    """The same, and before it the voxels of either label.
+
+    NaN if a logit is, or both of a voxel are the same infinity.
+    """
+    own0 = own1 = other0 = other1 = loss0 = loss1 = like(x0, 0)
+    ones = _ones(labels, count)
+    if ones == 0:
+        own0, other0, loss0 = _sums_of_one(x0, x1, count)
+    elif ones == count:
+        own1, other1, loss1 = _sums_of_one(x1, x0, count)
+    else:
+        own0, own1, other0, other1, loss0, loss1 = _sums_of_both(x0, x1, labels, count)
+    m0, m1 = like(x0, count - ones), like(x0, ones)
+    return m0, m1, own0, own1, other0, other1, loss0, loss1
+
+
+@adding
+def _sums(x0, x1, voxel, labels, count):
+    """The same with weights, and equal infinities share."""
+    label0 = np.int32(0)
+    zero, one = like(voxel, 0), like(voxel, 1)
+    m0, m1, own0, own1, other0, other1 = zero, zero, zero, zero, zero, zero
+    loss0, loss1 = zero, zero
+    for i in range(count):
+        a, b, m = x0[i], x1[i], voxel[_M + i]
+        first = labels[i] == label0
+        z = select(first, b - a, a - b)
+        z = select(a == b, zero, z)
+        e = exp(-abs(z))
+        big = one / (one + e)
+        little = e * big
+        own, other = m * select(z < zero, big, little), m * select(z < zero, little, big)
+        # A voxel without weight has finite logits, so that this is never 0 times infinity.
+        loss = m * (log1p_small(e) + select(z > zero, z, zero))
         m0 += select(first, m, zero)
         m1 += select(first, zero, m)
         own0 += select(first, own, zero)
         own1 += select(first, zero, own)
         other0 += select(first, other, zero)
         other1 += select(first, zero, other)
-    return m0, m1, own0, own1, other0, other1
-
-
-@adding
-def _losses(voxel, labels, count):
-    """By label: Σ m (−log p) of the label's class."""
-    zero = like(voxel, 0)
-    label0 = np.int32(0)
-    loss0, loss1 = zero, zero
-    for i in range(count):
-        # A voxel without weight has finite logits, so that this is never 0 times infinity.
-        loss = voxel[_M + i] * (voxel[_LOSS + i] + log1p_small(voxel[_E + i]))
-        first = labels[i] == label0
         loss0 += select(first, loss, zero)
         loss1 += select(first, zero, loss)
-    return loss0, loss1
+    return m0, m1, own0, own1, other0, other1, loss0, loss1
 
 
 @kernel
 def reduce(
-    begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, sums, counts
+    turn, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, sums, counts
 ):
-    """The sums of the blocks from ``begin`` to ``end``."""
+    """The sums of one block after the other, whose ``turn`` it is."""
     width = plan[TILE]
     voxel = data(scratch)
     labels = data(label_scratch)
     wide = data(wide_scratch)
-    for block in range(begin, end):
+    direct = operands[LOGITS, DIRECT] == 1
+    while True:
+        block = take(turn)
+        if block >= plan[BATCH] * plan[BLOCKS]:
+            break
         sample = block // plan[BLOCKS]
         start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
         stop = min(start + plan[BLOCK], plan[VOXELS])
         out = shift(data(sums), block * sums.shape[1] * 2)
-        count_of = shift(data(counts), block * COUNTS)
+        count_of = shift(data(counts), block * counts.shape[1])
         for first in range(start, stop, width):
             n = min(width, stop - first)
-            _load_tile(plan, operands, numbers[0], sample, first, n, voxel, labels, wide, count_of)
-            _probabilities(voxel, labels, n)
-            m0, m1, own0, own1, other0, other1 = _sums(voxel, labels, n)
+            if direct:
+                _fetch(plan, operands, sample, 0, first, n)
+            plain, zeros = _load_voxels(
+                plan, operands, numbers[0], sample, first, n, voxel, labels, wide, count_of
+            )
+            x0, x1 = shift(voxel, _X0), shift(voxel, _X1)
+            if direct & plain:
+                _fetch(plan, operands, sample, 1, first, n)
+                x0 = source(plan, operands[LOGITS], sample, 0, first, x0)
+                x1 = source(plan, operands[LOGITS], sample, 1, first, x1)
+            else:
+                _load_logits(plan, operands, sample, first, n, voxel, zeros)
+            m0 = m1 = own0 = own1 = other0 = other1 = loss0 = loss1 = like(voxel, 0)
+            if plain:
+                m0, m1, own0, own1, other0, other1, loss0, loss1 = _plain_sums(x0, x1, labels, n)
+                plain = own0 + own1 == own0 + own1
+            if not plain:
+                m0, m1, own0, own1, other0, other1, loss0, loss1 = _sums(x0, x1, voxel, labels, n)
             count_of[WEIGHT_SUM] += np.float64(m0) + np.float64(m1)
             # Every p is finite, unless a logit was NaN.
             undefined = own0 + own1
@@ -149,47 +235,95 @@ def reduce(
                 out[slots[PREDICTED] * 2] += np.float64(own0) + np.float64(other1)
                 out[slots[PREDICTED] * 2 + 1] += np.float64(own1) + np.float64(other0)
             if slots[CROSS_ENTROPY] >= 0:
-                loss0, loss1 = _losses(voxel, labels, n)
                 out[slots[CROSS_ENTROPY] * 2] += loss0
                 out[slots[CROSS_ENTROPY] * 2 + 1] += loss1
 
 
-@inner
-def _gradient(voxel, labels, if0, if1, loss0, loss1, count):
-    """In place of the logits, in one loop: the probabilities are of no use afterwards."""
-    label0 = np.int32(0)
-    zero, one = like(voxel, 0), like(voxel, 1)
+@adding
+def _gradient_of_one(x, x2, voxel, k, loss, count):
+    """Where all labels are the class of x. NaN is returned if a logit is, or both of a voxel are
+    the same infinity."""
+    zero, one, largest = like(voxel, 0), like(voxel, 1), like(voxel, _LARGEST)
+    probe = zero
     for i in range(count):
-        a, b = voxel[_X0 + i], voxel[_X1 + i]
+        z = x2[i] - x[i]
+        e = exp(select(z > largest, largest, z))
+        own = one / (one + e)
+        probe += own
+        g = e * own * (own * k + loss)
+        voxel[_G0 + i] = -g
+        voxel[_G1 + i] = g
+    return probe
+
+
+@adding
+def _gradient_of_both(x0, x1, voxel, labels, if0, if1, loss0, loss1, count):
+    label0 = np.int32(0)
+    zero, one, largest = like(voxel, 0), like(voxel, 1), like(voxel, _LARGEST)
+    probe = zero
+    for i in range(count):
+        a, b = x0[i], x1[i]
         first = labels[i] == label0
-        d = select(a == b, zero, b - a)
-        e = exp(-abs(d))
-        big = one / (one + e)
-        little = e * big
-        margin = select(first, -d, d)
-        own = select(margin < zero, little, big)
-        other = select(margin < zero, big, little)
+        z = select(first, b - a, a - b)
+        e = exp(select(z > largest, largest, z))
+        own = one / (one + e)
+        probe += own
         # By x₁, label 1: p₀ (p₁ k − loss₁); label 0: p₁ (p₀ k + loss₀).
-        slope = own * select(first, if0, if1) + select(first, loss0, -loss1)
-        g = voxel[_M + i] * (other * slope)
-        voxel[_X0 + i] = -g
-        voxel[_X1 + i] = g
+        g = e * own * (own * select(first, if0, if1) + select(first, loss0, loss1))
+        voxel[_G0 + i] = -g
+        voxel[_G1 + i] = g
+    return probe
+
+
+@inner
+def _plain_gradient(x0, x1, voxel, labels, if0, if1, loss0, loss1, count):
+    ones = _ones(labels, count)
+    if ones == 0:
+        return _gradient_of_one(x0, x1, voxel, if0, loss0, count)
+    if ones == count:
+        return _gradient_of_one(x1, x0, voxel, if1, loss1, count)
+    return _gradient_of_both(x0, x1, voxel, labels, if0, if1, loss0, loss1, count)
+
+
+@inner
+def _gradient(x0, x1, voxel, labels, if0, if1, loss0, loss1, count):
+    """The same with weights, and equal infinities share."""
+    label0 = np.int32(0)
+    zero, one, largest = like(voxel, 0), like(voxel, 1), like(voxel, _LARGEST)
+    for i in range(count):
+        a, b = x0[i], x1[i]
+        first = labels[i] == label0
+        z = select(first, b - a, a - b)
+        z = select(a == b, zero, z)
+        e = exp(select(z > largest, largest, z))
+        own = one / (one + e)
+        g = e * own * (own * select(first, if0, if1) + select(first, loss0, loss1))
+        g *= voxel[_M + i]
+        voxel[_G0 + i] = -g
+        voxel[_G1 + i] = g
 
 
 @kernel
-def apply(
-    begin, end, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, coefficients
-):
-    """The gradient of the blocks from ``begin`` to ``end``."""
+def apply(turn, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, coefficients):
+    """The gradient of one block after the other, whose ``turn`` it is."""
     width = plan[TILE]
     voxel = data(scratch)
     labels = data(label_scratch)
     wide = data(wide_scratch)
     unused = shift(wide, 2 * WIDTH)
-    for block in range(begin, end):
+    direct = operands[LOGITS, DIRECT] == 1
+    while True:
+        block = take(turn)
+        if block >= plan[BATCH] * plan[BLOCKS]:
+            break
         sample = block // plan[BLOCKS]
         start = (block - sample * plan[BLOCKS]) * plan[BLOCK]
         stop = min(start + plan[BLOCK], plan[VOXELS])
+        # What a voxel's gradient is does not depend on the tile.
+        lead = voxels_to_line(plan, operands[OUT], sample)
+        if start > 0:
+            start = min(start + lead, plan[VOXELS])
+        stop = min(stop + lead, plan[VOXELS])
         here = shift(data(coefficients), sample * 2)
         step = plan[BATCH] * 2
         if0 = if1 = loss0 = loss1 = like(voxel, 0)
@@ -201,10 +335,27 @@ def apply(
             if1 += here[slots[OVERLAP] * step + 1]
         if slots[CROSS_ENTROPY] >= 0:
             loss0 = here[slots[CROSS_ENTROPY] * step]
-            loss1 = here[slots[CROSS_ENTROPY] * step + 1]
-        for first in range(start, stop, width):
-            n = min(width, stop - first)
-            _load_tile(plan, operands, numbers[0], sample, first, n, voxel, labels, wide, unused)
-            _gradient(voxel, labels, if0, if1, loss0, loss1, n)
-            store(plan, operands[OUT], sample, 0, first, n, shift(voxel, _X0))
-            store(plan, operands[OUT], sample, 1, first, n, shift(voxel, _X1))
+            loss1 = -here[slots[CROSS_ENTROPY] * step + 1]
+        first = start
+        while first < stop:
+            n = min(lead if first < lead else width, stop - first)
+            if direct:
+                _fetch(plan, operands, sample, 0, first, n)
+            plain, zeros = _load_voxels(
+                plan, operands, numbers[0], sample, first, n, voxel, labels, wide, unused
+            )
+            x0, x1 = shift(voxel, _X0), shift(voxel, _X1)
+            if direct & plain:
+                _fetch(plan, operands, sample, 1, first, n)
+                x0 = source(plan, operands[LOGITS], sample, 0, first, x0)
+                x1 = source(plan, operands[LOGITS], sample, 1, first, x1)
+            else:
+                _load_logits(plan, operands, sample, first, n, voxel, zeros)
+            if plain:
+                probe = _plain_gradient(x0, x1, voxel, labels, if0, if1, loss0, loss1, n)
+                plain = probe == probe
+            if not plain:
+                _gradient(x0, x1, voxel, labels, if0, if1, loss0, loss1, n)
+            store(plan, operands[OUT], sample, 0, first, n, shift(voxel, _G0))
+            store(plan, operands[OUT], sample, 1, first, n, shift(voxel, _G1))
+            first += n

@@ -39,6 +39,7 @@ _BLOCK_VOXELS = 4096
 _BLOCK_LOGITS = 1 << 18
 _BLOCKS = 1024  # at most, of a sample: the sums of the blocks take little memory beside the logits
 _OF_TWO = frozenset(("region", "cross_entropy"))  # all that the kernels of two classes compute
+_LINE = 64  # bytes of a cache line
 _FEW_LOGITS = 1 << 14  # so few that a second thread takes longer to wake than to help
 
 
@@ -75,11 +76,13 @@ class NumbaBackend(Backend):
         call = _Call(request, arrays, None, losses)
         batch, channels = arrays.logits.shape[:2]
         slots = len(request.slots)
-        partial = np.zeros((batch * call.blocks, slots, channels))
-        counts = np.zeros((batch * call.blocks, _numba_tile.COUNTS))
+        # What one thread writes and another does shares no cache line.
+        apart = -(-_LINE // (8 * channels))
+        partial = np.zeros((batch * call.blocks, slots + apart, channels))
+        counts = np.zeros((batch * call.blocks, _numba_tile.COUNTS + _LINE // 8))
         self._run(call, call.kernels.reduce, partial, counts)
 
-        counts = counts.reshape(batch, call.blocks, _numba_tile.COUNTS)
+        counts = counts.reshape(batch, call.blocks, counts.shape[1])
         bad = counts.sum(axis=(0, 1))
         if bad[_numba_tile.BAD_LABELS]:
             raise bad_labels(
@@ -90,8 +93,8 @@ class NumbaBackend(Backend):
             )
         if bad[_numba_tile.BAD_WEIGHTS]:
             raise bad_weights(int(bad[_numba_tile.BAD_WEIGHTS]), _first_bad_weight(arrays))
-        partial = partial.reshape(batch, call.blocks, slots, channels)
-        sums[...] = partial.sum(axis=1).transpose(1, 0, 2)
+        partial = partial.reshape(batch, call.blocks, slots + apart, channels)
+        sums[...] = partial[:, :, :slots].sum(axis=1).transpose(1, 0, 2)
         voxels[:] = counts[:, :, _numba_tile.WEIGHT_SUM].sum(axis=1)
         if bad[_numba_tile.UNDEFINED]:
             # A voxel with NaN has no probabilities; they enter all sums of all its classes.
@@ -112,17 +115,18 @@ class NumbaBackend(Backend):
         self._run(call, call.kernels.apply, np.ascontiguousarray(coefficients, arrays.value_dtype))
 
     def _run(self, call: _Call, kernel: Any, *results: np.ndarray) -> None:
-        blocks = call.plan[_numba_tile.BATCH] * call.blocks
+        blocks = int(call.plan[_numba_tile.BATCH] * call.blocks)
         if not blocks:
             return
+        turn = np.zeros(1, np.intp)
 
-        def compute(begin: int, end: int) -> None:
-            kernel(begin, end, *call.inputs, *call.scratch(), *results, *call.options)
+        def compute() -> None:
+            kernel(turn, *call.inputs, *call.scratch(), *results, *call.options)
             if call.stream:
                 settle()
 
         few = call.arrays.logits.size < _FEW_LOGITS
-        self._pool.run(compute, int(blocks), 1 if few else self.get_num_threads())
+        self._pool.run(compute, 1 if few else min(blocks, self.get_num_threads()))
 
 
 class _Call:
@@ -174,6 +178,11 @@ class _Call:
         first = _numba_tile.ADDRESS
         operands[_numba_tile.LOGITS, first] += _address(x)
         operands[_numba_tile.LOGITS, _numba_tile.ROW] = loader(arrays.logits_dtype, computed)
+        steps = operands[_numba_tile.LOGITS, _numba_tile.STRIDES :]
+        contiguous = len(steps) == 1 and steps[0] == self.dtype.itemsize
+        operands[_numba_tile.LOGITS, _numba_tile.DIRECT] = (
+            contiguous and arrays.logits_dtype == computed
+        )
         operands[_numba_tile.TARGET, first] += _address(arrays.target)
         if arrays.dense:
             operands[_numba_tile.TARGET, _numba_tile.ROW] = loader(arrays.target_dtype, computed)
