@@ -13,7 +13,14 @@ import numpy as np
 
 from fastloss.backends._numba_math import exp, exp_near, log_sum
 from fastloss.backends._numba_pointers import data, like, select, shift, take
+from fastloss.backends._numba_softmax_few import (
+    NEAR,
+    gradients_of_few,
+    losses_of_few,
+    sums_of_few,
+)
 from fastloss.backends._numba_tile import (
+    ADDRESS,
     BATCH,
     BLOCK,
     BLOCKS,
@@ -33,6 +40,7 @@ from fastloss.backends._numba_tile import (
     UNDEFINED,
     UNIFORM,
     VOXELS,
+    WEIGHT,
     WEIGHT_SUM,
     WIDTH,
     add_by_label,
@@ -84,11 +92,8 @@ _W2 = 18 * WIDTH
 _A_TOTAL = 19 * WIDTH  # what is summed up of A so far
 _U_HIGH = 20 * WIDTH  # m / sum times the sum of the coefficients of uniform, and its rounding
 _U_LOW = 21 * WIDTH
+_G = _SHARED  # and the rows that follow: the gradient, where nothing else is made before it
 ROWS = 22
-
-_NEAR = 32
-"""Exponentials of logits up to so far from 0 need no maximum taken off: neither they nor their
-quotients and squares leave the range of float32, however many classes there are."""
 
 
 @summing
@@ -106,7 +111,7 @@ def _uniform_row(x, voxel, count):
 @adding
 def _near_row(x, voxel, labels, c, count):
     """Return how many logits are not near 0."""
-    zero, one, near = like(x, 0), like(x, 1), like(x, _NEAR)
+    zero, one, near = like(x, 0), like(x, 1), like(x, NEAR)
     label = np.int32(c)  # 64 bits would halve the vectors
     far = zero
     for i in range(count):
@@ -123,7 +128,7 @@ def _near_row(x, voxel, labels, c, count):
 
 @adding
 def _near_row_weighted(x, voxel, labels, c, weight, count):
-    zero, one, near = like(x, 0), like(x, 1), like(x, _NEAR)
+    zero, one, near = like(x, 0), like(x, 1), like(x, NEAR)
     label = np.int32(c)
     far = zero
     for i in range(count):
@@ -142,7 +147,7 @@ def _near_row_weighted(x, voxel, labels, c, weight, count):
 @adding
 def _near_pair(x, x2, voxel, labels, c, count):
     """As `_near_row` for two classes, between which the sums stay in registers."""
-    zero, one, near = like(x, 0), like(x, 1), like(x, _NEAR)
+    zero, one, near = like(x, 0), like(x, 1), like(x, NEAR)
     label, label2 = np.int32(c), np.int32(c + 1)
     far = zero
     for i in range(count):
@@ -161,7 +166,7 @@ def _near_pair(x, x2, voxel, labels, c, count):
 
 @adding
 def _near_pair_weighted(x, x2, voxel, labels, c, weight, weight2, count):
-    zero, one, near = like(x, 0), like(x, 1), like(x, _NEAR)
+    zero, one, near = like(x, 0), like(x, 1), like(x, NEAR)
     label, label2 = np.int32(c), np.int32(c + 1)
     far = zero
     for i in range(count):
@@ -184,7 +189,7 @@ def _near_pair_weighted(x, x2, voxel, labels, c, weight, weight2, count):
 
 @adding
 def _near_others(x, x2, voxel, count):
-    zero, one, near = like(x, 0), like(x, 1), like(x, _NEAR)
+    zero, one, near = like(x, 0), like(x, 1), like(x, NEAR)
     far = zero
     for i in range(count):
         d, d2 = x[i], x2[i]
@@ -199,7 +204,7 @@ def _near_others(x, x2, voxel, count):
 
 @adding
 def _near_others_weighted(x, x2, voxel, weight, weight2, count):
-    zero, one, near = like(x, 0), like(x, 1), like(x, _NEAR)
+    zero, one, near = like(x, 0), like(x, 1), like(x, NEAR)
     far = zero
     for i in range(count):
         d, d2 = x[i], x2[i]
@@ -395,6 +400,13 @@ def _logarithms(near, voxel, count):
         voxel[_NLL + i] = log - voxel[_D + i]
 
 
+@inner
+def _suits_few(operands, slots, channels, gammas):
+    more = (slots[PREDICTED_SQUARED] >= 0) | (slots[UNIFORM] >= 0) | (slots[TOP_K] >= 0)
+    alike = operands[WEIGHT, ADDRESS] == 0
+    return (channels == 3) | (channels == 4) and alike and not (more or gammas > 0)
+
+
 @kernel
 def reduce(
     turn,
@@ -422,6 +434,7 @@ def reduce(
     squared = slots[PREDICTED_SQUARED]
     top_k = slots[TOP_K] >= 0
     logs = (slots[CROSS_ENTROPY] >= 0) | (slots[UNIFORM] >= 0) | (gammas > 0) | top_k
+    few = _suits_few(operands, slots, channels, gammas)
     m, v, w2 = shift(voxel, _M), shift(voxel, _V), shift(voxel, _W2)
     unused, present = shift(wide, 2 * WIDTH), shift(labels, WIDTH)
     operand = operands[LOGITS]
@@ -439,6 +452,37 @@ def reduce(
             zeros = _load_voxels(
                 plan, operands, numbers[0], sample, first, n, voxel, labels, present, wide, count_of
             )
+            if few & (not zeros):
+                row = shift(voxel, _P)
+                far, s0, s1, s2, s3 = sums_of_few(
+                    plan, operand, sample, first, n, tile, labels, row
+                )
+                if far == 0:
+                    if logs:
+                        losses_of_few(row, n)
+                    count_of[WEIGHT_SUM] += n
+                    undefined = s0 + s1
+                    count_of[UNDEFINED] += 0 if undefined == undefined else 1
+                    add_three_by_label(
+                        m,
+                        row,
+                        shift(voxel, _NLL) if logs else m,
+                        labels,
+                        n,
+                        channels,
+                        present,
+                        shift(out, slots[REFERENCE] * channels),
+                        shift(out, slots[OVERLAP] * channels) if slots[OVERLAP] >= 0 else unused,
+                        shift(out, slots[CROSS_ENTROPY] * channels) if logs else unused,
+                    )
+                    if predicted >= 0:
+                        to = shift(out, predicted * channels)
+                        to[0] += s0
+                        to[1] += s1
+                        to[2] += s2
+                        if channels == 4:
+                            to[3] += s3
+                    continue
             near = False
             if slots[UNIFORM] < 0:  # which needs the logits themselves
                 near = _activate_near(
@@ -604,6 +648,8 @@ def apply(
     zero, two = like(voxel, 0), like(voxel, 2)
     by_own = shift(tile, channels * width)
     by_loss = shift(by_own, channels)
+    by_others = shift(by_loss, channels)
+    few = _suits_few(operands, slots, channels, gammas)
     while True:
         block = take(turn)
         if block >= plan[BATCH] * plan[BLOCKS]:
@@ -622,7 +668,8 @@ def apply(
         uniform = slots[UNIFORM] >= 0
         cross_entropy = slots[CROSS_ENTROPY] >= 0
         for c in range(channels):
-            by_own[c] = by_predicted[c] if predicted else zero
+            by_others[c] = by_predicted[c] if predicted else zero
+            by_own[c] = by_others[c]
             by_own[c] += by_overlap[c] if slots[OVERLAP] >= 0 else zero
             by_loss[c] = here[slots[CROSS_ENTROPY] * step + c] if cross_entropy else zero
         sum_of_uniform = 0.0
@@ -644,6 +691,25 @@ def apply(
                 wide,
                 unused,
             )
+            if few & (not zeros):
+                g = shift(voxel, _G)
+                far = gradients_of_few(
+                    plan,
+                    operand,
+                    sample,
+                    first,
+                    n,
+                    tile,
+                    labels,
+                    by_others,
+                    by_own,
+                    by_loss,
+                    g,
+                )
+                if far == 0:
+                    for c in range(channels):
+                        store(plan, operands[OUT], sample, c, first, n, shift(g, c * WIDTH))
+                    continue
             near = _activate_near(
                 plan,
                 operand,

@@ -115,6 +115,9 @@ def move(plan, operand, function, sample, channel, first, count, row, store):
         count -= run
 
 
+PART = 128
+"""So many voxels of a few rows are computed with at a time, where those ahead are fetched."""
+
 _AHEAD = 4  # rows
 _MOST_BYTES = 8  # of an element
 
@@ -135,15 +138,6 @@ def _row_ahead(plan, operand, sample, channel, first, count):
 
 
 @inner
-def fetched(plan, operand, sample, channel, first, count):
-    """What is to be fetched when a row is loaded: an address, and two numbers of bytes, half of the
-    lines and all."""
-    ahead = _row_ahead(plan, operand, sample, channel, first, count)
-    end = count * operand[STRIDES] + LINE - 1 if ahead != 0 else 0
-    return ahead, end // 2 // LINE * LINE, end
-
-
-@inner
 def source(plan, operand, sample, channel, first, row):
     """The pointer to a row where it lies."""
     base = operand[ADDRESS] + sample * operand[BY_SAMPLE] + channel * operand[BY_CHANNEL]
@@ -151,19 +145,28 @@ def source(plan, operand, sample, channel, first, row):
 
 
 @inner
-def fetch(address, begin, end):
-    for offset in range(begin, end, LINE):
-        prefetch(address + offset)
+def fetch_part(plan, operand, sample, first, count, begin, part):
+    """Fetch what lies ahead of a part of a tile's rows, where those are used where they lie."""
+    if operand[DIRECT] == 1:
+        stride = operand[STRIDES]
+        for channel in range(plan[CHANNELS]):
+            ahead = _row_ahead(plan, operand, sample, channel, first, count) + begin * stride
+            for offset in range(0, part * stride, LINE):
+                prefetch(ahead + offset)
 
 
 @inner
 def load(plan, operand, sample, channel, first, count, row):
     """Load a channel's row. The others are fetched in their order, to be loaded next."""
-    # Half of the lines at a time: a processor waits with more than some 20 under way.
-    ahead, half, end = fetched(plan, operand, sample, channel, first, count)
-    fetch(ahead, 0, half)
+    # Half of the lines at a time: what is asked for with some 20 under way is dropped.
+    ahead = _row_ahead(plan, operand, sample, channel, first, count)
+    end = count * operand[STRIDES] + LINE - 1 if ahead != 0 else 0
+    half = end // 2 // LINE * LINE
+    for offset in range(0, half, LINE):
+        prefetch(ahead + offset)
     move(plan, operand, operand[ROW], sample, channel, first, count, row, False)
-    fetch(ahead, half, end)
+    for offset in range(half, end, LINE):
+        prefetch(ahead + offset)
 
 
 @inner

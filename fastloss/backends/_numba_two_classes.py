@@ -33,8 +33,7 @@ from fastloss.backends._numba_tile import (
     WIDTH,
     adding,
     blank,
-    fetch,
-    fetched,
+    fetch_part,
     inner,
     kernel,
     load,
@@ -52,6 +51,7 @@ _X1 = 2 * WIDTH
 _G0 = 3 * WIDTH  # the gradient
 _G1 = 4 * WIDTH
 ROWS = 5
+_PART = 256  # voxels that are computed with at a time, where those ahead are fetched
 
 _LARGEST = 87.0
 """exp takes numbers up to so much, also those of 32 bits."""
@@ -75,13 +75,6 @@ def _load_logits(plan, operands, sample, first, count, voxel, zeros):
         load(plan, operands[LOGITS], sample, c, first, count, x)
         if zeros:
             blank(x, shift(voxel, _M), count)
-
-
-@inner
-def _fetch(plan, operands, sample, channel, first, count):
-    """Fetch a row that will be read where it lies."""
-    ahead, _, end = fetched(plan, operands[LOGITS], sample, channel, first, count)
-    fetch(ahead, 0, end)
 
 
 # In one loop each, where nothing need be stored in between.
@@ -137,21 +130,37 @@ def _sums_of_both(x0, x1, labels, count):
 
 
 @inner
-def _plain_sums(x0, x1, labels, count):
-    """The same, and before it the voxels of either label.
+def _plain_sums(plan, operand, sample, first, x0, x1, labels, count):
+    """The same of a whole tile, and before it the voxels of either label.
 
     NaN if a logit is, or both of a voxel are the same infinity.
     """
-    own0 = own1 = other0 = other1 = loss0 = loss1 = like(x0, 0)
-    ones = _ones(labels, count)
-    if ones == 0:
-        own0, other0, loss0 = _sums_of_one(x0, x1, count)
-    elif ones == count:
-        own1, other1, loss1 = _sums_of_one(x1, x0, count)
-    else:
-        own0, own1, other0, other1, loss0, loss1 = _sums_of_both(x0, x1, labels, count)
-    m0, m1 = like(x0, count - ones), like(x0, ones)
-    return m0, m1, own0, own1, other0, other1, loss0, loss1
+    m1 = own0 = own1 = other0 = other1 = loss0 = loss1 = like(x0, 0)
+    for i in range(0, count, _PART):
+        n = min(_PART, count - i)
+        fetch_part(plan, operand, sample, first, count, i, n)
+        a, b, y = shift(x0, i), shift(x1, i), shift(labels, i)
+        ones = _ones(y, n)
+        m1 += like(x0, ones)
+        if ones == 0:
+            own, other, loss = _sums_of_one(a, b, n)
+            own0 += own
+            other0 += other
+            loss0 += loss
+        elif ones == n:
+            own, other, loss = _sums_of_one(b, a, n)
+            own1 += own
+            other1 += other
+            loss1 += loss
+        else:
+            o0, o1, r0, r1, l0, l1 = _sums_of_both(a, b, y, n)
+            own0 += o0
+            own1 += o1
+            other0 += r0
+            other1 += r1
+            loss0 += l0
+            loss1 += l1
+    return like(x0, count) - m1, m1, own0, own1, other0, other1, loss0, loss1
 
 
 @adding
@@ -204,21 +213,20 @@ def reduce(
         count_of = shift(data(counts), block * counts.shape[1])
         for first in range(start, stop, width):
             n = min(width, stop - first)
-            if direct:
-                _fetch(plan, operands, sample, 0, first, n)
             plain, zeros = _load_voxels(
                 plan, operands, numbers[0], sample, first, n, voxel, labels, wide, count_of
             )
             x0, x1 = shift(voxel, _X0), shift(voxel, _X1)
             if direct & plain:
-                _fetch(plan, operands, sample, 1, first, n)
                 x0 = source(plan, operands[LOGITS], sample, 0, first, x0)
                 x1 = source(plan, operands[LOGITS], sample, 1, first, x1)
             else:
                 _load_logits(plan, operands, sample, first, n, voxel, zeros)
             m0 = m1 = own0 = own1 = other0 = other1 = loss0 = loss1 = like(voxel, 0)
             if plain:
-                m0, m1, own0, own1, other0, other1, loss0, loss1 = _plain_sums(x0, x1, labels, n)
+                m0, m1, own0, own1, other0, other1, loss0, loss1 = _plain_sums(
+                    plan, operands[LOGITS], sample, first, x0, x1, labels, n
+                )
                 plain = own0 + own1 == own0 + own1
             if not plain:
                 m0, m1, own0, own1, other0, other1, loss0, loss1 = _sums(x0, x1, voxel, labels, n)
@@ -276,13 +284,22 @@ def _gradient_of_both(x0, x1, voxel, labels, if0, if1, loss0, loss1, count):
 
 
 @inner
-def _plain_gradient(x0, x1, voxel, labels, if0, if1, loss0, loss1, count):
-    ones = _ones(labels, count)
-    if ones == 0:
-        return _gradient_of_one(x0, x1, voxel, if0, loss0, count)
-    if ones == count:
-        return _gradient_of_one(x1, x0, voxel, if1, loss1, count)
-    return _gradient_of_both(x0, x1, voxel, labels, if0, if1, loss0, loss1, count)
+def _plain_gradient(
+    plan, operand, sample, first, x0, x1, voxel, labels, if0, if1, loss0, loss1, count
+):
+    probe = like(voxel, 0)
+    for i in range(0, count, _PART):
+        n = min(_PART, count - i)
+        fetch_part(plan, operand, sample, first, count, i, n)
+        a, b, y, to = shift(x0, i), shift(x1, i), shift(labels, i), shift(voxel, i)
+        ones = _ones(y, n)
+        if ones == 0:
+            probe += _gradient_of_one(a, b, to, if0, loss0, n)
+        elif ones == n:
+            probe += _gradient_of_one(b, a, to, if1, loss1, n)
+        else:
+            probe += _gradient_of_both(a, b, to, y, if0, if1, loss0, loss1, n)
+    return probe
 
 
 @inner
@@ -339,20 +356,31 @@ def apply(turn, plan, operands, numbers, slots, scratch, label_scratch, wide_scr
         first = start
         while first < stop:
             n = min(lead if first < lead else width, stop - first)
-            if direct:
-                _fetch(plan, operands, sample, 0, first, n)
             plain, zeros = _load_voxels(
                 plan, operands, numbers[0], sample, first, n, voxel, labels, wide, unused
             )
             x0, x1 = shift(voxel, _X0), shift(voxel, _X1)
             if direct & plain:
-                _fetch(plan, operands, sample, 1, first, n)
                 x0 = source(plan, operands[LOGITS], sample, 0, first, x0)
                 x1 = source(plan, operands[LOGITS], sample, 1, first, x1)
             else:
                 _load_logits(plan, operands, sample, first, n, voxel, zeros)
             if plain:
-                probe = _plain_gradient(x0, x1, voxel, labels, if0, if1, loss0, loss1, n)
+                probe = _plain_gradient(
+                    plan,
+                    operands[LOGITS],
+                    sample,
+                    first,
+                    x0,
+                    x1,
+                    voxel,
+                    labels,
+                    if0,
+                    if1,
+                    loss0,
+                    loss1,
+                    n,
+                )
                 plain = probe == probe
             if not plain:
                 _gradient(x0, x1, voxel, labels, if0, if1, loss0, loss1, n)

@@ -206,7 +206,7 @@ class _Call:
         channels = int(self.plan[_numba_tile.CHANNELS])
         elements = self.kernels.ROWS * WIDTH + copies * channels * int(self.plan[_numba_tile.TILE])
         return (
-            _aligned(elements + 2 * channels, self.dtype),
+            _aligned(elements + 3 * channels, self.dtype),
             np.empty(WIDTH + channels, np.int32),
             np.empty(2 * WIDTH + max(channels, _numba_tile.COUNTS), np.float64),
         )
