@@ -93,12 +93,13 @@ def test_the_same_bits_wherever_the_gradient_lies(
     x[0, :, some[30:]] += 50
     memory = np.empty(x.nbytes + 128, np.uint8)
     start = -memory.ctypes.data % 64
-    results = []
-    for offset in (0, size, 16, 48, 64 - size):
-        out = memory[start + offset :][: x.nbytes].view(dtype).reshape(x.shape)
-        results.append(loss.value_and_grad(x, y, out=out)[1].copy())
-    for result in results[1:]:
-        same_bits([result], [results[0]])
+    for target in (y, y.astype(np.uint8)):
+        results = []
+        for offset in (0, size, 16, 48, 64 - size):
+            out = memory[start + offset :][: x.nbytes].view(dtype).reshape(x.shape)
+            results.append(loss.value_and_grad(x, target, out=out)[1].copy())
+        for result in results[1:]:
+            same_bits([result], [results[0]])
 
 
 def test_several_threads_at_once(backend: str) -> None:

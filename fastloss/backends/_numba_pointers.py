@@ -70,6 +70,16 @@ def at_address(typingctx: Any, pointer: Any, address: Any) -> Any:
 
 
 @intrinsic
+def bytes_at(typingctx: Any, address: Any) -> Any:
+    """The pointer to unsigned bytes at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.CPointer(types.uint8)(types.intp), codegen
+
+
+@intrinsic
 def item_size(typingctx: Any, pointer: Any) -> Any:
     """Bytes of an element."""
 
@@ -134,6 +144,22 @@ def stream_line(typingctx: Any, target: Any, source: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         line = ir.VectorType(ir.IntType(32), LINE // 4).as_pointer()
         value = builder.load(builder.bitcast(args[1], line), align=4)
+        stored = builder.store(value, builder.bitcast(args[0], line), align=LINE)
+        one = ir.Constant(ir.IntType(32), 1)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([one]))
+        return context.get_dummy_value()
+
+    return types.void(target, source), codegen
+
+
+@intrinsic
+def stream_negated(typingctx: Any, target: Any, source: Any) -> Any:
+    """As `stream_line`, of the negative numbers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        count = LINE * 8 // target.dtype.bitwidth
+        line = ir.VectorType(args[0].type.pointee, count).as_pointer()
+        value = builder.fneg(builder.load(builder.bitcast(args[1], line), align=4))
         stored = builder.store(value, builder.bitcast(args[0], line), align=LINE)
         one = ir.Constant(ir.IntType(32), 1)
         stored.set_metadata("nontemporal", builder.module.add_metadata([one]))

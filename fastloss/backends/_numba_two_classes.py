@@ -12,7 +12,19 @@ from __future__ import annotations
 import numpy as np
 
 from fastloss.backends._numba_math import exp, log1p_small
-from fastloss.backends._numba_pointers import data, like, select, shift, take
+from fastloss.backends._numba_pointers import (
+    LINE,
+    address,
+    bytes_at,
+    data,
+    item_size,
+    like,
+    select,
+    shift,
+    stream_line,
+    stream_negated,
+    take,
+)
 from fastloss.backends._numba_tile import (
     ADDRESS,
     BATCH,
@@ -20,11 +32,13 @@ from fastloss.backends._numba_tile import (
     BLOCKS,
     CROSS_ENTROPY,
     DIRECT,
+    IGNORE,
     LOGITS,
     OUT,
     OVERLAP,
     PREDICTED,
     REFERENCE,
+    TARGET,
     TILE,
     UNDEFINED,
     VOXELS,
@@ -59,13 +73,20 @@ _LARGEST = 87.0
 
 @inner
 def _load_voxels(plan, operands, ignore, sample, first, count, voxel, labels, wide, counts):
-    """Labels and weights. Returns whether every voxel counts alike, and whether any for nothing."""
+    """Labels and weights. Returns whether any voxel counts for nothing."""
     weights = shift(voxel, _M)
     zeros = load_weights(plan, operands, sample, first, count, weights, wide, counts)
     zeros |= load_labels(
         plan, operands, ignore, sample, first, count, labels, weights, wide, counts
     )
-    return (operands[WEIGHT, ADDRESS] == 0) & (not zeros), zeros
+    return zeros
+
+
+@inner
+def _alike(plan, operands):
+    """Whether every voxel counts alike, and all can be read where it lies."""
+    lie = (operands[LOGITS, DIRECT] == 1) & (operands[TARGET, DIRECT] == 1)
+    return lie & (operands[WEIGHT, ADDRESS] == 0) & (plan[IGNORE] == 0)
 
 
 @inner
@@ -87,6 +108,15 @@ def _ones(labels, count):
     for i in range(count):
         ones = np.int32(ones + labels[i])
     return ones
+
+
+@inner
+def _two_labels(labels, count):
+    """Whether all labels are 0 or 1."""
+    found = np.uint8(0)
+    for i in range(count):
+        found |= labels[i]
+    return found <= 1
 
 
 @adding
@@ -164,14 +194,14 @@ def _plain_sums(plan, operand, sample, first, x0, x1, labels, count):
 
 
 @adding
-def _sums(x0, x1, voxel, labels, count):
+def _sums(voxel, labels, count):
     """The same with weights, and equal infinities share."""
     label0 = np.int32(0)
     zero, one = like(voxel, 0), like(voxel, 1)
     m0, m1, own0, own1, other0, other1 = zero, zero, zero, zero, zero, zero
     loss0, loss1 = zero, zero
     for i in range(count):
-        a, b, m = x0[i], x1[i], voxel[_M + i]
+        a, b, m = voxel[_X0 + i], voxel[_X1 + i], voxel[_M + i]
         first = labels[i] == label0
         z = select(first, b - a, a - b)
         z = select(a == b, zero, z)
@@ -201,7 +231,7 @@ def reduce(
     voxel = data(scratch)
     labels = data(label_scratch)
     wide = data(wide_scratch)
-    direct = operands[LOGITS, DIRECT] == 1
+    alike = _alike(plan, operands)
     while True:
         block = take(turn)
         if block >= plan[BATCH] * plan[BLOCKS]:
@@ -213,23 +243,23 @@ def reduce(
         count_of = shift(data(counts), block * counts.shape[1])
         for first in range(start, stop, width):
             n = min(width, stop - first)
-            plain, zeros = _load_voxels(
-                plan, operands, numbers[0], sample, first, n, voxel, labels, wide, count_of
-            )
-            x0, x1 = shift(voxel, _X0), shift(voxel, _X1)
-            if direct & plain:
-                x0 = source(plan, operands[LOGITS], sample, 0, first, x0)
-                x1 = source(plan, operands[LOGITS], sample, 1, first, x1)
-            else:
-                _load_logits(plan, operands, sample, first, n, voxel, zeros)
             m0 = m1 = own0 = own1 = other0 = other1 = loss0 = loss1 = like(voxel, 0)
-            if plain:
-                m0, m1, own0, own1, other0, other1, loss0, loss1 = _plain_sums(
-                    plan, operands[LOGITS], sample, first, x0, x1, labels, n
+            known = False
+            if alike:
+                y = source(plan, operands[TARGET], sample, 0, first, bytes_at(0))
+                if _two_labels(y, n):
+                    x0 = source(plan, operands[LOGITS], sample, 0, first, voxel)
+                    x1 = source(plan, operands[LOGITS], sample, 1, first, voxel)
+                    m0, m1, own0, own1, other0, other1, loss0, loss1 = _plain_sums(
+                        plan, operands[LOGITS], sample, first, x0, x1, y, n
+                    )
+                    known = own0 + own1 == own0 + own1
+            if not known:
+                zeros = _load_voxels(
+                    plan, operands, numbers[0], sample, first, n, voxel, labels, wide, count_of
                 )
-                plain = own0 + own1 == own0 + own1
-            if not plain:
-                m0, m1, own0, own1, other0, other1, loss0, loss1 = _sums(x0, x1, voxel, labels, n)
+                _load_logits(plan, operands, sample, first, n, voxel, zeros)
+                m0, m1, own0, own1, other0, other1, loss0, loss1 = _sums(voxel, labels, n)
             count_of[WEIGHT_SUM] += np.float64(m0) + np.float64(m1)
             # Every p is finite, unless a logit was NaN.
             undefined = own0 + own1
@@ -247,68 +277,66 @@ def reduce(
                 out[slots[CROSS_ENTROPY] * 2 + 1] += loss1
 
 
-@adding
+@inner
 def _gradient_of_one(x, x2, voxel, k, loss, count):
-    """Where all labels are the class of x. NaN is returned if a logit is, or both of a voxel are
-    the same infinity."""
-    zero, one, largest = like(voxel, 0), like(voxel, 1), like(voxel, _LARGEST)
-    probe = zero
+    """Where all labels are the class of x. Returns of how many voxels a logit is NaN, or both are
+    the same infinity. To reassociate would make other bits of a tile than `_gradient` does."""
+    one, largest = like(voxel, 1), like(voxel, _LARGEST)
+    none, some, undefined = np.int32(0), np.int32(1), np.int32(0)
     for i in range(count):
         z = x2[i] - x[i]
         e = exp(select(z > largest, largest, z))
         own = one / (one + e)
-        probe += own
+        undefined = np.int32(undefined + select(own == own, none, some))
         g = e * own * (own * k + loss)
-        voxel[_G0 + i] = -g
         voxel[_G1 + i] = g
-    return probe
+    return undefined
 
 
-@adding
+@inner
 def _gradient_of_both(x0, x1, voxel, labels, if0, if1, loss0, loss1, count):
     label0 = np.int32(0)
-    zero, one, largest = like(voxel, 0), like(voxel, 1), like(voxel, _LARGEST)
-    probe = zero
+    one, largest = like(voxel, 1), like(voxel, _LARGEST)
+    none, some, undefined = np.int32(0), np.int32(1), np.int32(0)
     for i in range(count):
         a, b = x0[i], x1[i]
         first = labels[i] == label0
         z = select(first, b - a, a - b)
         e = exp(select(z > largest, largest, z))
         own = one / (one + e)
-        probe += own
+        undefined = np.int32(undefined + select(own == own, none, some))
         # By x₁, label 1: p₀ (p₁ k − loss₁); label 0: p₁ (p₀ k + loss₀).
         g = e * own * (own * select(first, if0, if1) + select(first, loss0, loss1))
-        voxel[_G0 + i] = -g
         voxel[_G1 + i] = g
-    return probe
+    return undefined
 
 
 @inner
 def _plain_gradient(
     plan, operand, sample, first, x0, x1, voxel, labels, if0, if1, loss0, loss1, count
 ):
-    probe = like(voxel, 0)
+    undefined = 0
     for i in range(0, count, _PART):
         n = min(_PART, count - i)
         fetch_part(plan, operand, sample, first, count, i, n)
         a, b, y, to = shift(x0, i), shift(x1, i), shift(labels, i), shift(voxel, i)
         ones = _ones(y, n)
         if ones == 0:
-            probe += _gradient_of_one(a, b, to, if0, loss0, n)
+            undefined += _gradient_of_one(a, b, to, if0, loss0, n)
         elif ones == n:
-            probe += _gradient_of_one(b, a, to, if1, loss1, n)
+            undefined += _gradient_of_one(b, a, to, if1, loss1, n)
         else:
-            probe += _gradient_of_both(a, b, to, y, if0, if1, loss0, loss1, n)
-    return probe
+            undefined += _gradient_of_both(a, b, to, y, if0, if1, loss0, loss1, n)
+    return undefined
 
 
 @inner
-def _gradient(x0, x1, voxel, labels, if0, if1, loss0, loss1, count):
+def _gradient(voxel, labels, if0, if1, loss0, loss1, count):
     """The same with weights, and equal infinities share."""
     label0 = np.int32(0)
     zero, one, largest = like(voxel, 0), like(voxel, 1), like(voxel, _LARGEST)
     for i in range(count):
-        a, b = x0[i], x1[i]
+        a, b = voxel[_X0 + i], voxel[_X1 + i]
         first = labels[i] == label0
         z = select(first, b - a, a - b)
         z = select(a == b, zero, z)
@@ -316,8 +344,26 @@ def _gradient(x0, x1, voxel, labels, if0, if1, loss0, loss1, count):
         own = one / (one + e)
         g = e * own * (own * select(first, if0, if1) + select(first, loss0, loss1))
         g *= voxel[_M + i]
-        voxel[_G0 + i] = -g
         voxel[_G1 + i] = g
+
+
+@inner
+def _store(plan, operand, sample, first, count, voxel):
+    """The gradient and its negative."""
+    g, negative = shift(voxel, _G1), shift(voxel, _G0)
+    lanes = LINE // item_size(voxel)
+    if (operand[DIRECT] == 1) & (count % lanes == 0):
+        out0 = source(plan, operand, sample, 0, first, voxel)
+        out1 = source(plan, operand, sample, 1, first, voxel)
+        if (address(out0) | address(out1)) & (LINE - 1) == 0:
+            for i in range(0, count, lanes):
+                stream_negated(shift(out0, i), shift(g, i))
+                stream_line(shift(out1, i), shift(g, i))
+            return
+    for i in range(count):
+        voxel[_G0 + i] = -voxel[_G1 + i]
+    store(plan, operand, sample, 0, first, count, negative)
+    store(plan, operand, sample, 1, first, count, g)
 
 
 @kernel
@@ -328,7 +374,7 @@ def apply(turn, plan, operands, numbers, slots, scratch, label_scratch, wide_scr
     labels = data(label_scratch)
     wide = data(wide_scratch)
     unused = shift(wide, 2 * WIDTH)
-    direct = operands[LOGITS, DIRECT] == 1
+    alike = _alike(plan, operands)
     while True:
         block = take(turn)
         if block >= plan[BATCH] * plan[BLOCKS]:
@@ -356,34 +402,33 @@ def apply(turn, plan, operands, numbers, slots, scratch, label_scratch, wide_scr
         first = start
         while first < stop:
             n = min(lead if first < lead else width, stop - first)
-            plain, zeros = _load_voxels(
-                plan, operands, numbers[0], sample, first, n, voxel, labels, wide, unused
-            )
-            x0, x1 = shift(voxel, _X0), shift(voxel, _X1)
-            if direct & plain:
-                x0 = source(plan, operands[LOGITS], sample, 0, first, x0)
-                x1 = source(plan, operands[LOGITS], sample, 1, first, x1)
-            else:
-                _load_logits(plan, operands, sample, first, n, voxel, zeros)
-            if plain:
-                probe = _plain_gradient(
-                    plan,
-                    operands[LOGITS],
-                    sample,
-                    first,
-                    x0,
-                    x1,
-                    voxel,
-                    labels,
-                    if0,
-                    if1,
-                    loss0,
-                    loss1,
-                    n,
+            known = False
+            if alike:
+                y = source(plan, operands[TARGET], sample, 0, first, bytes_at(0))
+                if _two_labels(y, n):
+                    x0 = source(plan, operands[LOGITS], sample, 0, first, voxel)
+                    x1 = source(plan, operands[LOGITS], sample, 1, first, voxel)
+                    undefined = _plain_gradient(
+                        plan,
+                        operands[LOGITS],
+                        sample,
+                        first,
+                        x0,
+                        x1,
+                        voxel,
+                        y,
+                        if0,
+                        if1,
+                        loss0,
+                        loss1,
+                        n,
+                    )
+                    known = undefined == 0
+            if not known:
+                zeros = _load_voxels(
+                    plan, operands, numbers[0], sample, first, n, voxel, labels, wide, unused
                 )
-                plain = probe == probe
-            if not plain:
-                _gradient(x0, x1, voxel, labels, if0, if1, loss0, loss1, n)
-            store(plan, operands[OUT], sample, 0, first, n, shift(voxel, _G0))
-            store(plan, operands[OUT], sample, 1, first, n, shift(voxel, _G1))
+                _load_logits(plan, operands, sample, first, n, voxel, zeros)
+                _gradient(voxel, labels, if0, if1, loss0, loss1, n)
+            _store(plan, operands[OUT], sample, first, n, voxel)
             first += n

@@ -178,11 +178,14 @@ class _Call:
         first = _numba_tile.ADDRESS
         operands[_numba_tile.LOGITS, first] += _address(x)
         operands[_numba_tile.LOGITS, _numba_tile.ROW] = loader(arrays.logits_dtype, computed)
-        steps = operands[_numba_tile.LOGITS, _numba_tile.STRIDES :]
-        contiguous = len(steps) == 1 and steps[0] == self.dtype.itemsize
-        operands[_numba_tile.LOGITS, _numba_tile.DIRECT] = (
-            contiguous and arrays.logits_dtype == computed
-        )
+        for array, direct, size in (
+            (_numba_tile.LOGITS, arrays.logits_dtype == computed, self.dtype.itemsize),
+            (_numba_tile.TARGET, arrays.target_dtype in ("uint8", "bool"), 1),
+            (_numba_tile.OUT, self.stream and arrays.logits_dtype == computed, self.dtype.itemsize),
+        ):
+            steps = operands[array, _numba_tile.STRIDES :]
+            contiguous = len(steps) == 1 and steps[0] == size
+            operands[array, _numba_tile.DIRECT] = direct and contiguous
         operands[_numba_tile.TARGET, first] += _address(arrays.target)
         if arrays.dense:
             operands[_numba_tile.TARGET, _numba_tile.ROW] = loader(arrays.target_dtype, computed)
