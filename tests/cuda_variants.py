@@ -126,7 +126,22 @@ def curated() -> list[Kind]:
         Kind("apply", "float64", "odd", 200, "softmax", "dense float32", "focal1.5", "float32"),
         Kind("apply", "float64", "large", 16, "softmax", "int64", "squared+smooth", "", 255),
     ]
-    return most + many + wide
+    # Much of a voxel beside its logits.
+    beside = [
+        Kind(
+            "reduce",
+            "bfloat16",
+            "contiguous",
+            200,
+            "softmax",
+            "int64",
+            "squared+smooth",
+            "float32",
+            0,
+        ),
+        Kind("apply", "float16", "contiguous", 14, "softmax", "int64", "top_k", "float32", 0),
+    ]
+    return most + many + wide + beside
 
 
 def at_random(count: int, seed: int) -> list[Kind]:

@@ -31,6 +31,7 @@ _MOST_WARPS = 16  # that share the classes of a voxel
 _HELD = 64  # registers for logits, and as many for sums,
 _ALL_HELD = 112  # and for both,
 _OTHERWISE = (56, 80)  # beside which a warp alone, or one of several, needs these
+_REGISTERS = 1 << 16  # of a multiprocessor
 _SHARED = 48 << 10  # bytes that a block has without asking
 _BLOCKS = 1536  # of a launch, where there is enough to do: a few for every multiprocessor
 
@@ -260,10 +261,23 @@ def plan_pass(
         bytes_of_piece = 0
     # The plain cases know what they need; the others take what there is.
     plain = labels and not staged and not request.gammas and keep and words == 1
-    needed = _OTHERWISE[warps > 1] + 5 * max(0, vector - 4)
-    needed += per_thread * (words * vector * arrays_held + sums)
-    each = -(-groups * warps // 4) * 4 * LANES * needed  # the four parts of one get as many warps
-    least_blocks = max(1, min(8, 65536 // each)) if plain else 1
+
+    def registers(vector: int) -> int:
+        needed = _OTHERWISE[warps > 1] + 5 * max(0, vector - 4)
+        needed += per_thread * (words * vector * arrays_held + sums)
+        top_k = "top_k" in request.index
+        if weight is not None or top_k:
+            of_voxel = _SIZES[target.type] // 4 + (weight is not None) + 2 * top_k
+            needed += vector * of_voxel
+        return needed
+
+    lanes = -(-groups * warps // 4) * 4 * LANES  # the four parts of one get as many warps
+    while plain and not interleaved and vector > 1 and warps > _MOST_WARPS // 2:
+        if registers(vector) <= _REGISTERS // lanes:
+            break
+        vector //= 2
+    each = lanes * registers(vector)
+    least_blocks = max(1, min(8, _REGISTERS // each)) if plain else 1
     fields |= {
         "vector": vector,
         "per_thread": per_thread,
