@@ -17,32 +17,33 @@ class Job:
     """A function that takes turns with itself, until nothing is left to do."""
 
     def __init__(self, function: Callable[[], None]) -> None:
-        self._function = function
+        self._function: Callable[[], None] | None = function
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._running = 0
-        self._closed = False
         self._error: BaseException | None = None
 
     def work(self) -> None:
         """Call the function, unless it is too late for that."""
         with self._lock:
-            if self._closed:
+            function = self._function
+            if function is None:
                 return
             self._running += 1
         try:
-            self._function()
+            function()
         except BaseException as error:
             self._error = error
+        del function  # and with it the arrays, before anybody is told
         with self._lock:
             self._running -= 1
-            if self._closed and not self._running:
+            if self._function is None and not self._running:
                 self._done.set()
 
     def finish(self) -> None:
         """Wait for those who began; nobody begins any more."""
         with self._lock:
-            self._closed = True
+            self._function = None
             if not self._running:
                 self._done.set()
         self._done.wait()

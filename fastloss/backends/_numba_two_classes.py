@@ -84,9 +84,30 @@ def _load_voxels(plan, operands, ignore, sample, first, count, voxel, labels, wi
 
 @inner
 def _alike(plan, operands):
-    """Whether every voxel counts alike, and all can be read where it lies."""
-    lie = (operands[LOGITS, DIRECT] == 1) & (operands[TARGET, DIRECT] == 1)
-    return lie & (operands[WEIGHT, ADDRESS] == 0) & (plan[IGNORE] == 0)
+    """Whether every voxel counts alike."""
+    return (operands[WEIGHT, ADDRESS] == 0) & (plan[IGNORE] == 0)
+
+
+@inner
+def _label_bytes(plan, operands, sample, first, count, voxel, labels, wide, counts):
+    """The pointer to the labels as bytes: where they lie, or made of others, which are counted."""
+    if operands[TARGET, DIRECT] == 1:
+        return source(plan, operands[TARGET], sample, 0, first, bytes_at(0))
+    load_labels(plan, operands, 0.0, sample, first, count, labels, shift(voxel, _M), wide, counts)
+    y = bytes_at(address(shift(wide, WIDTH)))
+    for i in range(count):
+        y[i] = np.uint8(labels[i])
+    return y
+
+
+@inner
+def _logits(plan, operand, sample, channel, first, count, voxel):
+    """The pointer to a row of logits, where it lies or loaded."""
+    if operand[DIRECT] == 1:
+        return source(plan, operand, sample, channel, first, voxel)
+    x = shift(voxel, _X0 + channel * WIDTH)
+    load(plan, operand, sample, channel, first, count, x)
+    return x
 
 
 @inner
@@ -231,6 +252,7 @@ def reduce(
     voxel = data(scratch)
     labels = data(label_scratch)
     wide = data(wide_scratch)
+    unused = shift(wide, 2 * WIDTH)
     alike = _alike(plan, operands)
     while True:
         block = take(turn)
@@ -246,17 +268,19 @@ def reduce(
             m0 = m1 = own0 = own1 = other0 = other1 = loss0 = loss1 = like(voxel, 0)
             known = False
             if alike:
-                y = source(plan, operands[TARGET], sample, 0, first, bytes_at(0))
+                y = _label_bytes(plan, operands, sample, first, n, voxel, labels, wide, count_of)
                 if _two_labels(y, n):
-                    x0 = source(plan, operands[LOGITS], sample, 0, first, voxel)
-                    x1 = source(plan, operands[LOGITS], sample, 1, first, voxel)
+                    x0 = _logits(plan, operands[LOGITS], sample, 0, first, n, voxel)
+                    x1 = _logits(plan, operands[LOGITS], sample, 1, first, n, voxel)
                     m0, m1, own0, own1, other0, other1, loss0, loss1 = _plain_sums(
                         plan, operands[LOGITS], sample, first, x0, x1, y, n
                     )
                     known = own0 + own1 == own0 + own1
             if not known:
+                counted = alike & (operands[TARGET, DIRECT] == 0)
+                to = unused if counted else count_of
                 zeros = _load_voxels(
-                    plan, operands, numbers[0], sample, first, n, voxel, labels, wide, count_of
+                    plan, operands, numbers[0], sample, first, n, voxel, labels, wide, to
                 )
                 _load_logits(plan, operands, sample, first, n, voxel, zeros)
                 m0, m1, own0, own1, other0, other1, loss0, loss1 = _sums(voxel, labels, n)
@@ -404,10 +428,10 @@ def apply(turn, plan, operands, numbers, slots, scratch, label_scratch, wide_scr
             n = min(lead if first < lead else width, stop - first)
             known = False
             if alike:
-                y = source(plan, operands[TARGET], sample, 0, first, bytes_at(0))
+                y = _label_bytes(plan, operands, sample, first, n, voxel, labels, wide, unused)
                 if _two_labels(y, n):
-                    x0 = source(plan, operands[LOGITS], sample, 0, first, voxel)
-                    x1 = source(plan, operands[LOGITS], sample, 1, first, voxel)
+                    x0 = _logits(plan, operands[LOGITS], sample, 0, first, n, voxel)
+                    x1 = _logits(plan, operands[LOGITS], sample, 1, first, n, voxel)
                     undefined = _plain_gradient(
                         plan,
                         operands[LOGITS],
