@@ -44,6 +44,7 @@ from fastloss.backends._numba_tile import (
     load_weights,
     power,
     product,
+    rows_of,
     store,
     total,
 )
@@ -138,6 +139,7 @@ def reduce(
     sigmoid,
 ):
     """The sums of one block after the other, whose ``turn`` it is."""
+    plan, operands, slots = data(plan), rows_of(operands), data(slots)
     channels = plan[CHANNELS]
     width = plan[TILE]
     voxel = data(scratch)
@@ -218,6 +220,7 @@ def apply(
     sigmoid,
 ):
     """The gradient of one block after the other, whose ``turn`` it is."""
+    plan, operands, slots = data(plan), rows_of(operands), data(slots)
     channels = plan[CHANNELS]
     width = plan[TILE]
     voxel = data(scratch)

@@ -45,6 +45,7 @@ from fastloss.backends._numba_tile import (
     power,
     product,
     raise_to,
+    rows_of,
     store,
     total,
 )
@@ -162,6 +163,7 @@ def reduce(
     turn, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, sums, counts
 ):
     """The sums of one block after the other, whose ``turn`` it is."""
+    plan, operands, slots = data(plan), rows_of(operands), data(slots)
     channels = plan[CHANNELS]
     width = plan[TILE]
     voxel = data(scratch)
@@ -233,6 +235,7 @@ def reduce(
 @kernel
 def apply(turn, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, coefficients):
     """The gradient of one block after the other, whose ``turn`` it is."""
+    plan, operands, slots = data(plan), rows_of(operands), data(slots)
     channels = plan[CHANNELS]
     width = plan[TILE]
     voxel = data(scratch)

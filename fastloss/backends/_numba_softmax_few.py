@@ -3,8 +3,7 @@ one loop makes all that is a voxel's, and nothing of it goes through memory.
 
 The logits are read where they lie, if that can be; those of the next tile are fetched a part of the
 tile at a time, as a processor drops what it is asked for while it has some 20 lines under way. For
-tiles with logits far from 0 there are the
-loops of `_numba_softmax_labels`.
+tiles with logits far from 0 there are the loops of `_numba_softmax_labels`.
 """
 
 # mypy: ignore-errors

@@ -63,6 +63,7 @@ from fastloss.backends._numba_tile import (
     power,
     product,
     raise_to,
+    rows_of,
     store,
     summing,
     total,
@@ -403,7 +404,7 @@ def _logarithms(near, voxel, count):
 @inner
 def _suits_few(operands, slots, channels, gammas):
     more = (slots[PREDICTED_SQUARED] >= 0) | (slots[UNIFORM] >= 0) | (slots[TOP_K] >= 0)
-    alike = operands[WEIGHT, ADDRESS] == 0
+    alike = operands[WEIGHT][ADDRESS] == 0
     return (channels == 3) | (channels == 4) and alike and not (more or gammas > 0)
 
 
@@ -423,6 +424,7 @@ def reduce(
     loss_weights,
 ):
     """The sums of one block after the other, whose ``turn`` it is."""
+    plan, operands, slots = data(plan), rows_of(operands), data(slots)
     channels = plan[CHANNELS]
     width = plan[TILE]
     voxel = data(scratch)
@@ -635,6 +637,7 @@ def apply(
     loss_weights,
 ):
     """The gradient of one block after the other, whose ``turn`` it is."""
+    plan, operands, slots = data(plan), rows_of(operands), data(slots)
     channels = plan[CHANNELS]
     width = plan[TILE]
     voxel = data(scratch)

@@ -23,10 +23,12 @@ from fastloss.backends._numba_pointers import (
     address,
     at_address,
     call_row,
+    data,
     item_size,
     like,
     prefetch,
     select,
+    shift,
     to_int32,
 )
 
@@ -80,6 +82,14 @@ def kernel(function: Callable[..., Any]) -> Any:
         return njit(cache=True, **options)(renamed(function))
     except RuntimeError:
         return njit(**options)(function)
+
+
+@inner
+def rows_of(operands):
+    """Pointers to the rows. To pass a part of an array on takes a reference, and gives it back:
+    atomic operations, which wait for all that was stored before, past the caches too."""
+    table, step = data(operands), operands.shape[1]
+    return table, shift(table, step), shift(table, 2 * step), shift(table, 3 * step)
 
 
 @inner
@@ -189,7 +199,7 @@ def store(plan, operand, sample, channel, first, count, row):
 def load_weights(plan, operands, sample, first, count, weights, wide, counts):
     """Fill the weights; return whether any is 0."""
     zeros = 0
-    if operands[WEIGHT, ADDRESS] == 0:
+    if operands[WEIGHT][ADDRESS] == 0:
         for i in range(count):
             weights[i] = like(weights, 1)
         return False

@@ -53,6 +53,7 @@ from fastloss.backends._numba_tile import (
     load,
     load_labels,
     load_weights,
+    rows_of,
     source,
     store,
     voxels_to_line,
@@ -85,13 +86,13 @@ def _load_voxels(plan, operands, ignore, sample, first, count, voxel, labels, wi
 @inner
 def _alike(plan, operands):
     """Whether every voxel counts alike."""
-    return (operands[WEIGHT, ADDRESS] == 0) & (plan[IGNORE] == 0)
+    return (operands[WEIGHT][ADDRESS] == 0) & (plan[IGNORE] == 0)
 
 
 @inner
 def _label_bytes(plan, operands, sample, first, count, voxel, labels, wide, counts):
     """The pointer to the labels as bytes: where they lie, or made of others, which are counted."""
-    if operands[TARGET, DIRECT] == 1:
+    if operands[TARGET][DIRECT] == 1:
         return source(plan, operands[TARGET], sample, 0, first, bytes_at(0))
     load_labels(plan, operands, 0.0, sample, first, count, labels, shift(voxel, _M), wide, counts)
     y = bytes_at(address(shift(wide, WIDTH)))
@@ -248,6 +249,7 @@ def reduce(
     turn, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, sums, counts
 ):
     """The sums of one block after the other, whose ``turn`` it is."""
+    plan, operands, slots = data(plan), rows_of(operands), data(slots)
     width = plan[TILE]
     voxel = data(scratch)
     labels = data(label_scratch)
@@ -277,7 +279,7 @@ def reduce(
                     )
                     known = own0 + own1 == own0 + own1
             if not known:
-                counted = alike & (operands[TARGET, DIRECT] == 0)
+                counted = alike & (operands[TARGET][DIRECT] == 0)
                 to = unused if counted else count_of
                 zeros = _load_voxels(
                     plan, operands, numbers[0], sample, first, n, voxel, labels, wide, to
@@ -393,6 +395,7 @@ def _store(plan, operand, sample, first, count, voxel):
 @kernel
 def apply(turn, plan, operands, numbers, slots, scratch, label_scratch, wide_scratch, coefficients):
     """The gradient of one block after the other, whose ``turn`` it is."""
+    plan, operands, slots = data(plan), rows_of(operands), data(slots)
     width = plan[TILE]
     voxel = data(scratch)
     labels = data(label_scratch)
