@@ -235,10 +235,16 @@ FL_INLINE double total(Vec<T> v) {
     for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
   return double(parts[0]);
 }
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
 template <>
 FL_INLINE double total<float>(Vec<float> v) {
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#if defined(__AVX512F__)
+  __m256 high = _mm512_extractf32x8_ps((__m512)v, 1);
+  __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), high);
+#else
+  __m256 eight = (__m256)v;
+#endif
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return double(_mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two))));
 }
