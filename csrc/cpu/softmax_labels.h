@@ -243,8 +243,9 @@ void look_up(const Tile<T>& t, const T* table, T* to) {
   for (int64_t v = 0; v < end; ++v) to[v] = table[y[v]];
 }
 
-// What a pass adds of a tile's voxels to the sums, but for the sums over all classes.
-template <class T>
+// What a pass adds of a tile's voxels to the sums, but for the sums over all classes. `kOnes`:
+// every voxel has weight 1. `kExtras`: reduce_extras follows.
+template <bool kOnes, bool kExtras, class T>
 void reduce_voxels(Tile<T>& t, bool logs, double* weight) {
   constexpr int L = lanes<T>;
   T *m = t.row(kWeight), *rest = t.row(kRest), *inverse = t.row(kInverse);
@@ -252,8 +253,7 @@ void reduce_voxels(Tile<T>& t, bool logs, double* weight) {
   const bool near = t.near;
   Vec<T> all{};
   for (int64_t v = 0, end = t.padded; v < end; v += L) {
-    const Vec<T> w = load<T>(m + v), e = load<T>(own + v), others = load<T>(rest + v);
-    const Vec<T> sum = e + others;
+    const Vec<T> e = load<T>(own + v), others = load<T>(rest + v), sum = e + others;
     Vec<T> i;
     if (near) {
       // One division for 1 / sum and for others / e, which near logits do not make overflow.
@@ -263,20 +263,25 @@ void reduce_voxels(Tile<T>& t, bool logs, double* weight) {
     } else {
       i = T(1) / sum;
     }
-    all += w;
-    store<T>(inverse + v, i);
-    store<T>(scale + v, w * i);
-    store<T>(value + v, e * (w * i));
+    if (kExtras) store<T>(inverse + v, i);
+    if (!kOnes) {
+      const Vec<T> w = load<T>(m + v);
+      all += w;
+      i *= w;
+    }
+    store<T>(scale + v, i);
+    store<T>(value + v, e * i);
   }
-  *weight += total<T>(all);
+  *weight += kOnes ? double(t.n) : total<T>(all);
   // Loops of their own keep the chains of dependent operations short. A voxel without weight has
   // finite logits, so these products are never 0 · ∞.
-  if (logs && near)
-    for (int64_t v = 0, end = t.padded; v < end; v += L)
-      store<T>(loss + v, load<T>(m + v) * log_one_plus<T>(load<T>(loss + v)));
-  else if (logs)
-    for (int64_t v = 0, end = t.padded; v < end; v += L)
-      store<T>(loss + v, load<T>(m + v) * label_loss(t, v, load<T>(own + v), load<T>(rest + v)));
+  if (!logs) return;
+  for (int64_t v = 0, end = t.padded; v < end; v += L) {
+    Vec<T> l;
+    if (near) l = log_one_plus<T>(load<T>(loss + v));
+    else l = label_loss(t, v, load<T>(own + v), load<T>(rest + v));
+    store<T>(loss + v, kOnes ? l : load<T>(m + v) * l);
+  }
 }
 
 // The sums that not every loss has.
@@ -338,6 +343,8 @@ template <class T>
 void reduce_softmax_labels(const Job& job, int64_t sample, const Blocks& blocks, void* scratch) {
   const auto& s = job.slots;
   const bool logs = s.cross_entropy >= 0 || s.gammas > 0 || job.losses;
+  const bool extras = s.reference_squared >= 0 || s.predicted_squared >= 0 || s.gammas > 0 ||
+                      s.uniform >= 0 || job.losses;
   auto move = [&](Tile<T>& t, int64_t v) {
     t.move(v, blocks.tile(v, t.step), &blocks.faults[blocks.of(v)]);
   };
@@ -359,7 +366,12 @@ void reduce_softmax_labels(const Job& job, int64_t sample, const Blocks& blocks,
     const int64_t block = blocks.of(t.voxel);
     double* sums = sums_of(block);
     const ClassSums to = class_sums(sums);
-    reduce_voxels(t, logs, &blocks.weights[block]);
+    with_constant(t.ones, [&](auto ones) {
+      with_constant(extras, [&](auto more) {
+        reduce_voxels<decltype(ones)::value, decltype(more)::value>(t, logs,
+                                                                    &blocks.weights[block]);
+      });
+    });
     auto make = [&](int64_t c, auto count, auto present) {
       return SumRows<T, decltype(count)::value, decltype(present)::value>(
           t, c, t.row(kA), t.row(kB), t.row(logs ? kC : kWeight), to);
@@ -369,7 +381,7 @@ void reduce_softmax_labels(const Job& job, int64_t sample, const Blocks& blocks,
         exponentials_beside<decltype(number), false>(*next, t, make);
       });
     else finish(t, make);
-    reduce_extras(t, sums);
+    if (extras) reduce_extras(t, sums);
   };
   over_tiles<false, T>(job, sample, blocks.first, blocks.last, scratch,
                        job.classes >= kFusedClasses, move, few, finish_tile);
