@@ -40,6 +40,26 @@ def test_cross_entropy_of_equal_logits_is_log_c() -> None:
     assert fl.CrossEntropy(weight=[1, 2, 3, 4, 5])(x, y) == pytest.approx(np.log(5))
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("most", [1.0, 1.2, 1.4])
+def test_a_thousand_classes_cost_float32_no_precision(most: float, dense: bool) -> None:
+    # All classes but the first alike: added one by one, their roundings would go the same way.
+    classes = 1024
+    logits = np.full((1, classes, 64), 0.7, np.float32)
+    logits[:, 0] = most
+    labels = 1 + np.arange(64, dtype=np.uint16)[None]
+    there = np.eye(classes)[labels].transpose(0, 2, 1)
+    value, gradient = fl.CrossEntropy().value_and_grad(
+        logits, there.astype(np.float32) if dense else labels
+    )
+    top = np.exp(np.float64(logits[0, 0, 0]) - np.float64(logits[0, 1, 0]))
+    total = top + classes - 1
+    p = np.full((1, classes, 1), 1 / total)
+    p[:, 0] = top / total
+    assert value == pytest.approx(np.log(total), rel=1e-6)
+    np.testing.assert_allclose(gradient, (p - there) / 64, rtol=1e-6)
+
+
 def test_gradient_of_cross_entropy_is_p_minus_one_hot() -> None:
     gradient = fl.CrossEntropy().gradient(np.log([[0.7, 0.2, 0.1]]), np.array([1]))
     np.testing.assert_allclose(gradient, [[0.7, -0.8, 0.1]], rtol=1e-12)
