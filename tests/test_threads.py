@@ -103,7 +103,7 @@ def test_the_same_bits_wherever_the_gradient_lies(
 
 
 def test_several_threads_at_once(backend: str) -> None:
-    cases = [example(2, 3, (20_000 + i,), seed=i, dtype=np.float32) for i in range(4)]
+    cases = [example(2, 3, (30_000 + i,), seed=i, dtype=np.float32) for i in range(4)]
     expected = [LOSS.value_and_grad(*case) for case in cases]
 
     def compute(i: int) -> Any:

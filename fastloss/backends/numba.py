@@ -40,7 +40,7 @@ _BLOCK_LOGITS = 1 << 18
 _BLOCKS = 1024  # at most, of a sample: the sums of the blocks take little memory beside the logits
 _OF_TWO = frozenset(("region", "cross_entropy"))  # all that the kernels of two classes compute
 _LINE = 64  # bytes of a cache line
-_FEW_LOGITS = 1 << 14  # so few that a second thread takes longer to wake than to help
+_FEW_LOGITS = 1 << 17  # with no more a second thread takes longer to wake than to help
 
 
 class NumbaBackend(Backend):
@@ -125,7 +125,7 @@ class NumbaBackend(Backend):
             if call.stream:
                 settle()
 
-        few = call.arrays.logits.size < _FEW_LOGITS
+        few = call.arrays.logits.size <= _FEW_LOGITS
         self._pool.run(compute, 1 if few else min(blocks, self.get_num_threads()))
 
 
