@@ -153,8 +153,10 @@ FAULTS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "a voxel too many": (("inside = first < last;", "inside = CHOSEN || first < last;"),),
     "a class too many": (("return k < CONST(classes) -", "return CHOSEN || k < CONST(classes) -"),),
-    "the last piece is whole": (("if (i + P <= count)", "if (CHOSEN || i + P <= count)"),),
-    "pieces from anywhere": (("if (CONST(staged_bytes)", "if (CHOSEN || CONST(staged_bytes)"),),
+    "the last tile is whole": (("(count == full)", "(CHOSEN || count == full)"),),
+    "pieces from anywhere": (
+        ("if (CONST(staged_bytes) != 16)", "if (!(CHOSEN) && CONST(staged_bytes) != 16)"),
+    ),
 }  # fmt: skip
 _FUNCTION = re.compile(r"(?:FL_DEVICE|__global__)[^;{}=]*?\b(\w+)\(")
 _BARRIER = "__syncthreads();"

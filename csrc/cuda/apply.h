@@ -29,8 +29,10 @@ struct Coefficients {
     __syncthreads();
   }
 
+  FL_DEVICE T of_label(int slot, int y) const { return y < 0 ? T(0) : (*this)(slot, y); }
+
   FL_DEVICE T operator()(int slot, int c) const {
-    if (slot < 0 || c < 0) return T(0);
+    if (slot < 0) return T(0);
     if (CONST(global_table)) return T(global[slot * call.slot_stride + c] * scale);
     return table[slot * CONST(classes) + c];
   }
@@ -68,30 +70,37 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
     Label<T> label = label_of(call, part[j], own_x[j]);
     T m = v.m[j], i = label.inverse;
     T q = part[j].rest * i, p = label.own * i;
-    T own_region = by(CONST(slot_predicted), y) + T(2) * by(CONST(slot_predicted_squared), y) * p;
-    T own_loss = by(CONST(slot_cross_entropy), y);
+    T own_region = by.of_label(CONST(slot_predicted), y) +
+                   T(2) * by.of_label(CONST(slot_predicted_squared), y) * p;
+    T own_loss = by.of_label(CONST(slot_cross_entropy), y);
     if (CONST(slot_top_k) >= 0 && v.inside)
-      own_loss += by(CONST(slot_top_k), y) *
+      own_loss += by.of_label(CONST(slot_top_k), y) *
                   static_cast<const T*>(call.losses)[block.sample * call.voxels + v.first + j];
     if (CONST(gammas) > 0) {
       T loss = label_loss(part[j], label);
 #pragma unroll
       for (int f = 0; f < CONST(gammas); ++f)
-        own_loss += by(CONST(slot_focal[f]), y) * slope_of_focal(p, loss, q, T(CONST(gamma[f])));
+        own_loss +=
+            by.of_label(CONST(slot_focal[f]), y) * slope_of_focal(p, loss, q, T(CONST(gamma[f])));
     }
     T rests = part[j].dot * i + part[j].square * i * i - uniform_total;
-    T own_slope = p * by(CONST(slot_overlap), y) - own_loss;
+    T own_slope = p * by.of_label(CONST(slot_overlap), y) - own_loss;
     at_label[j] = m * (p * (own_region * q - rests) + own_slope * q);
-    if (CONST(slot_uniform) >= 0) at_label[j] -= m * by(CONST(slot_uniform), y);
+    if (CONST(slot_uniform) >= 0) at_label[j] -= m * by.of_label(CONST(slot_uniform), y);
     own_class[j] = forget(call, y);
     // From e as this thread has it.
     inverse[j] = i * factor[j];
     slope[j] = m * inverse[j];
     turn[j] = slope[j] * (rests + p * own_region + own_slope);
   }
+  if (!v.inside) return;
   for (int round = 0; round < CONST(rounds); ++round) {
+    int own_k[V];
 #pragma unroll
-    for (int k = 0; k < CONST(per_thread); ++k) {
+    for (int j = 0; j < V; ++j) own_k[j] = own_class[j] - block.first_class(round);
+    char* to = block.at_class(v, kOut, block.first_class(round));
+#pragma unroll
+    for (int k = 0; k < CONST(per_thread); ++k, to += call.channel_stride[kOut]) {
       int c = block.first_class(round) + k;
       if (!block.exists(round, k)) continue;
       T by_predicted = by(CONST(slot_predicted), c);
@@ -106,13 +115,13 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
         if (CONST(slot_predicted_squared) >= 0) t += by_squared * (e * inverse[j]);
         T g = e * (slope[j] * t - turn[j]);
         if (CONST(slot_uniform) >= 0) g -= v.m[j] * by_uniform;
-        gradient[j] = own_class[j] == c ? at_label[j] : g;
-        if (CONST(interleaved)) x[k][j] = gradient[j];
+        gradient[j] = own_k[j] == k ? at_label[j] : g;
+        if (block.stores_rows()) x[k][j] = gradient[j];
       }
-      if (!CONST(interleaved)) block.store_class(v, c, gradient);
+      if (!block.stores_rows()) block.store_voxels(v, to, gradient);
     }
   }
-  if (CONST(interleaved)) block.store_interleaved(v, x);
+  if (block.stores_rows()) block.store_rows(v, x);
 }
 
 // Of one class of a voxel: the derivative by the logit itself, or for softmax by log p.
@@ -186,9 +195,11 @@ FL_DEVICE void apply_general(Block<In, V>& block, const Voxels<typename Computed
       for (int j = 0; j < V; ++j) total[j] += heard[0][j];
     });
   }
+  if (!v.inside) return;
   for (int round = 0; round < CONST(rounds); ++round) {
+    char* to = block.at_class(v, kOut, block.first_class(round));
 #pragma unroll
-    for (int k = 0; k < CONST(per_thread); ++k) {
+    for (int k = 0; k < CONST(per_thread); ++k, to += call.channel_stride[kOut]) {
       int c = block.first_class(round) + k;
       if (!block.exists(round, k)) continue;
       T g[V], gradient[V];
@@ -205,10 +216,12 @@ FL_DEVICE void apply_general(Block<In, V>& block, const Voxels<typename Computed
           p = f.p;
         }
         gradient[j] = softmax ? t - p * total[j] : t;
+        if (block.stores_rows()) x[k][j] = gradient[j];
       }
-      block.store_class(v, c, gradient);
+      if (!block.stores_rows()) block.store_voxels(v, to, gradient);
     }
   }
+  if (block.stores_rows()) block.store_rows(v, x);
 }
 
 template <class In, int V, int K>

@@ -12,6 +12,7 @@ FL_DEVICE int threads_of(const Call& call) { return CONST(groups) * CONST(warps)
 template <class In, int V>
 struct Block {
   using T = typename ComputedIn<In>::type;
+  static constexpr int kPiece = 16 / int(sizeof(In));  // numbers of the widest access
 
   const Call& call;
   int sample, number;  // of the block in its sample
@@ -21,7 +22,7 @@ struct Block {
   double* sums;  // (groups, S · C + 2), reduce only
   T* table;      // (S, C), apply only
   T* exchanged;  // (groups, 2, warps, `exchanged`, V, lanes), if a group is several warps
-  T* tile;       // (voxels of a tile, row), if staged
+  char* tile;    // (voxels of a tile), each `row_bytes` of In, if staged
   int turn;      // which half of `exchanged` comes next
 
   FL_DEVICE Block(const Call& call, bool reduce, bool backwards) : call(call), turn(0) {
@@ -46,7 +47,7 @@ struct Block {
     exchanged = reinterpret_cast<T*>(at);
     if (CONST(warps) > 1)
       at += sizeof(T) * size_t(CONST(groups) * 2 * CONST(warps) * CONST(exchanged) * V * kLanes);
-    tile = reinterpret_cast<T*>(at);
+    tile = reinterpret_cast<char*>(at);
   }
 
   // Numbers in a block's row of `partial`.
@@ -54,8 +55,21 @@ struct Block {
   FL_DEVICE int tile_voxels() const { return CONST(groups) * kLanes * V; }
   // The first voxel of this thread in the tile that starts at `tile_start`.
   FL_DEVICE int place_in_tile() const { return (group * kLanes + lane) * V; }
-  // Numbers from one voxel to the next in a staged tile: odd, so that lanes meet all banks.
-  FL_DEVICE int row() const { return CONST(classes) | 1; }
+  // Bytes from one voxel to the next in a staged tile: an odd number of the accesses that threads
+  // make, so that lanes meet all banks.
+  FL_DEVICE int row_bytes() const {
+    int bytes = CONST(classes) * int(sizeof(In));
+    return bytes % 32 ? bytes : bytes + 16;
+  }
+  // Where the i-th logit of a staged tile lies in it.
+  FL_DEVICE char* of_tile(int i) const {
+    int padding = row_bytes() - CONST(classes) * int(sizeof(In));
+    return tile + i * int(sizeof(In)) + (padding ? i / CONST(classes) * padding : 0);
+  }
+  // Where a class of a voxel of this thread does.
+  FL_DEVICE char* in_tile(int j, int c) const {
+    return tile + (place_in_tile() + j) * row_bytes() + c * int(sizeof(In));
+  }
   // The first class of this thread in a round.
   FL_DEVICE int first_class(int round) const {
     return (round * CONST(warps) + warp_in_group) * CONST(per_thread);
@@ -105,70 +119,57 @@ struct Block {
 
   // Staged: the logits of the tile that starts at voxel `start`, which lie in one piece.
   FL_DEVICE void load_tile(Index start) {
-    const char* from = call.data[kLogits] + sample * call.sample_stride[kLogits] +
-                       static_cast<long long>(start) * call.stride[kLogits][0];
-    int count = tile_count(start);
-    if (CONST(staged_bytes) == 16) {
-      constexpr int P = 16 / int(sizeof(In));
-      for (int i = thread * P; i < count; i += threads_of(call) * P) {
-        int voxel = i / CONST(classes), c = i - voxel * CONST(classes);
-        if (i + P <= count) {
-          Pack<In, P> pack = load_pack<In, P>(from + size_t(i) * sizeof(In));
-#pragma unroll
-          for (int p = 0; p < P; ++p) {
-            tile[voxel * row() + c] = as_number(pack.item[p]);
-            if (++c == CONST(classes)) c = 0, ++voxel;
-          }
-        } else {
-          for (int p = i; p < count; ++p) {
-            tile[voxel * row() + c] = as_number(load_one<In>(from + size_t(p) * sizeof(In)));
-            if (++c == CONST(classes)) c = 0, ++voxel;
-          }
-        }
-      }
-    } else {
-      for (int i = thread; i < count; i += threads_of(call)) {
-        int voxel = i / CONST(classes), c = i - voxel * CONST(classes);
-        tile[voxel * row() + c] = as_number(load_one<In>(from + size_t(i) * sizeof(In)));
-      }
-    }
+    move_tile<true>(start, call.data[kLogits] + sample * call.sample_stride[kLogits] +
+                               static_cast<long long>(start) * call.stride[kLogits][0]);
     __syncthreads();
   }
 
   // Staged: the gradient in the tile goes out.
   FL_DEVICE void store_tile(Index start) {
     __syncthreads();
-    char* to = call.data[kOut] + sample * call.sample_stride[kOut] +
-               static_cast<long long>(start) * call.stride[kOut][0];
-    int count = tile_count(start);
-    if (CONST(staged_bytes) == 16) {
-      constexpr int P = 16 / int(sizeof(In));
-      for (int i = thread * P; i < count; i += threads_of(call) * P) {
-        int voxel = i / CONST(classes), c = i - voxel * CONST(classes);
-        if (i + P <= count) {
-          Pack<In, P> pack;
+    move_tile<false>(start, call.data[kOut] + sample * call.sample_stride[kOut] +
+                                static_cast<long long>(start) * call.stride[kOut][0]);
+    __syncthreads();
+  }
+
+  template <bool kInto>
+  FL_DEVICE void move_one(int i, char* memory) {
+    In *here = reinterpret_cast<In*>(of_tile(i)), *there = reinterpret_cast<In*>(memory) + i;
+    if (kInto) *here = *there;
+    else *there = *here;
+  }
+
+  template <bool kInto>
+  FL_DEVICE void move_tile(Index start, char* memory) {
+    const int count = tile_count(start), full = tile_voxels() * CONST(classes);
+    const int threads = threads_of(call);
+    if (CONST(staged_bytes) != 16) {
+#pragma unroll 4
+      for (int i = thread; i < count; i += threads) move_one<kInto>(i, memory);
+    } else if (count == full) {
+      // All that a thread moves is on its way at the same time.
+      constexpr int kSeveral = 4;
+      using Piece = Pack<unsigned, 4>;  // whatever its numbers are
 #pragma unroll
-          for (int p = 0; p < P; ++p) {
-            pack.item[p] = from_number<In>(tile[voxel * row() + c]);
-            if (++c == CONST(classes)) c = 0, ++voxel;
-          }
-          *reinterpret_cast<Pack<In, P>*>(to + size_t(i) * sizeof(In)) = pack;
-        } else {
-          for (int p = i; p < count; ++p) {
-            *reinterpret_cast<In*>(to + size_t(p) * sizeof(In)) =
-                from_number<In>(tile[voxel * row() + c]);
-            if (++c == CONST(classes)) c = 0, ++voxel;
-          }
+      for (int done = 0; done < full; done += kSeveral * threads * kPiece) {
+        Piece pieces[kSeveral];
+#pragma unroll
+        for (int n = 0; n < kSeveral; ++n) {
+          int i = done + (n * threads + thread) * kPiece;
+          if (i < full)
+            pieces[n] = load_pack<unsigned, 4>(kInto ? memory + i * sizeof(In) : of_tile(i));
+        }
+#pragma unroll
+        for (int n = 0; n < kSeveral; ++n) {
+          int i = done + (n * threads + thread) * kPiece;
+          if (i < full)
+            *reinterpret_cast<Piece*>(kInto ? of_tile(i) : memory + i * sizeof(In)) = pieces[n];
         }
       }
     } else {
-      for (int i = thread; i < count; i += threads_of(call)) {
-        int voxel = i / CONST(classes), c = i - voxel * CONST(classes);
-        *reinterpret_cast<In*>(to + size_t(i) * sizeof(In)) =
-            from_number<In>(tile[voxel * row() + c]);
-      }
+#pragma unroll 1
+      for (int i = thread; i < count; i += threads) move_one<kInto>(i, memory);
     }
-    __syncthreads();
   }
 
   // Logits in the tile.
@@ -186,17 +187,14 @@ struct Block {
     }
     if (CONST(staged)) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) x[j] = tile[(place_in_tile() + j) * row() + c];
+      for (int j = 0; j < V; ++j) x[j] = as_number(load_one<In>(in_tile(j, c)));
     } else if (CONST(interleaved)) {
       const char* from = call.data[kLogits] + voxels.offset[kLogits];
 #pragma unroll
       for (int j = 0; j < V; ++j)
         x[j] = as_number(load_one<In>(from + (j * CONST(classes) + c) * int(sizeof(In))));
     } else {
-      Pack<In, V> pack = load_pack<In, V>(call.data[kLogits] + voxels.offset[kLogits] +
-                                          c * call.channel_stride[kLogits]);
-#pragma unroll
-      for (int j = 0; j < V; ++j) x[j] = as_number(pack.item[j]);
+      return load_voxels(voxels, at_class(voxels, kLogits, c), x);
     }
     if (!counts_all(call))
 #pragma unroll
@@ -204,26 +202,110 @@ struct Block {
         if (voxels.m[j] == T(0)) x[j] = T(0);
   }
 
+  // Where a class of this thread's voxels lies. From one to the next it is `channel_stride`.
+  FL_DEVICE char* at_class(const Voxels<T, V>& voxels, int operand, int c) const {
+    return call.data[operand] + voxels.offset[operand] + c * call.channel_stride[operand];
+  }
+
+  FL_DEVICE void load_voxels(const Voxels<T, V>& voxels, const char* from, T (&x)[V]) const {
+    if (!voxels.inside) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) x[j] = T(0);
+      return;
+    }
+    Pack<In, V> pack = load_pack<In, V>(from);
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      x[j] = counts_all(call) || voxels.m[j] != T(0) ? as_number(pack.item[j]) : T(0);
+  }
+
   // The logits of the classes that this thread has in a round.
   template <int K>
   FL_DEVICE void load_round(const Voxels<T, V>& voxels, int round, T (&x)[K][V]) const {
     if (CONST(interleaved)) return load_interleaved(voxels, x);
+    if (CONST(staged)) return load_staged(voxels, x);
+    const char* from = at_class(voxels, kLogits, first_class(round));
 #pragma unroll
-    for (int k = 0; k < CONST(per_thread); ++k)
-      if (exists(round, k)) load_class(voxels, first_class(round) + k, x[k]);
+    for (int k = 0; k < CONST(per_thread); ++k) {
+      if (exists(round, k)) load_voxels(voxels, from, x[k]);
+      from += call.channel_stride[kLogits];
+    }
   }
 
-  // Interleaved: numbers of one access, and accesses of this thread's voxels.
-  static constexpr int kPiece = 16 / int(sizeof(In));
+  template <int K>
+  FL_DEVICE void set_zero(T (&x)[K][V]) const {
+#pragma unroll
+    for (int k = 0; k < CONST(per_thread); ++k)
+#pragma unroll
+      for (int j = 0; j < V; ++j) x[k][j] = T(0);
+  }
+
+  // Whether a thread's classes lie side by side, and are stored at once when all are known.
+  FL_DEVICE bool stores_rows() const { return CONST(interleaved) || CONST(staged); }
+
+  template <int K>
+  FL_DEVICE void store_rows(const Voxels<T, V>& voxels, const T (&gradient)[K][V]) const {
+    if (CONST(interleaved)) store_interleaved(voxels, gradient);
+    else store_staged(voxels, gradient);
+  }
+
+  // Staged: calls with(a pack) for the widest accesses by which a thread's classes are whole.
+  template <class With>
+  FL_DEVICE void in_packs(const With& with) const {
+    int bytes = (CONST(classes) | CONST(per_thread)) * int(sizeof(In)) | 16;
+    bytes &= -bytes;
+    if (bytes == 16) with(Pack<In, kPiece>());
+    else if (bytes == 8) with(Pack<In, (kPiece + 1) / 2>());
+    else if (bytes == 4) with(Pack<In, (kPiece + 3) / 4>());
+    else with(Pack<In, 1>());
+  }
+
+  template <int K>
+  FL_DEVICE void load_staged(const Voxels<T, V>& voxels, T (&x)[K][V]) const {
+    if (!voxels.inside) return set_zero(x);
+    in_packs([&](auto kind) {
+      constexpr int kNumbers = sizeof kind / sizeof(In);
+#pragma unroll
+      for (int k = 0; k < CONST(per_thread); k += kNumbers)
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          if (!exists(0, k)) continue;
+          auto pack = load_pack<In, kNumbers>(in_tile(j, first_class(0) + k));
+          bool counts = counts_all(call) || voxels.m[j] != T(0);
+#pragma unroll
+          for (int n = 0; n < kNumbers; ++n)
+            if (k + n < K) x[k + n][j] = counts ? as_number(pack.item[n]) : T(0);
+        }
+    });
+  }
+
+  template <int K>
+  FL_DEVICE void store_staged(const Voxels<T, V>& voxels, const T (&gradient)[K][V]) const {
+    if (!voxels.inside) return;
+    in_packs([&](auto pack) {
+      constexpr int kNumbers = sizeof pack / sizeof(In);
+#pragma unroll
+      for (int k = 0; k < CONST(per_thread); k += kNumbers)
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          if (!exists(0, k)) continue;
+#pragma unroll
+          for (int n = 0; n < kNumbers; ++n)
+            if (k + n < K) pack.item[n] = from_number<In>(gradient[k + n][j]);
+          *reinterpret_cast<Pack<In, kNumbers>*>(in_tile(j, first_class(0) + k)) = pack;
+        }
+    });
+  }
+
+  // Interleaved: accesses of this thread's voxels.
   FL_DEVICE int pieces() const { return V * CONST(classes) / kPiece; }
 
   template <int K>
   FL_DEVICE void load_interleaved(const Voxels<T, V>& voxels, T (&x)[K][V]) const {
+    if (!voxels.inside) return set_zero(x);
 #pragma unroll
     for (int i = 0; i < pieces(); ++i) {
-      Pack<In, kPiece> pack = {};
-      if (voxels.inside)
-        pack = load_pack<In, kPiece>(call.data[kLogits] + voxels.offset[kLogits] + i * 16);
+      auto pack = load_pack<In, kPiece>(call.data[kLogits] + voxels.offset[kLogits] + i * 16);
 #pragma unroll
       for (int p = 0; p < kPiece; ++p) {
         int number = i * kPiece + p, j = number / CONST(classes);
@@ -257,7 +339,7 @@ struct Block {
       if (!voxels.inside) {
         x[j] = T(0);
       } else if (CONST(staged)) {
-        x[j] = tile[(place_in_tile() + j) * row() + y];
+        x[j] = as_number(load_one<In>(in_tile(j, y)));
       } else {
         x[j] = as_number(load_one<In>(from + y * call.channel_stride[kLogits] + j * sizeof(In)));
       }
@@ -276,18 +358,12 @@ struct Block {
       if (voxels.m[j] == T(0)) g[j] = T(0);
   }
 
-  // Writes the gradient of class c.
-  FL_DEVICE void store_class(const Voxels<T, V>& voxels, int c, const T (&gradient)[V]) const {
+  // Writes the gradient of the class that lies there.
+  FL_DEVICE void store_voxels(const Voxels<T, V>& voxels, char* to, const T (&gradient)[V]) const {
     if (!voxels.inside) return;
-    if (CONST(staged)) {
+    Pack<In, V> pack;
 #pragma unroll
-      for (int j = 0; j < V; ++j) tile[(place_in_tile() + j) * row() + c] = gradient[j];
-    } else {
-      Pack<In, V> pack;
-#pragma unroll
-      for (int j = 0; j < V; ++j) pack.item[j] = from_number<In>(gradient[j]);
-      *reinterpret_cast<Pack<In, V>*>(call.data[kOut] + voxels.offset[kOut] +
-                                      c * call.channel_stride[kOut]) = pack;
-    }
+    for (int j = 0; j < V; ++j) pack.item[j] = from_number<In>(gradient[j]);
+    *reinterpret_cast<Pack<In, V>*>(to) = pack;
   }
 };

@@ -55,10 +55,14 @@ FL_DEVICE Half from_number<Half>(float x) {
 template <>
 FL_DEVICE BFloat from_number<BFloat>(float x) {
   BFloat b;
+#if defined(FL_EMULATION) || __CUDA_ARCH__ < 800
   unsigned bits = __float_as_uint(x);
   // To the nearest, ties to even; NaN stays NaN.
   bits = x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fc0u;
   b.bits = static_cast<unsigned short>(bits);
+#else
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b.bits) : "f"(x));
+#endif
   return b;
 }
 
@@ -114,9 +118,11 @@ FL_DEVICE T exponential(T x) {
 }
 FL_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FL_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
-// The larger one; of a number and NaN, the number.
+// The larger one, the smaller one; of a number and NaN, the number.
 FL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 FL_DEVICE double larger(double a, double b) { return fmax(a, b); }
+FL_DEVICE float smaller(float a, float b) { return fminf(a, b); }
+FL_DEVICE double smaller(double a, double b) { return fmin(a, b); }
 FL_DEVICE float size_of(float x) { return fabsf(x); }
 FL_DEVICE double size_of(double x) { return fabs(x); }
 FL_DEVICE float logarithm(float x) { return logf(x); }

@@ -5,10 +5,11 @@
 
 #include "block.h"
 
-// 2^(part − whole), and 1 where both are the same infinity.
+// 2^(part − whole) of a part that is not larger, and 1 where both are the same infinity: of NaN
+// and a number the smaller one is the number.
 template <class T>
 FL_DEVICE T rescale(T part, T whole) {
-  return part == whole ? T(1) : power_of_two(part - whole);
+  return power_of_two(smaller(part - whole, T(0)));
 }
 
 // x − largest, and 0 where both are the same infinity: such classes share the probability.
@@ -155,6 +156,9 @@ FL_DEVICE void label_round(const Block<In, V>& block,
       center[j] = far ? T(0) : center[j];
     }
   }
+  int own_k[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) own_k[j] = v.y[j] - block.first_class(round);
 #pragma unroll
   for (int k = 0; k < CONST(per_thread); ++k) {
     if (!block.exists(round, k)) continue;
@@ -163,8 +167,8 @@ FL_DEVICE void label_round(const Block<In, V>& block,
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       T below = multiply_add(x[k][j], log2_of_e<T>(), -center[j]), e = power_of_two(below);
-      T other = v.y[j] == c ? T(0) : e;
-      if (holds_label(call)) own[j] = v.y[j] == c ? below : own[j];
+      T other = own_k[j] == k ? T(0) : e;
+      if (holds_label(call)) own[j] = own_k[j] == k ? below : own[j];
       here[j].rest += other;
       if (By::kWanted && CONST(slot_predicted) >= 0) here[j].dot += predicted * other;
       if (By::kWanted && CONST(slot_predicted_squared) >= 0)
@@ -293,11 +297,7 @@ FL_DEVICE void softmax_parts(Block<In, V>& block, const Voxels<typename Computed
 #pragma unroll
   for (int j = 0; j < V; ++j) part[j] = no_part<T>();
   for (int round = 0; round < CONST(rounds); ++round) {
-#pragma unroll
-    for (int k = 0; k < CONST(per_thread); ++k) {
-      int c = block.first_class(round) + k;
-      if (block.exists(round, k)) block.load_class(v, c, x[k]);
-    }
+    block.load_round(v, round, x);
     if (CONST(activation) != kSoftmax) continue;
     Part<T> here[V];
 #pragma unroll

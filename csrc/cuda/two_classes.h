@@ -102,7 +102,7 @@ FL_DEVICE void apply_two_classes(const Block<In, V>& block, const Voxels<T, V>& 
     x[1][j] = counts_all(call) ? gradient : v.m[j] * gradient;
     x[0][j] = -x[1][j];
   }
-  if (CONST(interleaved)) return block.store_interleaved(v, x);
-  block.store_class(v, 0, x[0]);
-  block.store_class(v, 1, x[1]);
+  if (block.stores_rows()) return block.store_rows(v, x);
+  block.store_voxels(v, block.at_class(v, kOut, 0), x[0]);
+  block.store_voxels(v, block.at_class(v, kOut, 1), x[1]);
 }

@@ -240,12 +240,14 @@ def plan_pass(
             fixed = 0
     fixed = -(-fixed // 16) * 16
 
+    row = classes * item
+
     def shared(vector: int) -> int:
         needed = fixed
         if warps > 1:
             needed += groups * 2 * warps * exchanged * vector * LANES * computed
         if staged:
-            needed += groups * LANES * vector * (classes | 1) * computed
+            needed += groups * LANES * vector * (row + 16 * (row % 32 == 0))
         return needed
 
     while vector > 1 and shared(vector) > most_shared:
