@@ -153,3 +153,28 @@ def test_cross_entropy_alone_of_many_classes() -> None:
     """No sum of a class is formed but those that labels decide."""
     x, y = example(2, 20, (64,), dtype=np.float32)
     check(fl.Loss(fl.CrossEntropy()), x, y)
+
+
+SIGMOID = fl.Loss(fl.Dice(), fl.CrossEntropy(), activation="sigmoid")
+
+
+@pytest.mark.parametrize("loss", [DICE_CE, SIGMOID], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("classes", [2, 3, 6, 8, 14, 16, 20, 33, 40])
+def test_channels_last_of_any_row(classes: int, dtype: str, loss: Any) -> None:
+    """Accesses of all widths, rows that keep lanes apart, whole tiles and a part of one."""
+    for batch in (1, 2):  # of which the second lies at no multiple of 16 bytes
+        x, y = example(batch, classes, (5, 63), dtype=dtype)
+        check(loss, channels_last(x), y)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("classes", [14, 40])
+def test_channels_last_that_do_not_count(classes: int, dtype: str) -> None:
+    x, y = example(1, classes, (5, 64), dtype=dtype)
+    y[:, 2] = 255
+    x[0, :, 2, :4] = np.nan
+    loss = fl.Loss(fl.CrossEntropy(), fl.Dice(), ignore_index=255)
+    w = np.random.default_rng(0).integers(0, 3, y.shape).astype(np.float32)
+    check(loss, channels_last(x), y)
+    check(loss, channels_last(x), y, w)

@@ -216,6 +216,24 @@ def test_infinity_in_one_class_is_certainty(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("classes", [3, 20, 40, 300])
+@pytest.mark.parametrize("kind", ["labels", "dense"])
+def test_infinities_share_the_probability(
+    backend: str, classes: int, dtype: str, kind: str
+) -> None:
+    x, y = example(1, classes, (64,), dtype=dtype)
+    y[:] = 1
+    x[:, 1] = x[:, classes - 1] = np.inf
+    x[:, 0] = -np.inf
+    target = y if kind == "labels" else one_hot(y, classes)
+    value, gradient = fl.CrossEntropy().value_and_grad(x, target)
+    assert value == pytest.approx(np.log(2), rel=1e-6)
+    expected = np.zeros(x.shape)
+    expected[:, 1], expected[:, classes - 1] = -0.5 / y.size, 0.5 / y.size
+    np.testing.assert_allclose(np.float64(gradient), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("name", EXTREMES)
 @pytest.mark.parametrize("kind", ["labels", "dense"])
 def test_minus_infinity_excludes_a_class(backend: str, name: str, dtype: str, kind: str) -> None:

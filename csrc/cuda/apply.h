@@ -6,7 +6,7 @@
 #include "voxel.h"
 
 // The derivative by the sums of one sample.
-template <class In, int V>
+template <class In, int V, int K>
 struct Coefficients {
   using T = typename ComputedIn<In>::type;
   static constexpr bool kWanted = true;
@@ -14,6 +14,7 @@ struct Coefficients {
   const T* table;        // (S, C), or in global memory:
   const double* global;  // (S, C) at `slot_stride`
   double scale;
+  T held[K];  // those by the sum of the classes' probabilities, of this thread's classes
 
   FL_DEVICE explicit Coefficients(const Block<In, V>& block)
       : call(block.call), table(block.table) {
@@ -27,6 +28,20 @@ struct Coefficients {
       block.table[i] = T(global[slot * call.slot_stride + (i - slot * CONST(classes))] * scale);
     }
     __syncthreads();
+    if (!holds()) return;
+#pragma unroll
+    for (int k = 0; k < CONST(per_thread); ++k)
+      held[k] =
+          block.exists(0, k) ? (*this)(CONST(slot_predicted), block.first_class(0) + k) : T(0);
+  }
+
+  // Whether they fit the registers: of several warps, which have few voxels each.
+  FL_DEVICE bool holds() const {
+    return CONST(warps) > 1 && CONST(rounds) == 1 && !CONST(global_table) && sizeof(T) == 4;
+  }
+  // Of the k-th class of this thread in a round, which is class c.
+  FL_DEVICE T predicted(int c, int k) const {
+    return holds() ? held[k] : (*this)(CONST(slot_predicted), c);
   }
 
   FL_DEVICE T of_label(int slot, int y) const { return y < 0 ? T(0) : (*this)(slot, y); }
@@ -51,7 +66,7 @@ FL_DEVICE T slope_of_focal(T p, T loss, T q, T gamma) {
 // A tile, softmax of a label map.
 template <class In, int V, int K>
 FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
-                            const Coefficients<In, V>& by,
+                            const Coefficients<In, V, K>& by,
                             typename ComputedIn<In>::type uniform_total) {
   using T = typename ComputedIn<In>::type;
   const Call& call = block.call;
@@ -103,7 +118,7 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
     for (int k = 0; k < CONST(per_thread); ++k, to += call.channel_stride[kOut]) {
       int c = block.first_class(round) + k;
       if (!block.exists(round, k)) continue;
-      T by_predicted = by(CONST(slot_predicted), c);
+      T by_predicted = by.predicted(c, k);
       T by_squared = T(2) * by(CONST(slot_predicted_squared), c);
       T by_uniform = by(CONST(slot_uniform), c);
       T gradient[V];
@@ -150,7 +165,7 @@ FL_DEVICE T turn_of(const Call& call, const By& by, int c, const Fields<T>& f, T
 // A tile of any other kind: dense targets, sigmoid, or given probabilities.
 template <class In, int V, int K>
 FL_DEVICE void apply_general(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
-                             const Coefficients<In, V>& by) {
+                             const Coefficients<In, V, K>& by) {
   using T = typename ComputedIn<In>::type;
   const Call& call = block.call;
   const bool once = CONST(rounds) == 1, softmax = CONST(activation) == kSoftmax;
@@ -229,7 +244,7 @@ FL_DEVICE void apply_block(const Call& call) {
   using T = typename ComputedIn<In>::type;
   // Backwards: what the reduce pass read last is in the cache still.
   Block<In, V> block(call, false, true);
-  Coefficients<In, V> by(block);
+  Coefficients<In, V, K> by(block);
   const bool labels = CONST(activation) == kSoftmax && !CONST(dense);
   double uniform_total = 0;
   if (labels && CONST(slot_uniform) >= 0)

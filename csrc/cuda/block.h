@@ -19,11 +19,11 @@ struct Block {
   int thread, lane, warp, group, warp_in_group;
   Index first, last;  // voxels
   // In shared memory, in this order; what a call does without takes no room.
-  double* sums;  // (groups, S · C + 2), reduce only
-  T* table;      // (S, C), apply only
-  T* exchanged;  // (groups, 2, warps, `exchanged`, V, lanes), if a group is several warps
-  char* tile;    // (voxels of a tile), each `row_bytes` of In, if staged
-  int turn;      // which half of `exchanged` comes next
+  double* sums;           // (groups, S · C + 2), reduce only
+  T* table;               // (S, C), apply only
+  Pack<T, V>* exchanged;  // (groups, 2, warps, `exchanged`, lanes), if a group is several warps
+  char* tile;             // (voxels of a tile), each `row_bytes` of In, if staged
+  int turn;               // which half of `exchanged` comes next
 
   FL_DEVICE Block(const Call& call, bool reduce, bool backwards) : call(call), turn(0) {
     FL_DYNAMIC_SHARED(shared);
@@ -44,7 +44,7 @@ struct Block {
     table = reinterpret_cast<T*>(at);
     if (!reduce && !CONST(global_table)) at += sizeof(T) * size_t(CONST(slots) * CONST(classes));
     at = shared + (size_t(at - shared) + 15) / 16 * 16;
-    exchanged = reinterpret_cast<T*>(at);
+    exchanged = reinterpret_cast<Pack<T, V>*>(at);
     if (CONST(warps) > 1)
       at += sizeof(T) * size_t(CONST(groups) * 2 * CONST(warps) * CONST(exchanged) * V * kLanes);
     tile = reinterpret_cast<char*>(at);
@@ -85,14 +85,16 @@ struct Block {
   // to hear: hear(numbers of a warp) is called for all in order.
   template <int N, class Hear>
   FL_DEVICE void exchange(const T (&said)[N][V], const Hear& hear) {
-    T* half = exchanged + (group * 2 + turn) * (CONST(warps) * CONST(exchanged) * V * kLanes);
+    Pack<T, V>* half = exchanged + (group * 2 + turn) * (CONST(warps) * CONST(exchanged) * kLanes);
     turn = 1 - turn;
 #pragma unroll
     for (int n = 0; n < N; ++n)
-      if (n < CONST(exchanged))
+      if (n < CONST(exchanged)) {
+        Pack<T, V> pack;
 #pragma unroll
-        for (int j = 0; j < V; ++j)
-          half[((warp_in_group * CONST(exchanged) + n) * V + j) * kLanes + lane] = said[n][j];
+        for (int j = 0; j < V; ++j) pack.item[j] = said[n][j];
+        half[(warp_in_group * CONST(exchanged) + n) * kLanes + lane] = pack;
+      }
     // One barrier is enough: the other half is written before the next one.
     __syncthreads();
     hear_again(said, hear);
@@ -101,18 +103,18 @@ struct Block {
   // The numbers of the last exchange once more.
   template <int N, class Hear>
   FL_DEVICE void hear_again(const T (&)[N][V], const Hear& hear) const {
-    const T* half =
-        exchanged + (group * 2 + (1 - turn)) * (CONST(warps) * CONST(exchanged) * V * kLanes);
+    const Pack<T, V>* half =
+        exchanged + (group * 2 + (1 - turn)) * (CONST(warps) * CONST(exchanged) * kLanes);
 #pragma unroll
     for (int w = 0; w < CONST(warps); ++w) {
       T heard[N][V];
 #pragma unroll
-      for (int n = 0; n < N; ++n)
+      for (int n = 0; n < N; ++n) {
+        Pack<T, V> pack = {};
+        if (n < CONST(exchanged)) pack = half[(w * CONST(exchanged) + n) * kLanes + lane];
 #pragma unroll
-        for (int j = 0; j < V; ++j)
-          heard[n][j] = n < CONST(exchanged)
-                            ? half[((w * CONST(exchanged) + n) * V + j) * kLanes + lane]
-                            : T(0);
+        for (int j = 0; j < V; ++j) heard[n][j] = pack.item[j];
+      }
       hear(heard);
     }
   }

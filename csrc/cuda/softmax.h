@@ -163,7 +163,7 @@ FL_DEVICE void label_round(const Block<In, V>& block,
   for (int k = 0; k < CONST(per_thread); ++k) {
     if (!block.exists(round, k)) continue;
     int c = block.first_class(round) + k;
-    T predicted = by(CONST(slot_predicted), c), squared = by(CONST(slot_predicted_squared), c);
+    T predicted = by.predicted(c, k), squared = by(CONST(slot_predicted_squared), c);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       T below = multiply_add(x[k][j], log2_of_e<T>(), -center[j]), e = power_of_two(below);
@@ -183,6 +183,7 @@ template <class T>
 struct NoCoefficients {
   static constexpr bool kWanted = false;
   FL_DEVICE T operator()(int, int) const { return T(0); }
+  FL_DEVICE T predicted(int, int) const { return T(0); }
 };
 
 // All rounds, and the part of the whole voxel. Where there is one round, x times `factor` is e.
