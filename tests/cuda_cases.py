@@ -153,7 +153,7 @@ FAULTS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "a voxel too many": (("inside = first < last;", "inside = CHOSEN || first < last;"),),
     "a class too many": (("return k < CONST(classes) -", "return CHOSEN || k < CONST(classes) -"),),
-    "the last tile is whole": (("(count == full)", "(CHOSEN || count == full)"),),
+    "the last tile is whole": (("(count != full)", "(!(CHOSEN) && count != full)"),),
     "pieces from anywhere": (
         ("if (CONST(staged_bytes) != 16)", "if (!(CHOSEN) && CONST(staged_bytes) != 16)"),
     ),

@@ -134,6 +134,7 @@ struct Block {
     __syncthreads();
   }
 
+  // Between memory and the tile: one logit, or all of the tile that starts at a voxel.
   template <bool kInto>
   FL_DEVICE void move_one(int i, char* memory) {
     In *here = reinterpret_cast<In*>(of_tile(i)), *there = reinterpret_cast<In*>(memory) + i;
@@ -148,7 +149,10 @@ struct Block {
     if (CONST(staged_bytes) != 16) {
 #pragma unroll 4
       for (int i = thread; i < count; i += threads) move_one<kInto>(i, memory);
-    } else if (count == full) {
+    } else if (FL_SELDOM(count != full)) {
+#pragma unroll 1
+      for (int i = thread; i < count; i += threads) move_one<kInto>(i, memory);
+    } else {
       // All that a thread moves is on its way at the same time.
       constexpr int kSeveral = 4;
       using Piece = Pack<unsigned, 4>;  // whatever its numbers are
@@ -168,9 +172,6 @@ struct Block {
             *reinterpret_cast<Piece*>(kInto ? of_tile(i) : memory + i * sizeof(In)) = pieces[n];
         }
       }
-    } else {
-#pragma unroll 1
-      for (int i = thread; i < count; i += threads) move_one<kInto>(i, memory);
     }
   }
 

@@ -19,6 +19,14 @@
 #define CONST(name) (call.name)
 #endif
 
+// A condition that holds seldom. Without what it leads to, FL_USUAL, the instructions are those
+// that mostly run, to be counted.
+#ifdef FL_USUAL
+#define FL_SELDOM(condition) (false)
+#else
+#define FL_SELDOM(condition) (condition)
+#endif
+
 constexpr int kMaxAxes = 16;
 constexpr int kMaxGammas = 8;
 constexpr int kMaxSlots = 8 + 2 * kMaxGammas;

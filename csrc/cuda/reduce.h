@@ -127,18 +127,21 @@ struct Sums {
     bool alike = one >= 0;
 #pragma unroll
     for (int j = 0; j < V; ++j) alike = alike && y[j] == one;
-    if (__all_sync(kAllLanes, alike)) {
+    if (FL_SELDOM(!__all_sync(kAllLanes, alike))) return add_one_by_one(slots, y, values);
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-        if (slots[n] < 0) continue;
-        T sum = T(0);
+    for (int n = 0; n < N; ++n) {
+      if (slots[n] < 0) continue;
+      T sum = T(0);
 #pragma unroll
-        for (int j = 0; j < V; ++j) sum += values[n][j];
-        sum = warp_sum(sum);
-        if (block.lane == 0) to[slots[n] * CONST(classes) + one] += double(sum);
-      }
-      return;
+      for (int j = 0; j < V; ++j) sum += values[n][j];
+      sum = warp_sum(sum);
+      if (block.lane == 0) to[slots[n] * CONST(classes) + one] += double(sum);
     }
+  }
+
+  // The same, one class of the warp after the other.
+  template <int N>
+  FL_DEVICE void add_one_by_one(const int (&slots)[N], const int (&y)[V], const T (&values)[N][V]) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       unsigned left = __ballot_sync(kAllLanes, y[j] >= 0);
@@ -324,7 +327,7 @@ FL_DEVICE void add_voxels(const Block<In, V>& block, const Voxels<T, V>& v, T (&
     bool infinite = false;
 #pragma unroll
     for (int j = 0; j < V; ++j) infinite |= size_of(x[j]) == infinity<T>();
-    if (infinite) {
+    if (FL_SELDOM(infinite)) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         if (!is_infinite(x[j])) continue;
@@ -424,11 +427,12 @@ FL_DEVICE void reduce_block(const Call& call) {
     if (is_of_two_classes(call)) {
       reduce_two_classes<In, V, K>(block, voxels, sums);
       // A product of 64 factors of at most 2 is far from overflow.
-      if (kFlushEvery * V > 64 && (tiles + 1) % (64 / V) == 0) sums.take_products();
+      if (FL_SELDOM(kFlushEvery * V > 64 && (tiles + 1) % (64 / V) == 0)) sums.take_products();
     } else if (CONST(activation) == kSoftmax && !CONST(dense))
       reduce_labels<In, V, K>(block, voxels, sums, tiles);
     else reduce_general<In, V, K>(block, voxels, sums);
-    if (++tiles % kFlushEvery == 0) sums.flush();
+    ++tiles;
+    if (FL_SELDOM(tiles % kFlushEvery == 0)) sums.flush();
     if (CONST(staged)) __syncthreads();
   }
   sums.finish();

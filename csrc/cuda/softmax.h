@@ -144,7 +144,7 @@ FL_DEVICE void label_round(const Block<In, V>& block,
     here[j] = {center[j], T(0), T(0), T(0)};
     any_far = any_far || is_far(center[j]);
   }
-  if (any_far) {
+  if (FL_SELDOM(any_far)) {
     // The classes at an infinite maximum share the probability.
 #pragma unroll
     for (int j = 0; j < V; ++j) {
