@@ -71,6 +71,7 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
   using T = typename ComputedIn<In>::type;
   const Call& call = block.call;
   const bool once = CONST(rounds) == 1;
+  if (CONST(warps) == 1 && !v.inside) return;
   T x[K][V], factor[V], own_x[V];
   LabelPart<T> part[V];
   label_parts(block, v, x, part, factor, own_x, by);
@@ -170,6 +171,7 @@ FL_DEVICE void apply_general(Block<In, V>& block, const Voxels<typename Computed
   const Call& call = block.call;
   const bool once = CONST(rounds) == 1, softmax = CONST(activation) == kSoftmax;
   const bool logs = CONST(gammas) > 0;
+  if (CONST(warps) == 1 && !v.inside) return;
   T x[K][V], turn[K][V], total[V];
   Whole<T> whole[V] = {};
   if (once || softmax) softmax_parts<In, V, K>(block, v, x, whole, logs);
@@ -180,13 +182,14 @@ FL_DEVICE void apply_general(Block<In, V>& block, const Voxels<typename Computed
     T here[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) here[j] = T(0);
+    const char* target = block.at_class(v, kTarget, block.first_class(round));
 #pragma unroll
-    for (int k = 0; k < CONST(per_thread); ++k) {
+    for (int k = 0; k < CONST(per_thread); ++k, target += call.channel_stride[kTarget]) {
       int c = block.first_class(round) + k;
       if (!block.exists(round, k)) continue;
       T g[V];
       if (!once) block.load_class(v, c, x[k]);
-      block.load_target(v, c, g);
+      block.load_target(v, c, target, g);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         Fields<T> f = activate(call, x[k][j], whole[j], logs);
@@ -212,15 +215,17 @@ FL_DEVICE void apply_general(Block<In, V>& block, const Voxels<typename Computed
   }
   if (!v.inside) return;
   for (int round = 0; round < CONST(rounds); ++round) {
+    const char* target = block.at_class(v, kTarget, block.first_class(round));
     char* to = block.at_class(v, kOut, block.first_class(round));
 #pragma unroll
-    for (int k = 0; k < CONST(per_thread); ++k, to += call.channel_stride[kOut]) {
+    for (int k = 0; k < CONST(per_thread);
+         ++k, target += call.channel_stride[kTarget], to += call.channel_stride[kOut]) {
       int c = block.first_class(round) + k;
       if (!block.exists(round, k)) continue;
       T g[V], gradient[V];
       if (!once) {
         block.load_class(v, c, x[k]);
-        block.load_target(v, c, g);
+        block.load_target(v, c, target, g);
       }
 #pragma unroll
       for (int j = 0; j < V; ++j) {

@@ -350,12 +350,13 @@ struct Block {
     }
   }
 
-  // The target of class c, from a dense target or a label map; 0 where a voxel counts for nothing.
-  FL_DEVICE void load_target(const Voxels<T, V>& voxels, int c, T (&g)[V]) const {
+  // The target of class c, from a dense target, where it lies there, or a label map; 0 where a
+  // voxel counts for nothing.
+  FL_DEVICE void load_target(const Voxels<T, V>& voxels, int c, const char* from, T (&g)[V]) const {
 #pragma unroll
     for (int j = 0; j < V; ++j) g[j] = T(voxels.y[j] == c ? 1 : 0);
     if (!CONST(dense) || !voxels.inside) return;
-    target_row(call, voxels, c, g);
+    target_row(call, from, g);
 #pragma unroll
     for (int j = 0; j < V; ++j)
       if (voxels.m[j] == T(0)) g[j] = T(0);

@@ -385,14 +385,15 @@ FL_DEVICE void reduce_general(Block<In, V>& block,
 #pragma unroll
   for (int j = 0; j < V; ++j) sums.weight += v.m[j];
   for (int round = 0; round < CONST(rounds); ++round) {
+    const char* target = block.at_class(v, kTarget, block.first_class(round));
 #pragma unroll
-    for (int k = 0; k < CONST(per_thread); ++k) {
+    for (int k = 0; k < CONST(per_thread); ++k, target += call.channel_stride[kTarget]) {
       int c = block.first_class(round) + k;
       bool there = block.exists(round, k);
       T g[V];
       if (there) {
         if (!once) block.load_class(v, c, x[k]);
-        block.load_target(v, c, g);
+        block.load_target(v, c, target, g);
       }
       T sum[8 + 2 * kMaxGammas] = {};
       if (there && v.inside) add_voxels<In, V>(block, v, x[k], g, whole, logs, sum);

@@ -209,10 +209,10 @@ FL_DEVICE bool counts_all(const Call& call) {
   return CONST(weight_type) == kNoType && CONST(ignore_kind) == kNothing;
 }
 
+// The numbers of a dense target that lie there.
 template <class T, int V>
-FL_DEVICE void target_row(const Call& call, const Voxels<T, V>& voxels, int c, T (&g)[V]) {
-  load_numbers(call.data[kTarget] + voxels.offset[kTarget] + c * call.channel_stride[kTarget],
-               call.stride[kTarget][0], CONST(target_type), CONST(packed_target) != 0, g);
+FL_DEVICE void target_row(const Call& call, const char* from, T (&g)[V]) {
+  load_numbers(from, call.stride[kTarget][0], CONST(target_type), CONST(packed_target) != 0, g);
 }
 
 template <class T, int V>
@@ -240,22 +240,22 @@ FL_DEVICE void move_to(const Call& call, int sample, Index first, Index last,
         voxels.m[j] = T(0);
       }
   }
+  const char* row = call.data[kTarget] + voxels.offset[kTarget];
   if (!CONST(dense)) {
-    load_labels(call, call.data[kTarget] + voxels.offset[kTarget], step_of(call, kTarget), voxels.y,
-                voxels.faults);
+    load_labels(call, row, step_of(call, kTarget), voxels.y, voxels.faults);
 #pragma unroll
     for (int j = 0; j < V; ++j)
       if (!counts_all(call) && voxels.y[j] < 0) voxels.m[j] = T(0);
   } else if (CONST(ignore_kind) == kClass) {
     T g[V];
-    target_row(call, voxels, int(call.ignore), g);
+    target_row(call, row + call.ignore * call.channel_stride[kTarget], g);
 #pragma unroll
     for (int j = 0; j < V; ++j)
       if (g[j] > T(0.5)) voxels.m[j] = T(0);
   } else if (CONST(ignore_kind) == kValue) {
-    for (int c = 0; c < CONST(classes); ++c) {
+    for (int c = 0; c < CONST(classes); ++c, row += call.channel_stride[kTarget]) {
       T g[V];
-      target_row(call, voxels, c, g);
+      target_row(call, row, g);
 #pragma unroll
       for (int j = 0; j < V; ++j)
         if (g[j] == T(call.ignore)) voxels.m[j] = T(0);
