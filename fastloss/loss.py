@@ -177,14 +177,16 @@ class Loss:
         Raises:
             ValueError: ``out`` is read-only, or overlaps an input other than as the logits.
         """
-        if out is None and upstream is None:
+        if upstream is None:
             adapter = adapter_of(logits, "logits")
             ready = self.prepared(adapter, logits, target, voxel_weight)
-            if ready is not None:
+            arrays = (logits, target, voxel_weight)
+            if ready is not None and (
+                out is None or ready[0].takes(self, adapter, arrays, ready[1], out)
+            ):
                 call, addresses = ready
                 value, kept = call.value(addresses)
-                arrays = (logits, target, voxel_weight)
-                return value, call.gradient(self, adapter, arrays, addresses, kept)
+                return value, call.gradient(self, adapter, arrays, addresses, kept, out=out)
         passes = self.passes(logits, target, voxel_weight)
         out, view = passes.output(out)
         value, pullback = passes.combine(passes.reduce())
@@ -434,11 +436,15 @@ class Passes:
         """The array that takes the gradient, as the caller sees it, and its view."""
         if out is None:
             return self.adapter.empty_like(self.caller_logits, self.logits)
-        view = borrow(out, "out", write=True)
+        return out, self.borrow_output(out, write=True)
+
+    def borrow_output(self, out: Any, *, write: bool = False) -> Borrowed:
+        """The view of an array that can take the gradient."""
+        view = borrow(out, "out", write=write)
         if self.device is not None or view.place is not None:
             _on_device(self.logits, None, None, view)
         self.check_output(view)
-        return out, view
+        return view
 
     def gradient_view(self, out: Borrowed) -> np.ndarray:
         """The gradient's array with the channel axis where kernels look for it."""

@@ -86,6 +86,54 @@ def test_later_calls_are_not_planned_anew(launched: list[str], arranged: list[An
     assert len(arranged) == first
 
 
+def test_buffers_for_the_gradient(launched: list[str], arranged: list[Any]) -> None:
+    loss = fl.Dice() + fl.CrossEntropy()
+    last = np.empty((2, 8, 8, 3), np.float32)
+    buffers = [np.empty((2, 3, 8, 8), np.float32), np.moveaxis(last, -1, 1), None]
+    planned = []
+    for seed in range(3):
+        arranged.clear()
+        for buffer in buffers:
+            x, y = example(2, 3, (8, 8), dtype="float32", seed=seed)
+            expected, kept = reference(loss, x, y), x.copy()
+            logits = OnDevice(x)
+            out = logits if buffer is None else OnDevice(buffer)
+            value, gradient = loss.value_and_grad(logits, OnDevice(y), out=out)
+            assert gradient is out
+            assert_agree(value.values, out.values, expected)
+            if buffer is not None:
+                np.testing.assert_array_equal(x, kept)
+        planned.append(len(arranged))
+    assert planned[1:] == [len(buffers)] * 2  # by the reference
+    assert planned[0] > len(buffers)
+
+
+def test_buffers_of_later_calls_are_checked(launched: list[str]) -> None:
+    loss = fl.Dice() + fl.CrossEntropy()
+    x, y = example(1, 3, (40,), dtype="float32")
+    memory = np.zeros(400, np.float32)
+    logits = memory[:120].reshape(x.shape)
+    logits[...] = x
+    w = memory[130:170].reshape(y.shape)
+    w[...] = 1
+    given = [OnDevice(a) for a in (logits, y, w)]
+    expected = reference(loss, x, y, w)
+    for start in (200, 4, 100, 240, 168, 172):
+        out = memory[start : start + 120].reshape(x.shape)
+        if start < 120 or start < 170:
+            what = "logits without" if start < 120 else "voxel_weight, which"
+            with pytest.raises(ValueError, match=f"^out: overlaps the {what}"):
+                loss.value_and_grad(*given, out=OnDevice(out))
+            np.testing.assert_array_equal(logits, x)
+        else:
+            value, _ = loss.value_and_grad(*given, out=OnDevice(out))
+            assert_agree(value.values, out, expected)
+    with pytest.raises(ValueError, match=r"^out: expected the logits' shape"):
+        loss.value_and_grad(*given, out=OnDevice(np.empty((1, 3, 41), np.float32)))
+    with pytest.raises(ValueError, match=r"^out: expected an array in the memory of CUDA device 0"):
+        loss.value_and_grad(*given, out=OnDevice(np.empty_like(x), ordinal=1))
+
+
 def test_later_calls_are_checked(launched: list[str]) -> None:
     loss = fl.Dice() + fl.CrossEntropy()
     x, y = example(2, 3, (40,), dtype="float32")
@@ -236,3 +284,54 @@ def test_no_second_derivative(torch: Any) -> None:
         )
         with pytest.raises(RuntimeError, match="no second backward"):
             gradient.sum().backward()
+
+
+def test_reuse_of_the_logits(torch: Any, arranged: list[Any]) -> None:
+    import fastloss.torch as ft
+
+    module = ft.Loss(fl.Dice() + fl.CrossEntropy(), reuse_logits=True)
+    planned = []
+    for seed in range(3):
+        x, y = example(2, 3, (5, 8), dtype="float32", seed=seed)
+        _, expected = reference(fl.Dice() + fl.CrossEntropy(), x, y, upstream=2.0)
+        arranged.clear()
+        given = torch.from_numpy(x.copy()).requires_grad_()
+        output = given + 0.0
+        value = module(output, torch.from_numpy(y))
+        version = output._version
+        (2 * value).backward(retain_graph=True)
+        np.testing.assert_allclose(output.detach().numpy(), expected, atol=1e-7)
+        np.testing.assert_allclose(given.grad.numpy(), expected, atol=1e-7)
+        assert output._version > version
+        planned.append(len(arranged))
+        with pytest.raises(RuntimeError, match="there can be no second"):
+            value.backward()
+        with pytest.raises(ValueError, match="values of a leaf"):
+            module(given, torch.from_numpy(y))
+    assert planned[1:] == [0, 0]
+    assert planned[0] > 0
+
+
+def test_reuse_of_logits_that_hooks_moved(torch: Any) -> None:
+    import fastloss.torch as ft
+
+    loss = fl.Dice() + fl.CrossEntropy()
+    x, y = example(2, 3, (5, 8), dtype="float32")
+    _, expected = reference(loss, x, y)
+    for _ in range(2):
+        logits = torch.from_numpy(x.copy()).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda a: a.numpy().copy(), torch.from_numpy):
+            value = ft.Loss(loss, reuse_logits=True)(logits + 0.0, torch.from_numpy(y))
+        value.backward()
+        np.testing.assert_allclose(logits.grad.numpy(), expected, atol=1e-7)
+
+
+def test_logits_that_cannot_be_reused(torch: Any) -> None:
+    import fastloss.torch as ft
+
+    module = ft.Loss(fl.Dice() + fl.CrossEntropy(), reuse_logits=True)
+    x, y = example(1, 3, (40,), dtype="float32")
+    for _ in range(2):
+        one = (torch.from_numpy(x[:, :1].copy()).requires_grad_() + 0.0).expand(1, 3, 40)
+        with pytest.raises(ValueError, match=r"^logits: reuse_logits=True cannot write here"):
+            module(one, torch.from_numpy(y))

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastloss.backends import _cuda_engine as engine
 from fastloss.backends import cuda
 from fastloss.backends._cuda_call import NO_TYPE, TYPES
+from fastloss.frameworks.base import byte_bounds
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fastloss.backends._cuda_call import Plan
     from fastloss.frameworks.base import Adapter, Kind
     from fastloss.loss import Loss
@@ -54,7 +57,10 @@ class Prepared:
         self._plan, _ = engine.plan_of(device, request, arrays, None, NO_TYPE, False)
         self._reduce = device.passes(self._plan.constants, "reduce")
         (self._combine,) = device.kernels(program.sources, ("fastloss_combine",))
-        self._applies: dict[tuple[int, int], tuple[Plan, Any]] = {}
+        self._applies: dict[Hashable, tuple[Plan, Any]] = {}
+        inputs = (passes.logits, passes.target, passes.voxel_weight)
+        self._spans = [None if a is None else _span(a.array) for a in inputs]
+        self._outs: dict[Hashable, tuple[int, int]] = {}
         slots, batch, classes = self.shape
         count = slots * batch * classes
         # Where what is made on the way lies in one piece of memory, in bytes; derivatives first.
@@ -83,6 +89,33 @@ class Prepared:
         device.launch(self._combine, 1, (256, 1), 0, call)
         return value, Kept(memory, base)
 
+    def takes(
+        self,
+        loss: Loss,
+        adapter: Adapter,
+        arrays: tuple[Any, Any, Any],
+        at: tuple[int, ...],
+        out: Any,
+    ) -> bool:
+        """Whether the gradient may be written to ``out``; if not, it goes the long way.
+
+        Raises what ``out`` is to blame for.
+        """
+        kind = adapter.kind(out, "out")
+        if kind is None:
+            return False
+        span = self._outs.get(kind.traits)
+        if span is None:
+            view = loss.passes(*arrays).borrow_output(out)
+            span = self._outs[kind.traits] = _span(view.array)
+        low, high = kind.address + span[0], kind.address + span[1]
+        of_logits = adapter.kind(arrays[0], "logits")
+        itself = of_logits is not None and of_logits == kind
+        return not any(
+            other is not None and low < address + other[1] and address + other[0] < high
+            for other, address in list(zip(self._spans, at, strict=True))[itself:]
+        )
+
     def gradient(
         self,
         loss: Loss,
@@ -91,16 +124,26 @@ class Prepared:
         at: tuple[int, ...],
         kept: Kept,
         upstream: Any = None,
+        out: Any = None,
     ) -> Any:
-        """Queue the apply pass; ``upstream``: one number on the device, or None for 1."""
+        """Queue the apply pass; ``upstream``: one number on the device, or None for 1.
+
+        ``out``: what `takes` said yes to, or None for a new array.
+        """
         place, device = self.place, self._device()
-        new = adapter.like(arrays[0])
+        new, layout = out, None
+        if out is None:
+            new = adapter.like(arrays[0])
+        else:
+            adapter.written(out)
+            of_out = adapter.kind(out, "out")
+            layout = of_out and of_out.traits
         to = place.address(new)
         upstream_type, factor = NO_TYPE, 0
         if upstream is not None:
             upstream = place.scalar(upstream, self.dtype)
             upstream_type, factor = TYPES.index(self.dtype), place.address(upstream)
-        kind = (upstream_type, to & 15)
+        kind = (upstream_type, to & 15, layout)
         if kind not in self._applies:
             self._applies[kind] = self._plan_apply(loss, adapter, arrays, new, upstream_type)
         plan, kernels = self._applies[kind]
@@ -139,6 +182,13 @@ class Prepared:
             upstream_address=self.place.address(upstream),
             upstream_type=TYPES.index(self.dtype),
         )
+
+
+def _span(view: np.ndarray) -> tuple[int, int]:
+    """Its bytes, from the address of its first number on."""
+    address: int = view.__array_interface__["data"][0]
+    low, high = byte_bounds(view)
+    return low - address, high - address
 
 
 def find(

@@ -150,6 +150,9 @@ class Adapter:
         """The new array of `empty_like`, for one that has a `kind`."""
         raise NotImplementedError(f"{type(self).__name__} must define like")
 
+    def written(self, array: Any) -> None:
+        """What `borrow` does to an array that will be written to, for one that has a `kind`."""
+
     def result(self, value: Any) -> Any:
         """The value of a loss as the caller knows numbers."""
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from fastloss.frameworks.memory import LEAST, large
 from fastloss.naming import text_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fastloss.backends._cuda_prepared import Prepared
     from fastloss.frameworks.base import LossLike
     from fastloss.frameworks.torch_distributed import Ranks
@@ -78,6 +81,10 @@ class TorchAdapter(Adapter):
     def like(self, array: Any) -> Any:
         return torch.empty_like(plain(array))
 
+    def written(self, array: Any) -> None:
+        if not array.is_inference():
+            increment_version(array)
+
     def result(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value
@@ -124,16 +131,18 @@ class TorchAdapter(Adapter):
                 "logits: forward-mode derivatives are not computed; take the gradient by backward()"
             )
         differentiable = torch.is_grad_enabled() and logits.requires_grad
-        if ranks is None and not reuse_logits:
+        if differentiable and reuse_logits:
+            _check_reuse(logits)
+        if ranks is None:
             ready = loss.prepared(self, logits, target, voxel_weight)
             if ready is not None:
                 call, addresses = ready
-                if differentiable:
-                    return _QueuedValue.apply(logits, target, voxel_weight, (loss, *ready))
-                return call.value(addresses)[0]
+                if not differentiable:
+                    return call.value(addresses)[0]
+                arrays = (logits, target, voxel_weight)
+                if not reuse_logits or _takes_logits(loss, ready, arrays):
+                    return _QueuedValue.apply(*arrays, (loss, *ready), reuse_logits)
         if differentiable:
-            if reuse_logits:
-                _check_reuse(logits)
             return _Value.apply(logits, target, voxel_weight, loss, reuse_logits, ranks)
         passes = loss.passes(logits, target, voxel_weight)
         statistics = passes.reduce()
@@ -247,6 +256,32 @@ def _check_reuse(logits: torch.Tensor) -> None:
         )
 
 
+@contextmanager
+def _about_reuse() -> Iterator[None]:
+    """Let what is wrong with an output be said of the logits."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"logits: reuse_logits=True cannot write here, {error}") from None
+
+
+def _takes_logits(
+    loss: Loss, ready: tuple[Prepared, tuple[int, ...]], arrays: tuple[Any, Any, Any]
+) -> bool:
+    call, addresses = ready
+    with _about_reuse():
+        return call.takes(loss, ADAPTER, arrays, addresses, arrays[0].detach())
+
+
+def _check_unspent(ctx: Any) -> None:
+    """Raise RuntimeError where a gradient has been written over the logits before."""
+    if ctx.spent:
+        raise RuntimeError(
+            "reuse_logits=True: the first backward pass wrote the gradient over the logits, so "
+            "there can be no second"
+        )
+
+
 class _Value(torch.autograd.Function):
     """The reduce pass forward, the apply pass backward."""
 
@@ -262,10 +297,8 @@ class _Value(torch.autograd.Function):
     ) -> Any:
         passes = loss.passes(logits, target, voxel_weight)
         if reuse_logits:
-            try:
+            with _about_reuse():
                 passes.check_output(passes.logits)
-            except ValueError as error:
-                raise ValueError(f"logits: reuse_logits=True cannot write here, {error}") from None
         statistics = passes.reduce()
         ctx.first = 0
         if ranks is not None:
@@ -283,11 +316,7 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        if ctx.spent:
-            raise RuntimeError(
-                "reuse_logits=True: the first backward pass wrote the gradient over the logits, so "
-                "there can be no second"
-            )
+        _check_unspent(ctx)
         saved = zip(ctx.saved_tensors, ctx.others, strict=True)
         logits, target, voxel_weight = (b if a is None else a for a, b in saved)
         passes, ctx.passes = ctx.passes, None
@@ -315,8 +344,10 @@ class _QueuedValue(torch.autograd.Function):
         target: Any,
         voxel_weight: Any,
         how: tuple[Loss, Prepared, tuple[int, ...]],
+        reuse_logits: bool,
     ) -> Any:
         _, call, addresses = how
+        ctx.reuse_logits, ctx.spent = reuse_logits, False
         value, ctx.kept = call.value(addresses)
         ctx.save_for_backward(logits, target, voxel_weight)
         ctx.how, ctx.moved = how, _saved_tensors_hooks(True) is not None
@@ -324,21 +355,28 @@ class _QueuedValue(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+        _check_unspent(ctx)
         arrays = logits, target, voxel_weight = ctx.saved_tensors
         loss, call, addresses = ctx.how
         ready: Any = call, addresses
         here = (logits.data_ptr(), target.data_ptr())
         if ctx.moved or here != addresses[:2] or voxel_weight is not None:
             ready = loss.prepared(ADAPTER, *arrays)
+            if ready is not None and ctx.reuse_logits and not _takes_logits(loss, ready, arrays):
+                ready = None
+        out = logits.detach() if ctx.reuse_logits else None
+        ctx.spent = ctx.reuse_logits
         if ready is not None:
-            gradient = ready[0].gradient(loss, ADAPTER, arrays, ready[1], ctx.kept, upstream)
+            gradient = ready[0].gradient(
+                loss, ADAPTER, arrays, ready[1], ctx.kept, upstream, out=out
+            )
         else:
             passes = loss.passes(*arrays)
-            gradient, view = passes.output(None)
+            gradient, view = passes.output(out)
             passes.apply(call.coefficients(ctx.kept, upstream), view)
         if torch.is_grad_enabled():
             gradient = _Once.apply(gradient, upstream, logits)
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 class _Once(torch.autograd.Function):
