@@ -155,17 +155,20 @@ def test_cross_entropy_alone_of_many_classes() -> None:
     check(fl.Loss(fl.CrossEntropy()), x, y)
 
 
-SIGMOID = fl.Loss(fl.Dice(), fl.CrossEntropy(), activation="sigmoid")
-
-
-@pytest.mark.parametrize("loss", [DICE_CE, SIGMOID], ids=["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("classes", [2, 3, 6, 8, 14, 16, 20, 33, 40])
-def test_channels_last_of_any_row(classes: int, dtype: str, loss: Any) -> None:
+def test_channels_last_of_any_row(classes: int, dtype: str) -> None:
     """Accesses of all widths, rows that keep lanes apart, whole tiles and a part of one."""
     for batch in (1, 2):  # of which the second lies at no multiple of 16 bytes
         x, y = example(batch, classes, (5, 63), dtype=dtype)
-        check(loss, channels_last(x), y)
+        check(DICE_CE, channels_last(x), y)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("classes", [3, 14, 40])
+def test_channels_last_of_sigmoid(classes: int, dtype: str) -> None:
+    x, y = example(1, classes, (5, 63), dtype=dtype)
+    check(fl.Loss(fl.Dice(), fl.CrossEntropy(), activation="sigmoid"), channels_last(x), y)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

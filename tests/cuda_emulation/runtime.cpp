@@ -549,7 +549,7 @@ void prepare_fiber(Thread& t) {
 #endif
 }
 
-constexpr int kGuarded = 128;
+constexpr int kGuarded = 16;
 
 bool make_thread(Thread& t) {
   std::size_t page = std::size_t(sysconf(_SC_PAGESIZE));
