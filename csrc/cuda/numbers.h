@@ -118,6 +118,14 @@ FL_DEVICE T exponential(T x) {
 }
 FL_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FL_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+// a − b, never taken together with a product that made one of them: of equal numbers it is 0.
+#ifdef FL_EMULATION
+FL_DEVICE float difference(float a, float b) { return a - b; }
+FL_DEVICE double difference(double a, double b) { return a - b; }
+#else
+FL_DEVICE float difference(float a, float b) { return __fsub_rn(a, b); }
+FL_DEVICE double difference(double a, double b) { return __dsub_rn(a, b); }
+#endif
 // The larger one, the smaller one; of a number and NaN, the number.
 FL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 FL_DEVICE double larger(double a, double b) { return fmax(a, b); }

@@ -9,7 +9,7 @@
 // and a number the smaller one is the number.
 template <class T>
 FL_DEVICE T rescale(T part, T whole) {
-  return power_of_two(smaller(part - whole, T(0)));
+  return power_of_two(smaller(difference(part, whole), T(0)));
 }
 
 // x − largest, and 0 where both are the same infinity: such classes share the probability.
