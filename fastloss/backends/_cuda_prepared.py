@@ -107,13 +107,17 @@ class Prepared:
         span = self._outs.get(kind.traits)
         if span is None:
             view = loss.passes(*arrays).borrow_output(out)
+            if len(self._outs) >= _MOST_KINDS:
+                self._outs.clear()
+                self._applies.clear()
             span = self._outs[kind.traits] = _span(view.array)
         low, high = kind.address + span[0], kind.address + span[1]
-        of_logits = adapter.kind(arrays[0], "logits")
-        itself = of_logits is not None and of_logits == kind
+        inputs = list(zip(self._spans, at, strict=True))
+        if adapter.kind(arrays[0], "logits") == kind:
+            del inputs[0]  # the logits themselves
         return not any(
             other is not None and low < address + other[1] and address + other[0] < high
-            for other, address in list(zip(self._spans, at, strict=True))[itself:]
+            for other, address in inputs
         )
 
     def gradient(
