@@ -173,6 +173,11 @@ struct Sums {
       }
       clear();
     }
+    if (checks_numbers(call)) {
+      // NaN tells of a bad number, which only the warp that has its class has seen.
+      int bad_number = weight != weight;
+      faults += CONST(warps) > 1 ? __syncthreads_or(bad_number) : bad_number;
+    }
     // All warps of a group see the same voxels; the first one counts them.
     double sum = warp_sum(double(weight)), bad = warp_sum(double(faults));
     if (block.lane == 0 && block.warp_in_group == 0) {
@@ -393,7 +398,8 @@ FL_DEVICE void reduce_general(Block<In, V>& block,
       T g[V];
       if (there) {
         if (!once) block.load_class(v, c, x[k]);
-        block.load_target(v, c, target, g);
+        // Kept where a number is kept anyhow, as a counter would take a register.
+        if (block.load_target(v, c, target, g)) sums.weight = infinity<T>() - infinity<T>();
       }
       T sum[8 + 2 * kMaxGammas] = {};
       if (there && v.inside) add_voxels<In, V>(block, v, x[k], g, whole, logs, sum);
