@@ -69,7 +69,6 @@ def kernels_take(logits: Tensor, target: Tensor) -> bool:
         logits.is_floating_point()
         and not target.is_complex()
         and logits.ndim > 2
-        and logits.numel() > 0
         and logits.device == target.device
         and not (target.requires_grad and torch.is_grad_enabled())
     )
@@ -85,7 +84,7 @@ def is_binary(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or not tensor.is_cpu:
         return False
     # Slab by slab: little memory is needed, and soft targets show at the first one.
-    thickness = max(1, 2**18 * tensor.shape[2] // tensor.numel())
+    thickness = max(1, 2**18 * tensor.shape[2] // max(1, tensor.numel()))
     slabs = tensor.split(thickness, dim=2)
     return all(bool(((slab == 0) | (slab == 1)).all()) for slab in slabs)
 

@@ -56,6 +56,9 @@ class Loss:
     backward pass. `torch.compile` and `torch.export` take a loss into the graph. The methods record
     no graph, whatever their tensors require.
 
+    Without a sample, or without a voxel, a mean is 0, and a region term has the value of its
+    formula for empty regions; the gradient is as empty as the logits.
+
     Every method raises ValueError or TypeError, naming the argument, for arrays that do not fit
     each other, for labels outside [0, C) that are not ``ignore_index``, and for negative weights.
 

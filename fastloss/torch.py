@@ -13,6 +13,7 @@ Every module is called as ``module(logits, target, voxel_weight=None)`` with arr
   parts of one loss: the sums over voxels are joined between the two passes. The value is the
   joined one on every rank. The gradient is multiplied by the number of ranks, as
   `DistributedDataParallel` divides by it: together they train as one process on all the data.
+  A rank that holds nothing calls it too, with an empty batch, and gets the same value.
 - shard: "batch" if every rank holds other samples, in numbers that may differ; "volume" if every
   rank holds a part of the voxels of the same samples.
 

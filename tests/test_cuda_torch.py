@@ -104,6 +104,22 @@ def test_sums_joined_over_ranks(
     assert_agree(value.detach().numpy(), logits.grad.numpy(), reference(loss, x, y))
 
 
+@pytest.mark.parametrize("shard", ["batch", "volume"])
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_rank_without_samples(
+    launched: list[str], one_rank: None, shard: str, batch: bool
+) -> None:
+    import fastloss.torch
+
+    module = fastloss.torch.Loss(fl.Dice(batch=batch), process_group=True, shard=shard)
+    logits, labels, *_ = tensors()
+    logits = logits.detach()[:0].requires_grad_()
+    value = module(logits, labels[:0])
+    value.backward()
+    assert value.detach() == pytest.approx(0, abs=1e-12)
+    assert logits.grad.shape == logits.shape
+
+
 def test_a_term_that_joins_ranks_by_itself(launched: list[str], one_rank: None) -> None:
     from fastloss.nnunet import DC_and_CE_loss
 

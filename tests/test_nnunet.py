@@ -973,3 +973,21 @@ def test_two_ranks_without_ignored_voxels_are_one_process(ranks: Any) -> None:
     got = [results[0, "eager"] for results in ranks]
     np.testing.assert_allclose((got[0][0] + got[1][0]) / 2, value, rtol=1e-9)
     np.testing.assert_allclose(torch.cat([g for _, g in got]) / 2, gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("name", sorted(WHERE))
+def test_empty_batch(name: str, batch_dice: bool) -> None:
+    """The cross-entropy of nothing is 0, and the Dice of a batch of nothing is perfect."""
+    options = {"batch_dice": batch_dice, "smooth": 1e-5, "ddp": False}
+    first, second = (options, {}) if name != "DC_and_BCE_loss" else ({}, options)
+    if name.startswith("DC"):
+        loss = getattr(ours, name)(first, second)
+    else:
+        loss = getattr(ours, name)(**options if "Dice" in name else {})
+    x = torch.zeros(0, 3, 4, 4, requires_grad=True)
+    value = loss(x, torch.zeros(0, 3 if name == "DC_and_BCE_loss" else 1, 4, 4))
+    value.backward()
+    dice = batch_dice and ("Dice" in name or name.startswith("DC"))
+    assert value.item() == pytest.approx(-1 if dice else 0)
+    assert x.grad.shape == x.shape

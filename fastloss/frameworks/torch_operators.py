@@ -60,11 +60,17 @@ def _loss(
     if group:
         _check_ranks(loss, shard)
         statistics, _ = Ranks(group, shard).join(loss, statistics)
-    return (
-        ADAPTER.result(passes.combine(statistics)[0]),
-        ADAPTER.result(statistics.sums),
-        ADAPTER.result(statistics.voxels),
-    )
+    value = ADAPTER.result(passes.combine(statistics)[0])
+    sums, voxels = ADAPTER.result(statistics.sums), ADAPTER.result(statistics.voxels)
+    if group and not len(logits) and not loss.sums_over_batch:
+        if value.ndim:
+            raise RuntimeError(
+                "logits: under torch.compile a rank without samples cannot know the shape of a "
+                'value with reduction="none"; use another reduction, or compile the model without '
+                "the loss"
+            )
+        sums, voxels = sums[:, :0].clone(), voxels[:0].clone()  # as the graph expects them
+    return value, sums, voxels
 
 
 @torch.library.impl(_library, "gradient", "CPU")
@@ -127,7 +133,7 @@ def _fake_loss(
     slots = _slots(loss)
     if group:
         _check_ranks(loss, shard)
-        batch = 1 if shard == "batch" else batch
+        batch = 1 if loss.sums_over_batch else batch
     return (
         logits.new_empty(shape, dtype=dtype),
         logits.new_empty((slots, batch, classes), dtype=torch.float64),

@@ -38,7 +38,7 @@ PyTorch's operations:
   ``ignore_index`` and without background.
 - MaskedDiceLoss under ``torch.compile``, of a label map with background.
 - Targets or weights that require a gradient, weights that are broadcast to other axes than the
-  channels, negative options, integer logits, no spatial axis, empty tensors.
+  channels, negative options, integer logits, no spatial axis, empty tensors (whose mean is NaN).
 
 Compound losses are one fused loss if their parts have the same activation: DiceCELoss with
 softmax (sigmoid for a single channel), the focal ones with sigmoid. If not, as MONAI's

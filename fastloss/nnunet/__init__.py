@@ -42,8 +42,9 @@ What differs from nnU-Net:
 - Voxels that are ignored or masked count for nothing even where they hold NaN.
 - The largest k percent are one voxel at least (NaN), and voxels that tie for the last places share
   them in the gradient.
-- The cross-entropy over no voxel, or over voxels whose classes all have weight 0, is 0 (NaN).
-- ``ddp`` takes batches of unequal size on the ranks.
+- The cross-entropy over no voxel, or over voxels whose classes all have weight 0, is 0 (NaN). So
+  is the mean Dice of an empty batch.
+- ``ddp`` takes batches of unequal size on the ranks, empty ones as well.
 - ``DeepSupervisionWrapper`` raises ValueError for fewer outputs than weights, and takes None for
   weights that are all 1, as its documentation says (TypeError).
 - Dictionaries of options are not written to.

@@ -126,6 +126,8 @@ class TopKLoss(RobustCrossEntropyLoss):
 
     def _unfused(self, input: Tensor, target: Tensor) -> Tensor:
         losses = super()._unfused(input, target).flatten()
+        if not losses.numel():
+            return losses.sum()
         count = max(1, int(losses.numel() * self.k / 100))
         return torch.topk(losses, count, sorted=False).values.mean()
 
