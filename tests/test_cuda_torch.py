@@ -65,6 +65,16 @@ def test_one_value_per_sample_and_class(launched: list[str]) -> None:
     assert_agree(value.detach().numpy(), logits.grad.numpy(), expected)
 
 
+def test_gradients_of_many_upstreams_at_once(launched: list[str]) -> None:
+    logits, labels, x, y = tensors()
+    for loss in (fl.Dice() + fl.CrossEntropy(), fl.Dice(reduction="none")):
+        value = loss(logits, labels)
+        upstream = torch.eye(value.numel()).reshape(-1, *value.shape)
+        (got,) = torch.autograd.grad(value, logits, upstream, is_grads_batched=True)
+        for u, gradient in zip(upstream.double().numpy(), got.numpy(), strict=True):
+            assert_agree(value.detach().numpy(), gradient, reference(loss, x, y, upstream=u))
+
+
 def test_reuse_of_the_logits(launched: list[str]) -> None:
     logits, labels, x, y = tensors()
     from fastloss.torch import DiceCE

@@ -15,7 +15,7 @@ from fastloss.frameworks.memory import LEAST, large
 from fastloss.naming import text_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from fastloss.backends._cuda_prepared import Prepared
     from fastloss.frameworks.base import LossLike
@@ -323,15 +323,16 @@ class _Value(torch.autograd.Function):
         if passes is None:
             passes = ctx.loss.passes(logits, target, voxel_weight)
             passes.backend = ctx.backend
-        coefficients = ctx.pullback(ADAPTER.upstream(upstream[0]))
-        if ctx.ranks is not None:
-            coefficients = ctx.ranks.own(coefficients, ctx.first, passes.arrays.logits.shape[0])
-        gradient, view = passes.output(logits.detach() if ctx.reuse_logits else None)
-        ctx.spent = ctx.reuse_logits
-        passes.apply(coefficients, view)
-        if torch.is_grad_enabled():
-            gradient = _Once.apply(gradient, upstream[0], logits)
-        return gradient, None, None, None, None, None
+
+        def of(upstream: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+            coefficients = ctx.pullback(ADAPTER.upstream(upstream))
+            if ctx.ranks is not None:
+                coefficients = ctx.ranks.own(coefficients, ctx.first, passes.arrays.logits.shape[0])
+            gradient, view = passes.output(out)
+            passes.apply(coefficients, view)
+            return gradient  # type: ignore[no-any-return]
+
+        return _gradient(ctx, of, upstream[0], logits), None, None, None, None, None
 
 
 class _QueuedValue(torch.autograd.Function):
@@ -364,19 +365,45 @@ class _QueuedValue(torch.autograd.Function):
             ready = loss.prepared(ADAPTER, *arrays)
             if ready is not None and ctx.reuse_logits and not _takes_logits(loss, ready, arrays):
                 ready = None
-        out = logits.detach() if ctx.reuse_logits else None
-        ctx.spent = ctx.reuse_logits
-        if ready is not None:
-            gradient = ready[0].gradient(
-                loss, ADAPTER, arrays, ready[1], ctx.kept, upstream, out=out
-            )
-        else:
+
+        def of(upstream: torch.Tensor, out: torch.Tensor | None = None) -> Any:
+            if ready is not None:
+                return ready[0].gradient(
+                    loss, ADAPTER, arrays, ready[1], ctx.kept, upstream, out=out
+                )
             passes = loss.passes(*arrays)
             gradient, view = passes.output(out)
             passes.apply(call.coefficients(ctx.kept, upstream), view)
-        if torch.is_grad_enabled():
-            gradient = _Once.apply(gradient, upstream, logits)
-        return gradient, None, None, None, None
+            return gradient
+
+        return _gradient(ctx, of, upstream, logits), None, None, None, None
+
+
+def _gradient(
+    ctx: Any,
+    of: Callable[..., torch.Tensor],
+    upstream: torch.Tensor,
+    logits: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient as a function makes it of the upstream gradient, or of a batch of such."""
+    if _is_batched(upstream):
+        from fastloss.frameworks.torch_batched import each
+
+        return each(of, upstream, logits)  # of which none can take the logits' place
+    if ctx.reuse_logits:
+        gradient = of(upstream, logits.detach())
+        ctx.spent = True
+    else:
+        gradient = of(upstream)
+    if torch.is_grad_enabled():
+        gradient = _Once.apply(gradient, upstream, logits)
+    return gradient
+
+
+def _is_batched(tensor: torch.Tensor) -> bool:
+    """Whether this stands for a batch of tensors, as vmap has it."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
 
 
 class _Once(torch.autograd.Function):
@@ -388,7 +415,12 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        raise RuntimeError("fastloss computes first derivatives alone: no second backward through")
+        no_second_derivative(ctx, *upstream)
+
+
+def no_second_derivative(ctx: Any, *upstream: Any) -> Any:
+    """The backward pass of a gradient."""
+    raise RuntimeError("fastloss computes first derivatives alone: no second backward through")
 
 
 ADAPTER = TorchAdapter()
