@@ -74,6 +74,11 @@ def kernels_take(logits: Tensor, target: Tensor) -> bool:
     )
 
 
+def in_graph() -> bool:
+    """Whether operations are recorded, and with them every choice that the numbers decide."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def is_binary(tensor: Tensor) -> bool:
     """Whether a target is known to hold zeros and ones alone.
 
@@ -81,7 +86,7 @@ def is_binary(tensor: Tensor) -> bool:
     """
     if not tensor.is_floating_point():
         return True
-    if torch.compiler.is_compiling() or not tensor.is_cpu:
+    if in_graph() or not tensor.is_cpu:
         return False
     # Slab by slab: little memory is needed, and soft targets show at the first one.
     thickness = max(1, 2**18 * tensor.shape[2] // max(1, tensor.numel()))

@@ -53,8 +53,9 @@ class Loss:
     PyTorch tensors give PyTorch tensors. A loss that is called with logits that require a gradient
     is differentiated by autograd, once: gradients flow to the logits alone, and second derivatives
     raise RuntimeError. Beside the gradient no memory is taken; the arrays are kept until the
-    backward pass. `torch.compile` and `torch.export` take a loss into the graph. The methods record
-    no graph, whatever their tensors require.
+    backward pass. `torch.compile`, `torch.export` and `torch.jit.trace` take a loss into the graph,
+    with its numbers as they are then; a process that loads such a graph imports `fastloss.torch`
+    first. The methods record no graph, whatever their tensors require.
 
     Without a sample, or without a voxel, a mean is 0, and a region term has the value of its
     formula for empty regions; the gradient is as empty as the logits.

@@ -7,8 +7,8 @@ Every module is called as ``module(logits, target, voxel_weight=None)`` with arr
 - reuse_logits: write the gradient over the logits' memory in the backward pass, which then
   allocates nothing. The logits' values are gone after it: autograd raises RuntimeError if another
   operation of the graph needs them, and so does a second backward pass. ValueError for logits that
-  are a leaf, share memory with one, or repeat elements (expanded). Under `torch.compile` the
-  gradient takes memory of its own.
+  are a leaf, share memory with one, or repeat elements (expanded). Under `torch.compile` and
+  `torch.jit.trace` the gradient takes memory of its own.
 - process_group: a group of `torch.distributed`, or True for the default one, whose processes hold
   parts of one loss: the sums over voxels are joined between the two passes. The value is the
   joined one on every rank. The gradient is multiplied by the number of ranks, as
@@ -315,7 +315,7 @@ def _nearest(array: torch.Tensor, logits: torch.Tensor, channel_axis: int) -> to
     for axis in axes:
         own = axis - (shift if axis > channel_axis else 0)
         size, wanted = array.shape[own], logits.shape[axis]
-        if size != wanted:
+        if torch.jit.is_tracing() or size != wanted:  # a trace cannot choose
             centres = (torch.arange(wanted, device=array.device) * 2 + 1) * size // (2 * wanted)
             array = array.index_select(own, centres)
     return array

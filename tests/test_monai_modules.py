@@ -353,3 +353,26 @@ def test_compiled(name: str, options: dict[str, Any]) -> None:
         assert not torch.isclose(compiled(x, y), compiled(x.flip(0), y))
         changed = compiled(x, y)
         torch.testing.assert_close(changed, loss(x, y))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")
+def test_traced(name: str, soft: bool) -> None:
+    """Of other sizes, and of other targets: what the example holds decides nothing."""
+    options = {} if name == "FocalLoss" else {"sigmoid": True}
+    loss = getattr(ours, name)(**options)
+    hard = torch.nn.functional.one_hot(torch.tensor(LABELS)[:, 0], 3).movedim(-1, 1).double()
+    example = [torch.tensor(LOGITS), hard]
+    if name == "MaskedDiceLoss":
+        example.append(torch.ones_like(example[0][:, :1]))
+    traced = torch.jit.trace(loss, tuple(example))
+    x, y = (a[:1, ..., 1:] for a in example[:2])
+    arrays = [x, y * 0.7 if soft else y.flip(1), *(0.5 * x[:, :1].sigmoid() for _ in example[2:])]
+    results = []
+    for function in (traced, loss, getattr(monai_losses, name)(**options)):
+        leaf = arrays[0].clone().requires_grad_()
+        value = function(leaf, *arrays[1:])
+        results.append((value, *torch.autograd.grad(value, leaf)))
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=1e-6, check_dtype=False)

@@ -991,3 +991,37 @@ def test_empty_batch(name: str, batch_dice: bool) -> None:
     dice = batch_dice and ("Dice" in name or name.startswith("DC"))
     assert value.item() == pytest.approx(-1 if dice else 0)
     assert x.grad.shape == x.shape
+
+
+def plain_dice(apply_nonlin: Any) -> Any:
+    """A Dice class that is not ours, so that its parts are not fused."""
+    return lambda x, y, loss_mask: (apply_nonlin(x)[:, :1] * loss_mask).mean()
+
+
+@pytest.mark.parametrize("name", ["fused", "other dice", "top-k", "regions"])
+@pytest.mark.filterwarnings("ignore")
+def test_traced(name: str) -> None:
+    """Other labels, and none that count, where the example had some."""
+    options = {"batch_dice": True, "smooth": 1e-5, "ddp": False}
+    loss = {
+        "fused": lambda: ours.DC_and_CE_loss(options, {}, ignore_label=2),
+        "other dice": lambda: ours.DC_and_CE_loss({}, {}, ignore_label=2, dice_class=plain_dice),
+        "top-k": lambda: ours.DC_and_topk_loss(options, {"k": 50}, ignore_label=2),
+        "regions": lambda: ours.DC_and_BCE_loss({}, options, use_ignore_label=True),
+    }[name]()
+    channels = 3 if name == "regions" else 1
+    generator = torch.Generator().manual_seed(0)
+
+    def arrays(batch: int, size: int, low: int) -> tuple[Any, Any]:
+        x = torch.randn(batch, channels - 1 if channels == 3 else 3, size, 4, generator=generator)
+        labels = torch.randint(low, 3, (batch, channels, size, 4), generator=generator)
+        return x, labels if channels == 1 else (labels > 1).long()
+
+    traced = torch.jit.trace(loss, arrays(2, 4, 0))
+    for batch, size, low in ((2, 4, 0), (3, 5, 0), (2, 4, 2)):
+        x, y = arrays(batch, size, low)
+        torch.testing.assert_close(traced(x, y), loss(x, y))
+    smooth = ours.DC_and_topk_loss(options, {"k": 50, "label_smoothing": 0.1})
+    if name == "top-k":
+        with pytest.raises(RuntimeError, match=r"^label_smoothing: torch\.jit\.trace"):
+            torch.jit.trace(smooth, arrays(2, 4, 0))

@@ -1,4 +1,4 @@
-"""Losses inside graphs: torch.compile, torch.export, fake tensors, and the operators they call."""
+"""Losses inside graphs: torch.compile, torch.export, torch.jit.trace, and the operators in them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ from torch_support import (
 )
 
 import fastloss as fl
+
+if torch is not None:
+    import fastloss.torch as ft
 
 LOSS = fl.Dice() + 0.5 * fl.CrossEntropy(label_smoothing=0.1)
 
@@ -245,6 +248,86 @@ def test_export_of_a_foreign_term_stays_in_its_process(tmp_path: Path) -> None:
     )
     assert result.returncode != 0
     assert "the term LogCoshDice of torch_support is not one of fastloss" in result.stderr
+
+
+# ------------------------------------------------------------------ torch.jit.trace
+
+
+@pytest.mark.parametrize("part", [*PARTS, *TOP_K], ids=repr)
+def test_traced(part: Any) -> None:
+    """What is recorded is the loss, of any arrays, and no number of the example."""
+    x, y, w = tensors(weighted=True)
+    traced = torch.jit.trace(part.__call__, (x, y, w))
+    for seed, batch, spatial in ((1, 2, (2, 3)), (2, 3, (4, 2))):
+        arrays = tensors(weighted=True, seed=seed, batch=batch, spatial=spatial)
+        for _ in range(3):  # the runtime optimises after the first calls
+            got = value_and_gradient(traced, *arrays)
+        torch.testing.assert_close(got, value_and_gradient(part, *arrays), rtol=0, atol=0)
+
+
+def test_every_way_of_calling_traced() -> None:
+    x, y, w = tensors(weighted=True, spatial=(4, 4))
+    other = tensors(weighted=True, spatial=(4, 4), seed=1)
+    soft = tensors(kind="soft", spatial=(4, 4), seed=2)[1]
+    module = ft.DiceCE(ce_weight=[1, 2, 3], ignore_index=7)
+    for function in (
+        LOSS.__call__,
+        lambda x, y, w: fl.dice_ce_loss(x, y, w, ce_weight=[1, 2, 3]),
+        module,
+        lambda x, y, w: ft.DiceCE(reuse_logits=True)(x * 1, y, w),
+    ):
+        traced = torch.jit.trace(function, (x, y, w))
+        for arrays in (other, (other[0], soft, other[2])):
+            torch.testing.assert_close(
+                value_and_gradient(traced, *arrays), value_and_gradient(function, *arrays)
+            )
+
+
+def test_deep_supervision_traced() -> None:
+    x, y, w = tensors(weighted=True, spatial=(4, 4))
+    module = ft.DeepSupervision(ft.DiceCE())
+
+    def outputs(x: Any, y: Any, w: Any) -> Any:
+        return module([x, x[..., ::2, ::2]], y, w)
+
+    traced = torch.jit.trace(outputs, (x, y, w))
+    other = tensors(weighted=True, batch=3, spatial=(6, 8), seed=1)
+    torch.testing.assert_close(
+        value_and_gradient(traced, *other), value_and_gradient(outputs, *other)
+    )
+
+
+def test_a_traced_model_is_saved(tmp_path: Path) -> None:
+    net = Net(ft.DiceCE(ce_weight=[0.5, 1, 2]))
+    traced = torch.jit.trace(net, volumes(2, 4))
+    again = volumes(3, 5, seed=1)
+    torch.testing.assert_close(gradients(traced, *again), gradients(net, *again))
+    torch.jit.save(traced, tmp_path / "net.pt")
+    torch.save(again, tmp_path / "volumes.pt")
+    printed = run_python(
+        "import torch, fastloss.torch\n"
+        f"net = torch.jit.load({str(tmp_path / 'net.pt')!r})\n"
+        f"value = net(*torch.load({str(tmp_path / 'volumes.pt')!r}))\n"
+        "value.backward()\n"
+        "print(value.item(), next(net.parameters()).grad.sum().item())\n"
+    )
+    value, *grads = gradients(net, *again)
+    expected = [value.item(), grads[0].sum().item()]
+    assert [float(n) for n in printed.split()] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_what_a_trace_cannot_record_is_refused() -> None:
+    x, y, _ = tensors()
+    statistics = LOSS.statistics(x, y)
+    for function in (
+        LOSS.value_and_grad,
+        LOSS.gradient,
+        fl.Dice().gradient,
+        lambda x, y: torch.tensor(LOSS.statistics(x, y).sums),
+        lambda x, y: LOSS.gradient(x, y, statistics=statistics),
+    ):
+        with pytest.raises(RuntimeError, match=r"^logits: torch\.jit\.trace .* torch\.export"):
+            torch.jit.trace(function, (x, y))
 
 
 # ------------------------------------------------------------------ names of losses

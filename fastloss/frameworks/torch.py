@@ -47,6 +47,11 @@ class TorchAdapter(Adapter):
         dtype = _NAMES.get(array.dtype)
         if dtype is None:
             raise TypeError(f"{name}: unsupported dtype {array.dtype}")
+        if torch._C._is_tracing():
+            raise RuntimeError(
+                f"{name}: torch.jit.trace would record the result of this call as a constant; call "
+                "the loss itself in what is traced, or use torch.export or torch.compile"
+            )
         array = plain(array)
         if array.requires_grad:
             if name not in ("logits", "out"):
@@ -72,6 +77,8 @@ class TorchAdapter(Adapter):
 
     def kind(self, array: Any, name: str) -> Kind | None:
         if type(array) not in _PLAIN or not _is_on_gpu(array) or array.is_neg():
+            return None
+        if torch._C._is_tracing():  # which `borrow` refuses
             return None
         if name != "logits" and array.requires_grad:
             return None
@@ -110,7 +117,7 @@ class TorchAdapter(Adapter):
     ) -> Any:
         refuse_gradient(target, "target")
         refuse_gradient(voxel_weight, "voxel_weight")
-        if torch.compiler.is_compiling() or _is_traced(logits):
+        if torch.compiler.is_compiling() or _is_traced(logits) or torch._C._is_tracing():
             from fastloss.frameworks import torch_operators
 
             if hasattr(loss, "graph_name"):

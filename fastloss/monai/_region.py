@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.dropin import Fused, evaluate, fixed, is_binary, is_size, recipe
+from fastloss.dropin import Fused, evaluate, fixed, in_graph, is_binary, is_size, recipe
 from fastloss.monai._fused import fuse
 from fastloss.monai._inputs import Inputs, check_activation, check_option
 from fastloss.monai._module import REDUCTIONS, Activated, activated
@@ -267,7 +267,7 @@ class MaskedDiceLoss(DiceLoss):
         if fused is None:
             return None
         if inputs.labels and not inputs.first:
-            if torch.compiler.is_compiling():
+            if in_graph():
                 return None  # a loss cannot hold a number of voxels that may vary
             voxels = math.prod(inputs.logits.shape[2:])
             made = recipe(MaskedOverlap, voxels=voxels, **dict(fused.recipe[1]))

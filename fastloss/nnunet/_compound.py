@@ -109,8 +109,8 @@ class OfLabels(Compound):
             dice = self._other_dice(net_output, target)
         if ce is not None:
             entropy = evaluate((1.0, ce))
-        elif self.weight_ce != 0 and self._counts(target):
-            entropy = self._entropy(net_output, target)
+        elif self.weight_ce != 0:
+            entropy = self._entropy_of_what_counts(net_output, target)
         return self.weight_ce * entropy + self.weight_dice * dice
 
     def _check(self, net_output: Tensor, target: Tensor) -> None:
@@ -126,8 +126,13 @@ class OfLabels(Compound):
                 f"got shape {tuple(target.shape)}"
             )
 
-    def _counts(self, target: Tensor) -> bool:
-        return self.ignore_label is None or bool((target != self.ignore_label).any())
+    def _entropy_of_what_counts(self, net_output: Tensor, target: Tensor) -> Any:
+        if self.ignore_label is None:
+            return self._entropy(net_output, target)
+        counts = (target != self.ignore_label).any()
+        if torch.jit.is_tracing():  # a trace holds operations, and no choice between them
+            return torch.where(counts, self._entropy(net_output, target), 0.0)
+        return self._entropy(net_output, target) if counts else 0
 
     def _other_dice(self, net_output: Tensor, target: Tensor) -> Tensor:
         """The value of a Dice loss that is not ours."""

@@ -125,6 +125,11 @@ class TopKLoss(RobustCrossEntropyLoss):
         return recipe(TopKCrossEntropy, weight=weight, k=fixed(self.k))
 
     def _unfused(self, input: Tensor, target: Tensor) -> Tensor:
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "label_smoothing: torch.jit.trace would record the number of voxels that the "
+                "top-k cross-entropy takes; use torch.export or torch.compile"
+            )
         losses = super()._unfused(input, target).flatten()
         if not losses.numel():
             return losses.sum()
