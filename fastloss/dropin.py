@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastloss.frameworks import adapter_of
 from fastloss.loss import Loss
@@ -52,6 +53,32 @@ def _loss(*recipe: Any) -> Loss:
 def _cached(activation: str, ignore_index: int | None, *parts: tuple[float, Recipe]) -> Loss:
     terms = [factor * kind(**dict(options)) for factor, (kind, options) in parts]
     return Loss(*terms, activation=activation, ignore_index=ignore_index)
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def as_built(part: Any, *kinds: type) -> bool:
+    """Whether a part of a sum is one of these classes itself, and so may be fused with the others.
+
+    It is not if a user put another module in its place, a subclass included, or hooks on it, or
+    replaced its ``forward``: then it has to be called.
+    """
+    return (
+        type(part) in kinds
+        and "forward" not in part.__dict__
+        and not has_hooks(part)
+        and not _has_any_global_hook()
+    )
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def overridden(loss: object, kind: type, name: str) -> bool:
+    """Whether a subclass, or a user of this object, has put another method in place of ours."""
+    return name in loss.__dict__ or getattr(type(loss), name) is not getattr(kind, name)
 
 
 def is_size(value: Any) -> bool:

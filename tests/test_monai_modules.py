@@ -376,3 +376,182 @@ def test_traced(name: str, soft: bool) -> None:
         results.append((value, *torch.autograd.grad(value, leaf)))
     torch.testing.assert_close(results[0], results[1])
     torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
+# --------------------------------------------------------------------------- parts that are changed
+
+
+def attribute(path: str, value: Any) -> Any:
+    def change(loss: Any, _: Any) -> None:
+        *parts, last = path.split(".")
+        for part in parts:
+            loss = getattr(loss, part)
+        setattr(loss, last, value)
+
+    return change
+
+
+def hook(part: str, kind: str) -> Any:
+    halves: dict[str, Any] = {
+        "forward_pre": lambda module, given: (given[0] / 2, given[1]),
+        "forward": lambda module, given, value: value / 2,
+        "full_backward_pre": lambda module, gradients: (gradients[0] / 2,),
+        "full_backward": lambda module, inner, outer: (inner[0] / 2, *inner[1:]),
+    }
+    return lambda loss, _: getattr(getattr(loss, part), f"register_{kind}_hook")(halves[kind])
+
+
+class Twice(torch.nn.CrossEntropyLoss):
+    def forward(self, input: Any, target: Any) -> Any:
+        return 2 * super().forward(input, target)
+
+
+class Spread(torch.nn.Module):
+    """A loss of a user's own."""
+
+    def forward(self, input: Any, target: Any) -> Any:
+        return input.var() + target.float().mean()
+
+
+def replaced(part: str, make: Any) -> Any:
+    return lambda loss, module: setattr(loss, part, make(module))
+
+
+def squared(module: Any, name: str, **options: Any) -> Any:
+    """A subclass of one of the losses, ours or MONAI's."""
+    base = getattr(module, name)
+    return type(name, (base,), {"forward": lambda s, x, y: base.forward(s, x, y) ** 2})(**options)
+
+
+def other_weights(module: Any) -> Any:
+    base = module.GeneralizedDiceLoss
+    kind = type("Other", (base,), {"w_func": lambda self, volume: 1 / (volume + 1)})
+    return kind(to_onehot_y=True, softmax=True)
+
+
+def of_any_part(part: str) -> dict[str, Any]:
+    changes = {
+        f"hook {kind}": hook(part, kind)
+        for kind in ("forward_pre", "forward", "full_backward_pre", "full_backward")
+    }
+    changes |= {
+        f"reduction {name}": attribute(f"{part}.reduction", name) for name in ("none", "sum")
+    }
+    changes["module"] = replaced(part, lambda module: Spread())
+    changes["its forward"] = lambda loss, _: setattr(
+        getattr(loss, part), "forward", lambda x, y: x.var() + y.float().mean()
+    )
+    return {f"{part} {name}": change for name, change in changes.items()}
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "DiceCELoss": {
+        **of_any_part("dice"),
+        **of_any_part("cross_entropy"),
+        **of_any_part("binary_cross_entropy"),
+        "ignored class": attribute("cross_entropy.ignore_index", 0),
+        "ignored by both": lambda loss, _: [
+            setattr(part, "ignore_index", 1) for part in (loss.dice, loss.cross_entropy)
+        ],
+        "ignored by dice": attribute("dice.ignore_index", 2),
+        "ignored number": attribute("cross_entropy.ignore_index", 255),
+        "smoothing": attribute("cross_entropy.label_smoothing", 0.3),
+        "weight": attribute("cross_entropy.weight", torch.tensor([1.0, 2, 3]).double()),
+        "weight of every voxel": attribute("binary_cross_entropy.weight", torch.tensor(2.0)),
+        "weight of positives": attribute("binary_cross_entropy.pos_weight", torch.tensor(2.0)),
+        "another activation": attribute("dice.other_act", torch.sigmoid),
+        "subclass": replaced("cross_entropy", lambda module: Twice()),
+        "subclass of dice": replaced("dice", lambda m: squared(m, "DiceLoss", **SOFTMAX)),
+        "another loss": replaced("dice", lambda m: m.TverskyLoss(**SOFTMAX, reduction="none")),
+        "ce": attribute("ce", lambda x, y: x.var() + y.float().mean()),
+        "bce": attribute("bce", lambda x, y: x.var() + y.float().mean()),
+    },
+    "DiceFocalLoss": {
+        **of_any_part("dice"),
+        **of_any_part("focal"),
+        "gamma": attribute("focal.gamma", 0.5),
+        "alpha": attribute("focal.alpha", [0.1, 0.2, 0.7]),
+        "softmax": attribute("focal.use_softmax", True),
+        "smooth_nr": attribute("dice.smooth_nr", 1.0),
+        "ignored by dice": attribute("dice.ignore_index", 1),
+        "ignored by focal": attribute("focal.ignore_index", 1),
+        "subclass": replaced("focal", lambda m: squared(m, "FocalLoss")),
+        "subclass of dice": replaced("dice", lambda m: squared(m, "DiceLoss", softmax=True)),
+    },
+    "GeneralizedDiceFocalLoss": {
+        **of_any_part("generalized_dice"),
+        **of_any_part("focal"),
+        "w_type": attribute("generalized_dice.w_type", "simple"),
+        "w_func": replaced("generalized_dice", other_weights),
+        "subclass": replaced("focal", lambda m: squared(m, "FocalLoss", **ONE_HOT)),
+    },
+}
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.filterwarnings("ignore:.*single channel")
+def test_changed_parts(name: str, how: str) -> None:
+    """Whatever a user does to a part of a sum does what it does in MONAI."""
+    for data in ((LOGITS, LABELS), (ONE, LABELS.clip(0, 1))):
+        x, y = (torch.tensor(a) for a in data)
+        changes = CHANGES[name]
+        if how == "compiled":  # backward hooks it refuses
+            changes = {k: v for k, v in list(changes.items())[::5] if "backward" not in k}
+        for label, change in changes.items():
+            results = []
+            for module in (ours, monai_losses):
+                loss = getattr(module, name)(**SOFTMAX).double()
+                if label == "alpha" and x.shape[1] == 1:
+                    continue
+                change(loss, module)
+                if how == "compiled" and module is ours:
+                    torch.compiler.reset()
+                    loss = torch.compile(loss, backend="aot_eager")
+                leaf = x.clone().requires_grad_()
+                value = loss(leaf, y)
+                results.append((value, *torch.autograd.grad(value.sum(), leaf)))
+            if results:
+                torch.testing.assert_close(
+                    *results,
+                    rtol=1e-5,
+                    atol=1e-6,  # MONAI computes in float32
+                    check_dtype=False,
+                    msg=lambda text, label=label: f"{label}: {text}",
+                )
+
+
+def test_overridden_methods_of_a_compound() -> None:
+    x, y = torch.tensor(LOGITS), torch.tensor(LABELS)
+
+    def subclass(module: Any) -> Any:
+        class Sharper(module.DiceCELoss):  # type: ignore[misc, name-defined]
+            def ce(self, input: Any, target: Any) -> Any:
+                return super().ce(3 * input, target)
+
+        return Sharper(**SOFTMAX)
+
+    torch.testing.assert_close(subclass(ours)(x, y), subclass(monai_losses)(x, y))
+
+
+def test_parts_whose_options_changed_are_fused() -> None:
+    backend = fl.backends.load_backend("reference")
+    x, y = torch.tensor(LOGITS), torch.tensor(LABELS)
+    for change, passes in (
+        (attribute("cross_entropy.label_smoothing", 0.3), 1),
+        (attribute("cross_entropy.ignore_index", 255), 1),
+        (attribute("dice.smooth_nr", 1.0), 1),
+        (attribute("cross_entropy.ignore_index", 0), 2),  # which the Dice loss counts
+        (hook("dice", "forward"), 2),
+    ):
+        loss = ours.DiceCELoss(**SOFTMAX)
+        change(loss, ours)
+        with mock.patch.object(backend, "apply", wraps=backend.apply) as apply:
+            loss(x.requires_grad_(), y).backward()
+        assert apply.call_count == passes
+
+
+def test_state_of_a_sum_with_another_part() -> None:
+    loss = ours.DiceCELoss(**SOFTMAX)
+    loss.cross_entropy = Spread()
+    loss.load_state_dict(copy.deepcopy(loss).state_dict())

@@ -1025,3 +1025,92 @@ def test_traced(name: str) -> None:
     if name == "top-k":
         with pytest.raises(RuntimeError, match=r"^label_smoothing: torch\.jit\.trace"):
             torch.jit.trace(smooth, arrays(2, 4, 0))
+
+
+class Spread(torch.nn.Module):
+    """A loss of a user's own."""
+
+    def forward(self, input: Any, target: Any, loss_mask: Any = None) -> Any:
+        return input.var() + target.float().mean()
+
+
+def hook(part: str, kind: str) -> Any:
+    halves: dict[str, Any] = {
+        "forward_pre": lambda module, given: (given[0] / 2, *given[1:]),
+        "forward": lambda module, given, value: value / 2,
+        "full_backward_pre": lambda module, gradients: (gradients[0] / 2,),
+        "full_backward": lambda module, inner, outer: (inner[0] / 2, *inner[1:]),
+    }
+    return lambda loss: getattr(getattr(loss, part), f"register_{kind}_hook")(halves[kind])
+
+
+def attribute(path: str, value: Any) -> Any:
+    part, name = path.split(".")
+    return lambda loss: setattr(getattr(loss, part), name, value)
+
+
+CHANGES: dict[str, Any] = {
+    f"{part} hook {kind}": hook(part, kind)
+    for part in ("dc", "ce")
+    for kind in ("forward_pre", "forward", "full_backward_pre", "full_backward")
+}
+CHANGES |= {
+    "dc module": lambda loss: setattr(loss, "dc", Spread()),
+    "ce module": lambda loss: setattr(loss, "ce", Spread()),
+    "dc forward": attribute("dc.forward", lambda x, y, loss_mask: x.var()),
+    "ce forward": attribute("ce.forward", lambda x, y: x.var() + y.float().mean()),
+    "smooth": attribute("dc.smooth", 3.0),
+    "background": attribute("dc.do_bg", False),
+    "activation": attribute("dc.apply_nonlin", torch.square),
+    "ignore_index": attribute("ce.ignore_index", 1),
+    "label_smoothing": attribute("ce.label_smoothing", 0.2),
+    "k": attribute("ce.k", 80),
+    "weight": attribute("ce.weight", torch.tensor([1.0, 3, 2])),
+    "pos_weight": attribute("ce.pos_weight", torch.tensor(2.0)),
+    "reduction": attribute("ce.reduction", "sum"),
+}
+
+
+@pytest.mark.parametrize("name", ["DC_and_CE_loss", "DC_and_topk_loss", "DC_and_BCE_loss"])
+@pytest.mark.parametrize("ignore", [False, True])
+def test_changed_parts(name: str, ignore: bool) -> None:
+    """Whatever a user does to a part of a sum does what it does in nnU-Net, converted or not."""
+    compound = need("nnunetv2.training.loss.compound_losses")
+    options: dict[str, Any] = {"smooth": 1e-5, "ddp": False}
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, generator=generator)
+    if name == "DC_and_BCE_loss":
+        arguments: Any = ({}, options, 1, 1, ignore)
+        y = (torch.rand(2, 3 + ignore, 4, 5, generator=generator) < 0.4).float()
+        left_out = {"ignore_index", "label_smoothing", "k"} | ({"reduction"} if ignore else set())
+        left_out.add("weight")  # along the last axis
+    else:
+        arguments = (options, {"k": 40} if "topk" in name else {}, 1, 1, 2 if ignore else None)
+        y = torch.randint(0, 3, (2, 1, 4, 5), generator=generator)
+        left_out = {"pos_weight"} | ({"reduction"} if "topk" in name else set())
+    for label, change in CHANGES.items():
+        if label in left_out:
+            continue
+        theirs = getattr(compound, name)(*copy.deepcopy(arguments))
+        change(theirs)
+        own = getattr(ours, name)(*copy.deepcopy(arguments))
+        change(own)
+        results = []
+        for loss in (theirs, own, ours.from_nnunet(theirs)):
+            leaf = x.clone().requires_grad_()
+            value = loss(leaf, y)
+            results.append((value, *torch.autograd.grad(value, leaf)))
+        for result in results[1:]:
+            torch.testing.assert_close(
+                result, results[0], rtol=1e-5, atol=1e-6, msg=lambda text, at=label: f"{at}: {text}"
+            )
+
+
+def test_hooks_of_a_converted_loss() -> None:
+    theirs = need("nnunetv2.training.loss.dice").SoftDiceLoss(torch.sigmoid, ddp=False)
+    handle = theirs.register_forward_hook(lambda module, given, value: value * 3)
+    x, y = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)
+    own = ours.from_nnunet(theirs)
+    torch.testing.assert_close(own(x, y), theirs(x, y))
+    handle.remove()
+    torch.testing.assert_close(own(x, y), theirs(x, y))

@@ -45,6 +45,11 @@ softmax (sigmoid for a single channel), the focal ones with sigmoid. If not, as 
 cross-entropy has always softmax and the focal loss sigmoid, each part is fused for itself.
 ``other_act`` runs in PyTorch and its result is read by the kernels.
 
+The parts of a compound loss are attributes, as in MONAI, and what is set there counts from the next
+call on: ``loss.cross_entropy.ignore_index = 0``. A part in whose place another module or a subclass
+was put, one with hooks, and a method ``ce`` or ``bce`` of a subclass are called as they are, and
+what they return is added.
+
 What differs from MONAI:
 
 - float16 and bfloat16 logits give a float32 value; float64 logits are computed in float64 by the
@@ -52,7 +57,7 @@ What differs from MONAI:
 - Labels that are no class raise ValueError (RuntimeError), those with a fraction as well, which
   MONAI truncates.
 - Voxels that are ignored or masked count for nothing even where they hold NaN.
-- The cross-entropy of voxels whose classes all have weight 0 is 0 (NaN).
+- The cross-entropy of voxels that all are ignored, or whose classes all have weight 0, is 0 (NaN).
 - Integer and bool targets are taken in every loss. Second derivatives are computed where the loss
   is not fused.
 - A number given as ``weight`` stays one in the state dict; MONAI expands it when first called.

@@ -6,9 +6,20 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fastloss.dropin import Fused, Numbers, at_least_float32, evaluate, fixed, is_size, recipe
+from fastloss.dropin import (
+    Fused,
+    Numbers,
+    as_built,
+    at_least_float32,
+    evaluate,
+    fixed,
+    is_size,
+    overridden,
+    recipe,
+)
 from fastloss.monai._focal import FocalLoss
 from fastloss.monai._fused import fuse
 from fastloss.monai._inputs import (
@@ -16,11 +27,14 @@ from fastloss.monai._inputs import (
     check_option,
     check_pair,
     ignored_for_one_channel,
+    one_hot,
 )
 from fastloss.monai._module import Module
-from fastloss.monai._region import DiceLoss, GeneralizedDiceLoss
+from fastloss.monai._region import DiceLoss, GeneralizedDiceLoss, TverskyLoss
 from fastloss.monai._terms import BinaryCrossEntropy
 from fastloss.terms import CrossEntropy
+
+_REGIONS = (DiceLoss, GeneralizedDiceLoss, TverskyLoss)
 
 
 def check_factor(name: str, value: Any) -> Any:
@@ -118,13 +132,17 @@ class DiceCELoss(Module):
             target: (B, C, *spatial), or with ``to_onehot_y`` a label map (B, 1, *spatial).
         """
         check_pair(input, target)
-        inputs = self.dice._read(input, target)
-        part = self.dice._fused(inputs)
-        entropy = self._fused(inputs._replace(logits=input, ignore_index=None))
-        value = joined(self.lambda_dice, part, self.lambda_ce, entropy)
-        if value is not None:
-            return value
-        dice = self.dice._value(inputs, part)
+        inputs = part = None
+        if as_built(self.dice, *_REGIONS):
+            inputs = self.dice._read(input, target)
+            part = self.dice._fused(inputs)
+        entropy = self._fused(input, target)
+        if part is not None and self.dice.reduction != "none":
+            other = _counting_all(entropy) if part.ignore_index is None else entropy
+            value = joined(self.lambda_dice, part, self.lambda_ce, other)
+            if value is not None:
+                return value
+        dice = self.dice(input, target) if inputs is None else self.dice._value(inputs, part)
         if entropy is not None:
             ce = evaluate((1.0, entropy))
         else:
@@ -137,41 +155,71 @@ class DiceCELoss(Module):
             target = target.squeeze(1).long()
         elif not target.is_floating_point():
             target = target.to(input.dtype)
-        value: Tensor = self.cross_entropy(at_least_float32(input), target)
+        if type(self.cross_entropy) is nn.CrossEntropyLoss:
+            input = at_least_float32(input)
+        value: Tensor = self.cross_entropy(input, target)
         return value
 
     def bce(self, input: Tensor, target: Tensor) -> Tensor:
         """The binary cross-entropy of a single channel alone, by PyTorch."""
         if not target.is_floating_point():
             target = target.to(input.dtype)
-        value: Tensor = self.binary_cross_entropy(at_least_float32(input), target)
+        if type(self.binary_cross_entropy) is nn.BCEWithLogitsLoss:
+            input = at_least_float32(input)
+        value: Tensor = self.binary_cross_entropy(input, target)
         return value
 
-    def _fused(self, inputs: Inputs) -> Fused | None:
-        if inputs.logits.shape[1] == 1:
-            positive = self.binary_cross_entropy.pos_weight
-            factors = (1.0,) if positive is None else self._positive_numbers(positive)
-            if len(factors) != 1 or not _are_weights(positive, factors):
-                return None  # such a weight is broadcast along the axes of space
-            reduction = self.binary_cross_entropy.reduction
-            made = recipe(BinaryCrossEntropy, positive=factors[0], reduction=reduction)
-            return fuse(inputs, made, "sigmoid")
-        part, numbers = self.cross_entropy, None
+    def _fused(self, input: Tensor, target: Tensor) -> Fused | None:
+        if input.shape[1] == 1:
+            return self._fused_binary(input, target)
+        part: Any = self.cross_entropy
+        if not as_built(part, nn.CrossEntropyLoss) or overridden(self, DiceCELoss, "ce"):
+            return None
+        if part.reduction not in ("mean", "sum") or not 0 <= part.label_smoothing <= 1:
+            return None
+        numbers = None
         if part.weight is not None:
             numbers = self._numbers(part.weight)
-            if part.weight.shape != inputs.logits.shape[1:2]:
+            if part.weight.shape != input.shape[1:2]:
                 return None
             if not _are_weights(part.weight, numbers):
                 return None
-        if not 0 <= part.label_smoothing <= 1:
-            return None
+        labels = target.shape[1] == 1
+        index = part.ignore_index
+        if not labels:
+            if index >= 0:
+                return None  # which PyTorch has for label maps alone
+            index = None
         made = recipe(
             CrossEntropy,
             weight=numbers,
             label_smoothing=fixed(part.label_smoothing),
             reduction=part.reduction,
         )
-        return fuse(inputs, made, "softmax")
+        return fuse(Inputs(input, "softmax", target, labels, 0, index), made)
+
+    def _fused_binary(self, input: Tensor, target: Tensor) -> Fused | None:
+        part: Any = self.binary_cross_entropy
+        if not as_built(part, nn.BCEWithLogitsLoss) or overridden(self, DiceCELoss, "bce"):
+            return None
+        if part.reduction not in ("mean", "sum") or part.weight is not None:
+            return None
+        positive = part.pos_weight
+        factors = (1.0,) if positive is None else self._positive_numbers(positive)
+        if len(factors) != 1 or not _are_weights(positive, factors):
+            return None  # such a weight is broadcast along the axes of space
+        made = recipe(BinaryCrossEntropy, positive=factors[0], reduction=part.reduction)
+        return fuse(Inputs(input, "sigmoid", target, False, 0), made)
+
+
+def _counting_all(entropy: Fused | None) -> Fused | None:
+    """The cross-entropy beside a Dice loss that counts all voxels.
+
+    A label that is no class is then an error, whether or not the cross-entropy ignores it.
+    """
+    if entropy is None or entropy.ignore_index in range(entropy.logits.shape[1]):
+        return entropy
+    return entropy._replace(ignore_index=None)
 
 
 def _are_weights(tensor: Tensor | None, numbers: tuple[float, ...]) -> bool:
@@ -181,10 +229,11 @@ def _are_weights(tensor: Tensor | None, numbers: tuple[float, ...]) -> bool:
 
 def _remember(loss: Any, _: Any = None) -> None:
     """Read the class weights while nothing is being compiled."""
-    if loss.cross_entropy.weight is not None:
+    if type(loss.cross_entropy) is nn.CrossEntropyLoss and loss.cross_entropy.weight is not None:
         loss._numbers(loss.cross_entropy.weight)
-    if loss.binary_cross_entropy.pos_weight is not None:
-        loss._positive_numbers(loss.binary_cross_entropy.pos_weight)
+    positive = getattr(loss.binary_cross_entropy, "pos_weight", None)
+    if positive is not None:
+        loss._positive_numbers(positive)
 
 
 class DiceFocalLoss(Module):
@@ -339,17 +388,27 @@ class GeneralizedDiceFocalLoss(Module):
 
 def _with_focal(
     a: Any,
-    region: DiceLoss | GeneralizedDiceLoss,
+    region: Any,
     b: Any,
-    focal: FocalLoss,
+    focal: Any,
     input: Tensor,
     target: Tensor,
     labels: bool = False,
 ) -> Tensor:
-    of_region = region._read(input, target, labels=labels)
-    of_focal = focal._read(input, target, labels=labels)
-    part, other = region._fused(of_region), focal._fused(of_focal)
-    value = joined(a, part, b, other)
-    if value is not None:
-        return value
-    return a * region._value(of_region, part) + b * focal._value(of_focal, other)
+    """a · region + b · focal; ``labels``: of a label map, which MONAI gives to both as one-hot."""
+    of_region = of_focal = part = other = None
+    if as_built(region, *_REGIONS):
+        of_region = region._read(input, target, labels=labels)
+        part = region._fused(of_region)
+    if as_built(focal, FocalLoss):
+        of_focal = focal._read(input, target, labels=labels)
+        other = focal._fused(of_focal)
+    if part is not None and region.reduction != "none":
+        value = joined(a, part, b, other)
+        if value is not None:
+            return value
+    if labels and (of_region is None or of_focal is None):
+        target = one_hot(target, input.shape[1], torch.float32)
+    first = region(input, target) if of_region is None else region._value(of_region, part)
+    second = focal(input, target) if of_focal is None else focal._value(of_focal, other)
+    return a * first + b * second

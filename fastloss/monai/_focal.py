@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,10 @@ class FocalLoss(Component):
 
     def _alpha_factors(self, channels: int) -> tuple[Factors, Factors]:
         """What the positives and the negatives of each channel are multiplied by for α."""
-        alpha, ones = self.alpha, (1.0,) * channels
+        alpha: Any = self.alpha
+        ones = (1.0,) * channels
+        if isinstance(alpha, (list, tuple)):
+            alpha = torch.as_tensor(alpha)
         if isinstance(alpha, Tensor):
             if alpha.ndim:
                 if alpha.shape[0] != channels:
@@ -184,7 +188,9 @@ class FocalLoss(Component):
         else:
             entropy = F.binary_cross_entropy_with_logits(x, g, reduction="none")
             loss = (self.gamma * F.logsigmoid(x * (1 - 2 * g))).exp() * entropy
-            if isinstance(self.alpha, Tensor) and self.alpha.ndim:
+            if isinstance(self.alpha, (list, tuple)) or (
+                isinstance(self.alpha, Tensor) and self.alpha.ndim
+            ):
                 loss = loss * torch.where(g == 1, positive, negative)
             else:
                 loss = loss * (g * positive + (1 - g) * negative)

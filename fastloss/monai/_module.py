@@ -13,6 +13,7 @@ from torch.nn.modules.loss import _Loss
 from fastloss.dropin import Numbers
 from fastloss.monai._inputs import (
     Inputs,
+    activate,
     check_activation,
     check_option,
     check_shapes,
@@ -63,6 +64,11 @@ class Component(Module):
         if self.to_onehot_y:
             if classes == 1:
                 ignored_for_one_channel("to_onehot_y=True")
+            elif labels:
+                raise AssertionError(
+                    "to_onehot_y: True for a compound loss, which makes the target one-hot, and "
+                    f"for its {type(self).__name__} as well"
+                )
             labels = bool(classes > 1)
         first = 0
         if not self.include_background:
@@ -115,14 +121,20 @@ class Activated(Component):
 def activated(
     input: Tensor, sigmoid: bool, softmax: bool, other_act: Callable | None
 ) -> tuple[Tensor, str]:
-    """What the kernels are to read, and the activation that is left for them to apply."""
+    """What the kernels are to read, and the activation that is left for them to apply.
+
+    More than one can be set after the loss was made. They are applied in this order, as in MONAI.
+    """
     activation = "sigmoid" if sigmoid else "none"
     if softmax:
         if input.shape[1] == 1:
             ignored_for_one_channel("softmax=True")
         else:
+            input = activate(input, activation)
             activation = "softmax"
-    return input if other_act is None else other_act(input), activation
+    if other_act is not None:
+        input, activation = other_act(activate(input, activation)), "none"
+    return input, activation
 
 
 def remember(module: Any, _: Any = None) -> None:

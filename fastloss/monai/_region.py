@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.dropin import Fused, evaluate, fixed, in_graph, is_binary, is_size, recipe
+from fastloss.dropin import (
+    Fused,
+    evaluate,
+    fixed,
+    in_graph,
+    is_binary,
+    is_size,
+    overridden,
+    recipe,
+)
 from fastloss.monai._fused import fuse
 from fastloss.monai._inputs import Inputs, check_activation, check_option
 from fastloss.monai._module import REDUCTIONS, Activated, activated
@@ -393,9 +402,15 @@ class GeneralizedDiceLoss(Region):
         self.batch = batch
         self.soft_label = soft_label
 
+    def w_func(self, grnd: Tensor) -> Tensor:
+        """The weight of each class from its volume; infinite for an absent one."""
+        if self.w_type == "uniform":
+            return torch.ones_like(grnd)
+        return 1 / (grnd * grnd if self.w_type == "square" else grnd)
+
     def _recipe(self, inputs: Inputs) -> Any:
         options = self._common(inputs)
-        if options is None:
+        if options is None or overridden(self, GeneralizedDiceLoss, "w_func"):
             return None
         return recipe(GeneralizedOverlap, weighting=self.w_type, **options)
 
@@ -403,12 +418,10 @@ class GeneralizedDiceLoss(Region):
         self, overlap: Tensor, predicted: Tensor, reference: Tensor, volume: Tensor
     ) -> Tensor:
         axis = 0 if self.batch else 1
-        weight = torch.ones_like(volume)
-        if self.w_type != "uniform":
-            weight = 1 / (volume * volume if self.w_type == "square" else volume)
-            absent = torch.isinf(weight)
-            weight = weight.masked_fill(absent, 0.0)
-            weight = weight + absent * weight.amax(axis, keepdim=True)
+        weight = self.w_func(volume)
+        absent = torch.isinf(weight)
+        weight = weight.masked_fill(absent, 0.0)
+        weight = weight + absent * weight.amax(axis, keepdim=True)
         score = 2 * (weight * overlap).sum(axis, keepdim=True) + self.smooth_nr
         size = (weight * (predicted + reference)).sum(axis, keepdim=True) + self.smooth_dr
         return 1 - score / size

@@ -19,7 +19,7 @@ operations:
   per sample; binary cross-entropy with ``reduction="none"`` or with weights that are not one per
   channel; top-k cross-entropy with ``label_smoothing``.
 - A Dice or cross-entropy of another class, as ``dice_class`` or in place of the attributes ``dc``
-  and ``ce``.
+  and ``ce``, or with hooks.
 
 Cross-entropy and Dice are two fused losses where ``ce_kwargs`` has an ``ignore_index`` that is a
 class, which the Dice loss does count.

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from fastloss.dropin import (
     Fused,
     Numbers,
+    as_built,
     at_least_float32,
     evaluate,
     fixed,
+    has_hooks,
     kernels_take,
     recipe,
 )
@@ -43,8 +45,10 @@ class Compound(nn.Module):
 
     def _own_dice(self) -> Dice | None:
         """The Dice loss if it is one of ours, torch.compile'd or not, and so can be fused."""
-        dice = getattr(self.dc, "_orig_mod", self.dc)
-        return dice if type(dice) in _DICE_CLASSES else None
+        dice = self.dc
+        if hasattr(dice, "_orig_mod") and not has_hooks(dice):
+            dice = dice._orig_mod
+        return dice if as_built(dice, *_DICE_CLASSES) else None
 
     def _joined(self, ce: Fused | None, dc: Fused | None) -> Tensor | None:
         """The sum in one pass; None if the parts do not read the same."""
@@ -144,7 +148,7 @@ class OfLabels(Compound):
         return value
 
     def _fused_entropy(self, net_output: Tensor, target: Tensor) -> Fused | None:
-        if type(self.ce) not in (RobustCrossEntropyLoss, TopKLoss):
+        if not as_built(self.ce, RobustCrossEntropyLoss, TopKLoss):
             return None
         fused: Fused | None = self.ce.fused(net_output, target)
         return fused
@@ -285,15 +289,18 @@ class DC_and_BCE_loss(Compound):
         if ce is not None:
             entropy = evaluate((1.0, ce))
         else:
-            logits = at_least_float32(net_output)
-            entropy = self.ce(logits, target.to(logits.dtype))
+            logits = net_output
+            if type(self.ce) is nn.BCEWithLogitsLoss:
+                logits = at_least_float32(net_output)
+                target = target.to(logits.dtype)
+            entropy = self.ce(logits, target)
             if mask is not None:
                 entropy = (entropy * mask).sum() / mask.sum().clip(min=1)
         return self.weight_ce * entropy + self.weight_dice * dice
 
     def _fused_entropy(self, logits: Tensor, target: Tensor, mask: Tensor | None) -> Fused | None:
         reductions = ("mean", "sum") if mask is None else ("none",)
-        if type(self.ce) is not nn.BCEWithLogitsLoss or self.ce.reduction not in reductions:
+        if not as_built(self.ce, nn.BCEWithLogitsLoss) or self.ce.reduction not in reductions:
             return None
         weight = self._per_channel("weight", logits)
         positive = self._per_channel("pos_weight", logits)
