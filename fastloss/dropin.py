@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastloss.frameworks import adapter_of
+from fastloss.frameworks.base import fixed as fixed
 from fastloss.loss import Loss
 from fastloss.terms.base import Term
 
@@ -84,11 +85,6 @@ def overridden(loss: object, kind: type, name: str) -> bool:
 def is_size(value: Any) -> bool:
     """Whether this is a number that a term takes as a weight or exponent."""
     return isinstance(value, (int, float)) and 0 <= value < math.inf
-
-
-def fixed(number: float) -> float:
-    """The number, which `torch.compile` then takes for a constant rather than for a variable."""
-    return float.fromhex(float(number).hex())
 
 
 def kernels_take(logits: Tensor, target: Tensor) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from math import prod
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +12,10 @@ import numpy as np
 from fastloss.arrays import Arrays, arrange, channels_second, check_out
 from fastloss.backends import Backend, current_backend
 from fastloss.frameworks import Adapter, Borrowed, adapter_of, borrow
-from fastloss.frameworks.base import constant
+from fastloss.frameworks.base import constant, fixed
 from fastloss.request import ACTIVATIONS, Request, make_request
 from fastloss.statistics import Statistics
-from fastloss.terms.base import Term, check_choice
+from fastloss.terms.base import Term, check_choice, factor_of
 from fastloss.terms.distribution import TopKCrossEntropy
 from fastloss.voxel_losses import VoxelLosses
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 class Loss:
     """A weighted sum of terms, fused: it costs what its dearest term costs alone.
+
+    Terms and losses add and subtract, and are multiplied and divided by a number: Python's, NumPy's
+    or an array of one, whose value is then taken.
 
     Args:
         *terms: terms, or losses, whose terms and weights are taken over.
@@ -352,6 +356,17 @@ class Loss:
 
         return text_of(self)
 
+    def maker(self) -> partial[Loss]:
+        """What makes the same loss, for a function that makes it while it is being compiled.
+
+        Of such a loss `torch.compile` knows what it is made of, which it takes for constants.
+        """
+        return partial(
+            made_inside,
+            tuple(self._options.items()),
+            *[(fixed(weight), term.graph_name() or term.recipe()) for weight, term in self.terms],
+        )
+
     def __add__(self, other: object) -> Loss:
         return Loss(self, other) if isinstance(other, (Term, Loss)) else NotImplemented
 
@@ -360,18 +375,33 @@ class Loss:
             return Loss(other, self)
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
+    def __sub__(self, other: object) -> Loss:
+        return self + -other if isinstance(other, (Term, Loss)) else NotImplemented
+
+    def __rsub__(self, other: object) -> Loss:
+        return -self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __neg__(self) -> Loss:
+        return self * -1.0
+
     def __mul__(self, factor: object) -> Loss:
-        if isinstance(factor, bool) or not isinstance(
-            factor, (int, float, np.integer, np.floating)
-        ):
-            return NotImplemented
-        if not np.isfinite(factor):
-            raise ValueError(f"factor: expected a finite number, got {factor!r}")
-        scaled = Loss(self)
-        scaled.terms = tuple((float(factor) * weight, term) for weight, term in self.terms)
-        return scaled
+        number = factor_of("factor", factor)
+        return NotImplemented if number is None else self._weighted(number, 1.0)
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: object) -> Loss:
+        number = factor_of("divisor", divisor)
+        if number == 0:
+            raise ValueError(f"divisor: expected a number other than 0, got {divisor!r}")
+        return NotImplemented if number is None else self._weighted(1.0, number)
+
+    __array_ufunc__ = None  # so that NumPy's numbers leave their product to the loss
+
+    def _weighted(self, factor: float, divisor: float) -> Loss:
+        scaled = Loss(self)
+        scaled.terms = tuple((factor * weight / divisor, term) for weight, term in self.terms)
+        return scaled
 
     def __getstate__(self) -> dict[str, Any]:
         # The name of a loss may be understood by this process alone; programs are made again.
@@ -383,6 +413,17 @@ class Loss:
         parts = [repr(t) if w == 1.0 else f"{w!r} * {t!r}" for w, t in self.terms]
         parts += [f"{name}={value!r}" for name, value in self._options.items()]
         return f"Loss({', '.join(parts)})"
+
+
+def made_inside(options: tuple[tuple[str, Any], ...], *parts: tuple[float, Any]) -> Loss:
+    """The loss of these options and weighted terms, each a name or a class and its options."""
+    from fastloss.naming import loss_of
+
+    terms = []
+    for weight, part in parts:
+        term = loss_of(part) if isinstance(part, str) else part[0](**dict(part[1]))
+        terms.append(weight * term)
+    return Loss(*terms, **dict(options))
 
 
 class Passes:
@@ -422,7 +463,9 @@ class Passes:
         if term is None:
             self.backend.reduce(self.request, self.arrays, sums, voxels)
         else:
-            values = np.empty((batch, prod(self.arrays.target.shape[1:])), self.arrays.value_dtype)
+            values = np.empty(
+                (batch, math.prod(self.arrays.target.shape[1:])), self.arrays.value_dtype
+            )
             self._losses = VoxelLosses(values, term.class_weight(classes))
             self.backend.reduce(self.request, self.arrays, sums, voxels, self._losses)
             sums[self.request.index["top_k"]] = 0.0

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from fastloss.frameworks.base import as_loss, constant
+from fastloss.frameworks.base import as_loss, constant, torch_compiles
 from fastloss.loss import Loss
 from fastloss.terms.base import Term, options_of
 
@@ -28,13 +28,12 @@ def text_of(loss: LossLike) -> str:
 
     A term of this library is named by its class and options, which any process understands that
     has the library. A term from elsewhere is named by its class and a number, which this process
-    alone understands.
+    alone understands. The name is empty for a loss that a function makes while it is compiled.
     """
-    if not vars(loss) and type(loss).__module__.partition(".")[0] == "fastloss":
+    named = isinstance(loss, (Term, Loss))
+    if named and not vars(loss) and (_is_ours(type(loss)) or torch_compiles()):
         # All that is known while it is being traced is that there will be a loss.
-        raise RuntimeError(
-            "loss: it is made inside a compiled function; make it outside, and call it inside"
-        )
+        return ""
     loss = as_loss(loss)
     text: str | None = loss.__dict__.get("_text")
     if text is None:
@@ -73,7 +72,7 @@ def _name(term: Term) -> tuple[str, dict[str, Any] | str]:
     """The class of a term, and its options or its number."""
     kind = type(term)
     name = f"{kind.__module__}:{kind.__qualname__}"
-    if kind.__module__.partition(".")[0] == "fastloss":
+    if _is_ours(kind):
         options = options_of(term)
         options = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in options.items()}
         if _makes(kind, options):
@@ -84,6 +83,10 @@ def _name(term: Term) -> tuple[str, dict[str, Any] | str]:
     number = uuid4().hex
     _foreign[number] = term
     return name, number
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "fastloss"
 
 
 def _makes(kind: type[Term], options: dict[str, Any]) -> bool:

@@ -176,11 +176,34 @@ def test_the_first_tensor_that_arrives_is_traced() -> None:
     )
 
 
-def test_a_loss_made_inside_a_compiled_function() -> None:
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_loss_made_inside_a_compiled_function(fullgraph: bool) -> None:
     x, y, _ = tensors()
-    for make in (fl.Dice, lambda: fl.Loss(LOSS)):
-        with pytest.raises(RuntimeError, match="make it outside, and call it inside"):
-            compiled(lambda x, make=make: make()(x, y))(x)
+    weighted, foreign = fl.CrossEntropy(weight=[1, 2, 3]), LogCoshDice(smooth_nr=0.5)
+    for function in (
+        lambda x, n: fl.Dice(batch=True, reduction="sum")(x, y),
+        lambda x, n: (fl.Dice() + fl.CrossEntropy(weight=2.0))(x, y),
+        lambda x, n: (0.5 * fl.Tversky(alpha=n, beta=0.3) + fl.Focal(gamma=n) / 2)(x, y),
+        lambda x, n: fl.Loss(fl.Dice(), fl.CrossEntropy(), activation="sigmoid")(x, y),
+        lambda x, n: (fl.Dice() + weighted - n * foreign)(x, y),
+        lambda x, n: sum([fl.TopKCrossEntropy(k=30), LogCoshDice()])(x, y),
+        lambda x, n: ft.DiceCE(ce_factor=0.5, reduction="none")(x, y),
+    ):
+        fast = torch.compile(function, fullgraph=fullgraph, backend="aot_eager")
+        for n in (0.1, 0.2, 0.3):
+            got = value_and_gradient(fast, x, n)
+            torch.testing.assert_close(got, value_and_gradient(function, x, n), rtol=0, atol=0)
+
+
+def test_class_weights_inside_a_compiled_function() -> None:
+    x, y, _ = tensors()
+
+    def function(x: Any) -> Any:
+        return (fl.Dice() + fl.CrossEntropy(weight=[1, 2, 3]))(x, y)
+
+    with pytest.raises(RuntimeError, match="make it outside, and call it inside"):
+        compiled(function)(x)
+    assert torch.equal(torch.compile(function, backend="aot_eager")(x), function(x))
 
 
 def test_backend_of_a_compiled_loss() -> None:

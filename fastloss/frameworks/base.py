@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
@@ -184,6 +185,23 @@ def as_loss(loss: LossLike) -> Loss:
     if type(loss) is partial:
         return loss()
     return getattr(loss, "_loss", loss)  # type: ignore[arg-type]
+
+
+def torch_compiles() -> bool:
+    """Whether `torch.compile` or `torch.export` is at work, without an import of torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
+def torch_traces() -> bool:
+    """Whether `torch.compile` reads this function, rather than that it runs."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_dynamo_compiling()
+
+
+def fixed(number: float) -> float:
+    """The number, which `torch.compile` then takes for a constant rather than for a variable."""
+    return float.fromhex(float(number).hex())
 
 
 def constant(function: _Function) -> _Function:

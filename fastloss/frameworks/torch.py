@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,10 +121,12 @@ class TorchAdapter(Adapter):
         if torch.compiler.is_compiling() or _is_traced(logits) or torch._C._is_tracing():
             from fastloss.frameworks import torch_operators
 
-            if hasattr(loss, "graph_name"):
+            if not isinstance(loss, partial):
                 id(loss)  # asked for by a graph, that it serves this very object
                 # A method, as older versions hand no objects to functions that are constant.
                 text = loss.graph_name()
+                if not text:  # it is made in what is being traced
+                    text = text_of(loss.maker())
             else:  # what makes a loss
                 text = text_of(loss)
             return torch_operators.value(text, logits, target, voxel_weight, ranks)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastloss.frameworks import adapter_of
-from fastloss.frameworks.base import constant
+from fastloss.frameworks.base import constant, fixed, torch_traces
 from fastloss.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -95,16 +95,44 @@ class Term:
         """As `fastloss.Loss.value`."""
         return self._loss.value(statistics)
 
+    def maker(self) -> Any:
+        """As `fastloss.Loss.maker`."""
+        return self._as_loss().maker()
+
+    def recipe(self) -> tuple[type[Term], tuple[tuple[str, Any], ...]]:
+        """The class and the options."""
+        options = options_of(self).items()
+        return type(self), tuple((k, fixed(v) if isinstance(v, float) else v) for k, v in options)
+
+    def _as_loss(self) -> Loss:
+        from fastloss.loss import Loss
+
+        return Loss(self)
+
     def __add__(self, other: Any) -> Loss:
-        return self._loss + other
+        return self._as_loss() + other
 
     def __radd__(self, other: Any) -> Loss:
-        return self._loss.__radd__(other)
+        return self._as_loss().__radd__(other)
+
+    def __sub__(self, other: Any) -> Loss:
+        return self._as_loss() - other
+
+    def __rsub__(self, other: Any) -> Loss:
+        return self._as_loss().__rsub__(other)
+
+    def __neg__(self) -> Loss:
+        return -self._as_loss()
 
     def __mul__(self, factor: Any) -> Loss:
-        return self._loss * factor
+        return self._as_loss() * factor
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Loss:
+        return self._as_loss() / divisor
+
+    __array_ufunc__ = None  # so that NumPy's numbers leave their product to the term
 
 
 def options_of(term: Term) -> dict[str, Any]:
@@ -129,10 +157,41 @@ def check_number(name: str, value: Any, low: float = 0.0, high: float = np.inf) 
     return number
 
 
+def factor_of(name: str, value: Any) -> float | None:
+    """The number that a loss is multiplied by; None if this is not one.
+
+    Raises:
+        TypeError: an array of several numbers, or a tensor that requires a gradient.
+        ValueError: a number that is not finite.
+    """
+    if not isinstance(value, (int, float)) and hasattr(value, "ndim"):
+        if value.ndim:
+            shape = tuple(value.shape)
+            raise TypeError(f"{name}: expected a number, got an array of shape {shape}")
+        if getattr(value, "requires_grad", False):
+            raise TypeError(
+                f"{name}: got a tensor that requires a gradient, but gradients flow to the logits "
+                f"alone; pass {name}.detach(), or multiply the value of the loss by it"
+            )
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not -np.inf < value < np.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return float(value)
+
+
 def check_class_weight(name: str, value: Any) -> np.ndarray | float | None:
     """A weight per class: None, one number, or a 1-D array of non-negative finite numbers."""
     if value is None:
         return None
+    if isinstance(value, (int, float)):
+        return check_number(name, value)
+    if torch_traces():
+        raise RuntimeError(
+            f"{name}: a term with a weight for each class cannot be made inside a compiled "
+            "function; make it outside, and call it inside"
+        )
     try:
         weight = np.array(value, dtype=np.float64)
     except (TypeError, ValueError):
