@@ -266,11 +266,13 @@ class DeepSupervision(torch.nn.Module):
         Args:
             outputs: a list or tuple of logits, or one tensor, whose loss it then is.
             target: a list or tuple of one target per output; or one target, a label map or
-                dense, of which an output of another size gets the nearest voxels.
+                dense, of which an output of another size gets the nearest voxels. Tensors, or
+                arrays of NumPy or with ``__dlpack__``, if the loss takes them.
             voxel_weight: None, or as ``target``.
 
         Raises:
-            ValueError: not one weight, target or voxel weight per output.
+            ValueError: not one weight, target or voxel weight per output. TypeError: a target
+                or voxel weight of another kind.
         """
         if isinstance(outputs, torch.Tensor):
             outputs = [outputs]
@@ -297,6 +299,11 @@ class DeepSupervision(torch.nn.Module):
         if given is None:
             return [None] * len(outputs)
         if not isinstance(given, (list, tuple)):
+            if not isinstance(given, (torch.Tensor, np.ndarray)):
+                if not hasattr(given, "__dlpack__"):
+                    kind = type(given).__name__
+                    raise TypeError(f"{name}: expected a tensor, an array, or a list, got {kind}")
+                given = torch.from_dlpack(given)
             axis = getattr(getattr(self.loss, "loss", self.loss), "channel_axis", 1)
             return [lambda x=x: _nearest(given, x, axis) for x in outputs]
         if len(given) != len(outputs):
@@ -307,7 +314,7 @@ class DeepSupervision(torch.nn.Module):
         return "" if self.weights is None else f"weights={self.weights}"
 
 
-def _nearest(array: torch.Tensor, logits: torch.Tensor, channel_axis: int) -> torch.Tensor:
+def _nearest(array: Any, logits: torch.Tensor, channel_axis: int) -> Any:
     """The array at the spatial size of the logits: of each voxel there, the one at its centre."""
     channel_axis %= logits.ndim
     axes = [i for i in range(1, logits.ndim) if i != channel_axis]
@@ -315,7 +322,11 @@ def _nearest(array: torch.Tensor, logits: torch.Tensor, channel_axis: int) -> to
     for axis in axes:
         own = axis - (shift if axis > channel_axis else 0)
         size, wanted = array.shape[own], logits.shape[axis]
-        if torch.jit.is_tracing() or size != wanted:  # a trace cannot choose
+        if not torch.jit.is_tracing() and size == wanted:  # a trace cannot choose
+            continue
+        if isinstance(array, np.ndarray):
+            array = array.take((np.arange(wanted) * 2 + 1) * size // (2 * wanted), own)
+        else:
             centres = (torch.arange(wanted, device=array.device) * 2 + 1) * size // (2 * wanted)
             array = array.index_select(own, centres)
     return array
