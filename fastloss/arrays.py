@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from fastloss.frameworks import Borrowed
 
@@ -102,11 +103,13 @@ def arrange(
         if w.ndim == ndim:
             w = channels_second(w, channel_axis, "voxel_weight")
             w = w[:, 0] if w.shape[1] == 1 else w
+        if w.shape == (1, *spatial) and batch != 1:  # the same of every sample
+            w = as_strided(w, (batch, *spatial), (0, *w.strides[1:]))
         if w.shape != (batch, *spatial):
             raise ValueError(
                 f"voxel_weight: expected {(batch, *spatial)} or "
-                f"{_with_channel(batch, 1, spatial, channel_axis)}, got shape "
-                f"{voxel_weight.array.shape}"
+                f"{_with_channel(batch, 1, spatial, channel_axis)}, or one sample for all, got "
+                f"shape {voxel_weight.array.shape}"
             )
     return Arrays(
         x,

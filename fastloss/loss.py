@@ -51,8 +51,9 @@ class Loss:
     - target: a label map (B, *spatial) or (B, 1, *spatial) of integers in [0, C), in any integer,
       bool or floating dtype; or a dense target (B, C, *spatial): one-hot, multi-label or soft.
       With one channel and no softmax the target is that channel's mask.
-    - voxel_weight: None, or (B, *spatial) or (B, 1, *spatial), non-negative: a mask or weights. A
-      voxel of weight 0 counts for nothing, whatever its logits hold.
+    - voxel_weight: None, or (B, *spatial) or (B, 1, *spatial), non-negative: a mask or weights;
+      (1, *spatial) or (1, 1, *spatial) holds those of every sample. A voxel of weight 0 counts for
+      nothing, whatever its logits hold.
 
     PyTorch tensors give PyTorch tensors. A loss that is called with logits that require a gradient
     is differentiated by autograd, once: gradients flow to the logits alone, and second derivatives

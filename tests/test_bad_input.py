@@ -126,7 +126,9 @@ def test_shape_of_target(shape: tuple[int, ...]) -> None:
     assert str(Y.shape) in message
 
 
-@pytest.mark.parametrize("shape", [(), (2, 4), (2, 5, 4), (1, 4, 5), (2, 3, 4, 5), (2, 4, 5, 1)])
+@pytest.mark.parametrize(
+    "shape", [(), (2, 4), (2, 5, 4), (3, 4, 5), (1, 5, 4), (4, 5), (1, 3, 4, 5), (2, 4, 5, 1)]
+)
 def test_shape_of_voxel_weight(shape: tuple[int, ...]) -> None:
     message = rejects(ValueError, "voxel_weight", X, Y, np.ones(shape))
     assert str(shape) in message

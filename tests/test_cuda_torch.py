@@ -47,6 +47,18 @@ def test_backward(launched: list[str], dtype: Any) -> None:
     assert_agree(value.detach().numpy(), logits.grad.numpy(), reference(loss, x, y, upstream=3.0))
 
 
+def test_one_weight_for_all_samples(launched: list[str]) -> None:
+    loss = fl.Dice() + fl.CrossEntropy()
+    logits, labels, x, y = tensors()
+    w = np.random.default_rng(0).uniform(size=(1, 1, 5, 8)).astype(np.float32)
+    for _ in range(2):  # the second call's launch is prepared
+        value = loss(logits, labels, torch.from_numpy(w))
+        logits.grad = None
+        value.backward()
+        expected = reference(loss, x, y, w[:, 0].repeat(2, axis=0))
+        assert_agree(value.detach().numpy(), logits.grad.numpy(), expected)
+
+
 def test_a_loss_scale_that_float16_could_not_hold(launched: list[str]) -> None:
     loss = fl.Dice() + fl.CrossEntropy()
     logits, labels, x, y = tensors(np.float16)

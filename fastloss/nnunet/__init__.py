@@ -33,8 +33,8 @@ What differs from nnU-Net:
   computed in float64 and give a float64 value.
 - Labels that are no class raise ValueError (RuntimeError or IndexError), those with a fraction as
   well, which nnU-Net truncates. Negative numbers in ``smooth`` or a mask raise ValueError, and so
-  do masks of other shapes than (B, 1, *spatial), and a background that is the only class and does
-  not count (NaN).
+  do masks of other shapes than (B or 1, 1, *spatial), and a background that is the only class and
+  does not count (NaN).
 - Logits without a spatial axis are one voxel per sample for every Dice loss
   (``MemoryEfficientSoftDiceLoss`` summed over all axes).
 - ``DC_and_CE_loss`` and ``DC_and_topk_loss`` of a dense target raise ValueError (its channel 0 was
