@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from stand_in import OnDevice
 from support import assert_agree, example, one_hot, reference
 
 import fastloss as fl
+from fastloss.backends import cuda
 from fastloss.backends._cuda_source import source
 
 
@@ -303,3 +305,40 @@ def test_no_voxel_and_no_sample(launched: list[str]) -> None:
         value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y))
         assert value.values == reference(loss, x, y)[0]
         assert gradient.shape == shape
+
+
+@pytest.mark.parametrize("protocol", [False, True])
+def test_launches_on_streams_of_others(monkeypatch: pytest.MonkeyPatch, protocol: bool) -> None:
+    """By the protocol that CuPy has for them, without the class that warns, where it has one."""
+
+    class Stream:
+        def __init__(self, address: int) -> None:
+            self.ptr = address
+
+        if protocol:
+
+            @classmethod
+            def from_external(cls, given: Any) -> Any:
+                version, address = given.__cuda_stream__()
+                assert version == 0
+                return cls(address)
+
+    class ExternalStream(Stream):
+        def __init__(self, address: int, ordinal: int) -> None:
+            assert not protocol, "ExternalStream is deprecated"
+            super().__init__(address)
+
+    runtime = SimpleNamespace(getDevice=lambda: 0)
+    cupy = SimpleNamespace(
+        cuda=SimpleNamespace(Stream=Stream, ExternalStream=ExternalStream, runtime=runtime)
+    )
+    monkeypatch.setattr(cuda, "_cupy", lambda: cupy)
+    cuda._stream.cache_clear()
+    seen = []
+    for address in (0, 1, 7 << 40):
+        place = stand_in.StandInPlace(0)
+        place.stream = address
+        device = cuda.CudaDevice(place)
+        device.launch(lambda *given: seen.append(given[-1].ptr), 1, (32, 1), 0, np.zeros(1))
+    cuda._stream.cache_clear()
+    assert seen == [0, 1, 7 << 40]

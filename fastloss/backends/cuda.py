@@ -108,9 +108,23 @@ def _on(ordinal: int) -> Any:
     return _NOTHING if cupy.cuda.runtime.getDevice() == ordinal else cupy.cuda.Device(ordinal)
 
 
+class _Address:
+    """A stream of somebody else's, in the protocol by which libraries hand them on."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._address  # version, address
+
+
 @cache
 def _stream(address: int, ordinal: int) -> Any:
-    return _cupy().cuda.ExternalStream(address, ordinal)
+    """CuPy's view of a stream."""
+    cuda = _cupy().cuda
+    if hasattr(cuda.Stream, "from_external"):
+        return cuda.Stream.from_external(_Address(address))
+    return cuda.ExternalStream(address, ordinal)  # which later versions deprecate
 
 
 @cache

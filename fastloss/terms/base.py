@@ -69,6 +69,9 @@ class Term:
 
     @cached_property
     def _loss(self) -> Loss:
+        return self._as_loss()
+
+    def _as_loss(self) -> Loss:
         from fastloss.loss import Loss  # which is built on terms
 
         return Loss(self)
@@ -103,11 +106,6 @@ class Term:
         """The class and the options."""
         options = options_of(self).items()
         return type(self), tuple((k, fixed(v) if isinstance(v, float) else v) for k, v in options)
-
-    def _as_loss(self) -> Loss:
-        from fastloss.loss import Loss
-
-        return Loss(self)
 
     def __add__(self, other: Any) -> Loss:
         return self._as_loss() + other
