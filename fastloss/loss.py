@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -464,9 +464,7 @@ class Passes:
         if term is None:
             self.backend.reduce(self.request, self.arrays, sums, voxels)
         else:
-            values = np.empty(
-                (batch, math.prod(self.arrays.target.shape[1:])), self.arrays.value_dtype
-            )
+            values = np.empty((batch, prod(self.arrays.target.shape[1:])), self.arrays.value_dtype)
             self._losses = VoxelLosses(values, term.class_weight(classes))
             self.backend.reduce(self.request, self.arrays, sums, voxels, self._losses)
             sums[self.request.index["top_k"]] = 0.0

@@ -229,11 +229,11 @@ def _are_weights(tensor: Tensor | None, numbers: tuple[float, ...]) -> bool:
 
 def _remember(loss: Any, _: Any = None) -> None:
     """Read the class weights while nothing is being compiled."""
-    if type(loss.cross_entropy) is nn.CrossEntropyLoss and loss.cross_entropy.weight is not None:
-        loss._numbers(loss.cross_entropy.weight)
-    positive = getattr(loss.binary_cross_entropy, "pos_weight", None)
-    if positive is not None:
-        loss._positive_numbers(positive)
+    of_classes, of_one = loss.cross_entropy, loss.binary_cross_entropy
+    if type(of_classes) is nn.CrossEntropyLoss and of_classes.weight is not None:
+        loss._numbers(of_classes.weight)
+    if type(of_one) is nn.BCEWithLogitsLoss and of_one.pos_weight is not None:
+        loss._positive_numbers(of_one.pos_weight)
 
 
 class DiceFocalLoss(Module):
