@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from fastloss.frameworks import Adapter, Borrowed, adapter_of, borrow
 from fastloss.frameworks.base import constant
 from fastloss.request import ACTIVATIONS, Request, make_request
 from fastloss.statistics import Statistics
-from fastloss.terms.base import Term, check_choice
+from fastloss.structure import Recipe, text_of_loss, text_of_options
+from fastloss.terms.base import MADE_INSIDE, Term, check_choice
 from fastloss.terms.distribution import TopKCrossEntropy
 from fastloss.voxel_losses import VoxelLosses
 
@@ -116,11 +118,26 @@ class Loss:
                 weighted.append((1.0, term))
             else:
                 raise TypeError(f"terms: expected terms or losses, got {term!r}")
-        self.terms: tuple[tuple[float, Term], ...] = tuple(weighted)
         self._options: dict[str, Any] = options
-        self.needs = frozenset().union(*(term.requires for _, term in self.terms))
-        self.term_of_voxels = _term_of_voxels([term for _, term in self.terms])
+        self.terms = tuple(weighted)
+
+    @property
+    def terms(self) -> tuple[tuple[float, Term], ...]:
+        """Factors and terms."""
+        return self._terms
+
+    @terms.setter
+    def terms(self, terms: tuple[tuple[float, Term], ...]) -> None:
+        self._terms = terms
+        self.needs: frozenset[str] = frozenset().union(*(term.requires for _, term in terms))
+        self.term_of_voxels = _term_of_voxels([term for _, term in terms])
         self._checked: set[int] = set()
+        self._factors = np.array([factor for factor, _ in terms], np.float64)
+        self._text_of_options = text_of_options(tuple(self._options.items()))
+        self.given: tuple[Any, ...] = ()
+        for _, term in terms:
+            if term._described is None:
+                term._describe()
 
     @property
     def activation(self) -> str:
@@ -185,7 +202,7 @@ class Loss:
                 out is None or ready[0].takes(self, adapter, arrays, ready[1], out)
             ):
                 call, addresses = ready
-                value, kept = call.value(addresses)
+                value, kept = call.value(self, addresses)
                 return value, call.gradient(self, adapter, arrays, addresses, kept, out=out)
         passes = self.passes(logits, target, voxel_weight)
         out, view = passes.output(out)
@@ -341,12 +358,99 @@ class Loss:
 
         return total, pullback
 
-    @constant
-    def graph_name(self) -> str:
-        """What the graphs of `torch.compile` and `torch.export` call this loss."""
-        from fastloss.naming import text_of  # which makes losses
+    # ------------------------------------------------------------------ structure and numbers
 
-        return text_of(self)
+    @property
+    def structure(self) -> str:
+        """What the loss is apart from its numbers, as JSON: what compiled code is made for.
+
+        Equal for losses whose terms have the same classes and options but for numbers: the terms'
+        factors and class weights, of which it says the shapes alone.
+        """
+        terms = [term._described.text for _, term in self._terms]  # type: ignore[union-attr]
+        return text_of_loss(terms, self._text_of_options)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """As `structure`, quicker."""
+        return (self._text_of_options, *(term.described.text for _, term in self._terms))
+
+    @property
+    def operands(self) -> tuple[np.ndarray, ...]:
+        """The numbers, float64: the factors of the terms (T,), then (1,) or (C,) for each number
+        of every term."""
+        found = [self._factors]
+        for _, term in self._terms:
+            found += term._described.arrays  # type: ignore[union-attr]
+        return tuple(found)
+
+    @constant
+    def numbers(self) -> tuple[tuple[float, ...], ...]:
+        """As `operands`, without arrays."""
+        return tuple(tuple(operand.tolist()) for operand in self.operands)
+
+    @constant
+    def keep_terms(self) -> None:
+        """Hold the terms that a graph can name by an identity alone for as long as it may run."""
+        from fastloss.naming import keep  # which makes losses
+
+        if not vars(self):  # All that is known while it is traced is that there will be a loss.
+            raise RuntimeError(MADE_INSIDE)
+        keep(self)
+
+    def with_operands(self, operands: Sequence[Any]) -> Loss:
+        """The same loss with other numbers, as `operands` has them; None for those that it has.
+
+        They may be arrays that record what is done with them, in place of NumPy's.
+
+        Raises:
+            ValueError: a factor that is not finite, or a class weight that is not or is negative.
+        """
+        factors: Any = [factor for factor, _ in self.terms]
+        if operands[0] is not None:
+            factors = operands[0]
+            if isinstance(factors, np.ndarray):
+                factors = factors.tolist()
+                if not np.isfinite(factors).all():
+                    raise ValueError(f"factor: expected finite numbers, got {factors}")
+        terms = []
+        start = 1
+        for i, (_, term) in enumerate(self.terms):
+            end = start + len(term.described.names)
+            terms.append((factors[i], term.with_numbers(operands[start:end])))
+            start = end
+        loss = self.with_terms(tuple((1.0, term) for _, term in terms))
+        loss._terms = tuple(terms)
+        if isinstance(factors, list):
+            loss._factors = np.array(factors, np.float64)
+        return loss
+
+    @property
+    def reads_again(self) -> bool:
+        """Whether the gradient needs the numbers once more, after the value."""
+        return not self.additive or any(term.value_shape(1, 2) for _, term in self.terms)
+
+    def given_to(self, term: Term, name: str) -> Any:
+        """The array with this number of a term, or None."""
+        places = [(t, n) for _, t in self.terms for n in t.described.names]
+        for (other, number), array in zip(places, self.given[1:], strict=False):
+            if other is term and number == name:
+                return array
+        return None
+
+    def with_given(self, given: Sequence[Any]) -> Loss:
+        """The same loss whose numbers lie in arrays on a GPU, as `operands` has them, or are None
+        where the loss has them itself. The arrays are read in every call, when it is computed."""
+        loss = self.with_terms(self.terms)
+        loss.given = tuple(given)
+        return loss
+
+    def with_terms(self, terms: tuple[tuple[float, Term], ...]) -> Loss:
+        """The sum of these terms, with the options of this loss."""
+        loss = Loss.__new__(Loss)
+        loss._options = self._options
+        loss.terms = terms
+        return loss
 
     def __add__(self, other: object) -> Loss:
         return Loss(self, other) if isinstance(other, (Term, Loss)) else NotImplemented
@@ -363,22 +467,32 @@ class Loss:
             return NotImplemented
         if not np.isfinite(factor):
             raise ValueError(f"factor: expected a finite number, got {factor!r}")
-        scaled = Loss(self)
-        scaled.terms = tuple((float(factor) * weight, term) for weight, term in self.terms)
-        return scaled
+        return self.with_terms(tuple((float(factor) * weight, term) for weight, term in self.terms))
 
     __rmul__ = __mul__
 
     def __getstate__(self) -> dict[str, Any]:
-        # The name of a loss may be understood by this process alone; programs are made again.
-        return {
-            k: v for k, v in self.__dict__.items() if k not in ("_text", "_programs", "_prepared")
-        }
+        return {"terms": self.terms, "_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._options = state["_options"]
+        self.terms = state["terms"]
 
     def __repr__(self) -> str:
         parts = [repr(t) if w == 1.0 else f"{w!r} * {t!r}" for w, t in self.terms]
         parts += [f"{name}={value!r}" for name, value in self._options.items()]
         return f"Loss({', '.join(parts)})"
+
+
+def made(*arguments: Any) -> Loss:
+    """The loss of some options and recipes, which is made once."""
+    return _made(*arguments)
+
+
+@lru_cache(maxsize=256)
+def _made(options: tuple[tuple[str, Any], ...], *recipes: Recipe) -> Loss:
+    terms = [r.factor * r.kind(**dict(r.options), **dict(r.numbers)) for r in recipes]
+    return Loss(*terms, **dict(options))
 
 
 class Passes:
@@ -470,10 +584,10 @@ class Passes:
         self.backend.apply(self.request, self.arrays, coefficients, view, self._losses)
 
 
-def _times(weight: float, value: Any) -> Any:
+def _times(weight: Any, value: Any) -> Any:
     """weight · value; of a weight of 0 and an infinite value NaN, without a warning."""
-    if weight:
-        return value if weight == 1.0 else weight * value
+    if not isinstance(weight, float) or weight:
+        return value if isinstance(weight, float) and weight == 1.0 else weight * value
     with np.errstate(invalid="ignore"):
         return weight * value
 

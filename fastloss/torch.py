@@ -38,8 +38,9 @@ import numpy as np
 import torch
 
 import fastloss
+from fastloss.dropin import Scheduled, times
 from fastloss.frameworks import torch_operators  # noqa: F401  registers what exported graphs call
-from fastloss.frameworks.torch import ADAPTER
+from fastloss.frameworks.torch import ADAPTER, bytes_of, is_traced, refuse_gradient
 from fastloss.frameworks.torch_distributed import ranks
 from fastloss.functional import dice_ce, dice_focal
 from fastloss.terms.base import Term, check_class_weight, options_of
@@ -89,6 +90,10 @@ class Loss(torch.nn.Module):
         """What is computed."""
         self.reuse_logits = bool(reuse_logits)
         self._ranks = ranks(process_group, shard)
+        self._hold_numbers()
+
+    def _hold_numbers(self) -> None:
+        """Make buffers of the class weights of the loss."""
         places: dict[str, tuple[int, str]] = {}
         for i, (_, term) in enumerate(self.loss.terms):
             for option, value in options_of(term).items():
@@ -97,50 +102,69 @@ class Loss(torch.nn.Module):
                     self.register_buffer(name, torch.tensor(value))
                     places[name] = (i, option)
         self._places = places  # from a buffer's name to its term and option
-        self._versions = self._seen()
+        self._seen: list[Any] = []  # in the buffers, when the loss was made with their numbers
 
     def forward(self, logits: Any, target: Any, voxel_weight: Any = None) -> torch.Tensor:
         """The value: a scalar, or as ``reduction="none"`` of the terms says."""
         if not isinstance(logits, torch.Tensor):
             raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
-        if self._places and not torch.compiler.is_compiling() and self._seen() != self._versions:
-            self._follow_buffers()
+        given = self._given(logits) if self._places else ()
         value: torch.Tensor = ADAPTER.value(
             self.loss,
             logits,
             target,
             voxel_weight,
+            given=given,
             reuse_logits=self.reuse_logits,
             ranks=self._ranks,
         )
         return value
 
-    def _seen(self) -> list[int]:
-        """What changes when a buffer is written."""
-        buffers = [getattr(self, name) for name in self._places]
-        return [0 if b.is_inference() else b._version for b in buffers]
+    def _given(self, logits: torch.Tensor) -> Sequence[Any]:
+        """The buffers that are not read here but where the loss is computed, as `Loss.operands` of
+        `fastloss` has their numbers."""
+        buffers = {name: getattr(self, name) for name in self._places}
+        for name, buffer in buffers.items():
+            refuse_gradient(buffer, name)
+        if not is_traced(logits):
+            # A few numbers: read whenever they are needed, as not all that writes there leaves a
+            # trace.
+            seen = [bytes_of(buffer) for buffer in buffers.values()]
+            if None not in seen:
+                if seen != self._seen:
+                    self._follow_buffers()
+                    self._seen = seen
+                return ()
+        of_place = {place: buffers[name] for name, place in self._places.items()}
+        given = [None]
+        for i, (_, term) in enumerate(self.loss.terms):
+            given += [of_place.get((i, option)) for option in term.described.names]
+        return given
 
-    def _follow_buffers(self) -> None:
-        """Make the loss anew if the numbers in the buffers are not those that it has."""
+    def _follow_buffers(self, *, read: bool = True) -> None:
+        """Make the loss anew if the numbers in the buffers are not those that it has.
+
+        Where they are not to be ``read``, of those on a device the shape alone is followed.
+        """
         terms = list(self.loss.terms)
-        changed = False
         for name, (i, option) in self._places.items():
             buffer = getattr(self, name)
-            if buffer.is_meta:
-                continue
-            numbers = buffer.detach().to("cpu", torch.float64).numpy()
-            weight, term = terms[i]
-            if not np.array_equal(getattr(term, option), numbers):
+            factor, term = terms[i]
+            known, numbers = getattr(term, option), None
+            if buffer is not None:
+                if not (buffer.is_meta or (bytes_of(buffer) is None and not read)):
+                    numbers = check_class_weight(name, buffer.detach())
+                elif known is None or known.shape != buffer.shape:
+                    numbers = np.ones(tuple(buffer.shape))
+                else:
+                    continue
+            if not np.array_equal(known, numbers):  # type: ignore[arg-type]
                 term = copy.copy(term)
                 vars(term).pop("_loss", None)
-                setattr(term, option, check_class_weight(name, numbers))
-                terms[i] = (weight, term)
-                changed = True
-        self._versions = self._seen()
-        if changed:  # and else the same object, for which compiled code need not be made again
-            self.loss = fastloss.Loss(
-                *(weight * term for weight, term in terms), **self.loss._options
-            )
+                setattr(term, option, numbers)
+                terms[i] = (factor, term)
+        if any(new is not old for new, old in zip(terms, self.loss.terms, strict=True)):
+            vars(self)["loss"] = self.loss.with_terms(tuple(terms))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         module = super()._apply(fn, recurse)
@@ -153,11 +177,16 @@ class Loss(torch.nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in self.__dict__.get("_places", ()):
-            self._follow_buffers()
+        if name in vars(self).get("_places", ()):
+            self._follow_buffers(read=False)
+        elif name == "loss" and "_places" in vars(self):
+            for old in self._places:
+                delattr(self, old)
+            self._hold_numbers()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._seen = []
         self._follow_buffers()
 
     def extra_repr(self) -> str:
@@ -245,7 +274,7 @@ class DiceFocal(Loss):
         super().__init__(dice_focal(options, dice_factor, focal_factor), **whole)
 
 
-class DeepSupervision(torch.nn.Module):
+class DeepSupervision(Scheduled):
     """A weighted sum of one loss over outputs at several resolutions.
 
     Args:
@@ -253,6 +282,8 @@ class DeepSupervision(torch.nn.Module):
         weights: one number per output. None: 1, ½, ¼, … divided by their sum, as nnU-Net weighs
             them. An output of weight 0 is not looked at.
     """
+
+    scheduled = ("weights",)
 
     def __init__(self, loss: Callable[..., Any], weights: Sequence[float] | None = None) -> None:
         super().__init__()
@@ -274,18 +305,18 @@ class DeepSupervision(torch.nn.Module):
         if isinstance(outputs, torch.Tensor):
             outputs = [outputs]
         count = len(outputs)
-        weights = self.weights
-        if weights is None:
-            weights = tuple(2.0**-i / (2 - 2.0 ** (1 - count)) for i in range(count))
+        weights: list[Any] = [2.0**-i / (2 - 2.0 ** (1 - count)) for i in range(count)]
+        if self.has("weights"):
+            weights = self.factors("weights")
         if len(weights) != count or count == 0:
             raise ValueError(f"outputs: expected {len(weights)}, one per weight, got {count}")
         targets = self._per_output("target", target, outputs)
         voxel_weights = self._per_output("voxel_weight", voxel_weight, outputs)
         total = None
         for weight, logits, y, w in zip(weights, outputs, targets, voxel_weights, strict=True):
-            if weight != 0:
+            if weight is not None:
                 part = self.loss(logits, y()) if w is None else self.loss(logits, y(), w())
-                part = part if weight == 1 else weight * part
+                part = times(weight, part)
                 total = part if total is None else total + part
         if total is None:
             raise ValueError("weights: expected at least one that is not 0")

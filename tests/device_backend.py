@@ -16,6 +16,7 @@ import numpy as np
 from fastloss.arrays import Arrays
 from fastloss.backends import _cuda_engine as engine
 from fastloss.backends._cuda_call import CALL, LOGITS, OUT, TARGET, TYPES, WEIGHT
+from fastloss.backends._cuda_operands import KERNELS as OPERAND_KERNELS
 from fastloss.backends._cuda_source import source, specialised
 from fastloss.backends._cuda_top_k import KERNELS
 from fastloss.backends.base import Backend
@@ -50,10 +51,6 @@ class EmulatedDevice:
         address = array.ctypes.data
         return Allocated(address + -address % 16, array)
 
-    def constant(self, numbers: np.ndarray) -> Allocated:
-        copy = numbers.copy()
-        return Allocated(copy.ctypes.data, copy)
-
     def passes(self, constants: tuple[tuple[str, object], ...], kernel: str) -> tuple[Any, ...]:
         names = PASSES[:2] if kernel == "reduce" else PASSES[2:]
         text = specialised(constants, kernel) if self.special else source("passes.cu")
@@ -61,7 +58,8 @@ class EmulatedDevice:
         return tuple((library, name) for name in names)
 
     def kernels(self, text: str, names: tuple[str, ...]) -> tuple[Any, ...]:
-        library = _library(text, names, "TopKCall" if names == KERNELS else "CombineCall")
+        structs = {KERNELS: "TopKCall", OPERAND_KERNELS: "OperandCall"}
+        library = _library(text, names, structs.get(names, "CombineCall"))
         return tuple((library, name) for name in names)
 
     def launch(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import fastloss as fl
 from fastloss.backends._cuda_code import ELEMENTWISE
-from fastloss.backends._cuda_combine import COMBINE_CALL, Program, trace
+from fastloss.backends._cuda_combine import Program, trace
 from fastloss.request import make_request
 from fastloss.statistics import Statistics
 
@@ -74,6 +74,11 @@ def traced(loss: fl.Loss, statistics: Statistics) -> Program:
     return trace(
         loss, statistics.request, statistics.batch_size, statistics.classes, statistics.dtype
     )
+
+
+def numbers_of(loss: fl.Loss) -> np.ndarray:
+    """The numbers of a loss, as the combine step takes them along."""
+    return np.concatenate(loss.operands)
 
 
 def upstream_of(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -155,7 +160,8 @@ def test_what_is_recorded_is_the_combine_step(call: tuple[fl.Loss, Statistics]) 
     upstream = upstream_of(program.value_shape)
     value, derivatives = combined(loss, statistics, upstream)
     assert program.value_shape == np.shape(value)
-    recorded = program.evaluate(statistics.sums, statistics.voxels, upstream)
+    numbers = numbers_of(loss)
+    recorded = program.evaluate(statistics.sums, statistics.voxels, numbers, upstream)
     assert recorded[1].shape == statistics.sums.shape
     np.testing.assert_allclose(recorded[0], value, rtol=1e-12)
     np.testing.assert_allclose(recorded[1], derivatives, rtol=1e-12)
@@ -209,7 +215,8 @@ def test_a_term_of_ones_own(
     program = traced(loss, statistics)
     upstream = upstream_of(program.value_shape)
     value, derivatives = combined(loss, statistics, upstream)
-    recorded = program.evaluate(statistics.sums, statistics.voxels, upstream)
+    numbers = numbers_of(loss)
+    recorded = program.evaluate(statistics.sums, statistics.voxels, numbers, upstream)
     np.testing.assert_allclose(recorded[0], value, rtol=1e-12)
     np.testing.assert_allclose(recorded[1], derivatives, rtol=1e-12)
 
@@ -229,7 +236,8 @@ def recorded_and_numpy(function: Any, *, shape: tuple[int, int] = (3, 4)) -> tup
     loss = fl.Loss(Term())
     statistics = sums_of(loss, *shape)
     program = traced(loss, statistics)
-    value, derivatives = program.evaluate(statistics.sums.copy(), statistics.voxels)
+    sums, numbers = statistics.sums.copy(), numbers_of(loss)
+    value, derivatives = program.evaluate(sums, statistics.voxels, numbers)
     assert not derivatives.any()  # as nothing was said to depend on the sums
     with np.errstate(all="ignore"):
         return value, function(statistics["overlap"].copy())
@@ -491,10 +499,12 @@ def check_kernels(name: str, library: Library, order: str = "forward") -> None:
         "upstream": upstream,
         "scratch": scratch,
     }
-    record = np.zeros(1, COMBINE_CALL)
-    for field, array in arrays.items():
-        record[field] = array.ctypes.data
-    call = record.tobytes()
+    addresses = {field: array.ctypes.data for field, array in arrays.items()}
+    numbers = numbers_of(loss)
+    given = numbers.tobytes()
+    if not program.takes_along:
+        given = numbers.ctypes.data.to_bytes(8, "little")
+    call = program.call((), given, **addresses).tobytes()
 
     def launch(kernel: str) -> None:
         library.launch(f"p{number}::{kernel}", (1, 1, 1), (256, 1, 1), 0, call, order=order)
@@ -635,6 +645,7 @@ def test_terms_of_the_drop_ins(batch: int, classes: int, odd: str) -> None:
         program = traced(loss, statistics)
         upstream = upstream_of(program.value_shape)
         value, derivatives = combined(loss, statistics, upstream)
-        recorded = program.evaluate(statistics.sums, statistics.voxels, upstream)
+        numbers = numbers_of(loss)
+        recorded = program.evaluate(statistics.sums, statistics.voxels, numbers, upstream)
         np.testing.assert_allclose(recorded[0], value, rtol=1e-12, err_msg=name)
         np.testing.assert_allclose(recorded[1], derivatives, rtol=1e-12, err_msg=name)

@@ -39,10 +39,14 @@ def compiled(function: Any, **how: Any) -> Any:
     return torch.compile(function, fullgraph=True, backend="aot_eager", **how)
 
 
-def name_of(loss: Any) -> str:
-    from fastloss.naming import text_of
+def operand_of(loss: Any) -> Any:
+    """The numbers of a loss, as the operators take them."""
+    return torch.tensor(np.concatenate(loss.operands))
 
-    return text_of(loss)
+
+def name_of(loss: Any) -> str:
+    loss.keep_terms()
+    return loss.structure
 
 
 # ------------------------------------------------------------------ operators
@@ -54,12 +58,12 @@ def test_opcheck(part: Any) -> None:
     import fastloss.torch  # noqa: F401  registers the operators
 
     x, y, w = tensors(weighted=True, dtype=np.float32)
-    name = name_of(part)
+    numbers, names = operand_of(part), (name_of(part), "", "")
     loss, gradient = torch.ops.fastloss.loss, torch.ops.fastloss.gradient
-    torch.library.opcheck(loss, (x.clone().requires_grad_(), y, w, name, "", ""))
-    value, sums, voxels = loss(x, y, w, name, "", "")
+    torch.library.opcheck(loss, (x.clone().requires_grad_(), y, w, numbers, *names))
+    value, sums, voxels = loss(x, y, w, numbers, *names)
     upstream = torch.ones_like(value)
-    torch.library.opcheck(gradient, (x, y, w, sums, voxels, upstream, name, "", ""))
+    torch.library.opcheck(gradient, (x, y, w, numbers, sums, voxels, upstream, *names))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -69,13 +73,12 @@ def test_opcheck_of_dtypes_and_layouts(dtype: str, activation: str) -> None:
 
     x, g, _ = tensors(activation, "soft", spatial=(3, 4, 5))
     x = x.to(getattr(torch, dtype))
-    name = name_of(fl.Loss(LOSS, activation=activation))
+    loss = fl.Loss(LOSS, activation=activation)
+    given = (operand_of(loss), name_of(loss), "", "")
     operator = torch.ops.fastloss.loss
     for logits in (x.contiguous(memory_format=torch.channels_last_3d), x[..., 1:]):
         target = g[..., -logits.shape[-1] :]
-        torch.library.opcheck(
-            operator, (logits.detach().requires_grad_(), target, None, name) + ("",) * 2
-        )
+        torch.library.opcheck(operator, (logits.detach().requires_grad_(), target, None, *given))
 
 
 @pytest.mark.parametrize("part", PARTS, ids=repr)
@@ -199,7 +202,9 @@ def test_errors_of_a_compiled_loss() -> None:
         fast(x, y + 1)
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(
-        torch.ops.fastloss.loss(leaf, y, None, name_of(LOSS), "", "")[0], leaf, create_graph=True
+        torch.ops.fastloss.loss(leaf, y, None, operand_of(LOSS), name_of(LOSS), "", "")[0],
+        leaf,
+        create_graph=True,
     )
     with pytest.raises(RuntimeError, match="fastloss computes first derivatives alone"):
         gradient.sum().backward()
@@ -257,7 +262,8 @@ def test_a_name_is_the_loss(part: Any) -> None:
     loss = fl.Loss(part, **options("sigmoid", "ignored"))
     name = name_of(loss)
     x, y, w = tensors("sigmoid", "ignored", weighted=True)
-    np.testing.assert_array_equal(loss_of(name)(x, y, w), loss(x, y, w))
+    again = loss_of(name, np.concatenate(loss.operands))
+    np.testing.assert_array_equal(again(x, y, w), loss(x, y, w))
     if "LogCosh" not in name:
         assert name_of(fl.Loss(copy.deepcopy(part), **options("sigmoid", "ignored"))) == name
 
@@ -266,7 +272,8 @@ def test_bad_names() -> None:
     from fastloss.naming import loss_of
 
     calls = ("os:getcwd", "fastloss:Loss", "fastloss.backends:os.getcwd", "fastloss:Dice.mro")
-    for bad in ("", "{}", "[]", *(f'{{"terms": [[1, "{call}", {{}}]]}}' for call in calls)):
+    terms = (f'{{"terms": [["{call}", {{}}, {{}}]], "options": {{}}}}' for call in calls)
+    for bad in ("", "{}", "[]", *terms):
         with pytest.raises(ValueError, match=r"^loss: "):
             loss_of(bad)
 

@@ -29,9 +29,6 @@ class Device(Protocol):
     def empty(self, nbytes: int) -> Memory:
         """New memory, which is used on the stream alone."""
 
-    def constant(self, numbers: np.ndarray) -> Memory:
-        """Numbers that never change, copied to the device once."""
-
     def passes(self, constants: tuple[tuple[str, object], ...], kernel: str) -> tuple[Any, ...]:
         """The compiled kernels: "reduce" with "finish", or "apply"."""
 

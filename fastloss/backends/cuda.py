@@ -10,7 +10,6 @@ lost.
 from __future__ import annotations
 
 import logging
-import struct
 import time
 from dataclasses import replace
 from functools import cache
@@ -21,7 +20,8 @@ import numpy as np
 from fastloss.arrays import Arrays
 from fastloss.backends import _cuda_engine as engine
 from fastloss.backends._cuda_call import NO_TYPE
-from fastloss.backends._cuda_combine import COMBINE_CALL, Program, trace
+from fastloss.backends._cuda_combine import Program, trace
+from fastloss.backends._cuda_operands import Operands, on_device, operands_of, repeated
 from fastloss.backends._cuda_source import describe, specialised
 from fastloss.backends._cuda_top_k import keep_largest
 from fastloss.backends.reference import check_targets
@@ -58,9 +58,6 @@ class CudaDevice:
     def empty(self, nbytes: int) -> engine.Memory:
         array = self._place.empty((nbytes,), "uint8")
         return _Allocated(self._place.address(array), array)
-
-    def constant(self, numbers: np.ndarray) -> engine.Memory:
-        return _constant(self._place.ordinal, numbers.tobytes())
 
     def passes(self, constants: tuple[tuple[str, object], ...], kernel: str) -> tuple[Any, ...]:
         return _passes(self._place.ordinal, constants, kernel)
@@ -111,15 +108,6 @@ def _on(ordinal: int) -> Any:
 @cache
 def _stream(address: int, ordinal: int) -> Any:
     return _cupy().cuda.ExternalStream(address, ordinal)
-
-
-@cache
-def _constant(ordinal: int, numbers: bytes) -> _Allocated:
-    cupy = _cupy()
-    with _on(ordinal):
-        array = cupy.asarray(np.frombuffer(numbers, np.uint8))
-        cupy.cuda.get_current_stream().synchronize()  # other streams may read it from now on
-    return _Allocated(array.data.ptr, array)
 
 
 @cache
@@ -186,8 +174,10 @@ class DevicePasses:
         sums = self.place.empty((len(request.slots), batch, classes), "float64")
         voxels = self.place.empty((batch,), "float64")
         self.reduce_to(loss, request, arrays, self.place.address(sums), self.place.address(voxels))
-        if loss.validate and np.isnan(self.place.numpy(voxels)).any():
-            self._raise_faults(request, arrays)
+        if loss.validate:
+            if np.isnan(self.place.numpy(voxels)).any():
+                self._raise_faults(request, arrays)
+            self._check_numbers(loss, classes)
         return Statistics(request, sums, voxels, arrays.value_dtype)
 
     def reduce_to(
@@ -200,7 +190,7 @@ class DevicePasses:
         batch, classes = arrays.logits.shape[:2]
         count = batch * int(np.prod(arrays.logits.shape[2:], dtype=np.int64))
         self._losses = self.device.empty(max(1, count * arrays.value_dtype.itemsize))
-        weights = self.device.constant(term.class_weight(classes))
+        weights = self._weights(loss, classes)
         engine.reduce(
             self.device, request, arrays, sums, voxels, self._losses.address, weights.address
         )
@@ -213,6 +203,27 @@ class DevicePasses:
             term.k,
             sums + 8 * slot * batch * classes,
         )
+
+    def _weights(self, loss: Loss, classes: int) -> engine.Memory:
+        """(C,) float64, on the device: the class weights of the term that looks at voxels."""
+        term = loss.term_of_voxels
+        assert term is not None
+        array = loss.given_to(term, "weight")
+        if array is None:
+            return on_device(self.device, term.class_weight(classes).tobytes())
+        dtype, address, owner = self.place.operand(array)
+        step = int(isinstance(term.weight, np.ndarray))
+        return repeated(self.device, dtype, address, classes, step, owner)
+
+    def _check_numbers(self, loss: Loss, classes: int) -> None:
+        """Raise ValueError for class weights in the memory of the device that are none."""
+        if loss.given:
+            numbers = [
+                None if array is None else np.array(self.place.numpy(array), np.float64).reshape(-1)
+                for array in loss.given
+            ]
+            for _, term in loss.with_operands(numbers).terms:
+                term.check(loss.activation, classes)
 
     def _raise_faults(self, request: Request, arrays: Arrays) -> None:
         check_targets(
@@ -246,8 +257,10 @@ class DevicePasses:
     ) -> tuple[Any, Callable[[Any], DeviceCoefficients]]:
         """The value, on the device, and from its upstream gradient the derivative by every sum."""
         shape = slots, batch, classes = tuple(statistics.sums.shape)
-        program = program_of(loss, statistics.request, shape, statistics.dtype)
         place, device = self.place, self.device
+        operands = operands_of(loss, place)
+        program = program_of(loss, statistics.request, shape, statistics.dtype, operands)
+        given, numbers, memory = arguments(program, device, operands)
         dtype = statistics.dtype.name
         value = place.empty(program.value_shape, dtype)
         derivatives = place.empty((slots, batch, classes), "float64")
@@ -263,7 +276,7 @@ class DevicePasses:
         }
         names = _COMBINE[: 1 + bool(program.value_shape)]
         kernels = device.kernels(program.sources, names)
-        device.launch(kernels[0], 1, (256, 1), 0, combine_call(**addresses))
+        device.launch(kernels[0], 1, (256, 1), 0, program.call(given, numbers, **addresses))
         coefficients = DeviceCoefficients(derivatives, addresses["derivatives"], batch, classes)
 
         def pullback(upstream: Any) -> DeviceCoefficients:
@@ -284,10 +297,11 @@ class DevicePasses:
                 return coefficients._replace(
                     upstream=array, upstream_address=place.address(array), upstream_type=kind
                 )
-            again = combine_call(**addresses, upstream=place.address(array))
+            again = program.call(given, numbers, **addresses, upstream=place.address(array))
             device.launch(kernels[1], 1, (256, 1), 0, again)
             # Held until the gradient is queued: memory that is let go may be handed out again.
-            return coefficients._replace(kept=(array, statistics, joined, scratch))
+            kept = (array, statistics, joined, scratch, operands.kept, memory)
+            return coefficients._replace(kept=kept)
 
         return value, pullback
 
@@ -334,34 +348,37 @@ class DevicePasses:
 _COMBINE = ("fastloss_combine", "fastloss_pullback")
 
 
-def combine_call(
-    *,
-    sums: int,
-    voxels: int,
-    joined: int = 0,
-    value: int,
-    derivatives: int,
-    upstream: int = 0,
-    scratch: int = 0,
-) -> np.ndarray:
-    """COMBINE_CALL, (1,), of these addresses."""
-    addresses = (sums, voxels, joined, value, derivatives, upstream, scratch)
-    return np.frombuffer(bytearray(_ADDRESSES.pack(*addresses)), _COMBINE_RECORD)
+def arguments(
+    program: Program, device: engine.Device, operands: Operands
+) -> tuple[tuple[int, ...], bytes, Any]:
+    """What `Program.call` takes of the numbers of a loss, and what holds them meanwhile."""
+    if program.takes_along:
+        return operands.addresses, operands.host, None
+    memory = on_device(device, operands.host)
+    return operands.addresses, memory.address.to_bytes(8, "little"), memory
 
 
-_ADDRESSES = struct.Struct("=7Q")
-_COMBINE_RECORD = np.dtype(("V", COMBINE_CALL.itemsize))
+_programs: dict[Any, Program] = {}
+_MOST_PROGRAMS = 1024
 
 
 def program_of(
-    loss: Loss, request: Request, shape: tuple[int, int, int], dtype: np.dtype
+    loss: Loss,
+    request: Request,
+    shape: tuple[int, int, int],
+    dtype: np.dtype,
+    operands: Operands,
 ) -> Program:
-    """The step between the passes, traced once for every shape of the sums."""
-    programs: dict[Any, Program] = loss.__dict__.setdefault("_programs", {})
-    key = (request, shape, dtype)
-    if key not in programs:
-        programs[key] = trace(loss, request, *shape[1:], dtype)
-    return programs[key]
+    """The step between the passes, traced once for losses that differ in numbers alone, and every
+    shape of the sums."""
+    key = (loss.key, request, shape, dtype, operands.layout)
+    program = _programs.get(key)
+    if program is None:
+        program = trace(loss, request, *shape[1:], dtype, operands.layout)
+        if len(_programs) >= _MOST_PROGRAMS:
+            _programs.clear()
+        _programs[key] = program
+    return program
 
 
 def check_places(logits: Borrowed, *others: Borrowed | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
@@ -13,6 +13,7 @@ from fastloss.frameworks.memory import empty_like
 
 if TYPE_CHECKING:
     from fastloss.loss import Loss
+    from fastloss.structure import Recipe
     from fastloss.terms import Term
 
     LossLike: TypeAlias = Loss | Term | partial[Loss]
@@ -54,6 +55,12 @@ class Place:
     def scalar(self, number: Any, dtype: str) -> Any:
         """As `array`, of one number, which itself will do."""
         return self.array(number, dtype)
+
+    def operand(self, array: Any) -> tuple[str, int, Any]:
+        """Numbers that are read there: their dtype, "float32" or "float64", where they lie in C
+        order, and what holds them. Nothing waits."""
+        own = self.array(array, "float64")
+        return "float64", self.address(own), own
 
     def numpy(self, array: Any) -> np.ndarray:
         """A copy in the processor's memory, once all that is queued is done."""
@@ -124,6 +131,15 @@ class Adapter:
         """A NumPy view that shares the array's memory; ``name`` is the argument, for errors."""
         raise NotImplementedError(f"{type(self).__name__} must define borrow")
 
+    def numbers(self, array: Any, name: str) -> np.ndarray:
+        """The numbers of a small array, float64, wherever it lies."""
+        view, dtype, place = self.borrow(array, name)
+        if place is not None:
+            return place.numpy(array).astype(np.float64)
+        if dtype == "bfloat16":
+            view = (view.astype(np.uint32) << 16).view(np.float32)
+        return view.astype(np.float64)
+
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
         """A new uninitialised array of the same shape, layout and dtype, and its view."""
         if borrowed.dtype != "bfloat16":
@@ -174,9 +190,24 @@ class Adapter:
         ready = loss.prepared(self, logits, target, voxel_weight)
         if ready is not None:
             call, addresses = ready
-            return call.value(addresses)[0]
+            return call.value(loss, addresses)[0]
         passes = loss.passes(logits, target, voxel_weight)
         return self.result(passes.combine(passes.reduce())[0])
+
+    def takes_numbers(self, logits: Any, options: Iterable[Any]) -> bool:
+        """Whether numbers among these options are to be operands rather than to be read here."""
+        return False
+
+    def evaluate(
+        self,
+        options: tuple[tuple[str, Any], ...],
+        recipes: Sequence[Recipe],
+        logits: Any,
+        target: Any,
+        voxel_weight: Any,
+    ) -> Any:
+        """As `value`, of a loss that is not made yet, if the adapter `takes_numbers`."""
+        raise NotImplementedError(f"{type(self).__name__} must define evaluate")
 
 
 def as_loss(loss: LossLike) -> Loss:

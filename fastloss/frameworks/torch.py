@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,15 +13,17 @@ from torch.autograd.graph import increment_version
 
 from fastloss.frameworks.base import Adapter, Borrowed, Kind, Place, as_loss, device_view
 from fastloss.frameworks.memory import LEAST, large
-from fastloss.naming import text_of
+from fastloss.loss import made
+from fastloss.naming import structure_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from fastloss.backends._cuda_prepared import Prepared
     from fastloss.frameworks.base import LossLike
     from fastloss.frameworks.torch_distributed import Ranks
     from fastloss.loss import Loss
+    from fastloss.structure import Recipe
 
 _NAMES = {
     getattr(torch, name): name
@@ -36,6 +39,7 @@ _saved_tensors_hooks = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True
 )
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_OPERANDS = {torch.float32: "float32", torch.float64: "float64"}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -64,6 +68,10 @@ class TorchAdapter(Adapter):
         if write and not array.is_inference():
             increment_version(array)
         return Borrowed(view, dtype)
+
+    def numbers(self, array: Any, name: str) -> np.ndarray:
+        result: np.ndarray = plain(array).detach().to("cpu", torch.float64).numpy()
+        return result
 
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
         is_large = borrowed.place is None and borrowed.array.nbytes >= LEAST
@@ -105,27 +113,35 @@ class TorchAdapter(Adapter):
         target: Any,
         voxel_weight: Any,
         *,
+        given: Sequence[Any] = (),
         reuse_logits: bool = False,
         ranks: Ranks | None = None,
     ) -> Any:
         refuse_gradient(target, "target")
         refuse_gradient(voxel_weight, "voxel_weight")
-        if torch.compiler.is_compiling() or _is_traced(logits):
+        if is_traced(logits):
             from fastloss.frameworks import torch_operators
 
-            if hasattr(loss, "graph_name"):
-                id(loss)  # asked for by a graph, that it serves this very object
+            structure: str
+            operands: Sequence[Any]
+            if isinstance(loss, partial):  # what makes a loss, all of whose numbers are given
+                structure, operands = structure_of(loss), given
+            else:
                 # A method, as older versions hand no objects to functions that are constant.
-                text = loss.graph_name()
-            else:  # what makes a loss
-                text = text_of(loss)
-            return torch_operators.value(text, logits, target, voxel_weight, ranks)
+                loss.keep_terms()
+                structure, operands = loss.structure, loss.operands
+                if is_exporting():  # which takes no arrays of NumPy's, and nothing changes there
+                    operands = loss.numbers()
+            numbers = _joined(operands, given, logits)
+            return torch_operators.value(structure, numbers, logits, target, voxel_weight, ranks)
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 "logits: the transforms of torch.func do not go through fastloss; take the "
                 "gradient by backward() or torch.autograd.grad"
             )
         loss, logits = as_loss(loss), plain(logits)
+        if given:
+            loss = _with_given(loss, given, logits)
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
             raise RuntimeError(
                 "logits: forward-mode derivatives are not computed; take the gradient by backward()"
@@ -138,7 +154,7 @@ class TorchAdapter(Adapter):
             if ready is not None:
                 call, addresses = ready
                 if not differentiable:
-                    return call.value(addresses)[0]
+                    return call.value(loss, addresses)[0]
                 arrays = (logits, target, voxel_weight)
                 if not reuse_logits or _takes_logits(loss, ready, arrays):
                     return _QueuedValue.apply(*arrays, (loss, *ready), reuse_logits)
@@ -149,6 +165,90 @@ class TorchAdapter(Adapter):
         if ranks is not None:
             statistics, _ = ranks.join(loss, statistics)
         return self.result(passes.combine(statistics)[0])
+
+    def takes_numbers(self, logits: Any, options: Iterable[Any]) -> bool:
+        if is_traced(logits):
+            return True
+        return any(isinstance(v, torch.Tensor) and not is_readable(v) for v in options)
+
+    def evaluate(
+        self,
+        options: tuple[tuple[str, Any], ...],
+        recipes: Sequence[Recipe],
+        logits: torch.Tensor,
+        target: Any,
+        voxel_weight: Any,
+    ) -> Any:
+        given: Sequence[Any] = ()
+        if is_traced(logits):
+            factors = torch.cat([_as_tensor(r.factor, logits) for r in recipes])
+            given = [factors, *(_as_tensor(n, logits) for r in recipes for _, n in r.numbers)]
+            recipes = [_of_ones(r, True) for r in recipes]
+        elif any(isinstance(n, torch.Tensor) for r in recipes for _, n in r.numbers):
+            given = [
+                n if isinstance(n, torch.Tensor) else None for r in recipes for _, n in r.numbers
+            ]
+            given = [None, *(g if g is None else g.detach().reshape(-1) for g in given)]
+            recipes = [_of_ones(r, False) for r in recipes]
+        # Made by the adapter, where `torch.compile` does not look.
+        loss = partial(made, options, *recipes)
+        return self.value(loss, logits, target, voxel_weight, given=given)
+
+
+def _joined(operands: Sequence[Any], given: Sequence[Any], logits: torch.Tensor) -> torch.Tensor:
+    """The numbers of a loss one after another, where the logits are: those that are given, and its
+    own where they are None."""
+    chosen = [o if g is None else g for o, g in zip(operands, given or operands, strict=True)]
+    tensors = [_float64(c) for c in chosen]
+    if len(tensors) > 1 and not any(isinstance(c, torch.Tensor) for c in chosen):
+        tensors = [torch.cat(tensors)]
+    if not logits.is_cpu:  # for which nothing waits
+        tensors = [t.to(logits.device, non_blocking=True) for t in tensors]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _with_given(loss: Loss, given: Sequence[Any], logits: torch.Tensor) -> Loss:
+    """The loss with the numbers of these tensors, None for its own."""
+    if _is_on_gpu(logits):
+        if loss.reads_again:
+            given = [None if g is None else g.detach().clone() for g in given]
+        return loss.with_given(given)
+    return loss.with_operands(
+        [None if g is None else np.array(ADAPTER.numbers(g, "weight")).reshape(-1) for g in given]
+    )
+
+
+def _float64(numbers: Any) -> torch.Tensor:
+    if isinstance(numbers, tuple):
+        return torch.tensor(numbers, dtype=torch.float64)
+    return torch.as_tensor(numbers).detach().to(torch.float64).reshape(-1)
+
+
+def _as_tensor(number: Any, logits: torch.Tensor) -> torch.Tensor:
+    """One number or several, (1,) or (C,), as an operand of what is being compiled."""
+    if isinstance(number, (list, np.ndarray)):  # a caller's
+        if isinstance(number, np.ndarray):
+            number = torch.as_tensor(number)
+        else:  # which may be variables
+            return torch.cat([torch.ones(1, dtype=torch.float64) * n for n in number])
+    if isinstance(number, torch.Tensor):
+        return number.detach().to(logits.device, torch.float64, non_blocking=True).reshape(-1)
+    if isinstance(number, tuple):
+        return torch.tensor(number, dtype=torch.float64)
+    return torch.ones(1, dtype=torch.float64) * number
+
+
+def _of_ones(recipe: Recipe, traced: bool) -> Recipe:
+    """As if each number that is given, all of them where it is ``traced``, were 1."""
+    numbers = []
+    for name, number in recipe.numbers:
+        if traced or isinstance(number, torch.Tensor):
+            several = isinstance(number, (tuple, list)) or (
+                isinstance(number, (torch.Tensor, np.ndarray)) and number.ndim > 0
+            )
+            number = (1.0,) * len(number) if several else 1.0
+        numbers.append((name, number))
+    return recipe._replace(numbers=tuple(numbers), factor=1.0 if traced else recipe.factor)
 
 
 class TorchPlace(Place):
@@ -182,6 +282,13 @@ class TorchPlace(Place):
             if plain and number.dtype is getattr(torch, dtype)
             else super().scalar(number, dtype)
         )
+
+    def operand(self, array: Any) -> tuple[str, int, Any]:
+        dtype = array.dtype
+        if array.device != self.device or not array.is_contiguous() or dtype not in _OPERANDS:
+            dtype = torch.float64
+            array = array.detach().to(self.device, dtype, non_blocking=True).contiguous()
+        return _OPERANDS[dtype], array.data_ptr(), array
 
     def address(self, array: Any) -> int:
         return int(array.data_ptr())
@@ -228,14 +335,40 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.as_subclass(torch.Tensor)
 
 
-def _is_traced(tensor: torch.Tensor) -> bool:
+def is_traced(tensor: torch.Tensor) -> bool:
     """Whether there is no memory to see, or somebody watches operators: fake tensors, tracers."""
+    if torch.compiler.is_compiling():
+        return True
     kind = type(tensor)
     return (
         (kind not in _PLAIN and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__)
         or tensor.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+# PyTorch before 2.7 does not tell.
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether there are numbers in CPU memory to see."""
+    return not is_traced(tensor) and tensor.is_cpu and not _is_on_gpu(tensor)
+
+
+def bytes_of(tensor: torch.Tensor | None) -> Any:
+    """Dtype and bytes of a few numbers in CPU memory; None if they cannot be read here."""
+    if tensor is None:
+        return ()
+    if not is_readable(tensor):
+        return None
+    tensor, dtype = plain(tensor), tensor.dtype
+    if dtype is torch.bfloat16:  # which NumPy lacks
+        tensor = tensor.view(torch.int16)
+    try:
+        return dtype, tensor.detach().numpy().tobytes()
+    except (RuntimeError, TypeError):  # a transform's view of it, or a dtype of no numbers
+        return None
 
 
 def refuse_gradient(array: Any, name: str) -> None:
@@ -346,9 +479,9 @@ class _QueuedValue(torch.autograd.Function):
         how: tuple[Loss, Prepared, tuple[int, ...]],
         reuse_logits: bool,
     ) -> Any:
-        _, call, addresses = how
+        loss, call, addresses = how
         ctx.reuse_logits, ctx.spent = reuse_logits, False
-        value, ctx.kept = call.value(addresses)
+        value, ctx.kept = call.value(loss, addresses)
         ctx.save_for_backward(logits, target, voxel_weight)
         ctx.how, ctx.moved = how, _saved_tensors_hooks(True) is not None
         return value

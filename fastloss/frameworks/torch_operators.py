@@ -12,7 +12,7 @@ import torch
 from fastloss.frameworks.torch import ADAPTER
 from fastloss.frameworks.torch_distributed import Ranks
 from fastloss.loss import Loss
-from fastloss.naming import loss_of
+from fastloss.naming import loss_of, split
 from fastloss.request import make_request
 from fastloss.statistics import Statistics
 
@@ -20,28 +20,42 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _library = torch.library.Library("fastloss", "DEF")
 _library.define(
-    "loss(Tensor logits, Tensor target, Tensor? voxel_weight, str loss, str group, str shard)"
-    " -> (Tensor value, Tensor sums, Tensor voxels)"
+    "loss(Tensor logits, Tensor target, Tensor? voxel_weight, Tensor numbers, str structure,"
+    " str group, str shard) -> (Tensor value, Tensor sums, Tensor voxels)"
 )
 _library.define(
-    "gradient(Tensor logits, Tensor target, Tensor? voxel_weight, Tensor sums, Tensor voxels,"
-    " Tensor upstream, str loss, str group, str shard) -> Tensor"
+    "gradient(Tensor logits, Tensor target, Tensor? voxel_weight, Tensor numbers, Tensor sums,"
+    " Tensor voxels, Tensor upstream, str structure, str group, str shard) -> Tensor"
 )
 
 
 def value(
-    text: str, logits: Any, target: Any, voxel_weight: Any, ranks: Ranks | None = None
+    structure: str,
+    numbers: torch.Tensor,
+    logits: Any,
+    target: Any,
+    voxel_weight: Any,
+    ranks: Ranks | None = None,
 ) -> torch.Tensor:
-    """The loss of this name, by way of the operators."""
+    """The loss of this structure and these numbers, by way of the operators."""
     if not isinstance(target, torch.Tensor):
         target = torch.as_tensor(target)
     if not (voxel_weight is None or isinstance(voxel_weight, torch.Tensor)):
         voxel_weight = torch.as_tensor(voxel_weight)
     group, shard = ("", "") if ranks is None else (ranks.group, ranks.shard)
     result: torch.Tensor = torch.ops.fastloss.loss(
-        logits, target, voxel_weight, text, group, shard
+        logits, target, voxel_weight, numbers, structure, group, shard
     )[0]
     return result
+
+
+def _loss_of(structure: str, numbers: torch.Tensor, logits: torch.Tensor) -> Loss:
+    if numbers.is_cpu:
+        return loss_of(structure, numbers.numpy())
+    loss = loss_of(structure)
+    if logits.is_cpu:
+        return loss_of(structure, numbers.cpu().numpy())
+    return loss.with_given(split(loss, numbers, numbers.numel()))
 
 
 @torch.library.impl(_library, "loss", "CPU")
@@ -50,11 +64,12 @@ def _loss(
     logits: torch.Tensor,
     target: torch.Tensor,
     voxel_weight: torch.Tensor | None,
-    text: str,
+    numbers: torch.Tensor,
+    structure: str,
     group: str,
     shard: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss = loss_of(text)
+    loss = _loss_of(structure, numbers, logits)
     passes = loss.passes(logits, target, voxel_weight)
     statistics = passes.reduce()
     if group:
@@ -73,14 +88,15 @@ def _gradient(
     logits: torch.Tensor,
     target: torch.Tensor,
     voxel_weight: torch.Tensor | None,
+    numbers: torch.Tensor,
     sums: torch.Tensor,
     voxels: torch.Tensor,
     upstream: torch.Tensor,
-    text: str,
+    structure: str,
     group: str,
     shard: str,
 ) -> torch.Tensor:
-    loss = loss_of(text)
+    loss = _loss_of(structure, numbers, logits)
     passes = loss.passes(logits, target, voxel_weight)
     dtype = passes.arrays.value_dtype
     statistics = Statistics(passes.request, _plain(sums), _plain(voxels), dtype)
@@ -111,11 +127,12 @@ def _fake_loss(
     logits: torch.Tensor,
     target: torch.Tensor,
     voxel_weight: torch.Tensor | None,
-    text: str,
+    numbers: torch.Tensor,
+    structure: str,
     group: str,
     shard: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss = loss_of(text)
+    loss = loss_of(structure)
     if logits.dtype not in _FLOATS or logits.ndim < 2:
         raise TypeError(
             "logits: expected floating numbers of shape (batch, channels, *spatial), got "
@@ -146,8 +163,8 @@ def _fake_gradient(logits: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    *arrays, text, group, shard = inputs
-    ctx.names = (text, group, shard)
+    *arrays, structure, group, shard = inputs
+    ctx.names = (structure, group, shard)
     _, sums, voxels = output
     ctx.save_for_backward(*arrays, sums, voxels)
     ctx.mark_non_differentiable(sums, voxels)
@@ -158,7 +175,7 @@ def _backward(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> Any:
     gradient = None
     if upstream is not None and ctx.needs_input_grad[0]:
         gradient = torch.ops.fastloss.gradient(*ctx.saved_tensors, upstream, *ctx.names)
-    return gradient, None, None, None, None, None
+    return gradient, None, None, None, None, None, None
 
 
 def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastloss.dropin import Fused, Numbers, at_least_float32, evaluate, fixed, is_size, recipe
+from fastloss.dropin import (
+    Fused,
+    are_sizes,
+    at_least_float32,
+    evaluate,
+    fixed,
+    numbers_of,
+    recipe,
+    times,
+)
 from fastloss.monai._focal import FocalLoss
 from fastloss.monai._fused import fuse
 from fastloss.monai._inputs import (
@@ -31,7 +39,7 @@ def check_factor(name: str, value: Any) -> Any:
 
 def joined(a: Any, part: Fused | None, b: Any, other: Fused | None) -> Tensor | None:
     """a · part + b · other in one pass; None if they do not read the same."""
-    if part is None or other is None or not (is_size(a) and is_size(b)):
+    if part is None or other is None or a is None or b is None:
         return None
     same = (
         part.logits is other.logits
@@ -41,7 +49,7 @@ def joined(a: Any, part: Fused | None, b: Any, other: Fused | None) -> Tensor | 
         and part.ignore_index == other.ignore_index
         and part.divisor == other.divisor == 1
     )
-    return evaluate((fixed(a), part), (fixed(b), other)) if same else None
+    return evaluate((a, part), (b, other)) if same else None
 
 
 class DiceCELoss(Module):
@@ -63,6 +71,8 @@ class DiceCELoss(Module):
 
     Other options: see `fastloss.monai`.
     """
+
+    scheduled = ("lambda_dice", "lambda_ce")
 
     def __init__(
         self,
@@ -105,10 +115,6 @@ class DiceCELoss(Module):
         self.binary_cross_entropy = nn.BCEWithLogitsLoss(pos_weight=weight, reduction=reduction)
         self.lambda_dice = check_factor("lambda_dice", lambda_dice)
         self.lambda_ce = check_factor("lambda_ce", lambda_ce)
-        self._numbers = Numbers()
-        self._positive_numbers = Numbers()
-        _remember(self)
-        self.register_load_state_dict_post_hook(_remember)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss.
@@ -121,7 +127,7 @@ class DiceCELoss(Module):
         inputs = self.dice._read(input, target)
         part = self.dice._fused(inputs)
         entropy = self._fused(inputs._replace(logits=input, ignore_index=None))
-        value = joined(self.lambda_dice, part, self.lambda_ce, entropy)
+        value = joined(self.operand("lambda_dice"), part, self.operand("lambda_ce"), entropy)
         if value is not None:
             return value
         dice = self.dice._value(inputs, part)
@@ -129,7 +135,7 @@ class DiceCELoss(Module):
             ce = evaluate((1.0, entropy))
         else:
             ce = self.ce(input, target) if input.shape[1] != 1 else self.bce(input, target)
-        return self.lambda_dice * dice + self.lambda_ce * ce
+        return times(self.factor("lambda_dice"), dice) + times(self.factor("lambda_ce"), ce)
 
     def ce(self, input: Tensor, target: Tensor) -> Tensor:
         """The cross-entropy of several channels alone, by PyTorch."""
@@ -149,42 +155,35 @@ class DiceCELoss(Module):
 
     def _fused(self, inputs: Inputs) -> Fused | None:
         if inputs.logits.shape[1] == 1:
-            positive = self.binary_cross_entropy.pos_weight
-            factors = (1.0,) if positive is None else self._positive_numbers(positive)
-            if len(factors) != 1 or not _are_weights(positive, factors):
-                return None  # such a weight is broadcast along the axes of space
+            positive: Any = 1.0
+            weight = self.binary_cross_entropy.pos_weight
+            if weight is not None:
+                if weight.numel() != 1 or weight.requires_grad:
+                    return None  # several are broadcast along the axes of space
+                numbers = numbers_of(weight)
+                if not are_sizes(numbers):
+                    return None
+                positive = numbers.reshape(()) if isinstance(numbers, Tensor) else numbers[0]
             reduction = self.binary_cross_entropy.reduction
-            made = recipe(BinaryCrossEntropy, positive=factors[0], reduction=reduction)
+            made = recipe(BinaryCrossEntropy, positive=positive, reduction=reduction)
             return fuse(inputs, made, "sigmoid")
-        part, numbers = self.cross_entropy, None
-        if part.weight is not None:
-            numbers = self._numbers(part.weight)
-            if part.weight.shape != inputs.logits.shape[1:2]:
+        part, weights = self.cross_entropy, None
+        weight = part.weight
+        if weight is not None:
+            if weight.shape != inputs.logits.shape[1:2] or weight.requires_grad:
                 return None
-            if not _are_weights(part.weight, numbers):
+            weights = numbers_of(weight)
+            if not are_sizes(weights):
                 return None
         if not 0 <= part.label_smoothing <= 1:
             return None
         made = recipe(
             CrossEntropy,
-            weight=numbers,
+            weight=weights,
             label_smoothing=fixed(part.label_smoothing),
             reduction=part.reduction,
         )
         return fuse(inputs, made, "softmax")
-
-
-def _are_weights(tensor: Tensor | None, numbers: tuple[float, ...]) -> bool:
-    constant = tensor is None or not tensor.requires_grad
-    return constant and all(0 <= n < math.inf for n in numbers)
-
-
-def _remember(loss: Any, _: Any = None) -> None:
-    """Read the class weights while nothing is being compiled."""
-    if loss.cross_entropy.weight is not None:
-        loss._numbers(loss.cross_entropy.weight)
-    if loss.binary_cross_entropy.pos_weight is not None:
-        loss._positive_numbers(loss.binary_cross_entropy.pos_weight)
 
 
 class DiceFocalLoss(Module):
@@ -204,6 +203,8 @@ class DiceFocalLoss(Module):
 
     Other options: see `fastloss.monai`.
     """
+
+    scheduled = ("lambda_dice", "lambda_focal")
 
     def __init__(
         self,
@@ -261,7 +262,7 @@ class DiceFocalLoss(Module):
         if self.to_onehot_y and not labels:
             ignored_for_one_channel("to_onehot_y=True")
         return _with_focal(
-            self.lambda_dice, self.dice, self.lambda_focal, self.focal, input, target, labels
+            self, "lambda_dice", self.dice, "lambda_focal", self.focal, input, target, labels
         )
 
 
@@ -283,6 +284,8 @@ class GeneralizedDiceFocalLoss(Module):
 
     Other options: see `fastloss.monai`.
     """
+
+    scheduled = ("lambda_gdl", "lambda_focal")
 
     def __init__(
         self,
@@ -333,14 +336,15 @@ class GeneralizedDiceFocalLoss(Module):
         """
         check_pair(input, target)
         return _with_focal(
-            self.lambda_gdl, self.generalized_dice, self.lambda_focal, self.focal, input, target
+            self, "lambda_gdl", self.generalized_dice, "lambda_focal", self.focal, input, target
         )
 
 
 def _with_focal(
-    a: Any,
+    loss: Module,
+    a: str,
     region: DiceLoss | GeneralizedDiceLoss,
-    b: Any,
+    b: str,
     focal: FocalLoss,
     input: Tensor,
     target: Tensor,
@@ -349,7 +353,13 @@ def _with_focal(
     of_region = region._read(input, target, labels=labels)
     of_focal = focal._read(input, target, labels=labels)
     part, other = region._fused(of_region), focal._fused(of_focal)
-    value = joined(a, part, b, other)
+    value = joined(loss.operand(a), part, loss.operand(b), other)
     if value is not None:
         return value
-    return a * region._value(of_region, part) + b * focal._value(of_focal, other)
+    return times(loss.factor(a), region._value(of_region, part)) + times(
+        loss.factor(b), focal._value(of_focal, other)
+    )
+
+
+def _remember(module: Any, _: Any = None) -> None:
+    """Does nothing: pickles of older versions name it."""

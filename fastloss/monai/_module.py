@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from fastloss.dropin import Numbers
+from fastloss.dropin import Scheduled, Values, is_size, numbers_of
 from fastloss.monai._inputs import (
     Inputs,
     check_activation,
@@ -22,8 +22,11 @@ from fastloss.monai._inputs import (
 REDUCTIONS = ("none", "mean", "sum")
 
 
-class Module(_Loss):
+class Module(Scheduled, _Loss):
     """A loss that shows the options it was given."""
+
+    def takes(self, name: str, value: Any) -> bool:
+        return is_size(value)
 
     def extra_repr(self) -> str:
         shown = []
@@ -40,7 +43,6 @@ class Component(Module):
     """One loss, alone or within a compound one."""
 
     class_weight: Tensor | None
-    _numbers: Numbers
 
     def __init__(
         self, include_background: bool, to_onehot_y: bool, reduction: str, ignore_index: int | None
@@ -73,18 +75,15 @@ class Component(Module):
         target = check_shapes(logits, target, labels, classes, error)
         return Inputs(logits, activation, target, labels, first, self.ignore_index)
 
-    def _weight_numbers(self, name: str, weight: Tensor) -> tuple[float, ...]:
+    def _weight_numbers(self, name: str, weight: Tensor) -> Values:
         """The numbers of a weight, of which none may be negative."""
-        numbers = self._numbers(weight)
-        if any(n < 0 for n in numbers):
+        numbers = numbers_of(weight)
+        if not isinstance(numbers, Tensor) and any(n < 0 for n in numbers):
             raise ValueError(f"{name}: expected numbers of at least 0, got {list(numbers)}")
         return numbers
 
     def _hold_weight(self, weight: Any) -> None:
         self.register_buffer("class_weight", None if weight is None else torch.as_tensor(weight))
-        self._numbers = Numbers()
-        remember(self)
-        self.register_load_state_dict_post_hook(remember)
 
 
 class Activated(Component):
@@ -126,6 +125,4 @@ def activated(
 
 
 def remember(module: Any, _: Any = None) -> None:
-    """Read the class weights while nothing is being compiled."""
-    if module.class_weight is not None:
-        module._numbers(module.class_weight)
+    """Does nothing: pickles of older versions name it."""

@@ -11,7 +11,6 @@ from fastloss.nnunet._compound import (
     DC_and_BCE_loss,
     DC_and_CE_loss,
     DC_and_topk_loss,
-    remember_weights,
 )
 from fastloss.nnunet._deep_supervision import DeepSupervisionWrapper
 from fastloss.nnunet._entropy import RobustCrossEntropyLoss, TopKLoss
@@ -86,7 +85,6 @@ def _dc_and_ce(loss: Any) -> nn.Module:
 def _dc_and_bce(loss: Any) -> nn.Module:
     new = DC_and_BCE_loss({}, {}, loss.weight_ce, loss.weight_dice, loss.use_ignore_label)
     new.dc, new.ce = _part(loss.dc), loss.ce
-    remember_weights(new)
     return new
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, wraps
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from fastloss.frameworks import adapter_of
 from fastloss.frameworks.base import constant
 from fastloss.statistics import Statistics
+from fastloss.structure import Described, describe, options_of, text_of_loss, text_of_options
 
 if TYPE_CHECKING:
     from fastloss.loss import Loss
@@ -21,6 +23,9 @@ Pullback = Callable[[np.ndarray], Derivatives]
 """From the gradient of the term's value to the derivative by each sum."""
 
 REDUCTIONS = ("mean", "sum", "none")
+MADE_INSIDE = "loss: it is made inside a compiled function; make it outside, and call it inside"
+_DEFAULTS = text_of_options(())
+_ONE = np.ones(1)
 
 
 class Term:
@@ -28,6 +33,90 @@ class Term:
 
     requires: frozenset[str] = frozenset()
     """The families of sums that the term reads, see `fastloss.request.Request`."""
+    number_options: ClassVar[tuple[str, ...]] = ()
+    """Options that are None, one number or (C,), non-negative and finite, and may be others in
+    every call: nothing is compiled anew for them. A class that names them itself treats them in
+    `combine` as it does the sums, for on a GPU they are arrays that record what is done."""
+
+    signed = False
+    """Whether these numbers may be negative."""
+
+    _described: Described | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = _describing(cls.__init__)  # type: ignore[method-assign]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = self.__dict__.get("_described")
+        if known is not None and name in self.number_options and not self.signed:
+            value = check_class_weight(name, value)
+        super().__setattr__(name, value)
+        if known is not None and (
+            not known.identity or name in known.names or name in self.number_options
+        ):
+            self._describe()
+
+    def __setstate__(self, state: Any) -> None:
+        state, slots = state if isinstance(state, tuple) else (state, None)
+        # What the term was called may be understood by another process alone, and the loss that it
+        # is by itself was made again before it was whole.
+        skipped = ("_described", "_loss")
+        vars(self).update((k, v) for k, v in (state or {}).items() if k not in skipped)
+        for name, value in (slots or {}).items():
+            super().__setattr__(name, value)
+        self._describe()
+
+    @constant
+    def _describe(self) -> None:
+        """Take the term apart, while nothing is being compiled."""
+        if vars(self) or not _is_ours(type(self)):
+            known = self._described
+            identity = "" if known is None else known.identity
+            vars(self)["_described"] = describe(self, self.number_options, identity)
+        # Else it is being made in compiled code, which knows nothing of it yet.
+
+    @property
+    def described(self) -> Described:
+        """The term, taken apart."""
+        if self._described is None:
+            self._describe()
+        assert self._described is not None
+        return self._described
+
+    def with_numbers(self, values: Sequence[Any]) -> Term:
+        """The same term with other numbers, as many as `described` names: arrays (1,) or (C,).
+
+        None stands for what is there.
+        """
+        known = self.described
+        changed = {}
+        for name, old, new in zip(known.names, known.arrays, values, strict=True):
+            if new is None or (isinstance(new, np.ndarray) and np.array_equal(new, old)):
+                continue
+            changed[name] = new if isinstance(vars(self)[name], np.ndarray) else new[0]
+            if isinstance(new, np.ndarray) and name in self.number_options and not self.signed:
+                changed[name] = check_class_weight(name, changed[name])
+        if not changed:
+            return self
+        term = copy.copy(self)
+        vars(term).pop("_loss", None)
+        vars(term).update(changed)
+        if all(isinstance(v, (float, np.ndarray)) for v in changed.values()):
+            vars(term)["_described"] = describe(term, self.number_options, known.identity)
+        # Else they are arrays that record what is done with them.
+        return term
+
+    @classmethod
+    def recordable(cls) -> tuple[str, ...]:
+        """The numbers that `combine` takes as arrays that record what is done with them."""
+        whose = next(kind for kind in cls.__mro__ if "number_options" in vars(kind))
+        return cls.number_options if _is_ours(cls) or not _is_ours(whose) else ()
+
+    def largest(self, name: str, activation: str) -> float:
+        """The largest that a number may be with this activation."""
+        return np.inf
 
     def check(self, activation: str, classes: int) -> None:
         """Raise ValueError if the term has no meaning for this activation and class count."""
@@ -58,14 +147,31 @@ class Term:
         shown = ", ".join(f"{k}={v!r}" for k, v in options_of(self).items())
         return f"{type(self).__name__}({shown})"
 
-    @constant
-    def graph_name(self) -> str:
-        """As `fastloss.Loss.graph_name`."""
-        from fastloss.naming import text_of
-
-        return text_of(self)
-
     # A term alone is a loss too.
+
+    @property
+    def structure(self) -> str:
+        """As `fastloss.Loss.structure`, with the default options."""
+        assert self._described is not None
+        return text_of_loss([self._described.text], _DEFAULTS)
+
+    @property
+    def operands(self) -> tuple[np.ndarray, ...]:
+        """As `fastloss.Loss.operands`."""
+        assert self._described is not None
+        return (_ONE, *self._described.arrays)
+
+    @constant
+    def numbers(self) -> tuple[tuple[float, ...], ...]:
+        """As `fastloss.Loss.numbers`."""
+        return self._loss.numbers()
+
+    @constant
+    def keep_terms(self) -> None:
+        """As `fastloss.Loss.keep_terms`."""
+        if not vars(self) and _is_ours(type(self)):
+            raise RuntimeError(MADE_INSIDE)
+        self._loss.keep_terms()
 
     @cached_property
     def _loss(self) -> Loss:
@@ -107,9 +213,22 @@ class Term:
     __rmul__ = __mul__
 
 
-def options_of(term: Term) -> dict[str, Any]:
-    """The options that the term was made with, where it keeps them under their own names."""
-    return {k: v for k, v in vars(term).items() if k not in ("requires", "_loss")}
+def _is_ours(what: Any) -> bool:
+    """Whether a class or function is the library's."""
+    package: str = what.__module__.partition(".")[0]
+    return package == "fastloss"
+
+
+def _describing(init: Callable[..., None]) -> Callable[..., None]:
+    """A term's ``__init__`` after which it is taken apart, once it is made as a whole."""
+
+    @wraps(init)
+    def __init__(self: Term, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        if type(self).__init__ is __init__:
+            self._describe()
+
+    return __init__
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
@@ -119,6 +238,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
 
 
 def check_number(name: str, value: Any, low: float = 0.0, high: float = np.inf) -> float:
+    refuse_gradient(name, value)
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -130,11 +250,16 @@ def check_number(name: str, value: Any, low: float = 0.0, high: float = np.inf) 
 
 
 def check_class_weight(name: str, value: Any) -> np.ndarray | float | None:
-    """A weight per class: None, one number, or a 1-D array of non-negative finite numbers."""
+    """A weight per class: None, one number, or a 1-D array of non-negative finite numbers.
+
+    Anybody's array is copied, wherever it lies. TypeError for one that requires a gradient.
+    """
     if value is None:
         return None
+    for one in value if isinstance(value, (list, tuple)) else (value,):
+        refuse_gradient(name, one)
     try:
-        weight = np.array(value, dtype=np.float64)
+        weight = np.array(readable(name, value), dtype=np.float64)
     except (TypeError, ValueError):
         raise TypeError(
             f"{name}: expected a number or a sequence of one per class, got {value!r}"
@@ -147,6 +272,27 @@ def check_class_weight(name: str, value: Any) -> np.ndarray | float | None:
         return float(weight)
     weight.flags.writeable = False
     return weight
+
+
+def refuse_gradient(name: str, value: Any) -> None:
+    """Raise TypeError for a tensor whose gradient would be lost without a word."""
+    if getattr(value, "requires_grad", False) is True:
+        raise TypeError(
+            f"{name}: got a tensor that requires a gradient, but gradients flow to the logits "
+            f"alone; pass {name}.detach()"
+        )
+
+
+def readable(name: str, value: Any) -> Any:
+    """What NumPy can read, for a framework's array; else the value itself."""
+    if isinstance(value, (list, tuple)):
+        return [readable(name, one) for one in value]
+    if isinstance(value, (int, float, np.ndarray)):
+        return value
+    try:
+        return adapter_of(value, name).numbers(value, name)
+    except TypeError:  # no array; NumPy will say so
+        return value
 
 
 def check_class_count(name: str, weight: np.ndarray | float | None, classes: int) -> None:

@@ -42,11 +42,12 @@ class VoxelwiseTerm(Term):
         value: Any = 0.0
         for slot, coefficient in coefficients.items():
             sums = statistics[slot]
-            if isinstance(coefficient, np.ndarray):
+            if isinstance(coefficient, float):
+                if coefficient != 0:
+                    value = value + coefficient * sums.sum(axis)
+            else:
                 # A class of weight 0 counts for nothing, even where its sum is infinite.
                 value = value + (np.where(coefficient == 0, 0.0, sums) * coefficient).sum(axis)
-            elif coefficient != 0:
-                value = value + coefficient * sums.sum(axis)
         if self.reduction == "none":
             value = np.broadcast_to(value, statistics.batch_size)[:, None]
             scale = inverse(normaliser if normaliser.ndim == 1 else normaliser.sum(axis=1))[:, None]
@@ -91,6 +92,8 @@ class CrossEntropy(VoxelwiseTerm):
     >>> print(round(float(loss(np.array([[0.8, 0.2]]), np.array([[1.0, 0.0]]))), 3))
     0.223
     """
+
+    number_options = ("weight",)
 
     def __init__(
         self, *, weight: Any = None, label_smoothing: float = 0.0, reduction: str = "mean"
@@ -141,6 +144,8 @@ class Focal(VoxelwiseTerm):
         ValueError, TypeError: an option out of its range.
     """
 
+    number_options = ("alpha",)
+
     def __init__(self, *, gamma: float = 2.0, alpha: Any = None, reduction: str = "mean") -> None:
         self.gamma = check_number("gamma", gamma)
         self.alpha = check_class_weight("alpha", alpha)
@@ -151,6 +156,9 @@ class Focal(VoxelwiseTerm):
         check_class_count("alpha", self.alpha, classes)
         if activation == "sigmoid" and self.alpha is not None and np.max(self.alpha) > 1:
             raise ValueError(f"alpha: with sigmoid expected numbers in [0, 1], got {self.alpha!r}")
+
+    def largest(self, name: str, activation: str) -> float:
+        return 1.0 if activation == "sigmoid" else np.inf
 
     def linear(self, statistics: Statistics) -> tuple[dict[str, Any], np.ndarray]:
         alpha, slot = self.alpha, f"focal:{self.gamma!r}"
@@ -190,6 +198,7 @@ class TopKCrossEntropy(Term):
     """
 
     requires = frozenset({"top_k"})
+    number_options = ("weight",)
 
     def __init__(self, *, k: float = 10.0, weight: Any = None) -> None:
         self.k = check_number("k", k, 0.0, 100.0)
@@ -210,7 +219,7 @@ class TopKCrossEntropy(Term):
         return np.broadcast_to(np.asarray(weight, np.float64), (classes,)).copy()
 
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
-        weight = self.class_weight(statistics.classes)
+        weight = np.ones(statistics.classes) * (1.0 if self.weight is None else self.weight)
 
         def pullback(upstream: np.ndarray) -> Derivatives:
             return {"top_k": upstream * weight}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class RegionTerm(Term):
         ValueError, TypeError: an option out of its range.
     """
 
+    number_options: ClassVar[tuple[str, ...]] = ("weight",)
     couples_classes = False
     """True if `formula` returns one value for all classes and applies ``self.weight`` itself."""
 
@@ -84,6 +85,13 @@ class RegionTerm(Term):
             )
         check_class_count("weight", self.weight, counted)
 
+    @classmethod
+    def recordable(cls) -> tuple[str, ...]:
+        known = super().recordable()
+        if known or cls.couples_classes or cls.combine is not RegionTerm.combine:
+            return known
+        return ("weight",)  # of which a formula from elsewhere sees nothing
+
     @property
     def sums_over_batch(self) -> bool:
         return self.batch
@@ -105,7 +113,7 @@ class RegionTerm(Term):
             sums = [s.sum(axis=0, keepdims=True) for s in sums]
         value, by_overlap, by_predicted = self.formula(*sums)
         weight: Any = 1.0 if self.weight is None or self.couples_classes else self.weight
-        if isinstance(weight, np.ndarray) or weight != 1.0:
+        if not (isinstance(weight, float) and weight == 1.0):
             value = value * weight
         count = max(value.size, 1)
         scale = weight / count if self.reduction == "mean" else weight
@@ -211,6 +219,8 @@ class Tversky(RegionTerm):
     Sources: Salehi et al. 2017, "Tversky loss function for image segmentation"; Abraham & Khan
     2018, "A Novel Focal Tversky loss function" (whose exponent 1/γ is γ here).
     """
+
+    number_options = ("weight", "alpha", "beta")
 
     def __init__(
         self, *, alpha: float = 0.5, beta: float = 0.5, gamma: float = 1.0, **options: Any
