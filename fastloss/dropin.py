@@ -126,7 +126,7 @@ class Scheduled(nn.Module):
 
     def takes(self, name: str, value: Any) -> bool:
         """Whether this may be an operand; what may not is looked at when it is used."""
-        return bool(np.isfinite(value).all())
+        return all(math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,)))
 
     def factors(self, name: str) -> list[Any]:
         """The numbers of an attribute: tensors of no axes where it is being compiled.
@@ -139,7 +139,8 @@ class Scheduled(nn.Module):
                 tensor, off = torch.as_tensor(array), getattr(self, "_off_of_" + name)
                 return [None if off[i] else tensor[i] for i in range(len(off))]
         value = getattr(self, name)
-        values = [value] if isinstance(value, (int, float)) or not np.ndim(value) else value
+        several = isinstance(value, (tuple, list)) or (isinstance(value, Tensor) and value.ndim > 0)
+        values = value if several else [value]
         return [None if not isinstance(v, Tensor) and v == 0 else v for v in values]
 
     def has(self, name: str) -> bool:

@@ -152,8 +152,14 @@ def _hashable(name: str, value: Any) -> Any:
     if isinstance(value, (str, int, float)):
         return value
     refuse_gradient(name, value)
-    value = readable(name, value)
-    return tuple(np.asarray(value).reshape(-1).tolist()) if np.ndim(value) else value
+    if value is None or isinstance(value, (tuple, frozenset)):
+        return value
+    array = np.asarray(readable(name, value))
+    if not isinstance(value, (list, np.ndarray)):
+        array = array.reshape(-1) if array.ndim else array
+    if array.ndim == 0:
+        return array.item()
+    return tuple(array.tolist() if array.ndim == 1 else map(tuple, array.tolist()))
 
 
 @lru_cache(maxsize=256)

@@ -17,8 +17,10 @@ Every module is called as ``module(logits, target, voxel_weight=None)`` with arr
   rank holds a part of the voxels of the same samples.
 
 Class weights (``weight``, ``alpha``) that are one number per class are buffers: they follow
-``.to()``, are kept in ``state_dict``, and what is loaded or written there is computed with. In a
-sum of several terms their names are ``term0_weight``, ``term1_weight``, ….
+``.to()``, are kept in ``state_dict``, and are read in every call, so that what is loaded or written
+there in whatever way is computed with. In a sum of several terms their names are ``term0_weight``,
+``term1_weight``, …. `torch.compile` makes nothing anew for other numbers. On a GPU nobody looks at
+class weights that lie there: negative ones make the value NaN, or with ``validate=True`` an error.
 
 >>> import torch, fastloss.torch
 >>> criterion = fastloss.torch.DiceCE(include_background=False, ce_weight=[0.5, 1.0, 2.0])
@@ -30,7 +32,6 @@ sum of several terms their names are ``term0_weight``, ``term1_weight``, ….
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -159,10 +160,7 @@ class Loss(torch.nn.Module):
                 else:
                     continue
             if not np.array_equal(known, numbers):  # type: ignore[arg-type]
-                term = copy.copy(term)
-                vars(term).pop("_loss", None)
-                setattr(term, option, numbers)
-                terms[i] = (factor, term)
+                terms[i] = (factor, term.with_options({option: numbers}))
         if any(new is not old for new, old in zip(terms, self.loss.terms, strict=True)):
             vars(self)["loss"] = self.loss.with_terms(tuple(terms))
 
@@ -280,7 +278,9 @@ class DeepSupervision(Scheduled):
     Args:
         loss: a module or function of (logits, target), or (logits, target, voxel_weight).
         weights: one number per output. None: 1, ½, ¼, … divided by their sum, as nnU-Net weighs
-            them. An output of weight 0 is not looked at.
+            them. An output of weight 0 is not looked at. The attribute ``weights`` may be set to
+            others before every call. `torch.compile` makes nothing anew for them, but once where
+            an output that was left out counts; it then computes those of weight 0 too.
     """
 
     scheduled = ("weights",)

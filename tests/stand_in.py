@@ -13,7 +13,7 @@ import pytest
 from device_backend import EmulatedDevice
 
 from fastloss import frameworks
-from fastloss.backends import cuda
+from fastloss.backends import _cuda_prepared, cuda
 from fastloss.frameworks.base import Adapter, Borrowed, Kind, Place, device_view
 
 
@@ -104,6 +104,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     launched: list[str] = []
     monkeypatch.setattr(RecordingDevice, "launched", launched, raising=False)
     monkeypatch.setattr(cuda, "CudaDevice", RecordingDevice)
+    monkeypatch.setattr(cuda, "_programs", {})
+    monkeypatch.setattr(_cuda_prepared, "_calls", {})
     monkeypatch.setitem(frameworks._SPECIAL, OnDevice.__module__, StandInAdapter)
     return launched
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import fastloss as fl
 from fastloss.backends._cuda_code import ELEMENTWISE
 from fastloss.backends._cuda_combine import Program, trace
+from fastloss.backends._cuda_operands import HOST, MOST
 from fastloss.request import make_request
 from fastloss.statistics import Statistics
 
@@ -523,6 +524,48 @@ def check_kernels(name: str, library: Library, order: str = "forward") -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_compute_what_combine_does(name: str, order: str) -> None:
     check_kernels(name, emulated(), order)
+
+
+LAYOUTS = {
+    "all there": ("float64", "float32", "float32", "float32", "float64"),
+    "some": (HOST, "float32", HOST, HOST, HOST),
+    "mixed": ("float32", HOST, "float64", HOST, "float32"),
+}
+
+
+@pytest.mark.parametrize("classes", [4, MOST])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numbers_that_lie_on_the_device(layout: str, classes: int) -> None:
+    """In arrays of their own, beside those that travel with the launch if they are not too many."""
+    w = weights(classes)
+    loss = fl.Dice(weight=w) + 0.5 * fl.CrossEntropy(weight=w) + fl.Tversky(alpha=0.25, beta=0.75)
+    statistics = sums_of(loss, 2, classes)
+    program = trace(loss, statistics.request, 2, classes, statistics.dtype, LAYOUTS[layout])
+    parts = list(zip(LAYOUTS[layout], loss.operands, strict=True))
+    given = [numbers.astype(where) for where, numbers in parts if where != HOST]
+    own = [numbers for where, numbers in parts if where == HOST]
+    host = np.concatenate([*own, np.empty(0)])
+    assert program.takes_along == (host.size <= MOST)
+    value, derivatives = np.full((), 77.0), np.full(statistics.sums.shape, 77.0)
+    arrays = {
+        "sums": statistics.sums,
+        "voxels": statistics.voxels,
+        "value": value,
+        "derivatives": derivatives,
+        "scratch": np.empty(program.scratch_doubles),
+    }
+    call = program.call(
+        tuple(array.ctypes.data for array in given),
+        host.tobytes() if program.takes_along else host.ctypes.data.to_bytes(8, "little"),
+        **{name: array.ctypes.data for name, array in arrays.items()},
+    )
+    library = Library(program.sources, {"fastloss_combine": "CombineCall"})
+    library.launch("fastloss_combine", (1, 1, 1), (256, 1, 1), 0, call.tobytes())
+    expected = combined(loss, statistics, None)
+    recorded = program.evaluate(statistics.sums, statistics.voxels, host, given=given)
+    for got in ((value, derivatives), recorded):
+        np.testing.assert_allclose(got[0], expected[0], rtol=1e-7)
+        np.testing.assert_allclose(got[1], expected[1], rtol=1e-7, atol=1e-300)
 
 
 def test_kernels_read_and_write_within_bounds() -> None:

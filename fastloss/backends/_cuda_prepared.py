@@ -237,7 +237,8 @@ def find(
         if of_array is None and array is not None:
             return None
         numbers.append(of_array and of_array.traits)
-    key: Hashable = (kind.traits, of_target.traits, traits, x & 15, y & 15, w & 15, *numbers)
+    key: Any = (type(adapter), kind.traits, of_target.traits, traits, x & 15, y & 15, w & 15)
+    key += tuple(numbers)
     calls = _calls.get(loss.key)
     if calls is None:
         if len(_calls) >= _MOST_LOSSES:

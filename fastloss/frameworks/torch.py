@@ -202,7 +202,7 @@ def _joined(operands: Sequence[Any], given: Sequence[Any], logits: torch.Tensor)
     tensors = [_float64(c) for c in chosen]
     if len(tensors) > 1 and not any(isinstance(c, torch.Tensor) for c in chosen):
         tensors = [torch.cat(tensors)]
-    if not logits.is_cpu:  # for which nothing waits
+    if any(t.device != logits.device for t in tensors):
         tensors = [t.to(logits.device, non_blocking=True) for t in tensors]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 

@@ -52,9 +52,14 @@ def value(
 def _loss_of(structure: str, numbers: torch.Tensor, logits: torch.Tensor) -> Loss:
     if numbers.is_cpu:
         return loss_of(structure, numbers.numpy())
-    loss = loss_of(structure)
     if logits.is_cpu:
         return loss_of(structure, numbers.cpu().numpy())
+    return on_device(structure, numbers)
+
+
+def on_device(structure: str, numbers: torch.Tensor) -> Loss:
+    """The loss whose numbers lie on a device."""
+    loss = loss_of(structure)
     return loss.with_given(split(loss, numbers, numbers.numel()))
 
 

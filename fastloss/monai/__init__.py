@@ -45,6 +45,9 @@ softmax (sigmoid for a single channel), the focal ones with sigmoid. If not, as 
 cross-entropy has always softmax and the focal loss sigmoid, each part is fused for itself.
 ``other_act`` runs in PyTorch and its result is read by the kernels.
 
+Class weights, factors (``lambda_dice``, …), and ``alpha`` and ``beta`` may be others in every call,
+written in whatever way: ``torch.compile`` makes nothing anew for them.
+
 What differs from MONAI:
 
 - float16 and bfloat16 logits give a float32 value; float64 logits are computed in float64 by the
@@ -57,8 +60,8 @@ What differs from MONAI:
   is not fused.
 - A number given as ``weight`` stays one in the state dict; MONAI expands it when first called.
 - MaskedDiceLoss takes a module as ``other_act``.
-- Under ``torch.compile`` class weights are those of the last call without it, or of
-  ``load_state_dict``.
+- Class weights that lie on a GPU, or are met in code that ``torch.compile`` made, are not looked
+  at beforehand: negative ones make the value NaN on a GPU, and ValueError on a CPU.
 """
 
 from fastloss.monai._compound import DiceCELoss, DiceFocalLoss, GeneralizedDiceFocalLoss

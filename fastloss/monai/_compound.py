@@ -17,6 +17,7 @@ from fastloss.dropin import (
     recipe,
     times,
 )
+from fastloss.frameworks.torch import refuse_gradient
 from fastloss.monai._focal import FocalLoss
 from fastloss.monai._fused import fuse
 from fastloss.monai._inputs import (
@@ -170,6 +171,8 @@ class DiceCELoss(Module):
         part, weights = self.cross_entropy, None
         weight = part.weight
         if weight is not None:
+            if inputs.labels:  # as PyTorch has no such gradient either
+                refuse_gradient(weight, "weight")
             if weight.shape != inputs.logits.shape[1:2] or weight.requires_grad:
                 return None
             weights = numbers_of(weight)

@@ -24,6 +24,10 @@ operations:
 Cross-entropy and Dice are two fused losses where ``ce_kwargs`` has an ``ignore_index`` that is a
 class, which the Dice loss does count.
 
+Class weights, ``weight_ce``, ``weight_dice`` and ``weight_factors`` may be others in every call,
+written in whatever way: ``torch.compile`` makes nothing anew for them, or once where a part or an
+output is first left out, as its weight is 0, and then is not.
+
 With ``ddp`` the sums of the batch Dice are joined over the ranks of the default process group;
 the cross-entropy remains that of each rank, as nnU-Net has it.
 
@@ -47,8 +51,8 @@ What differs from nnU-Net:
 - ``DeepSupervisionWrapper`` raises ValueError for fewer outputs than weights, and takes None for
   weights that are all 1, as its documentation says (TypeError).
 - Dictionaries of options are not written to.
-- Under ``torch.compile`` class weights are those of the last call without it, or of
-  ``load_state_dict``.
+- Class weights that lie on a GPU, or are met in code that ``torch.compile`` made, are not looked
+  at beforehand: negative ones make the value NaN on a GPU, and ValueError on a CPU.
 """
 
 from fastloss.nnunet._compound import DC_and_BCE_loss, DC_and_CE_loss, DC_and_topk_loss

@@ -19,6 +19,7 @@ from fastloss.dropin import (
     numbers_of,
     recipe,
 )
+from fastloss.frameworks.torch import refuse_gradient
 from fastloss.terms import CrossEntropy, TopKCrossEntropy
 
 
@@ -60,6 +61,7 @@ class RobustCrossEntropyLoss(nn.CrossEntropyLoss):
         """What the kernels are asked; None where they cannot compute it."""
         numbers = None
         if self.weight is not None:
+            refuse_gradient(self.weight, "weight")
             numbers = numbers_of(self.weight)
             of_classes = self.weight.shape == (input.shape[1],) and not self.weight.requires_grad
             if not (of_classes and are_sizes(numbers)):

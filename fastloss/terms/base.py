@@ -98,14 +98,17 @@ class Term:
             changed[name] = new if isinstance(vars(self)[name], np.ndarray) else new[0]
             if isinstance(new, np.ndarray) and name in self.number_options and not self.signed:
                 changed[name] = check_class_weight(name, changed[name])
-        if not changed:
-            return self
+        return self.with_options(changed) if changed else self
+
+    def with_options(self, changed: dict[str, Any]) -> Term:
+        """The same term with other options, unchecked."""
         term = copy.copy(self)
         vars(term).pop("_loss", None)
         vars(term).update(changed)
-        if all(isinstance(v, (float, np.ndarray)) for v in changed.values()):
-            vars(term)["_described"] = describe(term, self.number_options, known.identity)
-        # Else they are arrays that record what is done with them.
+        # Or they are arrays that record what is done with them.
+        if all(v is None or isinstance(v, (float, np.ndarray)) for v in changed.values()):
+            identity = self.described.identity
+            vars(term)["_described"] = describe(term, self.number_options, identity)
         return term
 
     @classmethod
