@@ -119,12 +119,26 @@ def test_own_terms_with_other_numbers(launched: list[str]) -> None:
             return -overlap, -np.ones_like(overlap), np.zeros_like(overlap)
 
     x, y = example(2, 3, (40,), dtype="float32")
+    several, one = Squared(weight=[1, 1, 1]), Squared(weight=1)
     for w in ([1, 2, 3], [0.5, 1, 2], [1, 2, 3]):
-        for term in (Squared(weight=w), Squared(weight=w[0])):
+        several.weight, one.weight = w, w[0]
+        for term in (several, one):
             loss = 0.5 * term + fl.CrossEntropy(weight=w)
             for _ in range(2):
                 value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y))
                 assert_agree(value.values, gradient.values, reference(loss, x, y))
+
+
+def test_more_numbers_than_a_launch_takes_along(launched: list[str]) -> None:
+    x, y = example(1, 900, (3, 4), dtype="float32")
+    for seed in range(2):
+        w = np.random.default_rng(seed).uniform(0, 1, 900)
+        for loss in (
+            fl.CrossEntropy(weight=w) + 0.5 * fl.Dice(weight=w[1:], include_background=False),
+            fl.Loss(fl.TopKCrossEntropy(weight=w, k=50)),
+        ):
+            value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y))
+            assert_agree(value.values, gradient.values, reference(loss, x, y))
 
 
 def test_buffers_for_the_gradient(launched: list[str], arranged: list[Any]) -> None:
