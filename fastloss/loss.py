@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastloss.arrays import Arrays, arrange, channels_second, check_out
+from fastloss.arrays import Arrays, Field, arrange, channels_second, check_out
 from fastloss.backends import Backend, current_backend
 from fastloss.frameworks import Adapter, Borrowed, adapter_of, borrow
 from fastloss.frameworks.base import constant
+from fastloss.maps import Map
 from fastloss.request import ACTIVATIONS, Request, make_request
 from fastloss.statistics import Statistics
+from fastloss.sums import as_sum
 from fastloss.terms.base import Term, check_choice
-from fastloss.terms.distribution import TopKCrossEntropy
-from fastloss.voxel_losses import VoxelLosses
 
 if TYPE_CHECKING:
     from fastloss.backends._cuda_prepared import Prepared
@@ -119,7 +120,7 @@ class Loss:
         self.terms: tuple[tuple[float, Term], ...] = tuple(weighted)
         self._options: dict[str, Any] = options
         self.needs = frozenset().union(*(term.requires for _, term in self.terms))
-        self.term_of_voxels = _term_of_voxels([term for _, term in self.terms])
+        self.ranking = _ranking_term([term for _, term in self.terms])
         self._checked: set[int] = set()
 
     @property
@@ -141,7 +142,7 @@ class Loss:
     @property
     def additive(self) -> bool:
         """Whether the sums over a volume's chunks determine the value."""
-        return self.term_of_voxels is None
+        return self.ranking is None
 
     @property
     def sums_over_batch(self) -> bool:
@@ -269,7 +270,7 @@ class Loss:
             self._checked.add(classes)
         if arrays.dense and not self.additive:
             raise ValueError(
-                f"target: {type(self.term_of_voxels).__name__} takes a label map, got a dense "
+                f"target: {type(self.ranking).__name__} takes a label map, got a dense "
                 f"target {arrays.target.shape}"
             )
         return make_request(self.activation, arrays.dense, self.ignore_index, self.needs)
@@ -278,7 +279,7 @@ class Loss:
         """Raise ValueError, naming the argument, if the loss is no function of sums."""
         if not self.additive:
             raise ValueError(
-                f"{name}: {type(self.term_of_voxels).__name__} is no function of sums over voxels, "
+                f"{name}: {type(self.ranking).__name__} is no function of sums over voxels, "
                 "so parts of the data cannot be joined"
             )
 
@@ -335,8 +336,8 @@ class Loss:
             coefficients = np.zeros(statistics.sums.shape, like=statistics.sums)
             for weight, value, pull in parts:
                 own = _reduce_to(upstream, shape, np.shape(value)) if shape else upstream
-                for slot, derivative in pull(own * weight).items():
-                    coefficients[statistics.request.index[slot]] += derivative
+                for key, derivative in pull(own * weight).items():
+                    coefficients[statistics.request.index[as_sum(key)]] += derivative
             return coefficients
 
         return total, pullback
@@ -405,26 +406,37 @@ class Passes:
         self.request = loss._request(self.arrays)
         # Which backend computes is a choice for arrays in CPU memory.
         self.backend: Backend | None = current_backend() if self.device is None else None
-        self._losses: VoxelLosses | None = None
+        self._ranked = False
 
     def reduce(self) -> Statistics:
         if self.device is not None:
             return self.device.reduce(self.loss, self.request, self.arrays)
         assert self.backend is not None
-        batch, classes = self.arrays.logits.shape[:2]
-        sums = np.empty((len(self.request.slots), batch, classes))
+        request, arrays = self.request, self.arrays
+        batch, classes = arrays.logits.shape[:2]
         voxels = np.empty(batch)
-        term = self.loss.term_of_voxels
+        term = self.loss.ranking
         if term is None:
-            self.backend.reduce(self.request, self.arrays, sums, voxels)
-        else:
-            values = np.empty((batch, prod(self.arrays.target.shape[1:])), self.arrays.value_dtype)
-            self._losses = VoxelLosses(values, term.class_weight(classes))
-            self.backend.reduce(self.request, self.arrays, sums, voxels, self._losses)
-            sums[self.request.index["top_k"]] = 0.0
-            if sums.size:
-                sums[self.request.index["top_k"], 0, 0] = self._losses.keep_largest(term.k)
-        return Statistics(self.request, sums, voxels, self.arrays.value_dtype)
+            sums = np.empty((len(request.sums), batch, classes))
+            self.backend.reduce(request, arrays, sums, voxels)
+            return Statistics(request, sums, voxels, arrays.value_dtype)
+        assert term.ranking is not None
+        # The field is made of the map that the pass over the other sums writes.
+        others = make_request(
+            request.activation, request.dense, request.ignore_index, request.needs - {term.ranking}
+        )
+        losses = np.empty((batch, prod(arrays.target.shape[1:])), arrays.value_dtype)
+        found = np.empty((len(others.sums), batch, classes))
+        voxel_map = Map("voxel", losses, term.ranks_by(others, classes))
+        self.backend.reduce(others, arrays, found, voxels, voxel_map)
+        sums = np.zeros((len(request.sums), batch, classes))
+        sums[[request.index[total] for total in others.sums]] = found
+        total = term.choose(losses)
+        if sums.size:
+            sums[request.index[term.ranking], 0, 0] = total
+        field = Field(losses.reshape(arrays.target.shape), arrays.value_dtype.name, "voxel")
+        self.arrays, self._ranked = replace(arrays, fields=(field,)), True
+        return Statistics(request, sums, voxels, arrays.value_dtype)
 
     def combine(self, statistics: Statistics) -> tuple[Any, Callable[[Any], Any]]:
         """The value, and from its upstream gradient what `apply` takes."""
@@ -464,10 +476,10 @@ class Passes:
         if self.device is not None:
             self.device.apply(self.loss, self.request, self.arrays, coefficients, view)
             return
-        if self._losses is None and not self.loss.additive:
+        if self.loss.ranking is not None and not self._ranked:
             self.reduce()  # in another call than the first
         assert self.backend is not None
-        self.backend.apply(self.request, self.arrays, coefficients, view, self._losses)
+        self.backend.apply(self.request, self.arrays, coefficients, view)
 
 
 def _times(weight: float, value: Any) -> Any:
@@ -487,11 +499,11 @@ def _on_device(logits: Borrowed, *others: Borrowed | None) -> DevicePasses:
     return DevicePasses(logits.place)
 
 
-def _term_of_voxels(terms: list[Term]) -> TopKCrossEntropy | None:
-    """The term that looks at single voxels, of which there may be one."""
-    found = [term for term in terms if isinstance(term, TopKCrossEntropy)]
+def _ranking_term(terms: list[Term]) -> Term | None:
+    """The term that chooses among voxels, of which there may be one."""
+    found = [term for term in terms if term.ranking is not None]
     if len(found) > 1:
-        raise ValueError("terms: expected at most one TopKCrossEntropy in a loss")
+        raise ValueError(f"terms: expected at most one {type(found[0]).__name__} in a loss")
     return found[0] if found else None
 
 

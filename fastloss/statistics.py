@@ -7,16 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastloss.request import Request
+from fastloss.sums import Sum, as_sum, name_of
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Sums over voxels, per sample and class. Adding two of them joins two chunks of a volume.
+    """Sums over voxels, per row and class. Adding two of them joins two chunks of a volume.
+
+    A row is a sample or, of a loss that was given regions, a region of a sample.
 
     Attributes:
-        request: what was summed; ``request.slots`` names the first axis of ``sums``.
-        sums: (S, B, C) float64.
-        voxels: (B,) float64, the sum of the voxel weights of each sample.
+        request: the sums' names; ``request.sums`` is the first axis of ``sums``.
+        sums: (S, rows, C) float64.
+        voxels: (rows,) float64, the sum of the voxel weights of each row.
         dtype: the dtype of the loss value: float32, or float64 for float64 logits.
         joined: the same over all ranks and samples, where a term asks for them.
 
@@ -29,9 +32,9 @@ class Statistics:
     dtype: np.dtype
     joined: Statistics | None = None
 
-    def __getitem__(self, slot: str) -> np.ndarray:
-        """The (B, C) sums of one slot, for example ``"overlap"``."""
-        return self.sums[self.request.index[slot]]
+    def __getitem__(self, key: str | Sum) -> np.ndarray:
+        """One of the sums, (rows, C): by its name, for example ``"overlap"``, or by a `Sum`."""
+        return self.sums[self.request.index[as_sum(key)]]
 
     @property
     def batch_size(self) -> int:
@@ -71,4 +74,5 @@ class Statistics:
 
     def _describe(self) -> str:
         kind = "dense" if self.request.dense else "labels"
-        return f"{self.request.slots} of {kind} for batch {self.batch_size}, {self.classes} classes"
+        names = ", ".join(map(name_of, self.request.sums))
+        return f"{names} of {kind} for batch {self.batch_size}, {self.classes} classes"

@@ -1,4 +1,4 @@
-"""What a backend is."""
+"""The interface of a backend."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from typing import Any
 import numpy as np
 
 from fastloss.arrays import Arrays
+from fastloss.maps import Map
 from fastloss.request import Request
-from fastloss.voxel_losses import VoxelLosses
 
 
 class Backend:
-    """The two passes over the voxels. It knows the request, never a framework or a term."""
+    """The passes over the voxels. It knows the request, never a framework or a term.
+
+    A row is a sample, or, where there are regions, one of `Arrays.rows` regions of a sample; the
+    rows of a sample follow each other. Voxels of weight 0, of the ignored label or of no region
+    count for nothing, whatever logits and fields hold there.
+    """
 
     name = ""
 
@@ -22,11 +27,11 @@ class Backend:
         arrays: Arrays,
         sums: np.ndarray,
         voxels: np.ndarray,
-        losses: VoxelLosses | None = None,
+        voxel_map: Map | None = None,
     ) -> None:
-        """Write the sums of ``request.slots``, (S, B, C), and of the voxel weights, (B,).
+        """Write the sums of ``request.sums``, (S, rows, C), and of the voxel weights, (rows,).
 
-        Also the loss of every voxel, where ``losses`` are wanted; their slot's sum means nothing.
+        Also a map of kind "voxel", if one is wanted, in the same pass.
 
         Raises:
             ValueError: a label outside [0, C) that is not ignored, or a negative voxel weight.
@@ -34,21 +39,22 @@ class Backend:
         raise NotImplementedError(f"{type(self).__name__} must define reduce")
 
     def apply(
-        self,
-        request: Request,
-        arrays: Arrays,
-        coefficients: np.ndarray,
-        out: np.ndarray,
-        losses: VoxelLosses | None = None,
+        self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
     ) -> None:
-        """Write the gradient by the logits, given the derivative by each sum, (S, B, C).
-
-        The derivative by the slot of the ``losses`` is multiplied by what they hold.
+        """Write the gradient by the logits, given the derivative by each sum, (S, rows, C).
 
         ``out`` has the shape and dtype of ``arrays.logits`` and may be the same memory. The
         arrays are those of an earlier `reduce`, which checked them.
         """
         raise NotImplementedError(f"{type(self).__name__} must define apply")
+
+    def write_map(self, request: Request, arrays: Arrays, voxel_map: Map) -> None:
+        """Write one number per voxel, or per voxel and class: see `Map`.
+
+        Raises:
+            ValueError: as `reduce`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define write_map")
 
     def get_num_threads(self) -> int:
         """The number of threads that compute."""

@@ -124,7 +124,7 @@ def _fake_loss(
     batch, classes = logits.shape[0], logits.shape[loss.channel_axis]
     shape = torch.broadcast_shapes(*(t.value_shape(batch, classes) for _, t in loss.terms))
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    slots = _slots(loss)
+    slots = _count_of_sums(loss)
     if group:
         _check_ranks(loss, shard)
         batch = 1 if shard == "batch" else batch
@@ -135,9 +135,9 @@ def _fake_loss(
     )
 
 
-def _slots(loss: Loss) -> int:
+def _count_of_sums(loss: Loss) -> int:
     """How many sums there are, which does not depend on the kind of target."""
-    return len(make_request(loss.activation, False, loss.ignore_index, loss.needs).slots)
+    return len(make_request(loss.activation, False, loss.ignore_index, loss.needs).sums)
 
 
 @torch.library.register_fake("fastloss::gradient", lib=_library)

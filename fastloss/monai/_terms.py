@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.statistics import Statistics
+from fastloss.sums import NAMED
 from fastloss.terms.base import (
     Derivatives,
     Pullback,
@@ -57,7 +58,7 @@ class MaskedOverlap(Overlap):
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         sums, index = statistics.sums.copy(), statistics.request.index
         slot = "reference_squared" if self.squared else "reference"
-        sums[index[slot], :, 0] += self.voxels - statistics.voxels
+        sums[index[NAMED[slot]], :, 0] += self.voxels - statistics.voxels
         return super().combine(replace(statistics, sums=sums))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +10,15 @@ import numpy as np
 
 from fastloss.frameworks import adapter_of
 from fastloss.frameworks.base import constant
+from fastloss.request import Request
 from fastloss.statistics import Statistics
+from fastloss.sums import Sum
 
 if TYPE_CHECKING:
     from fastloss.loss import Loss
 
-Derivatives = dict[str, np.ndarray]
-"""Per slot, the derivative of the loss by that sum: anything that broadcasts to (B, C)."""
+Derivatives = Mapping[Any, np.ndarray]
+"""Per sum, or the name of one, the derivative of the loss by it: what broadcasts to (rows, C)."""
 Pullback = Callable[[np.ndarray], Derivatives]
 """From the gradient of the term's value to the derivative by each sum."""
 
@@ -26,8 +28,11 @@ REDUCTIONS = ("mean", "sum", "none")
 class Term:
     """One loss, defined on the sums over voxels; terms add and scale into a `fastloss.Loss`."""
 
-    requires: frozenset[str] = frozenset()
-    """The families of sums that the term reads, see `fastloss.request.Request`."""
+    requires: frozenset[str | Sum] = frozenset()
+    """The sums that the term reads, or the names of families of them: `fastloss.sums.family`."""
+
+    ranking: Sum | None = None
+    """For a term that chooses voxels by a map of their losses: the sum whose field it so makes."""
 
     def check(self, activation: str, classes: int) -> None:
         """Raise ValueError if the term has no meaning for this activation and class count."""
@@ -35,6 +40,14 @@ class Term:
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         """The term's value and its pullback, from the sums alone."""
         raise NotImplementedError(f"{type(self).__name__} must define combine")
+
+    def ranks_by(self, request: Request, classes: int) -> np.ndarray:
+        """The coefficients, (S, C), of the map by which a term with a `ranking` chooses voxels."""
+        raise NotImplementedError(f"{type(self).__name__} must define ranks_by")
+
+    def choose(self, losses: np.ndarray) -> float:
+        """Turn that map, (B, voxels), into the field, in place; return the sum over all voxels."""
+        raise NotImplementedError(f"{type(self).__name__} must define choose")
 
     @property
     def sums_over_batch(self) -> bool:

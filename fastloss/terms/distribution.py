@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from fastloss.request import Request
 from fastloss.statistics import Statistics
+from fastloss.sums import CROSS_ENTROPY, Sum
 from fastloss.terms.base import (
     REDUCTIONS,
     Derivatives,
@@ -121,6 +123,8 @@ class CrossEntropy(VoxelwiseTerm):
                 normaliser = reference if self.weight is None else weight * reference
         if epsilon:
             coefficients["uniform"] = smooth
+            if request.activation == "sigmoid":
+                coefficients["uniform_rest"] = smooth
         return coefficients, normaliser
 
 
@@ -189,7 +193,8 @@ class TopKCrossEntropy(Term):
     0.693
     """
 
-    requires = frozenset({"top_k"})
+    ranking = Sum("target", "log", field="top_k")
+    requires = frozenset({"cross_entropy", ranking})
 
     def __init__(self, *, k: float = 10.0, weight: Any = None) -> None:
         self.k = check_number("k", k, 0.0, 100.0)
@@ -213,6 +218,32 @@ class TopKCrossEntropy(Term):
         weight = self.class_weight(statistics.classes)
 
         def pullback(upstream: np.ndarray) -> Derivatives:
-            return {"top_k": upstream * weight}
+            return {self.ranking: upstream * weight}
 
-        return statistics["top_k"].sum(), pullback
+        return statistics[self.ranking].sum(), pullback
+
+    def ranks_by(self, request: Request, classes: int) -> np.ndarray:
+        coefficients = np.zeros((len(request.sums), classes))
+        coefficients[request.index[CROSS_ENTROPY]] = self.class_weight(classes)
+        return coefficients
+
+    def choose(self, losses: np.ndarray) -> float:
+        """The share of every voxel in the mean of the largest losses, and that mean.
+
+        Where more than one voxel has the smallest loss that is kept, all of them share the places
+        that are left.
+        """
+        flat = losses.reshape(-1)
+        if not flat.size:
+            return 0.0
+        kept = max(1, int(flat.size * self.k / 100))
+        threshold = np.partition(flat, flat.size - kept)[flat.size - kept]
+        above, at = ~(flat <= threshold), flat == threshold  # NaN is above all
+        places = kept - int(np.count_nonzero(above))
+        total = flat.sum(where=above, dtype=np.float64)
+        if places > 0:
+            total += places * np.float64(threshold)
+        flat[...] = 0.0
+        flat[above] = 1.0 / kept
+        flat[at] = places / (kept * max(1, int(np.count_nonzero(at))))
+        return float(total / kept)
