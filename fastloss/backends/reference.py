@@ -129,10 +129,13 @@ class ReferenceBackend(Backend):
 
 def _summands(total: Sum, v: Probability, sample: _Sample) -> np.ndarray:
     """m · weight · field · function(p), (C, N)."""
+    return _product(_weights(total, sample), FUNCTIONS[total.function].value(v, total.parameter))
+
+
+def _weights(total: Sum, sample: _Sample) -> np.ndarray:
+    """m · weight · field, (C, N)."""
     weight = sample.m * WEIGHTS[total.weight](sample.g)
-    if total.field:
-        weight = weight * sample.fields[total.field]
-    return _product(weight, FUNCTIONS[total.function].value(v, total.parameter))
+    return _product(weight, sample.fields[total.field]) if total.field else weight
 
 
 def _by_row(summands: np.ndarray, sample: _Sample, rows: int) -> np.ndarray:
@@ -163,15 +166,19 @@ def _gradient(request: Request, k: np.ndarray, sample: _Sample) -> np.ndarray:
     by = {name: np.zeros_like(sample.x) for name in ("p", "log_p", "log_q")}
     for total, coefficient in zip(request.sums, k, strict=True):
         function = FUNCTIONS[total.function]
-        weight = coefficient * sample.m * WEIGHTS[total.weight](sample.g)
-        if total.field:
-            weight = weight * sample.fields[total.field]
+        weight = coefficient * _weights(total, sample)
         by[function.by] += _product(weight, function.slope(v, total.parameter))
     p, q, by_p, by_log_p, by_log_q = v.p, v.q, by["p"], by["log_p"], by["log_q"]
     if request.activation == "softmax":
-        # By log p_c; d log q / d log p = −p / q.
-        t = by_p * p + by_log_p - np.where(by_log_q == 0, 0.0, by_log_q * (p / q))
-        return t - p * t.sum(axis=0)
+        t = by_p * p + by_log_p  # by log p
+        gradient = t - p * t.sum(axis=0)
+        # d log q_c / d x_j is −p_c at c itself and elsewhere p_c p_j / q_c, where p_j ≤ q_c.
+        for c in range(len(p)):
+            by = by_log_q[c] * p[c]
+            change = np.where(p == 0, 0.0, by * (p / q[c]))
+            change[c] = -by
+            gradient += change
+        return gradient
     if request.activation == "sigmoid":
         return by_p * p * q + by_log_p * q - by_log_q * p
     of_logs = np.where(by_log_p == 0, 0.0, by_log_p / p)
@@ -194,11 +201,15 @@ def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _activate(activation: str, x: np.ndarray) -> Probability:
     if activation == "softmax":
+        # Apart from one largest member the sum is exact to the last bit where that one dominates,
+        # and with it 1−p and log p are.
+        first = np.arange(len(x))[:, None] == x.argmax(axis=0)
         largest = x.max(axis=0)
         # Classes that share an infinite maximum share the probability.
-        d = np.where(x == largest, 0.0, x - largest)
-        log_p = d - np.log(np.exp(d).sum(axis=0))
-        p, q = np.exp(log_p), -np.expm1(log_p)  # 1 − p, exact where p is near 1 as well
+        e = np.exp(d := np.where(x == largest, 0.0, x - largest))
+        rest = np.where(first, 0.0, e).sum(axis=0)
+        log_p, p = d - np.log1p(rest), e / (1 + rest)
+        q = np.where(first, rest, 1 + rest - e) / (1 + rest)
         return Probability(p, q, log_p, np.where(p < 0.5, np.log1p(-p), np.log(q)))
     if activation == "sigmoid":
         log_p, log_q = -np.logaddexp(0, -x), -np.logaddexp(0, x)
