@@ -63,8 +63,11 @@ class Term:
         """The sums over all ranks and samples, for terms that join them by themselves."""
         raise NotImplementedError(f"{type(self).__name__} must define join_ranks")
 
-    def value_shape(self, batch: int, classes: int) -> tuple[int, ...]:
-        """The shape of the value that `combine` returns: (), if it is not defined anew."""
+    def value_shape(self, batch: int, classes: int, regions: int = 0) -> tuple[int, ...]:
+        """The shape of the value that `combine` returns: (), if it is not defined anew.
+
+        ``regions``: how many regions a sample has; 0 where a call names none.
+        """
         return ()
 
     def __repr__(self) -> str:

@@ -35,8 +35,8 @@ class VoxelwiseTerm(Term):
     def sums_over_batch(self) -> bool:
         return self.reduction != "none"
 
-    def value_shape(self, batch: int, classes: int) -> tuple[int, ...]:
-        return (batch, 1) if self.reduction == "none" else ()
+    def value_shape(self, batch: int, classes: int, regions: int = 0) -> tuple[int, ...]:
+        return (batch * max(regions, 1), 1) if self.reduction == "none" else ()
 
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         coefficients, normaliser = self.linear(statistics)
