@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fastloss.arrays import Arrays, Field, arrange, channels_second, check_out
 from fastloss.backends import Backend, current_backend
 from fastloss.frameworks import Adapter, Borrowed, adapter_of, borrow
-from fastloss.frameworks.base import constant
+from fastloss.frameworks.base import Extras, constant
 from fastloss.maps import Map
 from fastloss.request import ACTIVATIONS, Request, make_request
 from fastloss.statistics import Statistics
-from fastloss.sums import as_sum
+from fastloss.sums import Sum, as_sum
 from fastloss.terms.base import Term, check_choice
 
 if TYPE_CHECKING:
@@ -50,6 +51,14 @@ class Loss:
       With one channel and no softmax the target is that channel's mask.
     - voxel_weight: None, or (B, *spatial) or (B, 1, *spatial), non-negative: a mask or weights. A
       voxel of weight 0 counts for nothing, whatever its logits hold.
+    - fields: None, or by name the arrays that terms read beside the target, (B, *spatial) or
+      (B, C, *spatial), of any floating dtype or bool. Integers of shape (B, *spatial) are a second
+      label map: for class c the field is 1 where the label is c.
+    - regions: None, or the region that every voxel belongs to, (B, *spatial) or (B, 1, *spatial) of
+      integers: 0, 1, 2, … within a sample, each of at least one voxel; −1 where a voxel counts for
+      nothing. Sums are then formed for every region, and terms take regions for samples.
+    - region_count: how many regions a sample may have; found out if it is not given, but on a GPU,
+      where to look would wait. Chunks of a volume on a GPU need the same.
 
     PyTorch tensors give PyTorch tensors. A loss that is called with logits that require a gradient
     is differentiated by autograd, once: gradients flow to the logits alone, and second derivatives
@@ -121,6 +130,7 @@ class Loss:
         self._options: dict[str, Any] = options
         self.needs = frozenset().union(*(term.requires for _, term in self.terms))
         self.ranking = _ranking_term([term for _, term in self.terms])
+        self.per_voxel = _is_per_voxel([term for _, term in self.terms])
         self._checked: set[int] = set()
 
     @property
@@ -142,7 +152,7 @@ class Loss:
     @property
     def additive(self) -> bool:
         """Whether the sums over a volume's chunks determine the value."""
-        return self.ranking is None
+        return self.ranking is None and not self.per_voxel
 
     @property
     def sums_over_batch(self) -> bool:
@@ -151,12 +161,22 @@ class Loss:
 
     # ------------------------------------------------------------------ what a user calls
 
-    def __call__(self, logits: Any, target: Any, voxel_weight: Any = None) -> Any:
+    def __call__(
+        self,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any = None,
+        *,
+        fields: Any = None,
+        regions: Any = None,
+        region_count: int | None = None,
+    ) -> Any:
         """The value of the loss: a float32 scalar (float64 for float64 logits).
 
         An array where a term has ``reduction="none"``: see the terms for its shape.
         """
-        return adapter_of(logits, "logits").value(self, logits, target, voxel_weight)
+        extras = Extras.of(fields, regions, region_count)
+        return adapter_of(logits, "logits").value(self, logits, target, voxel_weight, extras=extras)
 
     def value_and_grad(
         self,
@@ -164,6 +184,9 @@ class Loss:
         target: Any,
         voxel_weight: Any = None,
         *,
+        fields: Any = None,
+        regions: Any = None,
+        region_count: int | None = None,
         out: Any = None,
         upstream: Any = None,
     ) -> tuple[Any, Any]:
@@ -178,7 +201,8 @@ class Loss:
         Raises:
             ValueError: ``out`` is read-only, or overlaps an input other than as the logits.
         """
-        if upstream is None:
+        extras = Extras.of(fields, regions, region_count)
+        if upstream is None and extras is None:
             adapter = adapter_of(logits, "logits")
             ready = self.prepared(adapter, logits, target, voxel_weight)
             arrays = (logits, target, voxel_weight)
@@ -188,14 +212,25 @@ class Loss:
                 call, addresses = ready
                 value, kept = call.value(addresses)
                 return value, call.gradient(self, adapter, arrays, addresses, kept, out=out)
-        passes = self.passes(logits, target, voxel_weight)
+        passes = self.passes(logits, target, voxel_weight, extras)
         out, view = passes.output(out)
-        value, pullback = passes.combine(passes.reduce())
-        passes.apply(pullback(passes.adapter.upstream(upstream)), view)
+        value, pullback = passes.forward()
+        passes.apply(pullback(passes.upstream(upstream)), view)
         return passes.adapter.result(value), out
 
-    def statistics(self, logits: Any, target: Any, voxel_weight: Any = None) -> Statistics:
+    def statistics(
+        self,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any = None,
+        *,
+        fields: Any = None,
+        regions: Any = None,
+        region_count: int | None = None,
+    ) -> Statistics:
         """The sums that the loss is a function of. They add: over chunks of a volume, over ranks.
+
+        A chunk need not have a voxel of every region.
 
         >>> import numpy as np, fastloss as fl
         >>> rng, loss = np.random.default_rng(0), fl.Dice() + fl.CrossEntropy()
@@ -205,7 +240,8 @@ class Loss:
         True
         """
         self.check_additive("statistics")
-        return self.passes(logits, target, voxel_weight).reduce()
+        extras = Extras.of(fields, regions, region_count)
+        return self.passes(logits, target, voxel_weight, extras).reduce(whole=False)
 
     def value(self, statistics: Statistics) -> Any:
         """The value of the loss from the sums over all its chunks."""
@@ -220,6 +256,9 @@ class Loss:
         target: Any,
         voxel_weight: Any = None,
         *,
+        fields: Any = None,
+        regions: Any = None,
+        region_count: int | None = None,
         statistics: Statistics | None = None,
         out: Any = None,
         upstream: Any = None,
@@ -228,28 +267,44 @@ class Loss:
 
         Other arguments as in `value_and_grad`.
         """
-        passes = self.passes(logits, target, voxel_weight)
+        if statistics is not None:
+            self.check_additive("statistics")
+            self._check_statistics(statistics)
+            if statistics.regions and regions is not None and region_count is None:
+                region_count = statistics.regions  # of which this chunk may lack the last ones
+        extras = Extras.of(fields, regions, region_count)
+        passes = self.passes(logits, target, voxel_weight, extras)
         out, view = passes.output(out)
-        own = passes.reduce()  # also checks the labels
+        if self.per_voxel:
+            passes.apply(passes.forward()[1](passes.upstream(upstream)), view)
+            return out
+        own = passes.reduce(whole=statistics is None)  # also checks the labels
         if statistics is None:
             statistics = own
         else:
-            self.check_additive("statistics")
-            self._check_statistics(statistics)
             statistics.check_place(own)
             if statistics.sums.shape != own.sums.shape or statistics.request != own.request:
                 raise ValueError(
                     "statistics: expected the sums of this loss over chunks like these arrays, got "
                     f"{statistics._describe()}"
                 )
-        passes.apply(passes.combine(statistics)[1](passes.adapter.upstream(upstream)), view)
+        passes.apply(passes.combine(statistics)[1](passes.upstream(upstream)), view)
         return out
 
     # ------------------------------------------------------------------ how it is done
 
-    def passes(self, logits: Any, target: Any, voxel_weight: Any) -> Passes:
+    def passes(
+        self, logits: Any, target: Any, voxel_weight: Any, extras: Extras | None = None
+    ) -> Passes:
         """The two passes over these arrays, for the adapters of frameworks."""
-        return Passes(self, logits, target, voxel_weight)
+        return Passes(self, logits, target, voxel_weight, extras)
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the fields that the terms read, in their order."""
+        own = None if self.ranking is None else self.ranking.ranking
+        named = {need.field for need in self.needs if isinstance(need, Sum) and need != own}
+        return tuple(sorted(named - {""}))
 
     def prepared(
         self, adapter: Adapter, logits: Any, target: Any, voxel_weight: Any
@@ -268,7 +323,7 @@ class Loss:
             for _, term in self.terms:
                 term.check(self.activation, classes)
             self._checked.add(classes)
-        if arrays.dense and not self.additive:
+        if arrays.dense and self.ranking is not None:
             raise ValueError(
                 f"target: {type(self.ranking).__name__} takes a label map, got a dense "
                 f"target {arrays.target.shape}"
@@ -277,6 +332,10 @@ class Loss:
 
     def check_additive(self, name: str) -> None:
         """Raise ValueError, naming the argument, if the loss is no function of sums."""
+        if self.per_voxel:
+            raise ValueError(
+                f"{name}: a loss of reduction='voxel' has one number per voxel, and no sums to join"
+            )
         if not self.additive:
             raise ValueError(
                 f"{name}: {type(self.ranking).__name__} is no function of sums over voxels, "
@@ -342,6 +401,14 @@ class Loss:
 
         return total, pullback
 
+    def map_coefficients(self, request: Request, classes: int) -> np.ndarray:
+        """k, (S, C), of the map that a loss of every voxel is."""
+        coefficients = np.zeros((len(request.sums), classes))
+        for weight, term in self.terms:
+            for key, k in term.map_coefficients(request, classes).items():
+                coefficients[request.index[as_sum(key)]] += weight * k
+        return coefficients
+
     @constant
     def graph_name(self) -> str:
         """What the graphs of `torch.compile` and `torch.export` call this loss."""
@@ -382,10 +449,28 @@ class Loss:
         return f"Loss({', '.join(parts)})"
 
 
+UPSTREAM = "upstream"
+"""The field by which the gradient of a loss of every voxel is multiplied."""
+
+
+class PerVoxel(NamedTuple):
+    """The derivative of a loss of every voxel: k, (S, C), times its upstream gradient."""
+
+    coefficients: np.ndarray
+    upstream: Borrowed
+
+
 class Passes:
     """One call's arrays, and the two passes over them."""
 
-    def __init__(self, loss: Loss, logits: Any, target: Any, voxel_weight: Any) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any,
+        extras: Extras | None = None,
+    ) -> None:
         self.loss = loss
         self.adapter = adapter_of(logits, "logits")
         self.caller_logits = logits
@@ -393,39 +478,108 @@ class Passes:
         self.target = borrow(target, "target")
         self.voxel_weight = None if voxel_weight is None else borrow(voxel_weight, "voxel_weight")
         self.device: DevicePasses | None = None
+        self.more: dict[str, Borrowed] = {}  # fields and regions, by what errors call them
         places = (self.logits.place, self.target.place, self.voxel_weight and self.voxel_weight[2])
-        if places != (None, None, None):
-            self.device = _on_device(self.logits, self.target, self.voxel_weight)
+        if extras is None and not loss.fields:
+            given: dict[str, Any] = {}
+        else:
+            given = self._borrow(extras or Extras())
+        if places != (None, None, None) or any(b.place for b in self.more.values()):
+            self.device = _on_device(self.logits, self.target, self.voxel_weight, **self.more)
         self.arrays = arrange(
             self.logits,
             self.target,
             self.voxel_weight,
             activation=loss.activation,
             channel_axis=loss.channel_axis,
+            **given,
         )
         self.request = loss._request(self.arrays)
         # Which backend computes is a choice for arrays in CPU memory.
         self.backend: Backend | None = current_backend() if self.device is None else None
-        self._ranked = False
+        self._whole: Arrays | None = None
+        """The arrays with the field that the ranking term made."""
+        if self.arrays.regions is not None and self.device is None:
+            self._check_regions()
 
-    def reduce(self) -> Statistics:
+    def _borrow(self, extras: Extras) -> dict[str, Any]:
+        """Borrow fields and regions: what `arrange` takes beside the usual arrays."""
+        names = tuple(name for name, _ in extras.fields)
+        if names != self.loss.fields:
+            wanted = ", ".join(map(repr, self.loss.fields)) or "none"
+            got = ", ".join(map(repr, names)) or "none"
+            raise ValueError(f"fields: the terms of this loss read {wanted}, got {got}")
+        fields = {name: borrow(array, f"fields[{name!r}]") for name, array in extras.fields}
+        self.more.update((f"fields[{name!r}]", field) for name, field in fields.items())
+        if extras.regions is None:
+            return {"fields": fields}
+        regions = self.more["regions"] = borrow(extras.regions, "regions")
+        rows = extras.region_count
+        if rows is None and regions.place is not None:
+            raise ValueError(
+                "region_count: expected how many regions a sample has at most, as to look for it "
+                "would wait for the GPU, got None"
+            )
+        if rows is None:
+            integers = regions.array.dtype.kind in "iu" and regions.array.size
+            rows = max(int(regions.array.max()) + 1, 1) if integers else 1
+        return {"fields": fields, "regions": regions, "rows": rows}
+
+    def _check_regions(self) -> None:
+        """Raise ValueError for numbers that are no region."""
+        regions, rows = self.arrays.regions, self.arrays.rows
+        assert regions is not None
+        if regions.size:
+            least, most = int(regions.min()), int(regions.max())
+            if least < -1 or most >= rows:
+                wrong = least if least < -1 else most
+                raise ValueError(f"regions: expected numbers in [-1, {rows}), got {wrong}")
+
+    def _check_holes(self, voxels: np.ndarray) -> None:
+        """Raise ValueError for a number without voxels below another one of the same sample."""
+        regions, rows = self.arrays.regions, self.arrays.rows
+        assert regions is not None
+        for b, of_sample in enumerate(voxels.reshape(-1, rows)):
+            if of_sample.all() or not regions.size:
+                continue
+            present = np.zeros(rows + 1, bool)
+            present[regions[b]] = True  # -1 is behind all
+            count = int(np.flatnonzero(present[:-1])[-1]) + 1 if present[:-1].any() else 0
+            if not present[:count].all():
+                hole = int(np.flatnonzero(~present[:count])[0])
+                raise ValueError(
+                    f"regions: expected voxels of every region in [0, {count}), but sample {b} has "
+                    f"none of region {hole}"
+                )
+
+    def reduce(self, whole: bool = True) -> Statistics:
+        """The sums; not ``whole``: of a chunk, which may lack regions."""
         if self.device is not None:
             return self.device.reduce(self.loss, self.request, self.arrays)
+        statistics = self._reduce()
+        if whole and self.arrays.regions is not None:
+            self._check_holes(statistics.voxels)
+        return statistics
+
+    def _reduce(self) -> Statistics:
         assert self.backend is not None
         request, arrays = self.request, self.arrays
-        batch, classes = arrays.logits.shape[:2]
+        classes, batch = arrays.logits.shape[1], arrays.logits.shape[0] * arrays.rows
+        regions = 0 if arrays.regions is None else arrays.rows
         voxels = np.empty(batch)
         term = self.loss.ranking
         if term is None:
             sums = np.empty((len(request.sums), batch, classes))
             self.backend.reduce(request, arrays, sums, voxels)
-            return Statistics(request, sums, voxels, arrays.value_dtype)
+            return Statistics(request, sums, voxels, arrays.value_dtype, None, regions)
         assert term.ranking is not None
         # The field is made of the map that the pass over the other sums writes.
         others = make_request(
             request.activation, request.dense, request.ignore_index, request.needs - {term.ranking}
         )
-        losses = np.empty((batch, prod(arrays.target.shape[1:])), arrays.value_dtype)
+        losses = np.empty(
+            (arrays.target.shape[0], prod(arrays.target.shape[1:])), arrays.value_dtype
+        )
         found = np.empty((len(others.sums), batch, classes))
         voxel_map = Map("voxel", losses, term.ranks_by(others, classes))
         self.backend.reduce(others, arrays, found, voxels, voxel_map)
@@ -435,8 +589,79 @@ class Passes:
         if sums.size:
             sums[request.index[term.ranking], 0, 0] = total
         field = Field(losses.reshape(arrays.target.shape), arrays.value_dtype.name, "voxel")
-        self.arrays, self._ranked = replace(arrays, fields=(field,)), True
-        return Statistics(request, sums, voxels, arrays.value_dtype)
+        known = dict(zip(others.fields, arrays.fields, strict=True))
+        known[term.ranking.field] = field
+        self._whole = replace(arrays, fields=tuple(known[name] for name in request.fields))
+        return Statistics(request, sums, voxels, arrays.value_dtype, None, regions)
+
+    def forward(self) -> tuple[Any, Callable[[Any], Any]]:
+        """The value of these arrays, and from its upstream gradient what `apply` takes."""
+        return self._map() if self.loss.per_voxel else self.combine(self.reduce())
+
+    def upstream(self, gradient: Any) -> Any:
+        """The upstream gradient, as the pullback takes it."""
+        return gradient if self.loss.per_voxel else self.adapter.upstream(gradient)
+
+    def _map(self) -> tuple[Any, Callable[[Any], PerVoxel]]:
+        """The loss of every voxel."""
+        loss, request, arrays = self.loss, self.request, self.arrays
+        batch, classes, *spatial = arrays.logits.shape
+        coefficients = loss.map_coefficients(request, classes)
+        by_class = request.activation == "sigmoid"
+        shape = (batch, *[classes] * by_class, *spatial)
+        flat = (*shape[: 1 + by_class], prod(spatial))
+        out = self._new(flat, arrays.value_dtype)
+        voxel_map = Map("class" if by_class else "voxel", out, coefficients)
+        if self.device is not None:
+            self.device.write_map(request, arrays, voxel_map)
+        else:
+            assert self.backend is not None
+            self.backend.write_map(request, arrays, voxel_map)
+        value = out.reshape(shape)
+        if by_class and loss.channel_axis != 1:
+            value = np.moveaxis(value, 1, loss.channel_axis)
+        caller_shape = tuple(value.shape)
+
+        def pullback(upstream: Any) -> PerVoxel:
+            if upstream is None:
+                upstream = np.broadcast_to(np.ones((), np.float32), caller_shape)
+            elif np.shape(upstream) != caller_shape:
+                raise ValueError(
+                    f"upstream: expected the value's shape {caller_shape}, got {np.shape(upstream)}"
+                )
+            return PerVoxel(coefficients, borrow(upstream, "upstream"))
+
+        return value, pullback
+
+    def _new(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """A new array in C order, where the logits are."""
+        if self.device is None:
+            return np.empty(shape, dtype)
+        return self.device.place.empty(shape, dtype.name)
+
+    def _apply_per_voxel(self, by: PerVoxel, out: np.ndarray) -> None:
+        """The gradient of the loss of every voxel: the upstream gradient is one more field."""
+        loss, arrays = self.loss, self.arrays
+        upstream = by.upstream.array
+        by_class = self.request.activation == "sigmoid"
+        if by_class and loss.channel_axis != 1:
+            upstream = channels_second(upstream, loss.channel_axis, "upstream")
+        whole = self.request
+        weighted = {s: s._replace(field=UPSTREAM) for s in whole.sums}
+        request = make_request(
+            whole.activation, whole.dense, whole.ignore_index, frozenset(weighted.values())
+        )
+        rows, classes = arrays.logits.shape[0] * arrays.rows, arrays.logits.shape[1]
+        coefficients = np.zeros((len(request.sums), rows, classes))
+        for s, k in zip(whole.sums, by.coefficients, strict=True):
+            coefficients[request.index[weighted[s]]] = k
+        field = Field(upstream, by.upstream.dtype, "class" if by_class else "voxel")
+        arrays = replace(arrays, fields=(field,))
+        if self.device is not None:
+            self.device.apply_sums(request, arrays, coefficients, out)
+            return
+        assert self.backend is not None
+        self.backend.apply(request, arrays, coefficients, out)
 
     def combine(self, statistics: Statistics) -> tuple[Any, Callable[[Any], Any]]:
         """The value, and from its upstream gradient what `apply` takes."""
@@ -468,18 +693,22 @@ class Passes:
         others = [("target", self.target)]
         if self.voxel_weight is not None:
             others.append(("voxel_weight", self.voxel_weight))
+        others += self.more.items()
         check_out(view, self.logits, others)
 
     def apply(self, coefficients: Any, out: Borrowed) -> None:
         """Write the gradient, given what `combine` returns for the upstream gradient."""
         view = self.gradient_view(out)
+        if isinstance(coefficients, PerVoxel):
+            self._apply_per_voxel(coefficients, view)
+            return
         if self.device is not None:
             self.device.apply(self.loss, self.request, self.arrays, coefficients, view)
             return
-        if self.loss.ranking is not None and not self._ranked:
-            self.reduce()  # in another call than the first
+        if self.loss.ranking is not None and self._whole is None:
+            self._reduce()  # in another call than the first
         assert self.backend is not None
-        self.backend.apply(self.request, self.arrays, coefficients, view)
+        self.backend.apply(self.request, self._whole or self.arrays, coefficients, view)
 
 
 def _times(weight: float, value: Any) -> Any:
@@ -490,13 +719,31 @@ def _times(weight: float, value: Any) -> Any:
         return weight * value
 
 
-def _on_device(logits: Borrowed, *others: Borrowed | None) -> DevicePasses:
+def _on_device(logits: Borrowed, *others: Borrowed | None, **more: Borrowed) -> DevicePasses:
     """For arrays on a GPU. ValueError, naming the argument, if they do not all lie there."""
     from fastloss.backends.cuda import DevicePasses, check_places
 
-    check_places(logits, *others)
+    check_places(logits, *others, **more)
     assert logits.place is not None
     return DevicePasses(logits.place)
+
+
+def _is_per_voxel(terms: list[Term]) -> bool:
+    """Whether the loss is one of every voxel, as all of its terms must be then."""
+    each = [term for term in terms if term.per_voxel]
+    if not each:
+        return False
+    for term in terms:
+        if term not in each:
+            raise ValueError(
+                "reduction: 'voxel' gives one number per voxel, to which the value of "
+                f"{type(term).__name__} does not add"
+            )
+        if any(isinstance(need, Sum) and need.field for need in term.requires):
+            raise ValueError(
+                f"reduction: {type(term).__name__} reads a field, and has no loss of every voxel"
+            )
+    return True
 
 
 def _ranking_term(terms: list[Term]) -> Term | None:

@@ -364,9 +364,10 @@ def program_of(
     return programs[key]
 
 
-def check_places(logits: Borrowed, *others: Borrowed | None) -> None:
+def check_places(logits: Borrowed, *others: Borrowed | None, **more: Borrowed) -> None:
     """Raise ValueError, naming the argument, for an array that lies elsewhere than the logits."""
-    for name, other in zip(("target", "voxel_weight", "out"), others, strict=False):
+    named = [*zip(("target", "voxel_weight", "out"), others, strict=False), *more.items()]
+    for name, other in named:
         if other is not None and _where(other) != _where(logits):
             raise ValueError(
                 f"{name}: expected an array in {_where(logits)} like the logits, got one in "

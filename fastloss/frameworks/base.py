@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
@@ -111,6 +111,53 @@ def _reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int]:
     return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0)
 
 
+class Extras(NamedTuple):
+    """The arrays of a call beside logits, target and voxel weight, as the caller gave them."""
+
+    fields: tuple[tuple[str, Any], ...] = ()
+    """Names and arrays, in the order of the names."""
+    regions: Any = None
+    region_count: int | None = None
+
+    @classmethod
+    def of(cls, fields: Any, regions: Any, region_count: Any) -> Extras | None:
+        """None where there are none.
+
+        Raises:
+            TypeError: ``fields`` is no mapping of names, ``region_count`` no integer.
+            ValueError: a ``region_count`` below 1, or without regions.
+        """
+        if fields is None and regions is None and region_count is None:
+            return None
+        if fields is not None and not (
+            isinstance(fields, Mapping) and all(isinstance(name, str) for name in fields)
+        ):
+            raise TypeError(
+                f"fields: expected a mapping from names to arrays, got {type(fields).__name__}"
+            )
+        if region_count is not None:
+            if isinstance(region_count, bool) or not isinstance(region_count, (int, np.integer)):
+                raise TypeError(f"region_count: expected an integer, got {region_count!r}")
+            if regions is None or region_count < 1:
+                raise ValueError(
+                    "region_count: expected a number of at least 1 beside regions, got "
+                    f"{region_count}" + (" without regions" if regions is None else "")
+                )
+            region_count = int(region_count)
+        ordered = tuple(sorted((fields or {}).items(), key=lambda item: item[0]))
+        return cls(ordered, regions, region_count)
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """The fields, then the regions."""
+        return (*(array for _, array in self.fields), self.regions)
+
+    def with_arrays(self, arrays: Sequence[Any]) -> Extras:
+        """The same with other arrays, as `arrays` has them."""
+        named = zip(self.fields, arrays[:-1], strict=True)
+        return self._replace(fields=tuple((n, a) for (n, _), a in named), regions=arrays[-1])
+
+
 class Adapter:
     """Borrows a framework's arrays, allocates results, and hooks its automatic differentiation.
 
@@ -164,19 +211,27 @@ class Adapter:
         """
         return gradient
 
-    def value(self, loss: LossLike, logits: Any, target: Any, voxel_weight: Any) -> Any:
+    def value(
+        self,
+        loss: LossLike,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any,
+        *,
+        extras: Extras | None = None,
+    ) -> Any:
         """The loss of these arrays for the caller, differentiable where the framework is.
 
         ``passes`` of the loss borrows the arrays, runs the two passes over them, and the step
         between.
         """
         loss = as_loss(loss)
-        ready = loss.prepared(self, logits, target, voxel_weight)
+        ready = loss.prepared(self, logits, target, voxel_weight) if extras is None else None
         if ready is not None:
             call, addresses = ready
             return call.value(addresses)[0]
-        passes = loss.passes(logits, target, voxel_weight)
-        return self.result(passes.combine(passes.reduce())[0])
+        passes = loss.passes(logits, target, voxel_weight, extras)
+        return self.result(passes.forward()[0])
 
 
 def as_loss(loss: LossLike) -> Loss:

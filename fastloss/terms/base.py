@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastloss.frameworks import adapter_of
-from fastloss.frameworks.base import constant
+from fastloss.frameworks.base import Extras, constant
 from fastloss.request import Request
 from fastloss.statistics import Statistics
 from fastloss.sums import Sum
@@ -48,6 +48,15 @@ class Term:
     def choose(self, losses: np.ndarray) -> float:
         """Turn that map, (B, voxels), into the field, in place; return the sum over all voxels."""
         raise NotImplementedError(f"{type(self).__name__} must define choose")
+
+    @property
+    def per_voxel(self) -> bool:
+        """Whether the value is a map: one number per voxel, of a sigmoid per voxel and channel."""
+        return False
+
+    def map_coefficients(self, request: Request, classes: int) -> Mapping[Any, Any]:
+        """Per sum, its coefficient in the map of a term that is `per_voxel`: what fits (C,)."""
+        raise NotImplementedError(f"{type(self).__name__} must define map_coefficients")
 
     @property
     def sums_over_batch(self) -> bool:
@@ -89,9 +98,19 @@ class Term:
 
         return Loss(self)
 
-    def __call__(self, logits: Any, target: Any, voxel_weight: Any = None) -> Any:
+    def __call__(
+        self,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any = None,
+        *,
+        fields: Any = None,
+        regions: Any = None,
+        region_count: int | None = None,
+    ) -> Any:
         """As `fastloss.Loss.__call__`, with the default options."""
-        return adapter_of(logits, "logits").value(self, logits, target, voxel_weight)
+        extras = Extras.of(fields, regions, region_count)
+        return adapter_of(logits, "logits").value(self, logits, target, voxel_weight, extras=extras)
 
     def value_and_grad(
         self, logits: Any, target: Any, voxel_weight: Any = None, **options: Any
@@ -103,9 +122,11 @@ class Term:
         """As `fastloss.Loss.gradient`, with the default options."""
         return self._loss.gradient(logits, target, voxel_weight, **options)
 
-    def statistics(self, logits: Any, target: Any, voxel_weight: Any = None) -> Statistics:
+    def statistics(
+        self, logits: Any, target: Any, voxel_weight: Any = None, **options: Any
+    ) -> Statistics:
         """As `fastloss.Loss.statistics`, with the default options."""
-        return self._loss.statistics(logits, target, voxel_weight)
+        return self._loss.statistics(logits, target, voxel_weight, **options)
 
     def value(self, statistics: Statistics) -> Any:
         """As `fastloss.Loss.value`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,19 @@ from fastloss.terms.base import (
     check_number,
 )
 
+VOXEL_REDUCTIONS = (*REDUCTIONS, "voxel")
+
 
 class VoxelwiseTerm(Term):
-    """A loss that is linear in its sums: Σ coefficient · sum, divided by a normaliser."""
+    """A loss that is linear in its sums: Σ coefficient · sum, divided by a normaliser.
+
+    Subclass it, name the sums in ``requires``, set ``reduction`` and define `linear`; the term then
+    fuses, adds and scales like the built-in ones on every backend.
+
+    ``reduction`` is "mean", "sum", "none" (the mean of each sample, (B, 1)) or "voxel": the loss of
+    every voxel, (B, *spatial), or with sigmoid of every voxel and channel, (B, C, *spatial), times
+    the voxel weight and 0 where voxels are ignored.
+    """
 
     reduction: str
 
@@ -30,6 +41,15 @@ class VoxelwiseTerm(Term):
         """Per slot, the coefficient of each class; and each sample's normaliser, (B,), or what it
         is the sum of, (B, C)."""
         raise NotImplementedError(f"{type(self).__name__} must define linear")
+
+    @property
+    def per_voxel(self) -> bool:
+        return self.reduction == "voxel"
+
+    def map_coefficients(self, request: Request, classes: int) -> Mapping[Any, Any]:
+        # Of any sums, as the coefficients do not depend on them.
+        sums, voxels = np.zeros((len(request.sums), 1, classes)), np.zeros(1)
+        return self.linear(Statistics(request, sums, voxels, np.dtype(np.float64)))[0]
 
     @property
     def sums_over_batch(self) -> bool:
@@ -83,7 +103,8 @@ class CrossEntropy(VoxelwiseTerm):
         weight: a weight per class, (C,), or one number; non-negative.
         label_smoothing: ε in [0, 1] (Szegedy et al. 2016, "Rethinking the Inception
             Architecture").
-        reduction: "mean", "sum", or "none": the mean of each sample, (B, 1).
+        reduction: "mean", "sum", "none": the mean of each sample, (B, 1), or "voxel": the loss of
+            every voxel, (B, *spatial), with sigmoid (B, C, *spatial).
 
     Raises:
         ValueError, TypeError: an option out of its range.
@@ -99,7 +120,7 @@ class CrossEntropy(VoxelwiseTerm):
     ) -> None:
         self.weight = check_class_weight("weight", weight)
         self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
-        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        self.reduction = check_choice("reduction", reduction, VOXEL_REDUCTIONS)
         smoothing = {"uniform"} if self.label_smoothing else set()
         self.requires = frozenset({"cross_entropy"} | smoothing)
 
@@ -139,7 +160,8 @@ class Focal(VoxelwiseTerm):
         gamma: the focusing exponent γ, at least 0; 0 is cross-entropy.
         alpha: α, one number or one per class. None: no weighting (α and 1−α are both 1).
             For sigmoid in [0, 1].
-        reduction: "mean", "sum", or "none": the mean of each sample, (B, 1).
+        reduction: "mean", "sum", "none": the mean of each sample, (B, 1), or "voxel": the loss of
+            every voxel, (B, *spatial), with sigmoid (B, C, *spatial).
 
     Raises:
         ValueError, TypeError: an option out of its range.
@@ -148,7 +170,7 @@ class Focal(VoxelwiseTerm):
     def __init__(self, *, gamma: float = 2.0, alpha: Any = None, reduction: str = "mean") -> None:
         self.gamma = check_number("gamma", gamma)
         self.alpha = check_class_weight("alpha", alpha)
-        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        self.reduction = check_choice("reduction", reduction, VOXEL_REDUCTIONS)
         self.requires = frozenset({f"focal:{self.gamma!r}"})
 
     def check(self, activation: str, classes: int) -> None:

@@ -8,13 +8,12 @@ import numpy as np
 
 from fastloss.statistics import Statistics
 from fastloss.terms.base import (
-    REDUCTIONS,
     check_choice,
     check_class_count,
     check_class_weight,
     check_number,
 )
-from fastloss.terms.distribution import VoxelwiseTerm
+from fastloss.terms.distribution import VOXEL_REDUCTIONS, VoxelwiseTerm
 
 
 class ClassWeighted(VoxelwiseTerm):
@@ -24,7 +23,8 @@ class ClassWeighted(VoxelwiseTerm):
 
     Args:
         weight: a weight per class, (C,), or one number; non-negative.
-        reduction: "mean", "sum", or "none": the mean of each sample, (B, 1).
+        reduction: "mean", "sum", "none": the mean of each sample, (B, 1), or "voxel": the loss of
+            every voxel, (B, *spatial), with sigmoid (B, C, *spatial).
 
     Raises:
         ValueError, TypeError: an option out of its range.
@@ -32,7 +32,7 @@ class ClassWeighted(VoxelwiseTerm):
 
     def __init__(self, *, weight: Any = None, reduction: str = "mean") -> None:
         self.weight = check_class_weight("weight", weight)
-        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        self.reduction = check_choice("reduction", reduction, VOXEL_REDUCTIONS)
 
     def check(self, activation: str, classes: int) -> None:
         check_class_count("weight", self.weight, classes)
