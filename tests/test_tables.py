@@ -190,7 +190,5 @@ def test_maps(name: str, problem: tuple[Request, Arrays], kind: str) -> None:
     if kind == "voxel":
         again = np.zeros(shape, dtype)
         sums = np.empty((len(request.sums), batch * arrays.rows, classes))
-        backend.reduce(
-            request, arrays, sums, np.empty(batch * arrays.rows), Map("voxel", again, k)
-        )
+        backend.reduce(request, arrays, sums, np.empty(batch * arrays.rows), Map("voxel", again, k))
         assert np.allclose(again, own, rtol=tolerance, atol=tolerance)
