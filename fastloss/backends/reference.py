@@ -171,7 +171,10 @@ def _gradient(request: Request, k: np.ndarray, sample: _Sample) -> np.ndarray:
     if request.activation == "softmax":
         # By log p_c; d log q / d log p = −p / q.
         t = by_p * p + by_log_p - np.where(by_log_q == 0, 0.0, by_log_q * (p / q))
-        return t - p * t.sum(axis=0)
+        # t − p Σ t; where p is near 1 this cancels, and is t (1−p) − p Σ of the others.
+        largest = _is_largest(sample.x)
+        of_others = np.where(largest, 0.0, t).sum(axis=0)
+        return np.where(largest, t * q - p * of_others, t - p * t.sum(axis=0))
     if request.activation == "sigmoid":
         return by_p * p * q + by_log_p * q - by_log_q * p
     of_logs = np.where(by_log_p == 0, 0.0, by_log_p / p)
@@ -197,13 +200,19 @@ def _activate(activation: str, x: np.ndarray) -> Probability:
         largest = x.max(axis=0)
         # Classes that share an infinite maximum share the probability.
         d = np.where(x == largest, 0.0, x - largest)
-        log_p = d - np.log(np.exp(d).sum(axis=0))
+        # Beside the 1 of the largest a small sum of the others would be lost, and with it 1 − p.
+        log_p = d - np.log1p(np.where(_is_largest(x), 0.0, np.exp(d)).sum(axis=0))
         p, q = np.exp(log_p), -np.expm1(log_p)  # 1 − p, exact where p is near 1 as well
         return Probability(p, q, log_p, np.where(p < 0.5, np.log1p(-p), np.log(q)))
     if activation == "sigmoid":
         log_p, log_q = -np.logaddexp(0, -x), -np.logaddexp(0, x)
         return Probability(np.exp(log_p), -np.expm1(log_p), log_p, log_q)
     return Probability(x, 1 - x, np.log(x), np.log1p(-x))
+
+
+def _is_largest(x: np.ndarray) -> np.ndarray:
+    """Whether a class is the first of the largest logit, (C, N)."""
+    return x.argmax(axis=0) == np.arange(len(x))[:, None]
 
 
 def _sample(request: Request, arrays: Arrays, b: int) -> _Sample:
