@@ -171,7 +171,10 @@ def _gradient(request: Request, k: np.ndarray, sample: _Sample) -> np.ndarray:
     p, q, by_p, by_log_p, by_log_q = v.p, v.q, by["p"], by["log_p"], by["log_q"]
     if request.activation == "softmax":
         t = by_p * p + by_log_p  # by log p
-        gradient = t - p * t.sum(axis=0)
+        # t − p Σ t; where p is near 1 this cancels, and is t (1−p) − p Σ of the others.
+        largest = _is_largest(sample.x)
+        of_others = np.where(largest, 0.0, t).sum(axis=0)
+        gradient = np.where(largest, t * q - p * of_others, t - p * t.sum(axis=0))
         # d log q_c / d x_j is −p_c at c itself and elsewhere p_c p_j / q_c, where p_j ≤ q_c.
         for c in range(len(p)):
             by = by_log_q[c] * p[c]
@@ -203,7 +206,7 @@ def _activate(activation: str, x: np.ndarray) -> Probability:
     if activation == "softmax":
         # Apart from one largest member the sum is exact to the last bit where that one dominates,
         # and with it 1−p and log p are.
-        first = np.arange(len(x))[:, None] == x.argmax(axis=0)
+        first = _is_largest(x)
         largest = x.max(axis=0)
         # Classes that share an infinite maximum share the probability.
         e = np.exp(d := np.where(x == largest, 0.0, x - largest))
@@ -215,6 +218,11 @@ def _activate(activation: str, x: np.ndarray) -> Probability:
         log_p, log_q = -np.logaddexp(0, -x), -np.logaddexp(0, x)
         return Probability(np.exp(log_p), -np.expm1(log_p), log_p, log_q)
     return Probability(x, 1 - x, np.log(x), np.log1p(-x))
+
+
+def _is_largest(x: np.ndarray) -> np.ndarray:
+    """Whether a class is the first of the largest logit, (C, N)."""
+    return x.argmax(axis=0) == np.arange(len(x))[:, None]
 
 
 def _sample(request: Request, arrays: Arrays, b: int) -> _Sample:
