@@ -38,7 +38,7 @@ struct Sums {
   static constexpr int kKept =
       FL_keep_sums && FL_kept_slots ? whole_warps(FL_kept_slots * FL_per_thread) : kLanes;
 #else
-  static constexpr int kKept = kMaxSlots * K;
+  static constexpr int kKept = whole_warps(kMaxSlots * K);
 #endif
 
   const Block<In, V>& block;

@@ -11,18 +11,7 @@ import numpy as np
 
 from fastloss.backends._axes import merge_axes
 from fastloss.request import ACTIVATIONS, Request
-from fastloss.sums import (
-    CROSS_ENTROPY,
-    CROSS_ENTROPY_REST,
-    OVERLAP,
-    PREDICTED,
-    PREDICTED_SQUARED,
-    REFERENCE,
-    REFERENCE_SQUARED,
-    UNIFORM,
-    UNIFORM_REST,
-    Sum,
-)
+from fastloss.sums import NAMED, Sum
 
 LANES = 32
 MAX_AXES = 16
@@ -50,30 +39,22 @@ _REGISTERS = 1 << 16  # of a multiprocessor
 _SHARED = 48 << 10  # bytes that a block has without asking
 _BLOCKS = 1536  # of a launch, where there is enough to do: a few for every multiprocessor
 
-# The sums that each path of csrc/cuda/passes.cu takes, beside those of the focal terms.
-_OF_TWO_CLASSES = {
-    "reference": REFERENCE,
-    "overlap": OVERLAP,
-    "predicted": PREDICTED,
-    "cross_entropy": CROSS_ENTROPY,
-}
-_OF_LABELS = _OF_TWO_CLASSES | {
-    "predicted_squared": PREDICTED_SQUARED,
-    "reference_squared": REFERENCE_SQUARED,
-    "uniform": UNIFORM,
-}
+# The named sums that each path of csrc/cuda/passes.cu takes.
+_SLOTS = (
+    "reference", "overlap", "predicted", "predicted_squared", "reference_squared",
+    "cross_entropy", "cross_entropy_rest", "uniform", "uniform_rest",
+)  # fmt: skip
+_OF_TWO_CLASSES = ("reference", "overlap", "predicted", "cross_entropy")
+_OF_LABELS = (*_OF_TWO_CLASSES, "predicted_squared", "reference_squared", "uniform")
 _OF_DENSE = _OF_LABELS
-_OF_SIGMOID = _OF_DENSE | {
-    "cross_entropy_rest": CROSS_ENTROPY_REST,
-    "uniform_rest": UNIFORM_REST,
-}
+_OF_SIGMOID = (*_OF_DENSE, "cross_entropy_rest", "uniform_rest")
 CONSTANTS = (
-    "path", "upstream_type", "logits_type", "target_type", "weight_type", "activation", "dense",
+    "upstream_type", "logits_type", "target_type", "weight_type", "path", "activation", "dense",
     "ignore_kind", "classes", "axes", "large", "vector", "per_thread", "warps", "groups", "rounds",
     "exchanged", "staged", "staged_bytes", "interleaved", "packed_target", "packed_weight",
     "keep_sums", "by_label", "kept_slots",
     "global_sums", "global_table", "with_losses", "least_blocks", "slots", "gammas",
-    *(f"slot_{name}" for name in _OF_SIGMOID), "slot_top_k",
+    *(f"slot_{name}" for name in _SLOTS), "slot_top_k",
 )  # fmt: skip
 """The numbers that a kernel is compiled for, apart from the arrays of the focal terms."""
 
@@ -211,13 +192,13 @@ def fast_table(request: Request, operands: Operands, work: Work) -> Table | None
     """
     sigmoid = request.activation == "sigmoid"
     labels = request.activation == "softmax" and not request.dense
-    known = _OF_LABELS if labels else _OF_SIGMOID if sigmoid else _OF_DENSE
-    slots = {name: request.index.get(total, -1) for name, total in known.items()}
+    names = _OF_LABELS if labels else _OF_SIGMOID if sigmoid else _OF_DENSE
+    slots = {name: request.index.get(NAMED[name], -1) for name in names}
     gammas = tuple(sorted({t.parameter for t in request.sums if t.function == "focal"}))
     focal = [Sum("target", "focal", gamma) for gamma in gammas]
     focal_rest = [Sum("rest", "focal_rest", gamma) for gamma in gammas if sigmoid]
     of_field = [Sum("target", "log", field=name) for name in request.fields]
-    taken = {*known.values(), *focal, *focal_rest}
+    taken = {*(NAMED[name] for name in names), *focal, *focal_rest}
     if labels and len(of_field) == 1:
         # That of a ranking term, left out by the reduce pass whose map its field is made of.
         if work.kernel == "reduce":
@@ -332,7 +313,7 @@ def plan_fast(request: Request, operands: Operands, work: Work, most_shared: int
         "with_losses": int(bool(work.map_kind)),
         "slots": len(request.sums),
         "gammas": len(table.gammas),
-        **{f"slot_{name}": -1 for name in (*_OF_SIGMOID, "top_k")},
+        **{f"slot_{name}": -1 for name in (*_SLOTS, "top_k")},
         **{f"slot_{name}": slot for name, slot in slots.items()},
     }
     words = 2 if logits.type == FLOAT64 else 1
@@ -448,8 +429,8 @@ def plan_fast(request: Request, operands: Operands, work: Work, most_shared: int
         vector //= 2
     each = lanes * registers(vector)
     least_blocks = max(1, min(8, _REGISTERS // each)) if plain else 1
-    two_classes = labels and classes == 2 and warps == 1 and keep
-    two_classes = two_classes and set(_OF_TWO_CLASSES.values()).issuperset(request.sums)
+    two_classes = labels and classes == 2 and warps == 1 and keep and not work.map_kind
+    two_classes = two_classes and {NAMED[name] for name in _OF_TWO_CLASSES} >= {*request.sums}
     fields |= {
         "path": TWO_CLASSES if two_classes else table.path,
         "vector": vector,
