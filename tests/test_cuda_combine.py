@@ -20,6 +20,7 @@ from fastloss.backends._cuda_code import ELEMENTWISE
 from fastloss.backends._cuda_combine import COMBINE_CALL, Program, trace
 from fastloss.request import make_request
 from fastloss.statistics import Statistics
+from fastloss.sums import OVERLAP, PREDICTED, PREDICTED_SQUARED, REFERENCE, REFERENCE_SQUARED
 
 WEIGHTS = (0.3, 2.0, 0.0, 1.0, 1.75)
 
@@ -41,11 +42,11 @@ def sums_of(
     """Sums such as volumes have, some classes absent; odd: "zero", "nan", "inf" or nothing."""
     rng = np.random.default_rng(seed)
     request = make_request(loss.activation, dense, None, loss.needs)
-    sums = np.exp(rng.uniform(0, 8, (len(request.slots), batch, classes)))
-    if "overlap" in request.index:
-        for name in ("predicted", "reference", "predicted_squared", "reference_squared"):
-            if name in request.index:  # no less than what they share
-                sums[request.index[name]] += sums[request.index["overlap"]]
+    sums = np.exp(rng.uniform(0, 8, (len(request.sums), batch, classes)))
+    if OVERLAP in request.index:
+        for size in (PREDICTED, REFERENCE, PREDICTED_SQUARED, REFERENCE_SQUARED):
+            if size in request.index:  # no less than what they share
+                sums[request.index[size]] += sums[request.index[OVERLAP]]
     sums[:, rng.uniform(size=(batch, classes)) < 0.2] = 0.0
     voxels = sums[0].sum(axis=-1)
     sample = int(rng.integers(batch))
@@ -54,9 +55,9 @@ def sums_of(
     elif odd == "nan":
         sums[:, sample], voxels[sample] = np.nan, np.nan
     elif odd == "inf":
-        for name in request.slots:
-            if name.startswith(("cross", "focal", "uniform")):
-                sums[request.index[name], sample, rng.integers(classes)] = np.inf
+        for place, total in enumerate(request.sums):
+            if total.function.startswith(("log", "focal")):
+                sums[place, sample, rng.integers(classes)] = np.inf
     return Statistics(request, sums, voxels, np.dtype(dtype))
 
 

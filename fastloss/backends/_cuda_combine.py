@@ -82,7 +82,7 @@ class Program:
 
 
 def trace(loss: Loss, request: Request, batch: int, classes: int, value_dtype: np.dtype) -> Program:
-    """The combine step of a loss whose sums are (S, batch, classes), by the request's slots.
+    """The combine step of a loss whose sums are (S, batch, classes), by the request's sums.
 
     Raises:
         TypeError: a formula of the loss does what cannot be recorded: it branches on its sums, or
@@ -90,7 +90,7 @@ def trace(loss: Loss, request: Request, batch: int, classes: int, value_dtype: n
     """
     value_dtype = np.dtype(value_dtype)
     graph = Graph()
-    shape = (len(request.slots), batch, classes)
+    shape = (len(request.sums), batch, classes)
     sums = graph.input("sums", shape)
     voxels = graph.input("voxels", (batch,))
     joined = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastloss.backends import _cuda_engine as engine
 from fastloss.backends import cuda
-from fastloss.backends._cuda_call import NO_TYPE, TYPES
+from fastloss.backends._cuda_call import NO_TYPE, TYPES, Work
 from fastloss.frameworks.base import byte_bounds
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Prepared:
         request, arrays = passes.request, passes.arrays
         assert passes.logits.place is not None
         self.place = passes.logits.place
-        self.shape = (len(request.slots), *arrays.logits.shape[:2])
+        self.shape = (len(request.sums), *arrays.logits.shape[:2])
         self.dtype = arrays.value_dtype.name
         program = cuda.program_of(loss, request, self.shape, arrays.value_dtype)
         self.alike = (
@@ -54,7 +54,7 @@ class Prepared:
         if not self.alike:
             return
         device = self._device()
-        self._plan, _ = engine.plan_of(device, request, arrays, None, NO_TYPE, False)
+        self._plan, _ = engine.plan_of(device, request, arrays, None, Work("reduce"))
         self._reduce = device.passes(self._plan.constants, "reduce")
         (self._combine,) = device.kernels(program.sources, ("fastloss_combine",))
         self._applies: dict[Hashable, tuple[Plan, Any]] = {}
@@ -159,7 +159,7 @@ class Prepared:
             (*at, to),
             kept.address,
             slot_stride=batch * classes,
-            sample_stride=classes,
+            row_stride=classes,
             upstream=factor,
         )
         return new
@@ -170,7 +170,8 @@ class Prepared:
         passes = loss.passes(*arrays)
         view = passes.gradient_view(adapter.borrow(new, "out"))
         device = self._device()
-        plan, _ = engine.plan_of(device, passes.request, passes.arrays, view, upstream, False)
+        work = Work("apply", upstream)
+        plan, _ = engine.plan_of(device, passes.request, passes.arrays, view, work)
         return plan, device.passes(plan.constants, "apply")
 
     def coefficients(self, kept: Kept, upstream: Any) -> cuda.DeviceCoefficients:

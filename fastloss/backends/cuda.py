@@ -14,18 +14,20 @@ import struct
 import time
 from dataclasses import replace
 from functools import cache
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastloss.arrays import Arrays
+from fastloss.arrays import Arrays, Field
 from fastloss.backends import _cuda_engine as engine
 from fastloss.backends._cuda_call import NO_TYPE
 from fastloss.backends._cuda_combine import COMBINE_CALL, Program, trace
-from fastloss.backends._cuda_source import describe, specialised
+from fastloss.backends._cuda_source import PASSES, describe, specialised
 from fastloss.backends._cuda_top_k import keep_largest
 from fastloss.backends.reference import check_targets
-from fastloss.frameworks.base import byte_bounds
+from fastloss.frameworks.base import byte_bounds, device_view
+from fastloss.maps import Map
 from fastloss.request import Request
 from fastloss.statistics import Statistics
 
@@ -61,6 +63,20 @@ class CudaDevice:
 
     def constant(self, numbers: np.ndarray) -> engine.Memory:
         return _constant(self._place.ordinal, numbers.tobytes())
+
+    def upload(self, numbers: np.ndarray) -> engine.Memory:
+        memory = self.empty(max(1, numbers.nbytes))
+        with _on(self._place.ordinal):
+            # The numbers are in the driver's hands once this returns.
+            runtime = _cupy().cuda.runtime
+            runtime.memcpyAsync(
+                memory.address,
+                numbers.ctypes.data,
+                numbers.nbytes,
+                runtime.memcpyHostToDevice,
+                self._place.stream,
+            )
+        return memory
 
     def passes(self, constants: tuple[tuple[str, object], ...], kernel: str) -> tuple[Any, ...]:
         return _passes(self._place.ordinal, constants, kernel)
@@ -138,20 +154,16 @@ def _kernels(ordinal: int, text: str, names: tuple[str, ...], what: str = "") ->
 def _passes(
     ordinal: int, constants: tuple[tuple[str, object], ...], kernel: str
 ) -> tuple[Any, ...]:
-    names = {
-        "reduce": ("fastloss_reduce", "fastloss_finish"),
-        "apply": ("fastloss_apply",),
-    }[kernel]
     what = f"the {kernel} pass, {describe(constants)}"
-    return _kernels(ordinal, specialised(constants, kernel), names, what)
+    return _kernels(ordinal, specialised(constants, kernel), PASSES[kernel], what)
 
 
 class DeviceCoefficients(NamedTuple):
     """The derivative by every sum, on the device, not yet times the upstream gradient.
 
     Attributes:
-        array: (S, samples, C) float64, of the caller's framework.
-        first: which sample is these arrays' first; samples are 1 if they were summed.
+        array: (S, rows, C) float64, of the caller's framework.
+        first: which row is these arrays' first; there is 1 if the samples were summed.
         upstream: a number there, or None.
         scale: a number known here.
         kept: what must live until the gradient is queued.
@@ -159,7 +171,7 @@ class DeviceCoefficients(NamedTuple):
 
     array: Any
     address: int
-    samples: int
+    rows: int
     classes: int
     first: int = 0
     upstream: Any = None
@@ -179,12 +191,13 @@ class DevicePasses:
     def __init__(self, place: Place, device: engine.Device | None = None) -> None:
         self.place = place
         self.device: engine.Device = CudaDevice(place) if device is None else device
-        self._losses: engine.Memory | None = None
+        self._ranked: Field | None = None
 
     def reduce(self, loss: Loss, request: Request, arrays: Arrays) -> Statistics:
         batch, classes = arrays.logits.shape[:2]
-        sums = self.place.empty((len(request.slots), batch, classes), "float64")
-        voxels = self.place.empty((batch,), "float64")
+        rows = batch * arrays.rows
+        sums = self.place.empty((len(request.sums), rows, classes), "float64")
+        voxels = self.place.empty((rows,), "float64")
         self.reduce_to(loss, request, arrays, self.place.address(sums), self.place.address(voxels))
         if loss.validate and np.isnan(self.place.numpy(voxels)).any():
             self._raise_faults(request, arrays)
@@ -193,40 +206,50 @@ class DevicePasses:
     def reduce_to(
         self, loss: Loss, request: Request, arrays: Arrays, sums: int, voxels: int
     ) -> None:
-        term = loss.term_of_voxels
+        term = loss.ranking
         if term is None:
             engine.reduce(self.device, request, arrays, sums, voxels)
             return
-        batch, classes = arrays.logits.shape[:2]
-        count = batch * int(np.prod(arrays.logits.shape[2:], dtype=np.int64))
-        self._losses = self.device.empty(max(1, count * arrays.value_dtype.itemsize))
-        weights = self.device.constant(term.class_weight(classes))
-        engine.reduce(
-            self.device, request, arrays, sums, voxels, self._losses.address, weights.address
-        )
-        slot = request.index["top_k"]
-        keep_largest(
-            self.device,
-            self._losses.address,
-            count,
-            arrays.value_dtype,
-            term.k,
-            sums + 8 * slot * batch * classes,
-        )
+        assert term.ranking is not None
+        if term.kept_percent is None:
+            raise TypeError(
+                f"terms: on a GPU a term that chooses voxels can keep the largest losses alone, "
+                f"which {type(term).__name__} does not; pass arrays in CPU memory"
+            )
+        (batch, classes), spatial = arrays.logits.shape[:2], arrays.logits.shape[2:]
+        count, dtype = prod((batch, *spatial)), arrays.value_dtype
+        losses = self.device.empty(max(1, count * dtype.itemsize))
+        view = _view_of(losses, (batch, prod(spatial)), dtype)
+        voxel_map = Map("voxel", view, term.ranks_by(request, classes))
+        name = term.ranking.field
+        engine.reduce(self.device, request, arrays, sums, voxels, voxel_map, name)
+        place = request.index[term.ranking] * batch * arrays.rows * classes
+        mean = sums + 8 * place
+        keep_largest(self.device, losses.address, count, dtype, term.kept_percent, mean)
+        self._ranked = Field(_view_of(losses, (batch, *spatial), dtype), dtype.name, "voxel")
+
+    def write_map(self, loss: Loss, request: Request, arrays: Arrays, voxel_map: Map) -> None:
+        """Write a map into an array on the device, known by its view; see `Map`."""
+        if loss.validate:
+            self._check(request, arrays)
+        engine.write_map(self.device, request, arrays, voxel_map)
 
     def _raise_faults(self, request: Request, arrays: Arrays) -> None:
+        self._check(request, arrays)
+        raise ValueError(
+            f"voxel_weight: expected numbers of at least 0 that are finite in {arrays.value_dtype}"
+        )
+
+    def _check(self, request: Request, arrays: Arrays) -> None:
+        """Raise ValueError for bad labels and weights, once all that is queued is done."""
+        weight = arrays.voxel_weight
         check_targets(
             request,
             replace(
                 arrays,
                 target=self.to_numpy(arrays.target),
-                voxel_weight=None
-                if arrays.voxel_weight is None
-                else self.to_numpy(arrays.voxel_weight),
+                voxel_weight=None if weight is None else self.to_numpy(weight),
             ),
-        )
-        raise ValueError(
-            f"voxel_weight: expected numbers of at least 0 that are finite in {arrays.value_dtype}"
         )
 
     def to_numpy(self, view: np.ndarray) -> np.ndarray:
@@ -310,25 +333,39 @@ class DevicePasses:
         coefficients: DeviceCoefficients,
         out: np.ndarray,
     ) -> None:
-        if loss.term_of_voxels is not None and self._losses is None:
-            batch, classes = arrays.logits.shape[:2]
-            scratch = self.device.empty(8 * (len(request.slots) * batch * classes + batch))
-            voxels = scratch.address + 8 * len(request.slots) * batch * classes
-            self.reduce_to(loss, request, arrays, scratch.address, voxels)
-        summed = coefficients.samples == 1
+        term = loss.ranking
+        if term is not None:
+            assert term.ranking is not None
+            if self._ranked is None:  # in another call than the first
+                rows, classes = arrays.logits.shape[0] * arrays.rows, arrays.logits.shape[1]
+                count = len(request.sums) * rows * classes
+                scratch = self.device.empty(8 * (count + rows))
+                voxels = scratch.address + 8 * count
+                self.reduce_to(loss, request, arrays, scratch.address, voxels)
+            assert self._ranked is not None
+            given = iter(arrays.fields)
+            names = request.fields
+            fields = (self._ranked if n == term.ranking.field else next(given) for n in names)
+            arrays = replace(arrays, fields=tuple(fields))
+        summed = coefficients.rows == 1
         engine.apply(
             self.device,
             request,
             arrays,
             coefficients.address + (0 if summed else 8 * coefficients.first * coefficients.classes),
             out,
-            slot_stride=coefficients.samples * coefficients.classes,
-            sample_stride=0 if summed else coefficients.classes,
+            slot_stride=coefficients.rows * coefficients.classes,
+            row_stride=0 if summed else coefficients.classes,
             upstream=coefficients.upstream_address,
             upstream_type=coefficients.upstream_type,
             scale=coefficients.scale,
-            losses=0 if self._losses is None else self._losses.address,
         )
+
+
+def _view_of(memory: engine.Memory, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """What stands for an array in C order in a device's memory, which lives as long."""
+    strides = tuple(prod(shape[i + 1 :]) * dtype.itemsize for i in range(len(shape)))
+    return device_view(memory, memory.address, shape, strides, dtype.name)
 
 
 _COMBINE = ("fastloss_combine", "fastloss_pullback")

@@ -34,6 +34,12 @@ class Term:
     ranking: Sum | None = None
     """For a term that chooses voxels by a map of their losses: the sum whose field it so makes."""
 
+    kept_percent: float | None = None
+    """For such a term that takes the mean of the largest losses: of how many percent of all voxels.
+
+    A GPU chooses so and in no other way.
+    """
+
     def check(self, activation: str, classes: int) -> None:
         """Raise ValueError if the term has no meaning for this activation and class count."""
 

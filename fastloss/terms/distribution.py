@@ -224,6 +224,10 @@ class TopKCrossEntropy(Term):
             raise ValueError("k: expected a number above 0, got 0")
         self.weight = check_class_weight("weight", weight)
 
+    @property
+    def kept_percent(self) -> float:  # type: ignore[override]
+        return self.k
+
     def check(self, activation: str, classes: int) -> None:
         if activation != "softmax":
             raise ValueError(
