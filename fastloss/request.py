@@ -38,6 +38,12 @@ class Request:
     needs: frozenset[str]
     """Families of slots: "region", "squared", "cross_entropy", "uniform", "focal:γ", "top_k"."""
 
+    def ignores_number(self, classes: int) -> bool:
+        """Whether the voxels of a dense target that hold ``ignore_index`` are ignored, which
+        otherwise names the class that is."""
+        ignore = self.ignore_index
+        return ignore is not None and not (classes > 1 and 0 <= ignore < classes)
+
     @cached_property
     def gammas(self) -> tuple[float, ...]:
         return tuple(sorted(float(n.split(":")[1]) for n in self.needs if n.startswith("focal:")))

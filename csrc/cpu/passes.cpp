@@ -30,6 +30,7 @@ void reduce_blocks(const Job& job, int64_t sample, const Blocks& blocks, void* s
     if (path == Path::two_classes) reduce_two_classes(tile, sums, &blocks.weights[block]);
     else if (path == Path::softmax_dense) reduce_softmax_dense(tile, sums, &blocks.weights[block]);
     else reduce_general(tile, sums, &blocks.weights[block]);
+    if (!tile.binary) tile.find_bad_numbers(&blocks.faults[block]);
   }
 }
 

@@ -28,6 +28,7 @@ from fastloss.backends._numba_rows import loader, settle, storer
 from fastloss.backends._numba_threads import Pool
 from fastloss.backends._numba_tile import WIDTH
 from fastloss.backends.base import Backend, bad_labels, bad_weights
+from fastloss.backends.reference import check_dense
 from fastloss.request import Request
 from fastloss.voxel_losses import VoxelLosses
 
@@ -73,6 +74,8 @@ class NumbaBackend(Backend):
         voxels: np.ndarray,
         losses: VoxelLosses | None = None,
     ) -> None:
+        if arrays.dense:
+            check_dense(request, arrays)
         call = _Call(request, arrays, None, losses)
         batch, channels = arrays.logits.shape[:2]
         slots = len(request.slots)
