@@ -37,7 +37,7 @@ class Loss:
             or there is one channel, voxels that hold this number.
         channel_axis: the axis of the channels in logits and dense targets, 1 or for instance
             -1; any axis but the first.
-        validate: on a GPU, wait for the reduce pass and raise the error for bad labels or voxel
+        validate: on a GPU, wait for the reduce pass and raise the error for bad targets or voxel
             weights. Without it nothing waits, and they make the value and the gradient NaN. On a
             CPU they always raise.
 
@@ -48,7 +48,8 @@ class Loss:
       in CPU memory or on a CUDA device, which is read without a copy.
     - target: a label map (B, *spatial) or (B, 1, *spatial) of integers in [0, C), in any integer,
       bool or floating dtype; or a dense target (B, C, *spatial): one-hot, multi-label or soft.
-      With one channel and no softmax the target is that channel's mask.
+      With one channel and no softmax the target is that channel's mask. Integers in a dense target
+      or a mask are 0 and 1, floating numbers are free.
     - voxel_weight: None, or (B, *spatial) or (B, 1, *spatial), non-negative: a mask or weights. A
       voxel of weight 0 counts for nothing, whatever its logits hold.
     - fields: None, or by name the arrays that terms read beside the target, (B, *spatial) or
@@ -67,7 +68,8 @@ class Loss:
     no graph, whatever their tensors require.
 
     Every method raises ValueError or TypeError, naming the argument, for arrays that do not fit
-    each other, for labels outside [0, C) that are not ``ignore_index``, and for negative weights.
+    each other, for labels outside [0, C) that are not ``ignore_index``, for other integers than 0
+    and 1 in a dense target or a mask (as in one of 0 and 255), and for negative weights.
 
     Arrays on a CUDA device are computed there, on the caller's current stream, and nothing waits
     for it; results stay there, in CuPy arrays where the framework is not PyTorch. All arrays of a

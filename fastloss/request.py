@@ -24,6 +24,12 @@ class Request:
     needs: frozenset[str | Sum]
     """Sums, and the names of families of sums: see `fastloss.sums.family`."""
 
+    def ignores_number(self, classes: int) -> bool:
+        """Whether the voxels of a dense target that hold ``ignore_index`` are ignored, which
+        otherwise names the class that is."""
+        ignore = self.ignore_index
+        return ignore is not None and not (classes > 1 and 0 <= ignore < classes)
+
     @cached_property
     def sums(self) -> tuple[Sum, ...]:
         return table(self.needs, self.activation)

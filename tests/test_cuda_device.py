@@ -164,6 +164,20 @@ def test_bad_labels_and_weights_make_nan(launched: list[str]) -> None:
     assert np.isnan(loss(OnDevice(x), OnDevice(y * 0), OnDevice(w)).values[0]).all()
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+@pytest.mark.parametrize("classes", [1, 3, 40])
+def test_bad_numbers_of_a_mask_make_nan(launched: list[str], classes: int, dtype: Any) -> None:
+    loss = fl.Loss(fl.Dice(reduction="none"), activation="sigmoid")
+    x, _ = example(2, classes, (40,), dtype=np.float32)
+    g = np.ones(x.shape, dtype)
+    g[1, -1, 39] = 255
+    value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(g))
+    assert np.isnan(value.values[1]).all()
+    assert np.isnan(gradient.values[1]).all()
+    expected, slope = reference(loss, x[:1], g[:1])
+    assert_agree(value.values[:1], gradient.values[:1], (expected, slope))
+
+
 ALONE = [
     fl.CrossEntropy(),
     fl.CrossEntropy(reduction="sum", weight=[1, 0, 1]),
@@ -229,6 +243,10 @@ def test_validate_asks_for_the_exact_error(
     w[0, 0] = -1.0
     with pytest.raises(ValueError, match=r"^voxel_weight: .*the first is -1$"):
         loss(OnDevice(x), OnDevice(y * 0), OnDevice(w))
+    loss, mask = fl.Loss(loss, activation="sigmoid"), np.zeros((2, 40), np.uint8)
+    mask[1, 7:] = 255
+    with pytest.raises(ValueError, match=r"^target: .*but 33 numbers are not; the first is 255$"):
+        loss(OnDevice(x[:, :1]), OnDevice(mask))
 
 
 def test_arrays_in_different_memories(launched: list[str]) -> None:

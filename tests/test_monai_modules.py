@@ -140,6 +140,47 @@ def test_label_that_is_no_class() -> None:
         ours.DiceCELoss(**ONE_HOT, softmax=True)(torch.tensor(LOGITS), torch.tensor(LABELS + 1))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {} if name == "FocalLoss" else {"sigmoid": True}) for name in NAMES),
+        # These are not fused.
+        ("FocalLoss", {"reduction": "none"}),
+        ("DiceLoss", {"sigmoid": True, "soft_label": True}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:mask")
+def test_mask_of_0_and_255(name: str, options: dict[str, Any]) -> None:
+    """MONAI computes something; integers that are neither 0 nor 1 are an error here."""
+    loss = getattr(ours, name)(**options)
+    for x, y in ((ONE, SEVERAL[:, :1]), (LOGITS, SEVERAL)):
+        logits = torch.tensor(x)
+        right = torch.tensor(y)
+        torch.testing.assert_close(loss(logits, right.to(torch.uint8)), loss(logits, right))
+        for dtype in (torch.uint8, torch.int64):
+            with pytest.raises(ValueError, match=r"^target: .*the first is 255$"):
+                loss(logits, (255 * right).to(dtype))
+    if hasattr(loss, "ignore_index"):
+        loss.ignore_index = 255
+        right = torch.tensor(SEVERAL[:, :1])
+        right[0, 0, 1] = 255
+        value = loss(torch.tensor(ONE), right.to(torch.uint8))
+        torch.testing.assert_close(value, loss(torch.tensor(ONE), right))
+        right[0, 0, 2] = 254
+        with pytest.raises(ValueError, match=r"^target: .*ignore_index=255.*the first is 254$"):
+            loss(torch.tensor(ONE), right.to(torch.uint8))
+
+
+def test_mask_of_0_and_255_compiled() -> None:
+    """An error of the kernels, and NaN in a loss of PyTorch's operations."""
+    x, mask = torch.tensor(ONE), 255 * torch.tensor(SEVERAL[:, :1]).byte()
+    how = {"fullgraph": True, "backend": "aot_eager"}
+    with pytest.raises(ValueError, match=r"target: .*the first is 255"):
+        torch.compile(ours.DiceLoss(sigmoid=True), **how)(x, mask)
+    value = torch.compile(ours.FocalLoss(reduction="none"), **how)(x, mask)
+    assert torch.equal(value.isnan(), mask == 255)
+
+
 PASSES: list[tuple[int, str, dict[str, Any], np.ndarray, np.ndarray]] = [
     (1, "DiceLoss", SOFTMAX | {"jaccard": True, "weight": [1, 2, 3]}, LOGITS, LABELS),
     (1, "DiceLoss", SOFTMAX | {"soft_label": True, "ignore_index": 1}, LOGITS, LABELS),

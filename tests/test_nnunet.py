@@ -369,6 +369,7 @@ LABELS = torch.tensor(RNG.integers(0, 3, (2, 1, 4, 5)))
 WITH_IGNORED = torch.where(torch.tensor(RNG.random((2, 1, 4, 5)) < 0.3), 3, LABELS)
 REGIONS = torch.tensor(RNG.random((2, 3, 4, 5)) < 0.4)
 WITH_CHANNEL = torch.tensor(RNG.random((2, 4, 4, 5)) < 0.4)
+ONE = LOGITS[:, :1].sigmoid()
 WEIGHT = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
 BATCH_DICE = {"batch_dice": True, "do_bg": False, "smooth": 1e-5, "ddp": False}
 
@@ -589,6 +590,8 @@ def test_options_are_not_written_to() -> None:
         (AssertionError, "one channel", own_call("RobustCrossEntropyLoss", REGIONS)),
         (ValueError, "target.*4", own_call("DC_and_BCE_loss", REGIONS, use_ignore_label=True)),
         (ValueError, "target", own_call("DC_and_BCE_loss", LABELS)),
+        (ValueError, "target.* 255$", own_call("DC_and_BCE_loss", 255 * REGIONS.byte())),
+        (ValueError, "target.* 255$", own_call("SoftDiceLoss", 255 * REGIONS[:, :1].byte(), ONE)),
         (ValueError, "smooth", own_call("SoftDiceLoss", LABELS, smooth=-1.0)),
         (ValueError, "k: ", own_call("TopKLoss", LABELS, k=0)),
         (RuntimeError, "process_group", own_call("SoftDiceLoss", LABELS, batch_dice=True)),

@@ -197,6 +197,9 @@ def test_errors_of_a_compiled_loss() -> None:
     fast = compiled(LOSS.__call__)
     with pytest.raises(ValueError, match=r"target: expected labels in \[0, 3\)"):
         fast(x, y + 1)
+    one = compiled(fl.Loss(LOSS, activation="sigmoid").__call__)
+    with pytest.raises(ValueError, match=r"target: expected 0 or 1 in a mask .* first is 255"):
+        one(x[:, :1], 255 * (y > 0))
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(
         torch.ops.fastloss.loss(leaf, y, None, name_of(LOSS), "", "")[0], leaf, create_graph=True

@@ -159,7 +159,7 @@ struct Job {
 
 // What was wrong in the caller's data, in voxel order.
 struct Faults {
-  int64_t labels = 0;
+  int64_t labels = 0;  // or, in a dense target, integers other than 0 and 1
   double first_label = 0;
   int64_t weights = 0;
   double first_weight = 0;

@@ -101,6 +101,7 @@ struct Tile {
   bool even = true;    // every m is 1 and there is no padding
   bool ones = false;   // the row of m holds ones
   bool holes = false;  // some voxel has m = 0
+  bool binary = true;  // the integers of a dense target, so far as loaded, are 0, 1 or ignored
   // Of softmax with a label map.
   bool direct = false;  // the logits are used where they lie
   bool near = false;    // they are so small that no maximum need be taken off
@@ -155,6 +156,7 @@ struct Tile {
     logit_runs.find(job.logits, first, n);
     target_runs.find(job.target, first, n);
     load_weights(faults);
+    binary = true;
     if (!job.dense) {
       load_labels_of_tile(faults);
     } else if (job.has_ignore) {
@@ -365,11 +367,35 @@ struct Tile {
     return job.target.data + sample * job.target.batch_stride + c * job.target.channel_stride;
   }
 
+  // In a dense target: whether voxels that hold the number are ignored, which else is a class.
+  bool ignores_number() const {
+    const bool is_class = job.classes > 1 && job.ignore >= 0 && job.ignore < job.classes;
+    return job.has_ignore && !is_class;
+  }
+
+  // Counts the integers of a dense target that are neither 0 nor 1 nor ignored, of all voxels.
+  void find_bad_numbers(Faults* faults) {
+    double values[kMaxTile], number = 0;
+    int first = n;
+    int64_t found = 0;
+    for (int64_t c = 0; c < job.classes; ++c) {
+      load_row<double>(target_row(c), job.target.dtype, target_runs, values);
+      for (int v = 0; v < n; ++v) {
+        if (values[v] == 0 || values[v] == 1) continue;
+        if (ignores_number() && values[v] == double(job.ignore)) continue;
+        ++found;
+        if (v < first) first = v, number = values[v];
+      }
+    }
+    if (faults->labels == 0) faults->first_label = number;
+    faults->labels += found;
+  }
+
   // In a dense target: more than half of the ignored class, or the ignored number anywhere.
   void find_ignored() {
     T* m = row(kWeight);
     T* g = row(kA);
-    bool is_class = job.classes > 1 && job.ignore >= 0 && job.ignore < job.classes;
+    const bool is_class = !ignores_number();
     int found = 0;
     for (int64_t c = is_class ? job.ignore : 0; c < (is_class ? job.ignore + 1 : job.classes);
          ++c) {
@@ -389,7 +415,8 @@ struct Tile {
   // Row c of the target as numbers: dense, or 1 where the label is c.
   void load_target(int64_t c, T* g) {
     if (job.dense) {
-      load_row<T>(target_row(c), job.target.dtype, target_runs, g);
+      binary &= load_dense_row<T>(target_row(c), job.target.dtype, target_runs, ignores_number(),
+                                  job.ignore, g);
       for (int v = n; v < padded; ++v) g[v] = T(0);
       if (holes) clear_holes(g);
     } else {

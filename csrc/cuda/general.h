@@ -100,6 +100,14 @@ struct Spot {
   FL_DEVICE Spot(const GeneralCall& call, int sample, Index first, Index last) : call(call) {
     move_to(call, sample, first, last, voxel);
     find_others(sample, voxel.inside ? first : 0);
+    if (voxel.inside && checks_numbers(call)) {
+#pragma unroll 1
+      for (int c = 0; c < CONST(classes); ++c) {
+        T g[1];
+        load_numbers(at_class(kTarget, c), 0, CONST(target_type), false, g);
+        voxel.faults += bad_numbers(call, g);
+      }
+    }
     row = voxel.inside ? 0 : -1;
     if (voxel.inside && has_regions(call)) {
       row = region();

@@ -173,7 +173,9 @@ struct Sums {
       }
       clear();
     }
-    // All warps of a group see the same voxels; the first one counts them.
+    // All warps of a group see the same voxels; the first one counts them. Of a dense target each
+    // sees other classes.
+    if (CONST(warps) > 1 && checks_numbers(call)) faults = __syncthreads_or(faults);
     double sum = warp_sum(double(weight)), bad = warp_sum(double(faults));
     if (block.lane == 0 && block.warp_in_group == 0) {
       to[CONST(slots) * CONST(classes)] += sum;
@@ -394,7 +396,7 @@ FL_DEVICE void reduce_dense(Block<In, V>& block, const Voxels<typename ComputedI
       T g[V];
       if (there) {
         if (!once) block.load_class(v, c, x[k]);
-        block.load_target(v, c, target, g);
+        block.load_target(v, c, target, g, sums.faults);
       }
       T sum[kMaxSlots] = {};
       if (there && v.inside) add_voxels<In, V>(block, v, x[k], g, whole, logs, sum);

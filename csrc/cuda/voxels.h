@@ -215,6 +215,24 @@ FL_DEVICE void target_row(const Call& call, const char* from, T (&g)[V]) {
   load_numbers(from, call.stride[kTarget][0], CONST(target_type), CONST(packed_target) != 0, g);
 }
 
+// Whether they are integers, which are to be 0 and 1.
+FL_DEVICE bool checks_numbers(const Call& call) {
+  return CONST(dense) && CONST(target_type) >= kU8 && CONST(target_type) != kNoType;
+}
+// How many of them are then neither, nor ignored.
+template <class T, int V>
+FL_DEVICE int bad_numbers(const Call& call, const T (&g)[V]) {
+  int bad = 0;
+  if (!checks_numbers(call)) return bad;
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    bool good = g[j] == T(0) || g[j] == T(1);
+    if (CONST(ignore_kind) == kValue) good = good || g[j] == T(call.ignore);
+    bad += good ? 0 : 1;
+  }
+  return bad;
+}
+
 template <class T, int V>
 FL_DEVICE void move_to(const Call& call, int sample, Index first, Index last,
                        Voxels<T, V>& voxels) {

@@ -34,7 +34,8 @@ class Backend:
         Also a map of kind "voxel", if one is wanted, in the same pass.
 
         Raises:
-            ValueError: a label outside [0, C) that is not ignored, or a negative voxel weight.
+            ValueError: a label outside [0, C) that is not ignored, an integer other than 0 and 1 in
+                a dense target, or a negative voxel weight.
         """
         raise NotImplementedError(f"{type(self).__name__} must define reduce")
 
@@ -65,13 +66,27 @@ class Backend:
 
 
 def bad_labels(count: int, first: Any, request: Request, classes: int) -> ValueError:
-    """The error for labels that are no class."""
+    """The error for labels that are no class, or what `bad_numbers` says of a dense target."""
+    if request.dense:
+        number = request.ignore_index if request.ignores_number(classes) else None
+        return bad_numbers(count, first, number, classes)
     ignored = "" if request.ignore_index is None else f" or ignore_index={request.ignore_index}"
     shown = int(first) if float(first).is_integer() else float(first)
     plural = "label is" if count == 1 else "labels are"
     return ValueError(
         f"target: expected labels in [0, {classes}){ignored}, but {count} {plural} not; the first "
         f"is {shown}"
+    )
+
+
+def bad_numbers(count: int, first: Any, ignored: int | None, classes: int) -> ValueError:
+    """The error for integers in a dense target that are neither 0 nor 1 nor ``ignored``."""
+    allowed = "0 or 1" if ignored is None else f"0 or 1 or ignore_index={ignored}"
+    kind = "a mask" if classes == 1 else "a dense target"
+    plural = "number is" if count == 1 else "numbers are"
+    return ValueError(
+        f"target: expected {allowed} in {kind} of integers, but {count} {plural} not; the first is "
+        f"{int(first)}"
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastloss.arrays import Arrays
+from fastloss.arrays import INTEGERS, Arrays
 from fastloss.backends.base import Backend, bad_labels, bad_weights
 from fastloss.maps import Map
 from fastloss.request import Request
@@ -262,9 +262,14 @@ def _sample(request: Request, arrays: Arrays, b: int) -> _Sample:
 
 
 def check_targets(request: Request, arrays: Arrays) -> None:
-    """Raise ValueError for labels that are no class and for bad voxel weights."""
+    """Raise ValueError for labels that are no class and for bad voxel weights.
+
+    In a dense target integers are 0 or 1, as labels are classes; floating numbers are free.
+    """
     classes = arrays.logits.shape[1]
-    if not arrays.dense:
+    if arrays.dense:
+        check_dense(request, arrays)
+    else:
         labels = _load(arrays.target, arrays.target_dtype)
         good = (labels >= 0) & (labels < classes) & (labels == np.floor(labels))
         if request.ignore_index is not None:
@@ -276,6 +281,21 @@ def check_targets(request: Request, arrays: Arrays) -> None:
         good = (weight >= 0) & (weight < np.inf)
         if not good.all():
             raise bad_weights(int((~good).sum()), weight[~good][0])
+
+
+def check_dense(request: Request, arrays: Arrays) -> None:
+    """Raise ValueError for integers in a dense target that are neither 0 nor 1 nor ignored."""
+    if arrays.target_dtype not in INTEGERS:
+        return
+    classes = arrays.logits.shape[1]
+    numbers = np.moveaxis(arrays.target, 1, -1)  # the first is one of the first voxel's
+    if arrays.target_dtype == "bool":
+        numbers = numbers.view(np.uint8)
+    bad = (numbers != 0) & (numbers != 1)
+    if request.ignores_number(classes):
+        bad &= numbers != request.ignore_index
+    if bad.any():
+        raise bad_labels(int(bad.sum()), numbers[bad][0], request, classes)
 
 
 def _load(array: np.ndarray, dtype: str) -> np.ndarray:

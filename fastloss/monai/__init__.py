@@ -51,6 +51,9 @@ What differs from MONAI:
   focal losses as well, and give a float64 value. The target's dtype does not matter.
 - Labels that are no class raise ValueError (RuntimeError), those with a fraction as well, which
   MONAI truncates.
+- Integers other than 0 and 1 in a target that is no label map, as in a mask of 0 and 255, raise
+  ValueError (a value without meaning), unless they are the ``ignore_index`` of a single channel. On
+  a GPU, and under ``torch.compile`` where the loss is not fused, they make the value NaN.
 - Voxels that are ignored or masked count for nothing even where they hold NaN.
 - The cross-entropy of voxels whose classes all have weight 0 is 0 (NaN).
 - Integer and bool targets are taken in every loss. Second derivatives are computed where the loss

@@ -35,6 +35,8 @@ What differs from nnU-Net:
   well, which nnU-Net truncates. Negative numbers in ``smooth`` or a mask raise ValueError, and so
   do masks of other shapes than (B, 1, *spatial), and a background that is the only class and does
   not count (NaN).
+- Integers other than 0 and 1 in regions or in the target of a single channel, as in a mask of 0 and
+  255, raise ValueError (a value without meaning); on a GPU they make the value NaN.
 - Logits without a spatial axis are one voxel per sample for every Dice loss
   (``MemoryEfficientSoftDiceLoss`` summed over all axes).
 - ``DC_and_CE_loss`` and ``DC_and_topk_loss`` of a dense target raise ValueError (its channel 0 was

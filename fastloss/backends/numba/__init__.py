@@ -20,7 +20,7 @@ from fastloss.backends.numba import general, softmax_labels
 from fastloss.backends.numba.blocks import Axes, Block, Operand, Reader, Writer, blocks_of
 from fastloss.backends.numba.functions import BY, FUNCTIONS, WEIGHTS
 from fastloss.backends.numba.pool import Pool
-from fastloss.backends.reference import check_targets
+from fastloss.backends.reference import check_dense, check_targets
 from fastloss.maps import Map
 from fastloss.request import ACTIVATIONS, Request
 
@@ -102,6 +102,8 @@ class NumbaBackend(Backend):
         Raises:
             ValueError: with ``check``, if there are bad labels or weights.
         """
+        if check and call.arrays.dense:
+            check_dense(call.request, call.arrays)
         results: list[Any] = [None] * len(call.turns)
         left = deque(enumerate(call.turns))
         bad = []
