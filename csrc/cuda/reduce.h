@@ -173,9 +173,12 @@ struct Sums {
       }
       clear();
     }
-    // All warps of a group see the same voxels; the first one counts them. Of a dense target each
-    // sees other classes.
-    if (CONST(warps) > 1 && checks_numbers(call)) faults = __syncthreads_or(faults);
+    if (checks_numbers(call)) {
+      // NaN tells of a bad number, which only the warp that has its class has seen.
+      int bad_number = weight != weight;
+      faults += CONST(warps) > 1 ? __syncthreads_or(bad_number) : bad_number;
+    }
+    // All warps of a group see the same voxels; the first one counts them.
     double sum = warp_sum(double(weight)), bad = warp_sum(double(faults));
     if (block.lane == 0 && block.warp_in_group == 0) {
       to[CONST(slots) * CONST(classes)] += sum;
@@ -396,7 +399,8 @@ FL_DEVICE void reduce_dense(Block<In, V>& block, const Voxels<typename ComputedI
       T g[V];
       if (there) {
         if (!once) block.load_class(v, c, x[k]);
-        block.load_target(v, c, target, g, sums.faults);
+        // Kept where a number is kept anyhow, as a counter would take a register.
+        if (block.load_target(v, c, target, g)) sums.weight = infinity<T>() - infinity<T>();
       }
       T sum[kMaxSlots] = {};
       if (there && v.inside) add_voxels<In, V>(block, v, x[k], g, whole, logs, sum);
