@@ -105,7 +105,7 @@ struct Spot {
       for (int c = 0; c < CONST(classes); ++c) {
         T g[1];
         load_numbers(at_class(kTarget, c), 0, CONST(target_type), false, g);
-        voxel.faults += bad_numbers(call, g);
+        voxel.faults += any_bad_number(call, g);
       }
     }
     row = voxel.inside ? 0 : -1;
