@@ -236,13 +236,11 @@ struct Softmax {
 #pragma unroll 1
     for (int c = 1; c < CONST(classes); ++c) {
       T x = spot.logit(c), joins = larger_of(x, c);
-      // `joins` is one of the others.
-      if (joins > second) {
-        others = others * exact_exponential(gap_below(second, joins)) + T(1);
-        second = joins;
-      } else {
-        others += exact_exponential(gap_below(joins, second));
-      }
+      // `joins` is one of the others, perhaps their largest.
+      bool more = joins > second;
+      T e = exact_exponential(more ? gap_below(second, joins) : gap_below(joins, second));
+      others = more ? others * e + T(1) : others + e;
+      second = more ? joins : second;
     }
     T apart = gap_below(second, largest);
     rest = others * exact_exponential(apart);
@@ -406,14 +404,12 @@ struct Accumulators {
   }
 
   FL_DEVICE double* partial() const {
-    return call.partial + (size_t(part.sample) * call.blocks + part.number) * size_t(width());
+    return call.partial + size_t(blockIdx.x) * size_t(width());
   }
 
   // The voxels of a warp that are `mine`, all of one row. All lanes call.
   FL_DEVICE void add(const Spot<In>& spot, int row, bool mine, T& map) {
     double* here = to + size_t(row) * row_size();
-    T m = warp_sum(mine ? spot.voxel.m[0] : T(0));
-    if (part.lane == 0) here[row_size() - 1] += double(m);
     for_classes(spot, [&](int c, T, const Probability<T>& v) {
       T g = spot.target(c);
 #pragma unroll
@@ -437,6 +433,8 @@ struct Accumulators {
       }
       if (CONST(map_kind) == kVoxelMap && mine) map += mapped(spot, c, g, v);
     });
+    T m = warp_sum(mine ? spot.voxel.m[0] : T(0));
+    if (part.lane == 0) here[row_size() - 1] += double(m);
   }
 
   FL_DEVICE void add_faults(int faults) {
@@ -445,7 +443,7 @@ struct Accumulators {
   }
 
   // Writes the sums of the block, those of the warps in order.
-  FL_DEVICE void finish() const {
+  FL_DEVICE void write_partial() const {
     if (CONST(global_sums)) return;
     __syncthreads();
     double* all = partial();
@@ -482,7 +480,7 @@ FL_DEVICE void general_reduce(const GeneralCall& call) {
     }
     if (CONST(map_kind) == kVoxelMap && spot.voxel.inside) store_map(spot, 0, map);
   }
-  sums.finish();
+  sums.write_partial();
 }
 
 FL_DEVICE void general_finish(const GeneralCall& call) {
@@ -515,8 +513,7 @@ struct Derivatives {
     scale = call.scale;
     if (CONST(upstream_type) == kF32) scale *= double(*static_cast<const float*>(call.upstream));
     if (CONST(upstream_type) == kF64) scale *= *static_cast<const double*>(call.upstream);
-    global = call.coefficients +
-             static_cast<long long>(part.sample) * call.rows * call.row_stride;
+    global = call.coefficients + static_cast<long long>(part.sample) * call.rows * call.row_stride;
     if (CONST(global_table)) return;
     for (int i = part.thread; i < CONST(slots) * CONST(classes); i += part.threads) {
       int slot = i / CONST(classes);
