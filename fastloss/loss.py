@@ -613,9 +613,10 @@ class Passes:
         shape = (batch, *[classes] * by_class, *spatial)
         flat = (*shape[: 1 + by_class], prod(spatial))
         out = self._new(flat, arrays.value_dtype)
-        voxel_map = Map("class" if by_class else "voxel", out, coefficients)
+        view = out if self.device is None else borrow(out, "out").array
+        voxel_map = Map("class" if by_class else "voxel", view, coefficients)
         if self.device is not None:
-            self.device.write_map(request, arrays, voxel_map)
+            self.device.write_map(request, arrays, voxel_map, loss.validate)
         else:
             assert self.backend is not None
             self.backend.write_map(request, arrays, voxel_map)
@@ -625,12 +626,16 @@ class Passes:
         caller_shape = tuple(value.shape)
 
         def pullback(upstream: Any) -> PerVoxel:
-            if upstream is None:
+            if upstream is None and self.device is not None:
+                upstream = self.device.place.ones(caller_shape, arrays.value_dtype.name)
+            elif upstream is None:
                 upstream = np.broadcast_to(np.ones((), np.float32), caller_shape)
             elif np.shape(upstream) != caller_shape:
                 raise ValueError(
                     f"upstream: expected the value's shape {caller_shape}, got {np.shape(upstream)}"
                 )
+            elif self.device is not None:
+                upstream = self.device.place.array(upstream, arrays.value_dtype.name)
             return PerVoxel(coefficients, borrow(upstream, "upstream"))
 
         return value, pullback

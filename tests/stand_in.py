@@ -27,6 +27,9 @@ class OnDevice:
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
+    def reshape(self, *shape: Any) -> OnDevice:
+        return OnDevice(self.values.reshape(*shape), self.ordinal)
+
     def __add__(self, other: OnDevice) -> OnDevice:
         return OnDevice(self.values + other.values, self.ordinal)
 

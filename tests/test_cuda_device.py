@@ -13,6 +13,8 @@ from support import assert_agree, example, one_hot, reference
 
 import fastloss as fl
 from fastloss.backends._cuda_source import source
+from fastloss.backends.cuda import DevicePasses
+from fastloss.sums import Sum
 
 
 @pytest.fixture
@@ -101,6 +103,98 @@ def test_gradient_in_place_of_the_logits(launched: list[str]) -> None:
     value, gradient = loss.value_and_grad(device, OnDevice(y), out=device)
     assert gradient is device
     assert_agree(value.values, device.values, expected)
+
+
+class Boundary(fl.Term):
+    """Σ φ_c p_c: a term of one's own that reads a field."""
+
+    requires = frozenset({Sum("one", "p", field="phi")})
+
+    def combine(self, statistics: Any) -> Any:
+        key = Sum("one", "p", field="phi")
+        return statistics[key].sum(), lambda upstream: {key: upstream}
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_fields(launched: list[str], dtype: str, activation: str) -> None:
+    loss = fl.Loss(fl.Dice(), 0.1 * Boundary(), fl.CrossEntropy(), activation=activation)
+    x, y = example(2, 3, (7, 9), dtype=dtype)
+    y = y if activation == "softmax" else one_hot(y, 3)
+    phi = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+    fields = {"phi": OnDevice(phi)}
+    value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y), fields=fields)
+    expected = reference(loss, x, y, fields={"phi": phi})
+    assert_agree(value.values, gradient.values, expected, value_scale=10)
+    with pytest.raises(ValueError, match=r"^fields\['phi'\]: expected an array in the memory of"):
+        loss(OnDevice(x), OnDevice(y), fields={"phi": phi})
+
+
+def test_top_k_beside_a_field(launched: list[str]) -> None:
+    loss = fl.TopKCrossEntropy(k=20, weight=[1.0, 0.0, 2.0]) + Boundary() + fl.CrossEntropy()
+    x, y = example(2, 3, (7, 9), dtype=np.float32)
+    phi = np.random.default_rng(0).normal(size=y.shape).astype(np.float32)
+    value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y), fields={"phi": OnDevice(phi)})
+    expected = reference(loss, x, y, fields={"phi": phi})
+    assert_agree(value.values, gradient.values, expected, value_scale=10)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        fl.Dice() + fl.CrossEntropy(),
+        fl.Loss(fl.Tversky(batch=True), fl.Focal(), activation="sigmoid"),
+        fl.Loss(fl.Dice(reduction="none")),
+    ],
+    ids=["softmax", "sigmoid, joined", "of every region"],
+)
+def test_regions(launched: list[str], loss: fl.Loss) -> None:
+    x, y = example(2, 3, (7, 9), dtype=np.float32)
+    y = y if loss.activation == "softmax" else one_hot(y, 3)
+    regions = np.repeat(np.arange(-1, 3), 16)[:63].reshape(7, 9)
+    regions = np.stack([regions, np.minimum(regions, 1)])
+    value, gradient = loss.value_and_grad(
+        OnDevice(x), OnDevice(y), regions=OnDevice(regions), region_count=4
+    )
+    expected = reference(loss, x, y, regions=regions, region_count=4)
+    assert_agree(value.values, gradient.values, expected)
+    statistics = loss.statistics(
+        OnDevice(x), OnDevice(y), regions=OnDevice(regions), region_count=4
+    )
+    np.testing.assert_array_equal(loss.value(statistics).values, value.values)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_losses_of_every_voxel(
+    launched: list[str], activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DevicePasses, "to_numpy", lambda self, view: view.copy())
+    loss = fl.Loss(
+        fl.CrossEntropy(reduction="voxel", label_smoothing=0.1),
+        fl.Focal(reduction="voxel"),
+        activation=activation,
+    )
+    x, y = example(2, 3, (7, 9), dtype=np.float32)
+    y = y if activation == "softmax" else one_hot(y, 3)
+    value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y))
+    assert_agree(value.values, gradient.values, reference(loss, x, y))
+    upstream = np.random.default_rng(0).normal(size=value.shape).astype(np.float32)
+    _, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y), upstream=OnDevice(upstream))
+    assert_agree(value.values, gradient.values, reference(loss, x, y, upstream=upstream))
+    if activation == "softmax":
+        y[0, 2, 3] = 3
+        assert np.isnan(loss(OnDevice(x), OnDevice(y)).values[0, 2, 3])
+        with pytest.raises(ValueError, match=r"^target: .* the first is 3$"):
+            fl.Loss(loss, validate=True)(OnDevice(x), OnDevice(y))
+
+
+def test_other_ways_to_choose_voxels(launched: list[str]) -> None:
+    class Hardest(fl.TopKCrossEntropy):
+        kept_percent = None
+
+    x, y = example(2, 3, (7, 9), dtype=np.float32)
+    with pytest.raises(TypeError, match=r"^terms: on a GPU .* Hardest does not"):
+        Hardest()(OnDevice(x), OnDevice(y))
 
 
 def test_launches(launched: list[str]) -> None:
@@ -230,8 +324,6 @@ def test_many_classes_and_many_sums(launched: list[str]) -> None:
 def test_validate_asks_for_the_exact_error(
     launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastloss.backends.cuda import DevicePasses
-
     monkeypatch.setattr(DevicePasses, "to_numpy", lambda self, view: view.copy())
     loss = fl.Loss(fl.Dice(), validate=True)
     x, y = example(2, 3, (40,), dtype=np.float32)

@@ -81,8 +81,17 @@ class Program:
         return value, stacked if self.value_shape else stacked * upstream
 
 
-def trace(loss: Loss, request: Request, batch: int, classes: int, value_dtype: np.dtype) -> Program:
+def trace(
+    loss: Loss,
+    request: Request,
+    batch: int,
+    classes: int,
+    value_dtype: np.dtype,
+    regions: int = 0,
+) -> Program:
     """The combine step of a loss whose sums are (S, batch, classes), by the request's sums.
+
+    ``regions``: how many rows of the ``batch`` a sample has; 0 where a row is a sample.
 
     Raises:
         TypeError: a formula of the loss does what cannot be recorded: it branches on its sums, or
@@ -100,7 +109,7 @@ def trace(loss: Loss, request: Request, batch: int, classes: int, value_dtype: n
         joined_sums = both[:count].reshape(shape[0], 1, classes)
         joined = Statistics(request, joined_sums, both[count:], value_dtype)
     statistics = Statistics(
-        request, _as_array(graph, sums), _as_array(graph, voxels), value_dtype, joined
+        request, _as_array(graph, sums), _as_array(graph, voxels), value_dtype, joined, regions
     )
     with np.errstate(all="ignore"):
         total, pullback = loss.formulas(statistics)

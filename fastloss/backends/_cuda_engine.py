@@ -264,7 +264,7 @@ def plan_of(
     ``out`` takes the gradient or, (B, voxels) or (B, C, voxels), the map.
     """
     x, y, w = arrays.logits, arrays.target, arrays.voxel_weight
-    at = (_address(x), _address(y), _address(w), _address(out))
+    at: tuple[int, ...] = (_address(x), _address(y), _address(w), _address(out))
     key: tuple[Any, ...] = (
         id(request),  # which the plan keeps
         x.shape,

@@ -201,7 +201,8 @@ class DevicePasses:
         self.reduce_to(loss, request, arrays, self.place.address(sums), self.place.address(voxels))
         if loss.validate and np.isnan(self.place.numpy(voxels)).any():
             self._raise_faults(request, arrays)
-        return Statistics(request, sums, voxels, arrays.value_dtype)
+        regions = 0 if arrays.regions is None else arrays.rows
+        return Statistics(request, sums, voxels, arrays.value_dtype, None, regions)
 
     def reduce_to(
         self, loss: Loss, request: Request, arrays: Arrays, sums: int, voxels: int
@@ -228,11 +229,32 @@ class DevicePasses:
         keep_largest(self.device, losses.address, count, dtype, term.kept_percent, mean)
         self._ranked = Field(_view_of(losses, (batch, *spatial), dtype), dtype.name, "voxel")
 
-    def write_map(self, loss: Loss, request: Request, arrays: Arrays, voxel_map: Map) -> None:
-        """Write a map into an array on the device, known by its view; see `Map`."""
-        if loss.validate:
+    def write_map(
+        self, request: Request, arrays: Arrays, voxel_map: Map, validate: bool = False
+    ) -> None:
+        """Write a map into an array on the device, known by its view.
+
+        Voxels with a bad label or weight get NaN; with ``validate`` there is an error instead.
+        """
+        if validate:
             self._check(request, arrays)
         engine.write_map(self.device, request, arrays, voxel_map)
+
+    def apply_sums(
+        self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Write the gradient, given the derivative by every sum, (S, rows, C), in CPU memory."""
+        _, rows, classes = coefficients.shape
+        numbers = self.device.upload(np.ascontiguousarray(coefficients, np.float64))
+        engine.apply(
+            self.device,
+            request,
+            arrays,
+            numbers.address,
+            out,
+            slot_stride=rows * classes,
+            row_stride=classes,
+        )
 
     def _raise_faults(self, request: Request, arrays: Arrays) -> None:
         self._check(request, arrays)
@@ -269,7 +291,7 @@ class DevicePasses:
     ) -> tuple[Any, Callable[[Any], DeviceCoefficients]]:
         """The value, on the device, and from its upstream gradient the derivative by every sum."""
         shape = slots, batch, classes = tuple(statistics.sums.shape)
-        program = program_of(loss, statistics.request, shape, statistics.dtype)
+        program = program_of(loss, statistics.request, shape, statistics.dtype, statistics.regions)
         place, device = self.place, self.device
         dtype = statistics.dtype.name
         value = place.empty(program.value_shape, dtype)
@@ -391,13 +413,13 @@ _COMBINE_RECORD = np.dtype(("V", COMBINE_CALL.itemsize))
 
 
 def program_of(
-    loss: Loss, request: Request, shape: tuple[int, int, int], dtype: np.dtype
+    loss: Loss, request: Request, shape: tuple[int, int, int], dtype: np.dtype, regions: int = 0
 ) -> Program:
     """The step between the passes, traced once for every shape of the sums."""
     programs: dict[Any, Program] = loss.__dict__.setdefault("_programs", {})
-    key = (request, shape, dtype)
+    key = (request, shape, dtype, regions)
     if key not in programs:
-        programs[key] = trace(loss, request, *shape[1:], dtype)
+        programs[key] = trace(loss, request, *shape[1:], dtype, regions)
     return programs[key]
 
 
