@@ -32,6 +32,16 @@ class LogCosh(fl.RegionTerm):
         return np.log(np.cosh(1.0 - dice)), -2.0 * slope / total, slope * dice / total
 
 
+class Mistaken(fl.Term):
+    """Σ (1 − g) p: of a sum that no fast path takes."""
+
+    requires = frozenset({Sum("rest", "p")})
+
+    def combine(self, statistics: Any) -> Any:
+        key = Sum("rest", "p")
+        return statistics[key].sum(), lambda upstream: {key: upstream}
+
+
 LOSSES = {
     "Dice and cross-entropy": fl.Dice() + 0.5 * fl.CrossEntropy(),
     "every term": fl.Loss(
@@ -46,6 +56,7 @@ LOSSES = {
     "top-k": fl.TopKCrossEntropy(k=20, weight=[1.0, 0.0, 2.0]) + fl.Dice(),
     "sigmoid": fl.Loss(fl.Dice(), fl.Focal(gamma=2, alpha=0.25), activation="sigmoid"),
     "probabilities": fl.Loss(fl.Tversky(), fl.CrossEntropy(), activation="none"),
+    "a sum of its own": 0.1 * Mistaken() + fl.Dice(),
     "a user's term": LogCosh() + fl.CrossEntropy(reduction="sum"),
 }
 

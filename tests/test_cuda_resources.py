@@ -28,7 +28,7 @@ import pytest
 import support
 from cuda_variants import Kind
 
-from fastloss.backends._cuda_call import DENSE, LABELS, TWO_CLASSES
+from fastloss.backends._cuda_call import DENSE, GENERAL, LABELS, TWO_CLASSES
 from fastloss.backends.cuda import _OPTIONS
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100")
@@ -152,6 +152,12 @@ def test_every_path_through_the_kernels_occurs(constant: str) -> None:
         "path": {TWO_CLASSES, LABELS, DENSE},
     }
     assert taken >= least.get(constant, {0, 1})
+
+
+def test_common_calls_take_a_fast_path() -> None:
+    kinds = cuda_variants.kinds()
+    slow = [str(k) for k in kinds if cuda_variants.compiled(k).constant("path") == GENERAL]
+    assert not slow
 
 
 # ------------------------------------------------------------------------------ nvcc

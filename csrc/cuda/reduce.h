@@ -384,7 +384,8 @@ FL_DEVICE void reduce_dense(Block<In, V>& block, const Voxels<typename ComputedI
   const Call& call = block.call;
   const bool once = CONST(rounds) == 1, softmax = CONST(activation) == kSoftmax;
   const bool sigmoid = CONST(activation) == kSigmoid;
-  const bool logs = CONST(slot_cross_entropy) >= 0 || CONST(slot_uniform) >= 0 || CONST(gammas) > 0;
+  const bool logs = CONST(slot_cross_entropy) >= 0 || CONST(slot_cross_entropy_rest) >= 0 ||
+                    CONST(slot_uniform) >= 0 || CONST(slot_uniform_rest) >= 0 || CONST(gammas) > 0;
   T x[K][V];
   Whole<T> whole[V] = {};
   if (once || softmax) softmax_parts<In, V, K>(block, v, x, whole, logs);

@@ -87,6 +87,11 @@ def plan_general(
     computed = 8 if operands.logits.type == _cuda_call.FLOAT64 else 4
 
     reduce, width = work.kernel == "reduce", rows * (count + 1) + 1
+    if width >= 1 << 31:
+        raise ValueError(
+            f"region_count: the sums of {rows} regions of {classes} classes do not fit a GPU's "
+            "kernel; pass fewer at a time"
+        )
     warps, shared = _WARPS[0], 0
     global_sums = global_table = False
     if reduce:
