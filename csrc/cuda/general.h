@@ -403,9 +403,7 @@ struct Accumulators {
     __syncwarp();
   }
 
-  FL_DEVICE double* partial() const {
-    return call.partial + size_t(blockIdx.x) * size_t(width());
-  }
+  FL_DEVICE double* partial() const { return call.partial + size_t(blockIdx.x) * size_t(width()); }
 
   // The voxels of a warp that are `mine`, all of one row. All lanes call.
   FL_DEVICE void add(const Spot<In>& spot, int row, bool mine, T& map) {

@@ -209,14 +209,15 @@ def fast_table(request: Request, operands: Operands, work: Work) -> Table | None
         taken.update(of_field if there else ())
     mapped = work.map_kind == "voxel" and work.map_of_label and operands.out is not None
     mapped = mapped and labels and _is_working_type(operands.out, operands.logits)
-    if (
-        not taken.issuperset(request.sums)
-        or not request.index.keys() >= {*focal, *focal_rest}
-        or len(gammas) > MAX_GAMMAS
-        or work.kernel == "map"
-        or (work.kernel == "reduce" and work.map_kind and not mapped)
-        or operands.regions is not None
-    ):
+    takes = (
+        work.kernel in ("reduce", "apply")
+        and taken.issuperset(request.sums)
+        and request.index.keys() >= {*focal, *focal_rest}
+        and len(gammas) <= MAX_GAMMAS
+        and (work.map_kind == "" or mapped)
+        and operands.regions is None
+    )
+    if not takes:
         return None
     slots["top_k"] = request.index[of_field[0]] if of_field else -1
     return Table(

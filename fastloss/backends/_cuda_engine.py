@@ -32,6 +32,7 @@ __all__ = [
     "FLOAT64",
     "Device",
     "Memory",
+    "Work",
     "apply",
     "plan_of",
     "reduce",
