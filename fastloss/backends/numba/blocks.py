@@ -12,22 +12,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-_LOGITS = 1 << 17  # of a block: with what kernels keep of it, it stays in the second-level cache
-_LEAST, _MOST = 1 << 10, 1 << 16  # voxels of a block, if there are so many
-
 
 class Block(NamedTuple):
     """Voxels that follow each other: where they are along the axes, the first, and how many."""
 
-    index: tuple[int | slice, ...]
+    place: tuple[int | slice, ...]
     first: int
     size: int
 
 
 @lru_cache(maxsize=256)
-def blocks_of(shape: tuple[int, ...], classes: int) -> tuple[Block, ...]:
-    """The blocks of a sample, in order; they depend on nothing but these numbers."""
-    most = max(_LEAST, min(_MOST, _LOGITS // classes))
+def blocks_of(shape: tuple[int, ...], most: int) -> tuple[Block, ...]:
+    """The blocks of a sample, of about ``most`` voxels and no more, in order."""
     axis, inner = len(shape), 1
     while axis and inner * shape[axis - 1] <= most:
         axis -= 1
@@ -47,42 +43,40 @@ def blocks_of(shape: tuple[int, ...], classes: int) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-class Axes(NamedTuple):
+class Order(NamedTuple):
     """The spatial axes in the order in which logits lie in memory, slowest first."""
 
-    order: tuple[int, ...]
+    axes: tuple[int, ...]
     backwards: tuple[int, ...]
 
     @staticmethod
-    def of(logits: np.ndarray) -> Axes:
-        steps = [s if n > 1 else 0 for n, s in zip(logits.shape, logits.strides, strict=True)][2:]
-        axes = range(len(steps))
-        return Axes(
-            tuple(sorted(axes, key=lambda i: -abs(steps[i]) if steps[i] else -np.inf)),
+    def of(logits: np.ndarray) -> Order:
+        axes = range(2, logits.ndim)
+        steps = {i: logits.strides[i] if logits.shape[i] > 1 else 0 for i in axes}
+        return Order(
+            tuple(sorted(axes, key=lambda i: -abs(steps[i]))),
             tuple(i for i in axes if steps[i] < 0),
         )
 
     def arrange(self, array: np.ndarray) -> np.ndarray:
-        """The view (B, K, *spatial) with its spatial axes in this order."""
-        if self.backwards:
-            index: list[slice] = [slice(None)] * array.ndim
-            for i in self.backwards:
-                index[2 + i] = slice(None, None, -1)
-            array = array[tuple(index)]
-        return array.transpose(0, 1, *(2 + i for i in self.order))
+        """The view (B, K, *spatial) with its spatial axes in this order, none backwards."""
+        return np.flip(array, self.backwards).transpose(0, 1, *self.axes)
 
 
 class Operand:
     """An array (B, K, *spatial) that kernels read, or write, as rows of this dtype."""
 
-    def __init__(self, array: np.ndarray, dtype_name: str, dtype: np.dtype, axes: Axes) -> None:
-        self.array = axes.arrange(array)
+    def __init__(self, array: np.ndarray, dtype_name: str, dtype: np.dtype, order: Order) -> None:
+        self.array = order.arrange(array)
         self.bfloat16 = dtype_name == "bfloat16"
         self.dtype = np.dtype(dtype)
-        sample = self.array[0] if len(self.array) else self.array
-        self.direct = (
-            sample.flags.aligned and sample.flags.c_contiguous and sample.dtype == self.dtype
-        )
+        of_one = all(sample.flags.c_contiguous for sample in self.array[:1])
+        self.direct = of_one and self.array.flags.aligned and array.dtype == self.dtype
+
+    def part(self, sample: int, block: Block) -> np.ndarray:
+        """The view of a block, (K, *axes)."""
+        place: tuple[int | slice, ...] = (sample, slice(None), *block.place)
+        return self.array[place]
 
     def rows(self, sample: int) -> np.ndarray:
         """Of a direct operand the rows of a sample, (K, voxels)."""
@@ -90,62 +84,56 @@ class Operand:
         return array.reshape(len(array), prod(array.shape[1:]))
 
 
-class Reader:
-    """Loads blocks of an operand, for one thread."""
+class Window:
+    """A block of an operand at a time, for one thread: (K, N) rows, and where it begins in them."""
 
     def __init__(self, operand: Operand) -> None:
         self.operand = operand
         self.memory = np.empty(0, operand.dtype)
 
-    def load(self, sample: int, block: Block) -> tuple[np.ndarray, int]:
-        """The rows (K, N) that hold the block, and where it begins."""
-        if self.operand.direct:
-            rows = self.operand.rows(sample)
-            rows.flags.writeable = False  # or Numba would compile for either
-            return rows, block.first
-        source = self.operand.array[(sample, slice(None), *block.index)]
-        if self.memory.size < source.size:
-            self.memory = np.empty(source.size, self.operand.dtype)
-        rows = self.memory[: source.size].reshape(source.shape)
-        if self.operand.bfloat16:
-            wide = rows if rows.dtype == np.float32 else np.empty(rows.shape, np.float32)
-            bits = wide.view(np.uint32)
-            bits[...] = source
-            bits <<= 16
-            rows[...] = wide
-        else:
-            rows[...] = source
-        rows = rows.reshape(len(source), block.size)
-        rows.flags.writeable = False
-        return rows, 0
-
-
-class Writer:
-    """Takes what a kernel writes to a block of an operand, for one thread."""
-
-    def __init__(self, operand: Operand) -> None:
-        self.operand = operand
-        self.memory = np.empty(0, operand.dtype)
+    def read(self, sample: int, block: Block) -> tuple[np.ndarray, int]:
+        """The rows that hold the block, which may not be written."""
+        rows, first = self.rows(sample, block)
+        if not self.operand.direct:
+            source = self.operand.part(sample, block)
+            copy = rows.reshape(source.shape)
+            if self.operand.bfloat16:
+                wide = copy if copy.dtype == np.float32 else np.empty(copy.shape, np.float32)
+                bits = wide.view(np.uint32)
+                bits[...] = source
+                bits <<= 16
+                copy[...] = wide
+            else:
+                copy[...] = source
+        rows.flags.writeable = False  # or Numba would compile for either
+        return rows, first
 
     def rows(self, sample: int, block: Block) -> tuple[np.ndarray, int]:
-        """The rows (K, N) that take the block, and where it begins."""
-        if self.operand.direct:
-            return self.operand.rows(sample), block.first
-        classes = self.operand.array.shape[1]
-        if self.memory.size < classes * block.size:
-            self.memory = np.empty(classes * block.size, self.operand.dtype)
-        return self.memory[: classes * block.size].reshape(classes, block.size), 0
+        """The rows that take what a kernel writes to the block, until it is stored."""
+        operand = self.operand
+        if operand.direct:
+            return operand.rows(sample), block.first
+        size = operand.array.shape[1] * block.size
+        if len(self.memory) < size:
+            self.memory = np.empty(size, operand.dtype)
+        return self.memory[:size].reshape(-1, block.size), 0
 
     def store(self, sample: int, block: Block) -> None:
-        """Bring the block to where it belongs."""
-        if self.operand.direct:
-            return
-        target = self.operand.array[(sample, slice(None), *block.index)]
-        rows = self.memory[: target.size].reshape(target.shape)
-        target[...] = _as_bfloat16(rows) if self.operand.bfloat16 else rows
+        """Bring to the block what was written to its rows."""
+        if not self.operand.direct:
+            target = self.operand.part(sample, block)
+            rows = self.memory[: target.size].reshape(target.shape)
+            target[...] = _as_bfloat16(rows) if self.operand.bfloat16 else rows
 
 
 def _as_bfloat16(array: np.ndarray) -> np.ndarray:
+    """Rounded to the nearest, ties to even; the array is overwritten."""
+    undefined = np.isnan(array)
     bits = array.view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to the nearest, ties to even
-    return np.where(np.isnan(array), 0x7FC0, rounded)
+    odd = bits >> 16
+    odd &= 1
+    bits += odd
+    bits += 0x7FFF
+    bits >>= 16
+    bits[undefined] = 0x7FC0
+    return bits

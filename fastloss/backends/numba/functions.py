@@ -1,36 +1,44 @@
-"""The table of the functions of p: the value and the derivative of each, once.
-
-A formula is given one voxel and class: p, q = 1−p, their logarithms, p^γ, q^γ and γ. Kernels
-evaluate it along rows of voxels.
-"""
+"""The table of the functions of p: the value and the derivative of each, once."""
 
 # mypy: ignore-errors
 # What Numba compiles has no types that mypy could check.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from fastloss.backends.numba.kernels import inner
 
-LOG_P, LOG_Q, P_GAMMA, Q_GAMMA = 1, 2, 4, 8  # what a formula reads beside p and q
-BY = ("p", "log_p", "log_q")
+
+class Voxel(NamedTuple):
+    """What a formula is given of one voxel and class: with q = 1−p, powers of a parameter γ."""
+
+    p: float
+    q: float
+    log_p: float
+    log_q: float
+    p_gamma: float
+    q_gamma: float
+    gamma: float
 
 
 class Function(NamedTuple):
-    """A function of p.
+    """A function of p, and its derivative by what ``by`` names: "p", "log_p" or "log_q"."""
 
-    Attributes:
-        reads: what it and its derivative need beside p and q: ``LOG_P | LOG_Q | …``.
-        by: what its derivative is by, one of `BY`.
-        value, slope: the function and its derivative.
-    """
-
-    reads: int
     by: str
-    value: Callable[..., Any]
-    slope: Callable[..., Any]
+    value: Callable[[Voxel], float]
+    slope: Callable[[Voxel], float]
+
+    @property
+    def reads(self) -> int:
+        """What the formulas read that is not always there: a sum of values of `READS`."""
+        names = {*self.value.__code__.co_names, *self.slope.__code__.co_names}
+        return sum(flag for name, flag in READS.items() if name in names)
+
+
+LOG_P, LOG_Q, P_GAMMA, Q_GAMMA = 1, 2, 4, 8
+READS = {"log_p": LOG_P, "log_q": LOG_Q, "p_gamma": P_GAMMA, "q_gamma": Q_GAMMA}
 
 
 @inner
@@ -48,51 +56,20 @@ def _focal_slope(p, log_p, q, q_gamma, gamma):
 
 
 FUNCTIONS = {
-    "one": Function(
-        0,
-        "p",
-        lambda p, q, log_p, log_q, p_gamma, q_gamma, gamma: 1.0,
-        lambda p, q, log_p, log_q, p_gamma, q_gamma, gamma: 0.0,
-    ),
-    "p": Function(
-        0,
-        "p",
-        lambda p, q, log_p, log_q, p_gamma, q_gamma, gamma: p,
-        lambda p, q, log_p, log_q, p_gamma, q_gamma, gamma: 1.0,
-    ),
-    "p_squared": Function(
-        0,
-        "p",
-        lambda p, q, log_p, log_q, p_gamma, q_gamma, gamma: p * p,
-        lambda p, q, log_p, log_q, p_gamma, q_gamma, gamma: p + p,
-    ),
-    "log": Function(
-        LOG_P,
-        "log_p",
-        lambda p, q, log_p, log_q, p_gamma, q_gamma, gamma: -log_p,
-        lambda p, q, log_p, log_q, p_gamma, q_gamma, gamma: -1.0,
-    ),
-    "log_rest": Function(
-        LOG_Q,
-        "log_q",
-        lambda p, q, log_p, log_q, p_gamma, q_gamma, gamma: -log_q,
-        lambda p, q, log_p, log_q, p_gamma, q_gamma, gamma: -1.0,
-    ),
+    "one": Function("p", lambda v: 1.0, lambda v: 0.0),
+    "p": Function("p", lambda v: v.p, lambda v: 1.0),
+    "p_squared": Function("p", lambda v: v.p * v.p, lambda v: v.p + v.p),
+    "log": Function("log_p", lambda v: -v.log_p, lambda v: -1.0),
+    "log_rest": Function("log_q", lambda v: -v.log_q, lambda v: -1.0),
     "focal": Function(
-        LOG_P | Q_GAMMA,
         "log_p",
-        lambda p, q, log_p, log_q, p_gamma, q_gamma, gamma: -product(q_gamma, log_p),
-        lambda p, q, log_p, log_q, p_gamma, q_gamma, gamma: (
-            -_focal_slope(p, log_p, q, q_gamma, gamma)
-        ),
+        lambda v: -product(v.q_gamma, v.log_p),
+        lambda v: -_focal_slope(v.p, v.log_p, v.q, v.q_gamma, v.gamma),
     ),
     "focal_rest": Function(
-        LOG_Q | P_GAMMA,
         "log_q",
-        lambda p, q, log_p, log_q, p_gamma, q_gamma, gamma: -product(p_gamma, log_q),
-        lambda p, q, log_p, log_q, p_gamma, q_gamma, gamma: (
-            -_focal_slope(q, log_q, p, p_gamma, gamma)
-        ),
+        lambda v: -product(v.p_gamma, v.log_q),
+        lambda v: -_focal_slope(v.q, v.log_q, v.p, v.p_gamma, v.gamma),
     ),
 }
 
@@ -103,60 +80,3 @@ WEIGHTS = {
     "rest": lambda m, g: m * (1 - g),
     "target_squared": lambda m, g: m * g * g,
 }
-
-
-def _row_of_function(formula: Callable[..., Any]) -> Any:
-    formula = inner(formula)
-
-    def row(p, q, log_p, log_q, p_gamma, q_gamma, gamma, out):
-        for i in range(len(out)):
-            out[i] = formula(p[i], q[i], log_p[i], log_q[i], p_gamma[i], q_gamma[i], gamma)
-
-    return row
-
-
-def _row_of_weight(formula: Callable[..., Any]) -> Any:
-    formula = inner(formula)
-
-    def row(m, g, out):
-        for i in range(len(out)):
-            out[i] = formula(m[i], g[i])
-
-    return row
-
-
-def _one_of(rows: Sequence[Callable[..., Any]]) -> Any:
-    """A function (number, *arguments) that calls the row of this number."""
-    if not rows:
-        return inner(lambda number, *arguments: None)
-    first, others = inner(rows[0]), _one_of(rows[1:])
-
-    def pick(number, *arguments):
-        if number == 0:
-            first(*arguments)
-        else:
-            others(number - 1, *arguments)
-
-    return inner(pick)
-
-
-value_row = _one_of([_row_of_function(f.value) for f in FUNCTIONS.values()])
-slope_row = _one_of([_row_of_function(f.slope) for f in FUNCTIONS.values()])
-weight_row = _one_of([_row_of_weight(f) for f in WEIGHTS.values()])
-
-
-@inner
-def power_row(base, gamma, out):
-    """base^γ."""
-    if gamma == 0:
-        for i in range(len(out)):
-            out[i] = 1.0
-    elif gamma == 1:
-        for i in range(len(out)):
-            out[i] = base[i]
-    elif gamma == 2:
-        for i in range(len(out)):
-            out[i] = base[i] * base[i]
-    else:
-        for i in range(len(out)):
-            out[i] = base[i] ** gamma

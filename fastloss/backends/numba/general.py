@@ -5,198 +5,177 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 
 from fastloss.backends.numba.functions import (
+    FUNCTIONS,
     LOG_P,
     LOG_Q,
     P_GAMMA,
     Q_GAMMA,
-    power_row,
+    WEIGHTS,
+    Voxel,
     product,
-    slope_row,
-    value_row,
-    weight_row,
 )
 from fastloss.backends.numba.kernels import inner, kernel
 from fastloss.backends.numba.maths import exp, log, log1p
 from fastloss.backends.numba.rows import (
-    exp_row,
+    INVERSE,
+    LARGEST,
+    LOGITS,
+    REST,
+    WEIGHT,
+    P,
+    add_slopes,
+    difference,
+    gradient,
     largest_row,
-    masked_row,
+    log_sum_row,
+    masked,
+    softmax,
     total,
     voxel_weights,
 )
 
 SOFTMAX, SIGMOID, NONE = range(3)
 VOXEL, CLASS, ERROR = 1, 2, 3  # kinds of maps; 0: none
-FIELD_OF_VOXEL, FIELD_OF_CLASS, FIELD_OF_LABELS = range(3)
-# Columns of the table of sums, a row for each: numbers of its weight and function, what the
-# function reads, what its derivative is by, and the field, −1: none.
-WEIGHT, FUNCTION, READS, BY, FIELD = range(5)
+# Columns of the table of sums, a row for each: the numbers of its weight and of its function,
+# what the function reads, the row that its derivative is added to, and the field, −1: none.
+BY_WEIGHT, BY_FUNCTION, READS, DERIVATIVE, FIELD = range(5)
 
-_P, _Q, _LOG_P, _LOG_Q, _TARGET, _BY = range(6)
-TILES = 8  # of scratch memory, of (C, width) each: _BY is three
-_LARGEST, _REST, _INVERSE, _WEIGHT, _A, _F, _P_GAMMA, _Q_GAMMA, _POWER = range(9)
-ROWS = 9
+# Rows of scratch memory, beside those of `rows`: of every class,
+LOG_OF_P, Q, LOG_OF_Q, TARGET, BY_P, BY_LOG_P, BY_LOG_Q = 1, 2, 3, 4, 5, 6, 7
+SLOPES = LOG_OF_Q  # when that has been used
+# and of all together.
+LOG_SUM, WEIGHT_OF_SUM, SUMMAND, POWER_OF_P, POWER_OF_Q = 4, 5, 6, 7, 8
+TILES, ROWS, WIDTH, LOGITS_OF_TILE = 8, 9, 512, 1 << 16
+
+
+def _row_of_weight(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """m · weight, by a formula."""
+    formula = inner(formula)
+
+    def row(t, r, size):
+        for i in range(size):
+            r[WEIGHT_OF_SUM, i] = formula(r[WEIGHT, i], t[TARGET, i])
+
+    return row
+
+
+def _row_of_function(formula: Callable[..., Any], add: bool) -> Callable[..., Any]:
+    """The weight of a sum times a formula, into ``to`` or added to it."""
+    formula = inner(formula)
+
+    def row(t, r, gamma, to):
+        for i in range(len(to)):
+            p, q, log_p, log_q = t[P, i], t[Q, i], t[LOG_OF_P, i], t[LOG_OF_Q, i]
+            v = Voxel(p, q, log_p, log_q, r[POWER_OF_P, i], r[POWER_OF_Q, i], gamma)
+            if add:
+                to[i] += product(r[WEIGHT_OF_SUM, i], formula(v))
+            else:
+                to[i] = product(r[WEIGHT_OF_SUM, i], formula(v))
+
+    return row
+
+
+def _one_of(rows: Sequence[Callable[..., Any]]) -> Any:
+    """A function (number, *arguments) that calls the row of this number."""
+    # Written out, as Numba knows no tables of functions.
+    names = {f"row_{i}": inner(row) for i, row in enumerate(rows)}
+    calls = [f"    if number == {i}: {name}(*arguments)" for i, name in enumerate(names)]
+    exec("\n".join(["def pick(number, *arguments):", *calls]), names)
+    return inner(names["pick"])
+
+
+_weight_row = _one_of([_row_of_weight(f) for f in WEIGHTS.values()])
+_value_row = _one_of([_row_of_function(f.value, False) for f in FUNCTIONS.values()])
+_slope_row = _one_of([_row_of_function(f.slope, True) for f in FUNCTIONS.values()])
 
 
 @kernel
 def reduce(
-    x, first, n, activation, codes, target, first_target, ignore, weight, regions, fields,
-    field_kinds, table, gammas, map_kind, map_k, map_out, first_map, tiles, rows, ints, sums,
-    voxels,
+    n, activation, logits, codes, target, ignore, weight, regions, fields, table, gammas,
+    scratch, map_kind, map_k, map_out, sums, voxels,
 ):  # fmt: skip
-    """Add the sums over n voxels from the first on to ``sums`` (S, R, C) and ``voxels`` (R,).
+    """Add the sums over the n voxels of a block to ``sums`` (S, R, C) and ``voxels`` (R,).
 
     Args:
-        x: (C, N) logits.
+        logits: (C, N), and where the block begins; target and map_out likewise.
         codes: labels, (n,) int32, below 0 where a voxel counts for nothing; empty: dense target.
-        target: (C, M), from ``first_target`` on; empty: labels.
+        target: (C, M), empty: labels.
         ignore: of a dense target: the ignored number, NaN: none; and whether it is a class.
         weight: (n,), or empty.
         regions: of every voxel the row of sums, below 0: none, (n,) int32; or empty: row 0.
-        fields: (F, C, n); field_kinds: (F,).
-        table: (S, 5), see above; gammas: (S,).
-        map_out: of kind map_kind (C or 1, K), from ``first_map`` on, with coefficients (S, C).
-        tiles, rows, ints: scratch memory, (TILES, C, width), (ROWS, width) and (1, width).
+        fields, table, gammas: (F, C, n), (S, 5), see above, and (S,).
+        scratch: see `rows`.
+        map_out: of kind map_kind (C or 1, K), with coefficients map_k (S, C).
 
     Returns how many of the weights are none.
     """
-    bad = 0
-    classes, reads = x.shape[0], _reads(table)
-    for start in range(0, n, tiles.shape[2]):
-        size = min(tiles.shape[2], n - start)
-        w, a, f = rows[_WEIGHT, :size], rows[_A, :size], rows[_F, :size]
+    bad, r = 0, scratch[1]
+    out, first_out = map_out
+    for start in range(0, n, r.shape[1]):
+        size = min(r.shape[1], n - start)
         row = regions[start : start + size]
-        bad += _weigh(codes, target, first_target, ignore, weight, regions, start, w)
-        _targets(codes, target, first_target, start, w, tiles)
-        _activate(activation, reads, x, first + start, w, tiles, rows, ints)
-        common = _common(row)
-        _add(w, row, common, voxels)
-        if map_kind == VOXEL:
-            map_out[0, first_map + start : first_map + start + size] = 0
-        for c in range(np.int32(classes)):
-            of_map = map_out[c if map_kind in (CLASS, ERROR) else 0]
-            of_map = of_map[first_map + start : first_map + start + size]
-            if map_kind == CLASS:
+        bad += _load(codes, target, ignore, weight, regions, start, size, scratch)
+        _activate(activation, _reads(table), logits, start, size, scratch)
+        _add(r[WEIGHT, :size], row, voxels)
+        for c in range(np.int32(len(scratch[0]))):
+            t = scratch[0][c]
+            of_map = out[c if map_kind in (CLASS, ERROR) else 0]
+            of_map = of_map[first_out + start : first_out + start + size]
+            if map_kind == CLASS or c == 0:
                 of_map[:] = 0
-            elif map_kind == ERROR:
-                _error_row(tiles[_TARGET, c, :size], tiles[_P, c, :size], w, of_map)
-            for s in range(len(table)):
-                _weight_of_sum(table[s], c, start, fields, field_kinds, w, tiles, a)
-                value_row(
-                    table[s, FUNCTION], *_arguments(table[s], gammas[s], c, size, tiles, rows), f
-                )
+            if map_kind == ERROR:
                 for i in range(size):
-                    a[i] = product(a[i], f[i])
-                _add(a, row, common, sums[s, :, c])
+                    of_map[i] = r[WEIGHT, i] * abs(t[TARGET, i] - t[P, i])
+            for s in range(len(table)):
+                _weight_of_sum(table[s], c, start, size, fields, t, r)
+                _powers(table[s, READS], gammas[s], size, t, r)
+                summands = r[SUMMAND, :size]
+                _value_row(table[s, BY_FUNCTION], t, r, gammas[s], summands)
+                _add(summands, row, sums[s, :, c])
                 if map_kind in (VOXEL, CLASS):
-                    k = map_k[s, c]
-                    for i in range(size):
-                        of_map[i] += product(k, a[i])
+                    _add_times(map_k[s, c], summands, of_map)
     return bad
 
 
 @kernel
 def apply(
-    x, first, n, activation, codes, target, first_target, ignore, weight, regions, fields,
-    field_kinds, table, gammas, coefficients, out, first_out, tiles, rows, ints,
+    n, activation, logits, codes, target, ignore, weight, regions, fields, table, gammas,
+    scratch, coefficients, gradient_out,
 ):  # fmt: skip
-    """Write the gradient to n voxels of ``out`` (C, K), from ``first_out`` on.
+    """Write the gradient of a block to ``gradient_out``, (C, K) and where the block begins.
 
     ``coefficients``, (S, R, C), are the derivatives by the sums. Other arguments as in `reduce`.
     """
-    classes, reads = x.shape[0], _reads(table)
-    for start in range(0, n, tiles.shape[2]):
-        size = min(tiles.shape[2], n - start)
-        w, a, f = rows[_WEIGHT, :size], rows[_A, :size], rows[_F, :size]
+    tiles, r, _, ints = scratch
+    out, first_out = gradient_out
+    for start in range(0, n, r.shape[1]):
+        size = min(r.shape[1], n - start)
         row = regions[start : start + size]
-        _weigh(codes, target, first_target, ignore, weight, regions, start, w)
-        _targets(codes, target, first_target, start, w, tiles)
-        _activate(activation, reads, x, first + start, w, tiles, rows, ints)
-        common = _common(row)
-        tiles[_BY:, :, :size] = 0
-        for s in range(len(table)):
-            for c in range(np.int32(classes)):
-                _weight_of_sum(table[s], c, start, fields, field_kinds, w, tiles, a)
-                k = coefficients[s, :, c]
-                if common >= 0:
-                    factor = k[common]
-                    for i in range(size):
-                        a[i] *= factor
-                else:
-                    for i in range(size):
-                        a[i] *= k[max(row[i], 0)]
-                slope_row(
-                    table[s, FUNCTION], *_arguments(table[s], gammas[s], c, size, tiles, rows), f
-                )
-                by = tiles[_BY + table[s, BY], c, :size]
-                for i in range(size):
-                    by[i] += product(a[i], f[i])
-        _by_logits(activation, size, tiles, rows, ints)
-        for c in range(classes):
-            out[c, first_out + start : first_out + start + size] = tiles[_BY, c, :size]
-
-
-@kernel
-def largest(x, first, n, activation, out):
-    """The first class of the largest logit, or of NaN; of one class, whether p > ½."""
-    for i in range(n):
-        a = x[0, first + i]
-        if x.shape[0] == 1:
-            out[i] = a > 0.5 if activation == NONE else a > 0 if activation == SIGMOID else a == a
-            continue
-        at = 0
-        for c in range(1, x.shape[0]):
-            b = x[c, first + i]
-            if b > a or (b != b and a == a):
-                a, at = b, c
-        out[i] = at
-
-
-@kernel
-def encode(labels, classes, ignored, ignore, codes):
-    """Labels as int32: −1 where ``ignore`` if it is ``ignored``, −2 what is no class: their number.
-
-    ``labels`` are numbers of any type, (n,).
-    """
-    bad = 0
-    for i in range(len(codes)):
-        y = labels[i]
-        inside = (y >= 0) & (y < classes)
-        code = np.int32(y) if inside else np.int32(-2)
-        code = code if code == y else np.int32(-2)
-        skip = ignored & (y == ignore)
-        bad += (code < 0) & (not skip)
-        codes[i] = np.int32(-1) if skip else code
-    return bad
-
-
-@kernel
-def number_rows(regions, numbers, codes, found):
-    """Number the regions of a block by where they first occur: these into ``codes``, and how many.
-
-    Args:
-        regions: (n,) int64.
-        numbers: (rows,) int32, −1 everywhere; so it is left.
-        codes: (n,) int32, −1 for a voxel of none.
-        found: (n,) int64, the regions by number.
-    """
-    count = 0
-    for i in range(len(codes)):
-        r = regions[i]
-        if r < 0 or r >= len(numbers):
-            codes[i] = -1
-            continue
-        if numbers[r] < 0:
-            numbers[r] = count
-            found[count] = r
-            count += 1
-        codes[i] = numbers[r]
-    for j in range(count):
-        numbers[found[j]] = -1
-    return count
+        _load(codes, target, ignore, weight, regions, start, size, scratch)
+        _activate(activation, _reads(table), logits, start, size, scratch)
+        for c in range(np.int32(len(tiles))):
+            t = tiles[c]
+            for by in range(BY_P, TILES):
+                t[by, :size] = 0
+            for s in range(len(table)):
+                _weight_of_sum(table[s], c, start, size, fields, t, r)
+                _scale(coefficients[s, :, c], row, r[WEIGHT_OF_SUM, :size])
+                _powers(table[s, READS], gammas[s], size, t, r)
+                to = t[table[s, DERIVATIVE], :size]
+                _slope_row(table[s, BY_FUNCTION], t, r, gammas[s], to)
+            to = out[c, first_out + start : first_out + start + size]
+            _by_logits(activation, t, t[SLOPES, :size] if activation == SOFTMAX else to)
+        if activation == SOFTMAX:
+            add_slopes(SLOPES, size, scratch)
+            for c in range(np.int32(len(tiles))):
+                to = out[c, first_out + start : first_out + start + size]
+                gradient(tiles[c], SLOPES, c, r, ints, to)
 
 
 @inner
@@ -208,195 +187,202 @@ def _reads(table):
 
 
 @inner
-def _weigh(codes, target, first_target, ignore, weight, regions, start, w):
-    """The voxel weights of a tile, 0 where the target says so; how many are no weights."""
-    bad = voxel_weights(weight, codes, regions, start, w)
+def _load(codes, target, ignore, weight, regions, start, size, scratch):
+    """The targets of a tile, and the voxel weights; how many of these are none."""
+    tiles, w = scratch[0], scratch[1][WEIGHT, :size]
     ignored, is_class = ignore
-    if len(target) and ignored == ignored:
-        for c in range(len(target)):
-            if is_class and c != ignored:
-                continue
-            g = target[c, first_target + start : first_target + start + len(w)]
-            for i in range(len(w)):
-                skip = g[i] > 0.5 if is_class else g[i] == ignored
-                w[i] = 0.0 if skip else w[i]
+    bad = voxel_weights(weight, codes if ignored == ignored else codes[:0], regions, start, w)
+    if len(codes):
+        for c in range(np.int32(len(tiles))):
+            _label_row(codes[start : start + size], c, tiles[c, TARGET, :size])
+        return bad
+    g, first = target[0], target[1] + start
+    if ignored == ignored:
+        for c in range(len(g)):
+            if c == ignored or not is_class:
+                _ignore(g[c, first : first + size], ignored, is_class, w)
+    for c in range(len(g)):
+        masked(g[c, first : first + size], w, tiles[c, TARGET, :size])
     return bad
 
 
 @inner
-def _targets(codes, target, first_target, start, w, tiles):
-    for c in range(np.int32(tiles.shape[1])):
-        g = tiles[_TARGET, c, : len(w)]
-        if len(codes):
-            y = codes[start : start + len(w)]
-            for i in range(len(w)):
-                g[i] = y[i] == c
-        else:
-            masked_row(target[c, first_target + start : first_target + start + len(w)], w, g)
+def _ignore(g, ignored, is_class, w):
+    for i in range(len(w)):
+        w[i] = 0.0 if (g[i] > 0.5 if is_class else g[i] == ignored) else w[i]
 
 
 @inner
-def _activate(activation, reads, x, first, w, tiles, rows, ints):
+def _activate(activation, reads, logits, start, size, scratch):
     """p, 1−p and, where they are read, their logarithms; of a softmax also the largest class."""
-    size = len(w)
-    rest, inverse, top = rows[_REST, :size], rows[_INVERSE, :size], rows[_LARGEST, :size]
-    at = ints[0, :size]
-    one, zero = x.dtype.type(1), x.dtype.type(0)
-    classes = np.int32(x.shape[0])
-    for c in range(classes):
-        logits = tiles[_LOG_P, c, :size]
-        masked_row(x[c, first : first + size], w, logits)
-        if activation == SOFTMAX:
-            largest_row(logits, c, top, at)
+    tiles, r, _, ints = scratch
+    x, first = logits[0], logits[1] + start
     if activation == SOFTMAX:
-        rest[:] = 0
-        for c in range(classes):
-            exp_row(tiles[_LOG_P, c, :size], top, at, c, tiles[_P, c, :size], rest)
-        for i in range(size):
-            inverse[i] = one / (one + rest[i])
-        log_sum = rows[_A, :size]
+        softmax(x, first, size, scratch)
         if reads & LOG_P:
-            for i in range(size):
-                log_sum[i] = log1p(rest[i])
-    for c in range(classes):
-        p, q, log_p = tiles[_P, c, :size], tiles[_Q, c, :size], tiles[_LOG_P, c, :size]
-        log_q = tiles[_LOG_Q, c, :size]
+            log_sum_row(r, LOG_SUM, size)
+        largest_row(r, size)
+    for c in range(np.int32(len(tiles))):
+        t = tiles[c]
         if activation == SOFTMAX:
-            for i in range(size):
-                p[i] *= inverse[i]
-            for i in range(size):  # 1 − p, exact where p is near 1 as well
-                others = rest[i] * inverse[i]
-                q[i] = others if at[i] == c else one - p[i]
+            _softmax_row(c, ints[0], r, t, size)
             if reads & LOG_P:
-                for i in range(size):
-                    d = log_p[i] - top[i]
-                    log_p[i] = (zero if log_p[i] == top[i] else d) - log_sum[i]
+                _log_p_row(r, t, size)
             if reads & LOG_Q:
-                for i in range(size):
-                    # log(1 − p) while 1 − p has lost nothing that counts.
-                    z = one - p[i]
-                    lost = ((z - one) + p[i]) / z
-                    small = p[i] + p[i] < one
-                    log_q[i] = log(z if small else q[i]) - (lost if small else zero)
-        elif activation == SIGMOID:
-            for i in range(size):
-                power = exp(-abs(log_p[i]))
-                near_one = one / (one + power)
-                p[i] = near_one if log_p[i] >= 0 else power * near_one
-                q[i] = power * near_one if log_p[i] >= 0 else near_one
+                _log_q_row(t, size)
+            continue
+        masked(x[c, first : first + size], r[WEIGHT, :size], t[LOGITS, :size])
+        if activation == SIGMOID:
+            _sigmoid_row(t, size)
             if reads & (LOG_P | LOG_Q):
-                for i in range(size):
-                    t = log_p[i]
-                    near_zero = -log1p(exp(-abs(t)))
-                    log_q[i] = near_zero - t if t >= 0 else near_zero
-                    log_p[i] = near_zero if t >= 0 else near_zero + t
+                _log_sigmoid_row(t, size)
         else:
-            for i in range(size):
-                p[i] = log_p[i]
-                q[i] = one - p[i]
-            if reads & LOG_P:
-                for i in range(size):
-                    log_p[i] = log(p[i])
-            if reads & LOG_Q:
-                for i in range(size):
-                    log_q[i] = log1p(-p[i])
+            _copy_row(t, size)
+            if reads & (LOG_P | LOG_Q):
+                _logs_row(t, size)
 
 
 @inner
-def _weight_of_sum(row_of_table, c, start, fields, field_kinds, w, tiles, out):
+def _softmax_row(c, at, r, t, size):
+    one = t.dtype.type(1)
+    for i in range(size):
+        p = t[P, i] * r[INVERSE, i]
+        t[P, i] = p
+        t[Q, i] = r[REST, i] if at[i] == c else one - p  # exact where p is near 1 as well
+
+
+@inner
+def _log_p_row(r, t, size):
+    zero = t.dtype.type(0)
+    for i in range(size):
+        t[LOG_OF_P, i] = difference(t[LOGITS, i], r[LARGEST, i], zero) - r[LOG_SUM, i]
+
+
+@inner
+def _log_q_row(t, size):
+    one, zero = t.dtype.type(1), t.dtype.type(0)
+    for i in range(size):
+        p, q = t[P, i], t[Q, i]
+        small = p + p < one  # then as log1p(−p)
+        z = one - p if small else q
+        lost = ((z - one) + p) / z
+        t[LOG_OF_Q, i] = log(z) - (lost if small else zero)
+
+
+@inner
+def _sigmoid_row(t, size):
+    one = t.dtype.type(1)
+    for i in range(size):
+        x = t[LOGITS, i]
+        power = exp(-abs(x))
+        near_one = one / (one + power)
+        near_zero = power * near_one
+        t[P, i] = near_one if x >= 0 else near_zero
+        t[Q, i] = near_zero if x >= 0 else near_one
+
+
+@inner
+def _log_sigmoid_row(t, size):
+    for i in range(size):
+        x = t[LOGITS, i]
+        of_near_one = -log1p(exp(-abs(x)))
+        t[LOG_OF_Q, i] = of_near_one - x if x >= 0 else of_near_one
+        t[LOG_OF_P, i] = of_near_one if x >= 0 else of_near_one + x
+
+
+@inner
+def _copy_row(t, size):
+    one = t.dtype.type(1)
+    for i in range(size):
+        t[P, i] = t[LOGITS, i]
+        t[Q, i] = one - t[P, i]
+
+
+@inner
+def _logs_row(t, size):
+    for i in range(size):
+        t[LOG_OF_P, i] = log(t[P, i])
+        t[LOG_OF_Q, i] = log1p(-t[P, i])
+
+
+@inner
+def _weight_of_sum(row_of_table, c, start, size, fields, t, r):
     """m · weight · field."""
-    size = len(w)
-    weight_row(row_of_table[WEIGHT], w, tiles[_TARGET, c, :size], out)
-    field = row_of_table[FIELD]
-    if field >= 0:
-        kind = field_kinds[field]
-        of_class = fields[field, c if kind == FIELD_OF_CLASS else 0, start : start + size]
+    _weight_row(row_of_table[BY_WEIGHT], t, r, size)
+    if row_of_table[FIELD] >= 0:
+        field = fields[row_of_table[FIELD], c, start : start + size]
         for i in range(size):
-            value = of_class[i]
-            if kind == FIELD_OF_LABELS:
-                value = fields.dtype.type(value == c)
-            out[i] = 0.0 if w[i] == 0 else out[i] * value
+            weight = r[WEIGHT_OF_SUM, i] * field[i]
+            r[WEIGHT_OF_SUM, i] = 0.0 if r[WEIGHT, i] == 0 else weight
 
 
 @inner
-def _arguments(row_of_table, gamma, c, size, tiles, rows):
-    """The arguments of a function of p, rows of voxels; those it does not read mean nothing."""
-    reads = row_of_table[READS]
-    p, q = tiles[_P, c, :size], tiles[_Q, c, :size]
-    p_gamma, q_gamma = rows[_P_GAMMA, :size], rows[_Q_GAMMA, :size]
+def _powers(reads, gamma, size, t, r):
     if reads & P_GAMMA:
-        power_row(p, gamma, p_gamma)
+        _power(t[P, :size], gamma, r[POWER_OF_P, :size])
     if reads & Q_GAMMA:
-        power_row(q, gamma, q_gamma)
-    log_p, log_q = tiles[_LOG_P, c, :size], tiles[_LOG_Q, c, :size]
-    return p, q, log_p, log_q, p_gamma, q_gamma, gamma
+        _power(t[Q, :size], gamma, r[POWER_OF_Q, :size])
 
 
 @inner
-def _error_row(g, p, w, out):
+def _power(base, gamma, out):
+    if gamma == 2:
+        for i in range(len(out)):
+            out[i] = base[i] * base[i]
+    else:
+        for i in range(len(out)):
+            out[i] = base[i] ** gamma
+
+
+@inner
+def _label_row(y, c, out):
     for i in range(len(out)):
-        out[i] = w[i] * abs(g[i] - p[i])
+        out[i] = y[i] == c
 
 
 @inner
-def _common(regions):
-    """The row that all voxels belong to, −1 if they differ; 0 without regions."""
+def _scale(factors, regions, row):
+    """By the factor of every voxel's region; of none, whose summands are 0, by any."""
+    for i in range(len(row)):
+        row[i] *= factors[max(regions[i], 0) if len(regions) else 0]
+
+
+@inner
+def _add_times(factor, row, to):
+    for i in range(len(to)):
+        to[i] += product(factor, row[i])
+
+
+@inner
+def _add(summands, regions, sums):
+    """Add a row of voxels to the sums of their regions, or without any to the first."""
     if not len(regions):
-        return 0
-    for i in range(1, len(regions)):
-        if regions[i] != regions[0]:
-            return -1
-    return regions[0]
+        sums[0] += total(summands)
+    stop = 0
+    while stop < len(regions):
+        start, region = stop, regions[stop]
+        while stop < len(regions) and regions[stop] == region:
+            stop += 1
+        if region >= 0:
+            sums[region] += total(summands[start:stop])
 
 
 @inner
-def _add(summands, regions, common, sums):
-    """Add a row of voxels to the sums of their regions."""
-    if common >= 0:
-        sums[common] += total(summands)
-        return
-    i = 0
-    while i < len(regions):
-        r = regions[i]
-        run = 0.0
-        while i < len(regions) and regions[i] == r:
-            run += summands[i]
-            i += 1
-        if r >= 0:
-            sums[r] += run
-
-
-@inner
-def _by_logits(activation, size, tiles, rows, ints):
-    """From the derivatives by p, log p and log(1−p) those by the logits, in their first place."""
-    by_p, by_log_p, by_log_q = tiles[_BY], tiles[_BY + 1], tiles[_BY + 2]
-    of_all, of_others, at = rows[_A, :size], rows[_F, :size], ints[0, :size]
-    zero = tiles.dtype.type(0)
-    of_all[:] = 0
-    of_others[:] = 0
-    for c in range(np.int32(tiles.shape[1])):
-        p, q = tiles[_P, c, :size], tiles[_Q, c, :size]
-        g, by_log, by_rest = by_p[c, :size], by_log_p[c, :size], by_log_q[c, :size]
-        if activation == SOFTMAX:
-            for i in range(size):  # by log p; d log q / d log p = −p / q
-                of_rest = zero if by_rest[i] == 0 else by_rest[i] * (p[i] / q[i])
-                g[i] = g[i] * p[i] + by_log[i] - of_rest
-            for i in range(size):
-                of_all[i] += g[i]
-                of_others[i] += zero if at[i] == c else g[i]
-        elif activation == SIGMOID:
-            for i in range(size):
-                g[i] = g[i] * p[i] * q[i] + by_log[i] * q[i] - by_rest[i] * p[i]
-        else:
-            for i in range(size):
-                of_log = zero if by_log[i] == 0 else by_log[i] / p[i]
-                of_rest = zero if by_rest[i] == 0 else by_rest[i] / q[i]
-                g[i] = g[i] + of_log - of_rest
-    if activation == SOFTMAX:
-        for c in range(np.int32(tiles.shape[1])):
-            p, q, g = tiles[_P, c, :size], tiles[_Q, c, :size], by_p[c, :size]
-            for i in range(size):
-                # slope − p · Σ slopes; where p is near 1 it cancels, so of the others alone.
-                near_one = g[i] * q[i] - p[i] * of_others[i]
-                other = g[i] - p[i] * of_all[i]
-                g[i] = near_one if at[i] == c else other
+def _by_logits(activation, t, out):
+    """From the derivatives by p, log p and log(1−p) that by the logit; of a softmax by log p."""
+    zero = t.dtype.type(0)
+    if activation == SOFTMAX:  # d log q / d log p = −p / q
+        for i in range(len(out)):
+            of_q = t[BY_LOG_Q, i]
+            of_q = zero if of_q == 0 else of_q * (t[P, i] / t[Q, i])
+            out[i] = t[BY_P, i] * t[P, i] + t[BY_LOG_P, i] - of_q
+    elif activation == SIGMOID:
+        for i in range(len(out)):
+            p, q = t[P, i], t[Q, i]
+            out[i] = t[BY_P, i] * p * q + t[BY_LOG_P, i] * q - t[BY_LOG_Q, i] * p
+    else:
+        for i in range(len(out)):
+            of_p, of_q = t[BY_LOG_P, i], t[BY_LOG_Q, i]
+            of_p = zero if of_p == 0 else of_p / t[P, i]
+            of_q = zero if of_q == 0 else of_q / t[Q, i]
+            out[i] = t[BY_P, i] + of_p - of_q

@@ -1,4 +1,4 @@
-"""How the kernels are compiled, and kept on disk."""
+"""How functions are compiled, and kept on disk."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from numba import njit
+import numba
 
-OPTIONS = {"error_model": "numpy", "fastmath": {"contract"}}
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
 """A product and a sum may be one instruction; no other flag leaves NaN and infinities alone."""
 
-
-@cache
-def _sources() -> str:
-    """A digest of all the files that kernels are made of."""
-    digest = blake2b(digest_size=8)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+_INNER: dict[str, Any] = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_SUMMING: dict[str, Any] = {**_INNER, "fastmath": {"contract", "reassoc"}}
 
 
 def inner(function: Callable[..., Any]) -> Any:
     """A function that kernels call."""
-    return njit(**OPTIONS)(function)
+    return numba.njit(**_INNER)(function)
+
+
+def summing(function: Callable[..., Any]) -> Any:
+    """One that may sum in any order that depends on nothing but the number of summands."""
+    return numba.njit(**_SUMMING)(function)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -35,4 +34,13 @@ def kernel(function: Callable[..., Any]) -> Any:
     with all the files.
     """
     function.__qualname__ = f"{function.__qualname__}_{_sources()}"
-    return njit(cache=True, nogil=True, **OPTIONS)(function)
+    return numba.njit(cache=True, nogil=True, **OPTIONS)(function)
+
+
+@cache
+def _sources() -> str:
+    """A digest of all the files that kernels are made of."""
+    digest = blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -27,32 +27,16 @@ _MANTISSA_BITS, _BIAS, _MANTISSA = _i(23), _i(127), _i((1 << 23) - 1)
 _ROOT_HALF = _i(0x3F3504F3)  # the bits of √½
 _TINY, _UP, _UP_EXPONENT = _f(2.0**-126), _f(2.0**23), _f(23)
 # (e^r − 1) / r for |r| up to log(2)/2, fitted for the least relative error of e^r, 3e-9.
-_E = tuple(
-    _f(c)
-    for c in (
-        1.3843645731e-03,
-        8.3741617502e-03,
-        4.1668002474e-02,
-        1.6666431188e-01,
-        4.9999994206e-01,
-        1.0000000322e00,
-    )
-)
+_E = (
+    _f(1.3843645731e-03), _f(8.3741617502e-03), _f(4.1668002474e-02),
+    _f(1.6666431188e-01), _f(4.9999994206e-01), _f(1.0000000322e00),
+)  # fmt: skip
 # log(1 + f) = f − f²/2 + f³ times this, for 1 + f in [√½, √2).
-_L = tuple(
-    _f(c)
-    for c in (
-        7.0376836292e-2,
-        -1.1514610310e-1,
-        1.1676998740e-1,
-        -1.2420140846e-1,
-        1.4249322787e-1,
-        -1.6668057665e-1,
-        2.0000714765e-1,
-        -2.4999993993e-1,
-        3.3333331174e-1,
-    )
-)
+_L = (
+    _f(7.0376836292e-2), _f(-1.1514610310e-1), _f(1.1676998740e-1),
+    _f(-1.2420140846e-1), _f(1.4249322787e-1), _f(-1.6668057665e-1),
+    _f(2.0000714765e-1), _f(-2.4999993993e-1), _f(3.3333331174e-1),
+)  # fmt: skip
 
 
 # Names for the kernels to call: Numba compiles the overloads below in their place.
@@ -60,15 +44,16 @@ _L = tuple(
 
 def exp(x: Any) -> Any:
     """e^x for x up to 0; in float32 0 below −87."""
-    raise NotImplementedError
 
 
-def log(x: Any) -> Any:
-    raise NotImplementedError
+def log(x: Any) -> Any: ...
 
 
-def log1p(x: Any) -> Any:
-    raise NotImplementedError
+def log1p(x: Any) -> Any: ...
+
+
+def log_sum(x: Any, inverse: Any) -> Any:
+    """log(1 + x) for finite x of at least 0, given 1 / (1 + x)."""
 
 
 @overload(exp, jit_options=OPTIONS)
@@ -80,11 +65,7 @@ def _exp(x):
         shifted = x * _LOG2E + _ROUND
         n = shifted - _ROUND
         r = (x - n * _LN2_HIGH) - n * _LN2_LOW
-        y = _E[0] * r + _E[1]
-        y = y * r + _E[2]
-        y = y * r + _E[3]
-        y = y * r + _E[4]
-        y = y * r + _E[5]
+        y = ((((_E[0] * r + _E[1]) * r + _E[2]) * r + _E[3]) * r + _E[4]) * r + _E[5]
         y = y * r + _ONE
         power = (np.float32(shifted).view(np.int32) + _BIAS) << _MANTISSA_BITS
         return _ZERO if x < _LOWEST else y * np.int32(power).view(np.float32)
@@ -98,14 +79,8 @@ def _log_normal(x, lifted):
     bits = np.float32(x).view(np.int32) - _ROOT_HALF
     e = _f(bits >> _MANTISSA_BITS) - lifted
     f = np.int32((bits & _MANTISSA) + _ROOT_HALF).view(np.float32) - _ONE
-    y = _L[0] * f + _L[1]
-    y = y * f + _L[2]
-    y = y * f + _L[3]
-    y = y * f + _L[4]
-    y = y * f + _L[5]
-    y = y * f + _L[6]
-    y = y * f + _L[7]
-    y = y * f + _L[8]
+    y = (((_L[0] * f + _L[1]) * f + _L[2]) * f + _L[3]) * f + _L[4]
+    y = (((y * f + _L[5]) * f + _L[6]) * f + _L[7]) * f + _L[8]
     square = f * f
     y = y * (square * f) + e * _LN2_LOW - _HALF * square
     return f + y + e * _LN2_HIGH
@@ -138,3 +113,15 @@ def _log1p(x):
         return y if u < _INF else u
 
     return log1p32
+
+
+@overload(log_sum, jit_options=OPTIONS)
+def _log_sum(x, inverse):
+    if x != types.float32:
+        return lambda x, inverse: math.log1p(x)
+
+    def log_sum32(x, inverse):
+        u = _ONE + x
+        return _log_normal(u, _ZERO) - ((u - _ONE) - x) * inverse
+
+    return log_sum32

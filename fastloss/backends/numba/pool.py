@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 
 class Pool:
@@ -35,7 +36,10 @@ class Pool:
         if threads <= 1:
             function()
             return
-        others = [self._executor_for(threads - 1).submit(function) for _ in range(threads - 1)]
+        others = []
+        with suppress(RuntimeError):  # no more threads start, as at the end of the process
+            for _ in range(threads - 1):
+                others.append(self._executor_for(threads - 1).submit(function))
         try:
             function()
         finally:
