@@ -1,18 +1,166 @@
-// The formulas of one voxel, on processors and GPUs. V is a number or a vector of numbers.
+// Every function of a probability that kernels sum, with its derivative: once, for processors and
+// GPUs. `fastloss/sums.py` says what they are; the order is the same.
+//
+// V is a number or a vector of numbers, N the number. M, the mathematics of V, has
+//   splat(n)         V of one number
+//   power(v, n)      v^n for v ≥ 0, with 0^0 = 1
+//   product(a, b)    a · b, and 0 where one is 0 though the other be infinite
+//   unless(z, v)     v, but 0 where z is 0
+//   one_less_exponential(v)  1 − e^−v for v ≥ 0, exact where v is small as well
 #pragma once
 
 #ifndef FL_DEVICE
 #define FL_DEVICE inline
 #endif
 
-// q^γ log p, negated, as a loss of a voxel: p is the probability of what is there, q = 1 − p.
+enum class Function : int { one, p, p_squared, log, log_rest, focal, focal_rest };
+constexpr int kFunctions = 7;
+
+// The variable that a derivative is taken by. By log p it is p times that by p, which stays finite
+// and exact where p is near 0.
+enum class By : int { p, log_p, log_q };
+
+// p, q = 1 − p, and −log p and −log q, of which a function reads what `reads_*` says.
 template <class V>
-FL_DEVICE V focal_value(V q_power, V minus_log_p) {
-  return q_power * minus_log_p;
+struct Probability {
+  V p, q, loss, loss_rest;
+};
+
+// q^γ (−log p).
+template <class M, class V, class N>
+FL_DEVICE V focal_value(V q, V loss, N gamma) {
+  return M::product(M::power(q, gamma), loss);
+}
+// Its derivative by log p, but for the sign: q^γ − γ p log p · q^(γ−1). Where p or q is 0 the last
+// part has the limit 0.
+template <class M, class V, class N>
+FL_DEVICE V focal_slope(V p, V q, V loss, N gamma) {
+  if (gamma == N(0)) return M::splat(N(1));
+  const V p_log_p = M::unless(p, -(p * loss));
+  const V less = M::unless(q, M::power(q, gamma - N(1)));
+  return M::power(q, gamma) - gamma * (p_log_p * less);
 }
 
-// The derivative of q^γ log p by log p: q^γ − γ p log p · q^(γ−1) with p log p given.
-template <class V, class T>
-FL_DEVICE V focal_slope(V q_power, V q_power_less, V p_log_p, T gamma) {
-  return q_power - gamma * (p_log_p * q_power_less);
+// value(v, γ), the derivative slope(v, γ) by `by`, and what they read of v.
+template <Function F>
+struct FunctionOf;
+
+template <>
+struct FunctionOf<Function::one> {
+  static constexpr By by = By::p;
+  template <class M, class V, class N>
+  static FL_DEVICE V value(const Probability<V>&, N) {
+    return M::splat(N(1));
+  }
+  template <class M, class V, class N>
+  static FL_DEVICE V slope(const Probability<V>&, N) {
+    return M::splat(N(0));
+  }
+};
+
+template <>
+struct FunctionOf<Function::p> {
+  static constexpr By by = By::p;
+  template <class M, class V, class N>
+  static FL_DEVICE V value(const Probability<V>& v, N) {
+    return v.p;
+  }
+  template <class M, class V, class N>
+  static FL_DEVICE V slope(const Probability<V>&, N) {
+    return M::splat(N(1));
+  }
+};
+
+template <>
+struct FunctionOf<Function::p_squared> {
+  static constexpr By by = By::p;
+  template <class M, class V, class N>
+  static FL_DEVICE V value(const Probability<V>& v, N) {
+    return v.p * v.p;
+  }
+  template <class M, class V, class N>
+  static FL_DEVICE V slope(const Probability<V>& v, N) {
+    return N(2) * v.p;
+  }
+};
+
+template <>
+struct FunctionOf<Function::log> {
+  static constexpr By by = By::log_p;
+  template <class M, class V, class N>
+  static FL_DEVICE V value(const Probability<V>& v, N) {
+    return v.loss;
+  }
+  template <class M, class V, class N>
+  static FL_DEVICE V slope(const Probability<V>&, N) {
+    return M::splat(N(-1));
+  }
+};
+
+template <>
+struct FunctionOf<Function::log_rest> {
+  static constexpr By by = By::log_q;
+  template <class M, class V, class N>
+  static FL_DEVICE V value(const Probability<V>& v, N) {
+    return v.loss_rest;
+  }
+  template <class M, class V, class N>
+  static FL_DEVICE V slope(const Probability<V>&, N) {
+    return M::splat(N(-1));
+  }
+};
+
+template <>
+struct FunctionOf<Function::focal> {
+  static constexpr By by = By::log_p;
+  template <class M, class V, class N>
+  static FL_DEVICE V value(const Probability<V>& v, N gamma) {
+    return focal_value<M>(v.q, v.loss, gamma);
+  }
+  template <class M, class V, class N>
+  static FL_DEVICE V slope(const Probability<V>& v, N gamma) {
+    return -focal_slope<M>(v.p, v.q, v.loss, gamma);
+  }
+};
+
+template <>
+struct FunctionOf<Function::focal_rest> {
+  static constexpr By by = By::log_q;
+  template <class M, class V, class N>
+  static FL_DEVICE V value(const Probability<V>& v, N gamma) {
+    return focal_value<M>(v.p, v.loss_rest, gamma);
+  }
+  template <class M, class V, class N>
+  static FL_DEVICE V slope(const Probability<V>& v, N gamma) {
+    return -focal_slope<M>(v.q, v.p, v.loss_rest, gamma);
+  }
+};
+
+// Whether a function, or its derivative, reads −log p, and −log q.
+FL_DEVICE constexpr bool reads_log(Function f) {
+  return f == Function::log || f == Function::focal;
+}
+FL_DEVICE constexpr bool reads_log_rest(Function f) {
+  return f == Function::log_rest || f == Function::focal_rest;
+}
+
+// Calls g(FunctionOf<F>{}) for a function that is known when the kernel runs.
+template <class G>
+FL_DEVICE void with_function(Function f, const G& g) {
+  switch (f) {
+    case Function::one:
+      return g(FunctionOf<Function::one>{});
+    case Function::p:
+      return g(FunctionOf<Function::p>{});
+    case Function::p_squared:
+      return g(FunctionOf<Function::p_squared>{});
+    case Function::log:
+      return g(FunctionOf<Function::log>{});
+    case Function::log_rest:
+      return g(FunctionOf<Function::log_rest>{});
+    case Function::focal:
+      return g(FunctionOf<Function::focal>{});
+    case Function::focal_rest:
+      return g(FunctionOf<Function::focal_rest>{});
+  }
 }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from fastloss.frameworks import Borrowed
 
@@ -12,6 +15,21 @@ FLOATS = frozenset({"float32", "float16", "bfloat16", "float64"})
 INTEGERS = frozenset(
     {"bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"}
 )
+
+
+class Field(NamedTuple):
+    """An array that terms read beside the target.
+
+    Attributes:
+        array: (B, *spatial), or (B, C, *spatial) of kind "class".
+        dtype: its name; bfloat16 is stored as uint16.
+        kind: "voxel": one number for all classes of a voxel; "class": one for each; "labels": the
+            number of class c is 1 where the label is c, else 0.
+    """
+
+    array: np.ndarray
+    dtype: str
+    kind: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +42,10 @@ class Arrays:
         voxel_weight: (B, *spatial) or None.
         logits_dtype, target_dtype, weight_dtype: dtype names; bfloat16 is stored as uint16.
         dense: whether the target is dense.
+        fields: in the order of `fastloss.request.Request.fields`.
+        regions: None, or the region of every voxel, (B, *spatial) of integers; a voxel whose number
+            is not in [0, rows) is of none.
+        rows: how many regions a sample has at most; 1 without regions.
     """
 
     logits: np.ndarray
@@ -33,6 +55,10 @@ class Arrays:
     dense: bool
     voxel_weight: np.ndarray | None
     weight_dtype: str
+    fields: tuple[Field, ...] = ()
+    regions: np.ndarray | None = None
+    regions_dtype: str = ""
+    rows: int = 1
 
     @property
     def value_dtype(self) -> np.dtype:
@@ -49,8 +75,15 @@ def arrange(
     *,
     activation: str,
     channel_axis: int,
+    fields: Mapping[str, Borrowed] | None = None,
+    regions: Borrowed | None = None,
+    rows: int = 1,
 ) -> Arrays:
     """Check the arrays against each other and move the channel axis to 1, without a copy.
+
+    Args:
+        fields: by name, in the order in which they are kept.
+        rows: how many regions a sample has at most.
 
     Raises:
         TypeError: a dtype that has no meaning for its argument.
@@ -102,12 +135,19 @@ def arrange(
         if w.ndim == ndim:
             w = channels_second(w, channel_axis, "voxel_weight")
             w = w[:, 0] if w.shape[1] == 1 else w
+        if w.shape == (1, *spatial) and batch != 1:  # the same of every sample
+            w = as_strided(w, (batch, *spatial), (0, *w.strides[1:]))
         if w.shape != (batch, *spatial):
             raise ValueError(
                 f"voxel_weight: expected {(batch, *spatial)} or "
-                f"{_with_channel(batch, 1, spatial, channel_axis)}, got shape "
-                f"{voxel_weight.array.shape}"
+                f"{_with_channel(batch, 1, spatial, channel_axis)}, or one sample for all, got "
+                f"shape {voxel_weight.array.shape}"
             )
+    kept = tuple(_field(f, n, x.shape, channel_axis) for n, f in (fields or {}).items())
+    if regions is not None:
+        if regions.dtype not in INTEGERS or regions.dtype == "bool":
+            raise TypeError(f"regions: expected integers, got {regions.dtype}")
+        map_of_regions = _of_voxels(regions.array, "regions", x.shape, channel_axis)
     return Arrays(
         x,
         logits.dtype,
@@ -116,7 +156,48 @@ def arrange(
         dense,
         w,
         "" if voxel_weight is None else voxel_weight.dtype,
+        kept,
+        None if regions is None else map_of_regions,
+        "" if regions is None else regions.dtype,
+        1 if regions is None else rows,
     )
+
+
+def _field(field: Borrowed, name: str, shape: tuple[int, ...], channel_axis: int) -> Field:
+    """A field of logits of this shape, (B, C, *spatial)."""
+    called = f"fields[{name!r}]"
+    if field.dtype not in FLOATS and field.dtype not in INTEGERS:
+        raise TypeError(f"{called}: expected floating numbers, integers or bool, got {field.dtype}")
+    a = field.array
+    if a.ndim == len(shape):
+        a = channels_second(a, channel_axis, called)
+        if a.shape == shape:
+            return Field(a, field.dtype, "class")
+    a = _of_voxels(field.array, called, shape, channel_axis, or_classes=True)
+    # Of one class a map of integers is that class's mask, as a target is.
+    labels = field.dtype in INTEGERS and field.dtype != "bool" and shape[1] > 1
+    return Field(a, field.dtype, "labels" if labels else "voxel")
+
+
+def _of_voxels(
+    array: np.ndarray,
+    name: str,
+    shape: tuple[int, ...],
+    channel_axis: int,
+    or_classes: bool = False,
+) -> np.ndarray:
+    """(B, *spatial), of an array that may have a channel axis of 1, for logits of this shape."""
+    batch, spatial = shape[0], shape[2:]
+    a = array
+    if a.ndim == len(shape):
+        a = channels_second(a, channel_axis, name)
+        a = a[:, 0] if a.shape[1] == 1 else a
+    if a.shape != (batch, *spatial):
+        wanted = [(batch, *spatial), _with_channel(batch, 1, spatial, channel_axis)]
+        if or_classes:
+            wanted[1] = _with_channel(batch, shape[1], spatial, channel_axis)
+        raise ValueError(f"{name}: expected {wanted[0]} or {wanted[1]}, got shape {array.shape}")
+    return a
 
 
 def check_out(out: Borrowed, logits: Borrowed, others: list[tuple[str, Borrowed]]) -> None:

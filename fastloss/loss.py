@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastloss.arrays import Arrays, arrange, channels_second, check_out
+from fastloss.arrays import Arrays, Field, arrange, channels_second, check_out
 from fastloss.backends import Backend, current_backend
 from fastloss.frameworks import Adapter, Borrowed, adapter_of, borrow
-from fastloss.frameworks.base import constant
+from fastloss.frameworks.base import Extras, constant, fixed
+from fastloss.maps import Map
 from fastloss.request import ACTIVATIONS, Request, make_request
 from fastloss.statistics import Statistics
-from fastloss.terms.base import Term, check_choice
-from fastloss.terms.distribution import TopKCrossEntropy
-from fastloss.voxel_losses import VoxelLosses
+from fastloss.structure import Recipe, text_of_loss, text_of_options
+from fastloss.sums import Sum, as_sum
+from fastloss.terms.base import Term, check_choice, factor_of
 
 if TYPE_CHECKING:
     from fastloss.backends._cuda_prepared import Prepared
     from fastloss.backends.cuda import DevicePasses
+    from fastloss.frameworks.base import Place
 
 
 class Loss:
     """A weighted sum of terms, fused: it costs what its dearest term costs alone.
+
+    Terms and losses add and subtract, and are multiplied and divided by a number: Python's, NumPy's
+    or an array of one, whose value is then taken.
 
     Args:
         *terms: terms, or losses, whose terms and weights are taken over.
@@ -35,7 +42,7 @@ class Loss:
             or there is one channel, voxels that hold this number.
         channel_axis: the axis of the channels in logits and dense targets, 1 or for instance
             -1; any axis but the first.
-        validate: on a GPU, wait for the reduce pass and raise the error for bad labels or voxel
+        validate: on a GPU, wait for the reduce pass and raise the error for bad targets or voxel
             weights. Without it nothing waits, and they make the value and the gradient NaN. On a
             CPU they always raise.
 
@@ -46,18 +53,33 @@ class Loss:
       in CPU memory or on a CUDA device, which is read without a copy.
     - target: a label map (B, *spatial) or (B, 1, *spatial) of integers in [0, C), in any integer,
       bool or floating dtype; or a dense target (B, C, *spatial): one-hot, multi-label or soft.
-      With one channel and no softmax the target is that channel's mask.
-    - voxel_weight: None, or (B, *spatial) or (B, 1, *spatial), non-negative: a mask or weights. A
-      voxel of weight 0 counts for nothing, whatever its logits hold.
+      With one channel and no softmax the target is that channel's mask. Integers in a dense target
+      or a mask are 0 and 1, floating numbers are free.
+    - voxel_weight: None, or (B, *spatial) or (B, 1, *spatial), non-negative: a mask or weights;
+      (1, *spatial) or (1, 1, *spatial) holds those of every sample. A voxel of weight 0 counts for
+      nothing, whatever its logits hold.
+    - fields: None, or by name the arrays that terms read beside the target, (B, *spatial) or
+      (B, C, *spatial), of any floating dtype or bool. Integers of shape (B, *spatial) are a second
+      label map: for class c the field is 1 where the label is c.
+    - regions: None, or the region that every voxel belongs to, (B, *spatial) or (B, 1, *spatial) of
+      integers: 0, 1, 2, … within a sample, each of at least one voxel; −1 where a voxel counts for
+      nothing. Sums are then formed for every region, and terms take regions for samples.
+    - region_count: how many regions a sample may have; found out if it is not given, but on a GPU,
+      where to look would wait. Chunks of a volume on a GPU need the same.
 
     PyTorch tensors give PyTorch tensors. A loss that is called with logits that require a gradient
     is differentiated by autograd, once: gradients flow to the logits alone, and second derivatives
     raise RuntimeError. Beside the gradient no memory is taken; the arrays are kept until the
-    backward pass. `torch.compile` and `torch.export` take a loss into the graph. The methods record
-    no graph, whatever their tensors require.
+    backward pass. `torch.compile`, `torch.export` and `torch.jit.trace` take a loss into the graph,
+    with its numbers as they are then; a process that loads such a graph imports `fastloss.torch`
+    first. The methods record no graph, whatever their tensors require.
+
+    Without a sample, or without a voxel, a mean is 0, and a region term has the value of its
+    formula for empty regions; the gradient is as empty as the logits.
 
     Every method raises ValueError or TypeError, naming the argument, for arrays that do not fit
-    each other, for labels outside [0, C) that are not ``ignore_index``, and for negative weights.
+    each other, for labels outside [0, C) that are not ``ignore_index``, for other integers than 0
+    and 1 in a dense target or a mask (as in one of 0 and 255), and for negative weights.
 
     Arrays on a CUDA device are computed there, on the caller's current stream, and nothing waits
     for it; results stay there, in CuPy arrays where the framework is not PyTorch. All arrays of a
@@ -116,11 +138,31 @@ class Loss:
                 weighted.append((1.0, term))
             else:
                 raise TypeError(f"terms: expected terms or losses, got {term!r}")
-        self.terms: tuple[tuple[float, Term], ...] = tuple(weighted)
         self._options: dict[str, Any] = options
-        self.needs = frozenset().union(*(term.requires for _, term in self.terms))
-        self.term_of_voxels = _term_of_voxels([term for _, term in self.terms])
+        self.terms = tuple(weighted)
+
+    @property
+    def terms(self) -> tuple[tuple[float, Term], ...]:
+        """Factors and terms."""
+        return self._terms
+
+    @terms.setter
+    def terms(self, terms: tuple[tuple[float, Term], ...]) -> None:
+        self._terms = terms
+        self.needs: frozenset[str | Sum] = frozenset().union(*(term.requires for _, term in terms))
+        self.ranking = _ranking_term([term for _, term in terms])
+        self.maps_voxels = _is_per_voxel([term for _, term in terms])
+        own = None if self.ranking is None else self.ranking.ranking
+        named = {need.field for need in self.needs if isinstance(need, Sum) and need != own}
+        self.fields: tuple[str, ...] = tuple(sorted(named - {""}))
+        """The names of the fields that the terms read, in their order."""
         self._checked: set[int] = set()
+        self._factors = np.array([factor for factor, _ in terms], np.float64)
+        self._text_of_options = text_of_options(tuple(self._options.items()))
+        self.given: tuple[Any, ...] = ()
+        for _, term in terms:
+            if term._described is None:
+                term._describe()
 
     @property
     def activation(self) -> str:
@@ -141,7 +183,7 @@ class Loss:
     @property
     def additive(self) -> bool:
         """Whether the sums over a volume's chunks determine the value."""
-        return self.term_of_voxels is None
+        return self.ranking is None and not self.maps_voxels
 
     @property
     def sums_over_batch(self) -> bool:
@@ -150,12 +192,22 @@ class Loss:
 
     # ------------------------------------------------------------------ what a user calls
 
-    def __call__(self, logits: Any, target: Any, voxel_weight: Any = None) -> Any:
+    def __call__(
+        self,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any = None,
+        *,
+        fields: Any = None,
+        regions: Any = None,
+        region_count: int | None = None,
+    ) -> Any:
         """The value of the loss: a float32 scalar (float64 for float64 logits).
 
         An array where a term has ``reduction="none"``: see the terms for its shape.
         """
-        return adapter_of(logits, "logits").value(self, logits, target, voxel_weight)
+        extras = Extras.of(fields, regions, region_count)
+        return adapter_of(logits, "logits").value(self, logits, target, voxel_weight, extras=extras)
 
     def value_and_grad(
         self,
@@ -163,6 +215,9 @@ class Loss:
         target: Any,
         voxel_weight: Any = None,
         *,
+        fields: Any = None,
+        regions: Any = None,
+        region_count: int | None = None,
         out: Any = None,
         upstream: Any = None,
     ) -> tuple[Any, Any]:
@@ -177,7 +232,8 @@ class Loss:
         Raises:
             ValueError: ``out`` is read-only, or overlaps an input other than as the logits.
         """
-        if upstream is None:
+        extras = Extras.of(fields, regions, region_count)
+        if upstream is None and extras is None:
             adapter = adapter_of(logits, "logits")
             ready = self.prepared(adapter, logits, target, voxel_weight)
             arrays = (logits, target, voxel_weight)
@@ -185,16 +241,27 @@ class Loss:
                 out is None or ready[0].takes(self, adapter, arrays, ready[1], out)
             ):
                 call, addresses = ready
-                value, kept = call.value(addresses)
+                value, kept = call.value(self, addresses)
                 return value, call.gradient(self, adapter, arrays, addresses, kept, out=out)
-        passes = self.passes(logits, target, voxel_weight)
+        passes = self.passes(logits, target, voxel_weight, extras)
         out, view = passes.output(out)
-        value, pullback = passes.combine(passes.reduce())
-        passes.apply(pullback(passes.adapter.upstream(upstream)), view)
+        value, pullback = passes.forward()
+        passes.apply(pullback(passes.upstream(upstream)), view)
         return passes.adapter.result(value), out
 
-    def statistics(self, logits: Any, target: Any, voxel_weight: Any = None) -> Statistics:
+    def statistics(
+        self,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any = None,
+        *,
+        fields: Any = None,
+        regions: Any = None,
+        region_count: int | None = None,
+    ) -> Statistics:
         """The sums that the loss is a function of. They add: over chunks of a volume, over ranks.
+
+        A chunk need not have a voxel of every region.
 
         >>> import numpy as np, fastloss as fl
         >>> rng, loss = np.random.default_rng(0), fl.Dice() + fl.CrossEntropy()
@@ -204,7 +271,8 @@ class Loss:
         True
         """
         self.check_additive("statistics")
-        return self.passes(logits, target, voxel_weight).reduce()
+        extras = Extras.of(fields, regions, region_count)
+        return self.passes(logits, target, voxel_weight, extras).reduce(whole=False)
 
     def value(self, statistics: Statistics) -> Any:
         """The value of the loss from the sums over all its chunks."""
@@ -219,6 +287,9 @@ class Loss:
         target: Any,
         voxel_weight: Any = None,
         *,
+        fields: Any = None,
+        regions: Any = None,
+        region_count: int | None = None,
         statistics: Statistics | None = None,
         out: Any = None,
         upstream: Any = None,
@@ -227,28 +298,37 @@ class Loss:
 
         Other arguments as in `value_and_grad`.
         """
-        passes = self.passes(logits, target, voxel_weight)
+        if statistics is not None:
+            self.check_additive("statistics")
+            self._check_statistics(statistics)
+            if statistics.regions and regions is not None and region_count is None:
+                region_count = statistics.regions  # of which this chunk may lack the last ones
+        extras = Extras.of(fields, regions, region_count)
+        passes = self.passes(logits, target, voxel_weight, extras)
         out, view = passes.output(out)
-        own = passes.reduce()  # also checks the labels
+        if self.maps_voxels:
+            passes.apply(passes.forward()[1](passes.upstream(upstream)), view)
+            return out
+        own = passes.reduce(whole=statistics is None)  # also checks the labels
         if statistics is None:
             statistics = own
         else:
-            self.check_additive("statistics")
-            self._check_statistics(statistics)
             statistics.check_place(own)
             if statistics.sums.shape != own.sums.shape or statistics.request != own.request:
                 raise ValueError(
                     "statistics: expected the sums of this loss over chunks like these arrays, got "
                     f"{statistics._describe()}"
                 )
-        passes.apply(passes.combine(statistics)[1](passes.adapter.upstream(upstream)), view)
+        passes.apply(passes.combine(statistics)[1](passes.upstream(upstream)), view)
         return out
 
     # ------------------------------------------------------------------ how it is done
 
-    def passes(self, logits: Any, target: Any, voxel_weight: Any) -> Passes:
+    def passes(
+        self, logits: Any, target: Any, voxel_weight: Any, extras: Extras | None = None
+    ) -> Passes:
         """The two passes over these arrays, for the adapters of frameworks."""
-        return Passes(self, logits, target, voxel_weight)
+        return Passes(self, logits, target, voxel_weight, extras)
 
     def prepared(
         self, adapter: Adapter, logits: Any, target: Any, voxel_weight: Any
@@ -267,18 +347,22 @@ class Loss:
             for _, term in self.terms:
                 term.check(self.activation, classes)
             self._checked.add(classes)
-        if arrays.dense and not self.additive:
+        if arrays.dense and self.ranking is not None:
             raise ValueError(
-                f"target: {type(self.term_of_voxels).__name__} takes a label map, got a dense "
+                f"target: {type(self.ranking).__name__} takes a label map, got a dense "
                 f"target {arrays.target.shape}"
             )
         return make_request(self.activation, arrays.dense, self.ignore_index, self.needs)
 
     def check_additive(self, name: str) -> None:
         """Raise ValueError, naming the argument, if the loss is no function of sums."""
+        if self.maps_voxels:
+            raise ValueError(
+                f"{name}: a loss of reduction='voxel' has one number per voxel, and no sums to join"
+            )
         if not self.additive:
             raise ValueError(
-                f"{name}: {type(self.term_of_voxels).__name__} is no function of sums over voxels, "
+                f"{name}: {type(self.ranking).__name__} is no function of sums over voxels, "
                 "so parts of the data cannot be joined"
             )
 
@@ -335,18 +419,130 @@ class Loss:
             coefficients = np.zeros(statistics.sums.shape, like=statistics.sums)
             for weight, value, pull in parts:
                 own = _reduce_to(upstream, shape, np.shape(value)) if shape else upstream
-                for slot, derivative in pull(own * weight).items():
-                    coefficients[statistics.request.index[slot]] += derivative
+                for key, derivative in pull(own * weight).items():
+                    coefficients[statistics.request.index[as_sum(key)]] += derivative
             return coefficients
 
         return total, pullback
 
-    @constant
-    def graph_name(self) -> str:
-        """What the graphs of `torch.compile` and `torch.export` call this loss."""
-        from fastloss.naming import text_of  # which makes losses
+    def map_coefficients(self, request: Request, classes: int) -> np.ndarray:
+        """k, (S, C), of the map that a loss of every voxel is."""
+        coefficients = np.zeros((len(request.sums), classes))
+        for weight, term in self.terms:
+            for key, k in term.map_coefficients(request, classes).items():
+                coefficients[request.index[as_sum(key)]] += weight * k
+        return coefficients
 
-        return text_of(self)
+    # ------------------------------------------------------------------ structure and numbers
+
+    @property
+    def structure(self) -> str:
+        """What the loss is apart from its numbers, as JSON: what compiled code is made for.
+
+        Equal for losses whose terms have the same classes and options but for numbers: the terms'
+        factors and class weights, of which it says the shapes alone.
+        """
+        terms = [term._described.text for _, term in self._terms]  # type: ignore[union-attr]
+        return text_of_loss(terms, self._text_of_options)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """As `structure`, quicker."""
+        return (self._text_of_options, *(term.described.text for _, term in self._terms))
+
+    @property
+    def operands(self) -> tuple[np.ndarray, ...]:
+        """The numbers, float64: the factors of the terms (T,), then (1,) or (C,) for each number
+        of every term."""
+        found = [self._factors]
+        for _, term in self._terms:
+            found += term._described.arrays  # type: ignore[union-attr]
+        return tuple(found)
+
+    @constant
+    def numbers(self) -> tuple[tuple[float, ...], ...]:
+        """As `operands`, without arrays."""
+        return tuple(tuple(operand.tolist()) for operand in self.operands)
+
+    @constant
+    def keep_terms(self) -> bool:
+        """Hold the terms that a graph can name by an identity alone for as long as it may run.
+
+        False for a loss that is made in what is being traced: all that is known of it is that there
+        will be one.
+        """
+        from fastloss.naming import keep  # which makes losses
+
+        if not vars(self):
+            return False
+        keep(self)
+        return True
+
+    def with_operands(self, operands: Sequence[Any]) -> Loss:
+        """The same loss with other numbers, as `operands` has them; None for those that it has.
+
+        They may be arrays that record what is done with them, in place of NumPy's.
+
+        Raises:
+            ValueError: a factor that is not finite, or a class weight that is not or is negative.
+        """
+        factors: Any = [factor for factor, _ in self.terms]
+        if operands[0] is not None:
+            factors = operands[0]
+            if isinstance(factors, np.ndarray):
+                factors = factors.tolist()
+                if not np.isfinite(factors).all():
+                    raise ValueError(f"factor: expected finite numbers, got {factors}")
+        terms = []
+        start = 1
+        for i, (_, term) in enumerate(self.terms):
+            end = start + len(term.described.names)
+            terms.append((factors[i], term.with_numbers(operands[start:end])))
+            start = end
+        loss = self.with_terms(tuple((1.0, term) for _, term in terms))
+        loss._terms = tuple(terms)
+        if isinstance(factors, list):
+            loss._factors = np.array(factors, np.float64)
+        return loss
+
+    @property
+    def reads_again(self) -> bool:
+        """Whether the gradient needs the numbers once more, after the value."""
+        return not self.additive or any(term.value_shape(1, 2) for _, term in self.terms)
+
+    def given_to(self, term: Term, name: str) -> Any:
+        """The array with this number of a term, or None."""
+        places = [(t, n) for _, t in self.terms for n in t.described.names]
+        for (other, number), array in zip(places, self.given[1:], strict=False):
+            if other is term and number == name:
+                return array
+        return None
+
+    def with_given(self, given: Sequence[Any]) -> Loss:
+        """The same loss whose numbers lie in arrays on a GPU, as `operands` has them, or are None
+        where the loss has them itself. The arrays are read in every call, when it is computed."""
+        loss = self.with_terms(self.terms)
+        loss.given = tuple(given)
+        return loss
+
+    def with_terms(self, terms: tuple[tuple[float, Term], ...]) -> Loss:
+        """The sum of these terms, with the options of this loss."""
+        loss = Loss.__new__(Loss)
+        loss._options = self._options
+        loss.terms = terms
+        return loss
+
+    def described_inside(self) -> tuple[str, list[Any]]:
+        """Structure and operands of a loss that a function makes while it is being compiled.
+
+        What its terms were made of there `torch.compile` takes for constants.
+        """
+        texts, operands = [], [tuple([fixed(factor) for factor, _ in self._terms])]
+        for _, term in self._terms:
+            text, numbers = term.part_inside()
+            texts.append(text)
+            operands += numbers
+        return text_of_loss(texts, text_of_options(tuple(self._options.items()))), operands
 
     def __add__(self, other: object) -> Loss:
         return Loss(self, other) if isinstance(other, (Term, Loss)) else NotImplemented
@@ -356,24 +552,44 @@ class Loss:
             return Loss(other, self)
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
+    def __sub__(self, other: object) -> Loss:
+        return self + -other if isinstance(other, (Term, Loss)) else NotImplemented
+
+    def __rsub__(self, other: object) -> Loss:
+        return -self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __neg__(self) -> Loss:
+        return self * -1.0
+
     def __mul__(self, factor: object) -> Loss:
-        if isinstance(factor, bool) or not isinstance(
-            factor, (int, float, np.integer, np.floating)
-        ):
-            return NotImplemented
-        if not np.isfinite(factor):
-            raise ValueError(f"factor: expected a finite number, got {factor!r}")
-        scaled = Loss(self)
-        scaled.terms = tuple((float(factor) * weight, term) for weight, term in self.terms)
-        return scaled
+        number = factor_of("factor", factor)
+        return NotImplemented if number is None else self._weighted(number, 1.0)
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: object) -> Loss:
+        number = factor_of("divisor", divisor)
+        if number == 0:
+            raise ValueError(f"divisor: expected a number other than 0, got {divisor!r}")
+        return NotImplemented if number is None else self._weighted(1.0, number)
+
+    __array_ufunc__ = None  # so that NumPy's numbers leave their product to the loss
+
+    def _weighted(self, factor: float, divisor: float) -> Loss:
+        scaled = Loss(self)
+        scaled.terms = tuple((factor * weight / divisor, term) for weight, term in self.terms)
+        return scaled
+
     def __getstate__(self) -> dict[str, Any]:
-        # The name of a loss may be understood by this process alone; programs are made again.
-        return {
-            k: v for k, v in self.__dict__.items() if k not in ("_text", "_programs", "_prepared")
-        }
+        return {"terms": self.terms, "_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._options = state["_options"]
+        terms = state["terms"]
+        if all(vars(term) for _, term in terms):
+            self.terms = terms
+        # Else it is the loss that a term is alone, within a pickle of that term: the term is not
+        # whole yet, and makes its loss again.
 
     def __repr__(self) -> str:
         parts = [repr(t) if w == 1.0 else f"{w!r} * {t!r}" for w, t in self.terms]
@@ -381,10 +597,55 @@ class Loss:
         return f"Loss({', '.join(parts)})"
 
 
+def made(*arguments: Any) -> Loss:
+    """The loss of some options and recipes, which is made once."""
+    return _made(*arguments)
+
+
+@lru_cache(maxsize=256)
+def _made(options: tuple[tuple[str, Any], ...], *recipes: Recipe) -> Loss:
+    terms = [r.factor * r.kind(**dict(r.options), **dict(r.numbers)) for r in recipes]
+    return Loss(*terms, **dict(options))
+
+
+UPSTREAM = "upstream"
+"""The field by which the gradient of a loss of every voxel is multiplied."""
+
+
+class PerVoxel(NamedTuple):
+    """The derivative of a loss of every voxel: k, (S, C), times its upstream gradient."""
+
+    coefficients: np.ndarray
+    upstream: Borrowed
+
+
+def _pull_map(
+    shape: tuple[int, ...], coefficients: np.ndarray, place: Place | None, upstream: Any
+) -> PerVoxel:
+    """The derivative of a map of this shape, given its upstream gradient; None: 1."""
+    if upstream is None:
+        one = np.broadcast_to(np.ones((), np.float32), shape)
+        upstream = one if place is None else place.ones(shape, "float32")
+    elif tuple(np.shape(upstream)) != shape:
+        raise ValueError(
+            f"upstream: expected the value's shape {shape}, got {tuple(np.shape(upstream))}"
+        )
+    elif place is not None and isinstance(upstream, np.ndarray):
+        upstream = place.array(upstream, "float32")
+    return PerVoxel(coefficients, borrow(upstream, "upstream"))
+
+
 class Passes:
     """One call's arrays, and the two passes over them."""
 
-    def __init__(self, loss: Loss, logits: Any, target: Any, voxel_weight: Any) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any,
+        extras: Extras | None = None,
+    ) -> None:
         self.loss = loss
         self.adapter = adapter_of(logits, "logits")
         self.caller_logits = logits
@@ -392,39 +653,200 @@ class Passes:
         self.target = borrow(target, "target")
         self.voxel_weight = None if voxel_weight is None else borrow(voxel_weight, "voxel_weight")
         self.device: DevicePasses | None = None
+        self.more: dict[str, Borrowed] = {}  # fields and regions, by what errors call them
         places = (self.logits.place, self.target.place, self.voxel_weight and self.voxel_weight[2])
-        if places != (None, None, None):
-            self.device = _on_device(self.logits, self.target, self.voxel_weight)
+        if extras is None and not loss.fields:
+            given: dict[str, Any] = {}
+        else:
+            given = self._borrow(extras or Extras())
+        if places != (None, None, None) or any(b.place for b in self.more.values()):
+            self.device = _on_device(self.logits, self.target, self.voxel_weight, **self.more)
         self.arrays = arrange(
             self.logits,
             self.target,
             self.voxel_weight,
             activation=loss.activation,
             channel_axis=loss.channel_axis,
+            **given,
         )
         self.request = loss._request(self.arrays)
         # Which backend computes is a choice for arrays in CPU memory.
         self.backend: Backend | None = current_backend() if self.device is None else None
-        self._losses: VoxelLosses | None = None
+        self._whole: Arrays | None = None
+        """The arrays with the field that the ranking term made."""
+        if self.arrays.regions is not None and self.device is None:
+            self._check_regions()
 
-    def reduce(self) -> Statistics:
+    def _borrow(self, extras: Extras) -> dict[str, Any]:
+        """Borrow fields and regions: what `arrange` takes beside the usual arrays."""
+        names = tuple(name for name, _ in extras.fields)
+        if names != self.loss.fields:
+            wanted = ", ".join(map(repr, self.loss.fields)) or "none"
+            got = ", ".join(map(repr, names)) or "none"
+            raise ValueError(f"fields: the terms of this loss read {wanted}, got {got}")
+        fields = {name: borrow(array, f"fields[{name!r}]") for name, array in extras.fields}
+        self.more.update((f"fields[{name!r}]", field) for name, field in fields.items())
+        if extras.regions is None:
+            return {"fields": fields}
+        regions = self.more["regions"] = borrow(extras.regions, "regions")
+        rows = extras.region_count
+        if rows is None and regions.place is not None:
+            raise ValueError(
+                "region_count: expected how many regions a sample has at most, as to look for it "
+                "would wait for the GPU, got None"
+            )
+        if rows is None:
+            integers = regions.array.dtype.kind in "iu" and regions.array.size
+            rows = max(int(regions.array.max()) + 1, 1) if integers else 1
+        return {"fields": fields, "regions": regions, "rows": rows}
+
+    def _check_regions(self) -> None:
+        """Raise ValueError for numbers that are no region."""
+        regions, rows = self.arrays.regions, self.arrays.rows
+        assert regions is not None
+        if regions.size:
+            least, most = int(regions.min()), int(regions.max())
+            if least < -1 or most >= rows:
+                wrong = least if least < -1 else most
+                raise ValueError(f"regions: expected numbers in [-1, {rows}), got {wrong}")
+
+    def _check_holes(self, voxels: np.ndarray) -> None:
+        """Raise ValueError for a number without voxels below another one of the same sample."""
+        regions, rows = self.arrays.regions, self.arrays.rows
+        assert regions is not None
+        for b, of_sample in enumerate(voxels.reshape(-1, rows)):
+            if of_sample.all() or not regions.size:
+                continue
+            present = np.zeros(rows + 1, bool)
+            present[regions[b]] = True  # -1 is behind all
+            count = int(np.flatnonzero(present[:-1])[-1]) + 1 if present[:-1].any() else 0
+            if not present[:count].all():
+                hole = int(np.flatnonzero(~present[:count])[0])
+                raise ValueError(
+                    f"regions: expected voxels of every region in [0, {count}), but sample {b} has "
+                    f"none of region {hole}"
+                )
+
+    def reduce(self, whole: bool = True) -> Statistics:
+        """The sums; not ``whole``: of a chunk, which may lack regions."""
         if self.device is not None:
             return self.device.reduce(self.loss, self.request, self.arrays)
+        statistics = self._reduce()
+        if whole and self.arrays.regions is not None:
+            self._check_holes(statistics.voxels)
+        return statistics
+
+    def _reduce(self) -> Statistics:
         assert self.backend is not None
-        batch, classes = self.arrays.logits.shape[:2]
-        sums = np.empty((len(self.request.slots), batch, classes))
+        request, arrays = self.request, self.arrays
+        classes, batch = arrays.logits.shape[1], arrays.logits.shape[0] * arrays.rows
+        regions = 0 if arrays.regions is None else arrays.rows
         voxels = np.empty(batch)
-        term = self.loss.term_of_voxels
+        term = self.loss.ranking
         if term is None:
-            self.backend.reduce(self.request, self.arrays, sums, voxels)
+            sums = np.empty((len(request.sums), batch, classes))
+            self.backend.reduce(request, arrays, sums, voxels)
+            return Statistics(request, sums, voxels, arrays.value_dtype, None, regions)
+        assert term.ranking is not None
+        # The field is made of the map that the pass over the other sums writes.
+        others = make_request(
+            request.activation, request.dense, request.ignore_index, request.needs - {term.ranking}
+        )
+        losses = np.empty(
+            (arrays.target.shape[0], prod(arrays.target.shape[1:])), arrays.value_dtype
+        )
+        found = np.empty((len(others.sums), batch, classes))
+        voxel_map = Map("voxel", losses, term.ranks_by(others, classes))
+        self.backend.reduce(others, arrays, found, voxels, voxel_map)
+        sums = np.zeros((len(request.sums), batch, classes))
+        sums[[request.index[total] for total in others.sums]] = found
+        total = term.choose(losses)
+        if sums.size:
+            sums[request.index[term.ranking], 0, 0] = total
+        field = Field(losses.reshape(arrays.target.shape), arrays.value_dtype.name, "voxel")
+        known = dict(zip(others.fields, arrays.fields, strict=True))
+        known[term.ranking.field] = field
+        self._whole = replace(arrays, fields=tuple(known[name] for name in request.fields))
+        return Statistics(request, sums, voxels, arrays.value_dtype, None, regions)
+
+    def forward(self) -> tuple[Any, Callable[[Any], Any]]:
+        """The value of these arrays, and from its upstream gradient what `apply` takes."""
+        return self._map() if self.loss.maps_voxels else self.combine(self.reduce())
+
+    def upstream(self, gradient: Any) -> Any:
+        """The upstream gradient, as the pullback takes it."""
+        return gradient if self.loss.maps_voxels else self.adapter.upstream(gradient)
+
+    def _map(self) -> tuple[Any, Callable[[Any], PerVoxel]]:
+        """The loss of every voxel."""
+        loss, request, arrays = self.loss, self.request, self.arrays
+        batch, classes, *spatial = arrays.logits.shape
+        coefficients = self._map_coefficients()
+        by_class = request.activation == "sigmoid"
+        shape = (batch, *[classes] * by_class, *spatial)
+        flat = (*shape[: 1 + by_class], prod(spatial))
+        out = self._new(flat, arrays.value_dtype)
+        view = out if self.device is None else borrow(out, "out").array
+        voxel_map = Map("class" if by_class else "voxel", view, coefficients)
+        if self.device is not None:
+            self.device.write_map(request, arrays, voxel_map, loss.validate)
         else:
-            values = np.empty((batch, prod(self.arrays.target.shape[1:])), self.arrays.value_dtype)
-            self._losses = VoxelLosses(values, term.class_weight(classes))
-            self.backend.reduce(self.request, self.arrays, sums, voxels, self._losses)
-            sums[self.request.index["top_k"]] = 0.0
-            if sums.size:
-                sums[self.request.index["top_k"], 0, 0] = self._losses.keep_largest(term.k)
-        return Statistics(self.request, sums, voxels, self.arrays.value_dtype)
+            assert self.backend is not None
+            self.backend.write_map(request, arrays, voxel_map)
+        value = out.reshape(shape)
+        if by_class and loss.channel_axis != 1:
+            move = getattr(value, "movedim", None)  # a tensor's, which NumPy does not know
+            axis = loss.channel_axis
+            value = move(1, axis) if move is not None else np.moveaxis(value, 1, axis)
+        pull = partial(_pull_map, tuple(value.shape), coefficients, self._place)
+        return value, pull
+
+    def pull_map(self, upstream: Any) -> PerVoxel:
+        """For `apply`, of a loss of every voxel."""
+        return _pull_map(tuple(upstream.shape), self._map_coefficients(), self._place, upstream)
+
+    def _map_coefficients(self) -> np.ndarray:
+        loss = self.loss if self.device is None else self.device.with_numbers(self.loss)
+        return loss.map_coefficients(self.request, self.arrays.logits.shape[1])
+
+    @property
+    def _place(self) -> Place | None:
+        return None if self.device is None else self.device.place
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of the statistics."""
+        return int(self.arrays.logits.shape[0] * self.arrays.rows)
+
+    def _new(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """A new array in C order, where the logits are."""
+        if self.device is None:
+            return np.empty(shape, dtype)
+        return self.device.place.empty(shape, dtype.name)
+
+    def _apply_per_voxel(self, by: PerVoxel, out: np.ndarray) -> None:
+        """The gradient of the loss of every voxel: the upstream gradient is one more field."""
+        loss, arrays = self.loss, self.arrays
+        upstream = by.upstream.array
+        by_class = self.request.activation == "sigmoid"
+        if by_class and loss.channel_axis != 1:
+            upstream = channels_second(upstream, loss.channel_axis, "upstream")
+        whole = self.request
+        weighted = {s: s._replace(field=UPSTREAM) for s in whole.sums}
+        request = make_request(
+            whole.activation, whole.dense, whole.ignore_index, frozenset(weighted.values())
+        )
+        rows, classes = arrays.logits.shape[0] * arrays.rows, arrays.logits.shape[1]
+        coefficients = np.zeros((len(request.sums), rows, classes))
+        for s, k in zip(whole.sums, by.coefficients, strict=True):
+            coefficients[request.index[weighted[s]]] = k
+        field = Field(upstream, by.upstream.dtype, "class" if by_class else "voxel")
+        arrays = replace(arrays, fields=(field,))
+        if self.device is not None:
+            self.device.apply_sums(request, arrays, coefficients, out)
+            return
+        assert self.backend is not None
+        self.backend.apply(request, arrays, coefficients, out)
 
     def combine(self, statistics: Statistics) -> tuple[Any, Callable[[Any], Any]]:
         """The value, and from its upstream gradient what `apply` takes."""
@@ -456,42 +878,64 @@ class Passes:
         others = [("target", self.target)]
         if self.voxel_weight is not None:
             others.append(("voxel_weight", self.voxel_weight))
+        others += self.more.items()
         check_out(view, self.logits, others)
 
     def apply(self, coefficients: Any, out: Borrowed) -> None:
         """Write the gradient, given what `combine` returns for the upstream gradient."""
         view = self.gradient_view(out)
+        if isinstance(coefficients, PerVoxel):
+            self._apply_per_voxel(coefficients, view)
+            return
         if self.device is not None:
             self.device.apply(self.loss, self.request, self.arrays, coefficients, view)
             return
-        if self._losses is None and not self.loss.additive:
-            self.reduce()  # in another call than the first
+        if self.loss.ranking is not None and self._whole is None:
+            self._reduce()  # in another call than the first
         assert self.backend is not None
-        self.backend.apply(self.request, self.arrays, coefficients, view, self._losses)
+        self.backend.apply(self.request, self._whole or self.arrays, coefficients, view)
 
 
-def _times(weight: float, value: Any) -> Any:
+def _times(weight: Any, value: Any) -> Any:
     """weight · value; of a weight of 0 and an infinite value NaN, without a warning."""
-    if weight:
-        return value if weight == 1.0 else weight * value
+    if not isinstance(weight, float) or weight:
+        return value if isinstance(weight, float) and weight == 1.0 else weight * value
     with np.errstate(invalid="ignore"):
         return weight * value
 
 
-def _on_device(logits: Borrowed, *others: Borrowed | None) -> DevicePasses:
+def _on_device(logits: Borrowed, *others: Borrowed | None, **more: Borrowed) -> DevicePasses:
     """For arrays on a GPU. ValueError, naming the argument, if they do not all lie there."""
     from fastloss.backends.cuda import DevicePasses, check_places
 
-    check_places(logits, *others)
+    check_places(logits, *others, **more)
     assert logits.place is not None
     return DevicePasses(logits.place)
 
 
-def _term_of_voxels(terms: list[Term]) -> TopKCrossEntropy | None:
-    """The term that looks at single voxels, of which there may be one."""
-    found = [term for term in terms if isinstance(term, TopKCrossEntropy)]
+def _is_per_voxel(terms: list[Term]) -> bool:
+    """Whether the loss is one of every voxel, as all of its terms must be then."""
+    each = [term for term in terms if term.maps_voxels]
+    if not each:
+        return False
+    for term in terms:
+        if term not in each:
+            raise ValueError(
+                "reduction: 'voxel' gives one number per voxel, to which the value of "
+                f"{type(term).__name__} does not add"
+            )
+        if any(isinstance(need, Sum) and need.field for need in term.requires):
+            raise ValueError(
+                f"reduction: {type(term).__name__} reads a field, and has no loss of every voxel"
+            )
+    return True
+
+
+def _ranking_term(terms: list[Term]) -> Term | None:
+    """The term that chooses among voxels, of which there may be one."""
+    found = [term for term in terms if term.ranking is not None]
     if len(found) > 1:
-        raise ValueError("terms: expected at most one TopKCrossEntropy in a loss")
+        raise ValueError(f"terms: expected at most one {type(found[0]).__name__} in a loss")
     return found[0] if found else None
 
 

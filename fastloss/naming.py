@@ -1,103 +1,92 @@
-"""Losses as text and back: how a compiled or exported graph names the loss that it computes."""
+"""Losses from text: how a compiled or exported graph knows the loss that it computes."""
 
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import numpy as np
 
 from fastloss.frameworks.base import as_loss, constant
 from fastloss.loss import Loss
-from fastloss.terms.base import Term, options_of
+from fastloss.structure import placeholders
+from fastloss.terms.base import Term
 
 if TYPE_CHECKING:
     from fastloss.frameworks.base import LossLike
 
 _losses: dict[str, Loss] = {}
 _foreign: dict[str, Term] = {}
-"""Terms that only this process can name, by a number that no other process uses. They are held
-for as long as it runs, as the graphs that name them may run at any time."""
+"""Terms that only this process can name, by their identities. They are held for as long as it
+runs, as the graphs that name them may run at any time."""
 
 
 @constant
-def text_of(loss: LossLike) -> str:
-    """The name of a loss: JSON text, the same for equal options.
-
-    A term of this library is named by its class and options, which any process understands that
-    has the library. A term from elsewhere is named by its class and a number, which this process
-    alone understands.
-    """
-    if not vars(loss) and type(loss).__module__.partition(".")[0] == "fastloss":
-        # All that is known while it is being traced is that there will be a loss.
-        raise RuntimeError(
-            "loss: it is made inside a compiled function; make it outside, and call it inside"
-        )
-    loss = as_loss(loss)
-    text: str | None = loss.__dict__.get("_text")
-    if text is None:
-        parts = {
-            "terms": [[weight, *_name(term)] for weight, term in loss.terms],
-            "activation": loss.activation,
-            "ignore_index": loss.ignore_index,
-            "channel_axis": loss.channel_axis,
-            "validate": loss.validate,
-        }
-        text = json.dumps(parts, default=int)  # int: NumPy's integers
-        loss.__dict__["_text"] = text
-        _losses.setdefault(text, loss)
-    return text
+def structure_of(loss: LossLike) -> str:
+    """The `fastloss.Loss.structure` of what a function makes."""
+    made = as_loss(loss)
+    keep(made)
+    return made.structure
 
 
-def loss_of(text: str) -> Loss:
-    """The loss of this name.
+def keep(loss: Loss) -> None:
+    """Hold what the structure of a loss names by an identity alone."""
+    for _, term in loss.terms:
+        if term.described.identity:
+            _foreign.setdefault(term.described.identity, term)
+
+
+def loss_of(structure: str, numbers: np.ndarray | None = None) -> Loss:
+    """A loss of this structure, with these numbers: its operands one after another.
 
     Raises:
-        ValueError: no such name, or one that only the process that made it understands.
+        ValueError: there is no such structure, or only the process that made it understands it;
+            other numbers than it has.
     """
-    loss = _losses.get(text)
+    loss = _of_structure(structure)
+    if numbers is None:
+        return loss
+    flat = numbers.astype(np.float64, copy=False).tobytes()
+    if any(term.described.identity for _, term in loss.terms):
+        return _with_numbers(loss, flat)  # as whose terms these are may change them
+    return _of_numbers(structure, flat)
+
+
+def _of_structure(structure: str) -> Loss:
+    loss = _losses.get(structure)
     if loss is None:
         try:
-            parts = json.loads(text)
-            terms = [weight * _term(*name) for weight, *name in parts.pop("terms")]
-            loss = Loss(*terms, **parts)
+            parts = json.loads(structure)
+            terms = [_term(*name) for name in parts["terms"]]
+            loss = Loss(*terms, **parts["options"])
         except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise ValueError(f"loss: {text!r} names no loss: {error}") from error
-        _losses[text] = loss
+            raise ValueError(f"loss: {structure!r} names no loss: {error}") from error
+        _losses[structure] = loss
     return loss
 
 
-def _name(term: Term) -> tuple[str, dict[str, Any] | str]:
-    """The class of a term, and its options or its number."""
-    kind = type(term)
-    name = f"{kind.__module__}:{kind.__qualname__}"
-    if kind.__module__.partition(".")[0] == "fastloss":
-        options = options_of(term)
-        options = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in options.items()}
-        if _makes(kind, options):
-            return name, options
-    for number, known in _foreign.items():
-        if known is term:
-            return name, number
-    number = uuid4().hex
-    _foreign[number] = term
-    return name, number
+@lru_cache(maxsize=256)
+def _of_numbers(structure: str, numbers: bytes) -> Loss:
+    return _with_numbers(_of_structure(structure), numbers)
 
 
-def _makes(kind: type[Term], options: dict[str, Any]) -> bool:
-    """Whether the class makes the same term of these options after a detour through text."""
-    try:
-        again = options_of(kind(**json.loads(json.dumps(options))))
-    except (TypeError, ValueError):
-        return False
-    return again.keys() == options.keys() and all(
-        np.array_equal(again[k], options[k]) for k in options
-    )
+def _with_numbers(loss: Loss, numbers: bytes) -> Loss:
+    flat = np.frombuffer(numbers)
+    return loss.with_operands(split(loss, flat, flat.size))
 
 
-def _term(name: str, options: dict[str, Any] | str) -> Term:
+def split(loss: Loss, flat: Any, count: int) -> list[Any]:
+    """The numbers of a loss, one after another, as its operands."""
+    sizes = [len(operand) for operand in loss.operands]
+    if count != sum(sizes):
+        raise ValueError(f"loss: expected {sum(sizes)} numbers for its terms, got {count}")
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [flat[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+def _term(name: str, options: dict[str, Any] | str, shapes: dict[str, int | None]) -> Term:
     module, _, qualified = name.partition(":")
     if isinstance(options, str):
         if options not in _foreign:
@@ -112,4 +101,4 @@ def _term(name: str, options: dict[str, Any] | str) -> Term:
     # A file that was exported elsewhere names terms, and may not name anything else to be called.
     if not (isinstance(kind, type) and issubclass(kind, Term)):
         raise TypeError(f"{name} is no term")
-    return kind(**options)
+    return kind(**options, **placeholders(shapes))

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fastloss.request import Request
+from fastloss.sums import Sum, as_sum, name_of
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Sums over voxels, per sample and class. Adding two of them joins two chunks of a volume.
+    """Sums over voxels, per row and class. Adding two of them joins two chunks of a volume.
+
+    A row is a sample or, of a loss that was given regions, a region of a sample.
 
     Attributes:
-        request: what was summed; ``request.slots`` names the first axis of ``sums``.
-        sums: (S, B, C) float64.
-        voxels: (B,) float64, the sum of the voxel weights of each sample.
+        request: the sums' names; ``request.sums`` is the first axis of ``sums``.
+        sums: (S, rows, C) float64.
+        voxels: (rows,) float64, the sum of the voxel weights of each row.
         dtype: the dtype of the loss value: float32, or float64 for float64 logits.
         joined: the same over all ranks and samples, where a term asks for them.
+        regions: how many rows a sample has, those of its regions; 0 where a row is a sample. A
+            sample of fewer regions has rows of no voxels at its end, which no term counts.
 
     Of arrays on a GPU the sums are there as well, in arrays of the same framework.
     """
@@ -28,13 +33,15 @@ class Statistics:
     voxels: np.ndarray
     dtype: np.dtype
     joined: Statistics | None = None
+    regions: int = 0
 
-    def __getitem__(self, slot: str) -> np.ndarray:
-        """The (B, C) sums of one slot, for example ``"overlap"``."""
-        return self.sums[self.request.index[slot]]
+    def __getitem__(self, key: str | Sum) -> np.ndarray:
+        """One of the sums, (rows, C): by its name, for example ``"overlap"``, or by a `Sum`."""
+        return self.sums[self.request.index[as_sum(key)]]
 
     @property
     def batch_size(self) -> int:
+        """The number of rows."""
         return self.sums.shape[1]
 
     @property
@@ -44,16 +51,38 @@ class Statistics:
     def __add__(self, other: Statistics) -> Statistics:
         if not isinstance(other, Statistics):
             return NotImplemented
-        if other.request != self.request or other.sums.shape != self.sums.shape:
+        self.check_place(other)
+        if self.regions and other.regions:
+            most = max(self.regions, other.regions)
+            self, other = self._with_regions(most), other._with_regions(most)
+        alike = (self.request, self.sums.shape, self.regions)
+        if alike != (other.request, other.sums.shape, other.regions):
             raise ValueError(
                 "statistics: only sums of the same loss, kind of target, batch size and class "
                 f"count add; got {self._describe()} and {other._describe()}"
             )
-        self.check_place(other)
-        dtype = np.promote_types(self.dtype, other.dtype)
-        return Statistics(
-            self.request, self.sums + other.sums, self.voxels + other.voxels, np.dtype(dtype)
+        return replace(
+            self,
+            sums=self.sums + other.sums,
+            voxels=self.voxels + other.voxels,
+            dtype=np.dtype(np.promote_types(self.dtype, other.dtype)),
+            joined=None,
         )
+
+    def _with_regions(self, count: int) -> Statistics:
+        """The same with rows for more regions, of which these chunks have no voxel."""
+        if count == self.regions:
+            return self
+        if not isinstance(self.sums, np.ndarray):
+            raise ValueError(
+                "statistics: on a GPU the chunks of a volume need one region_count, got "
+                f"{self.regions} and {count}"
+            )
+        more, slots = [(0, 0), (0, count - self.regions)], len(self.sums)
+        each = self.sums.reshape(slots, -1, self.regions, self.classes)
+        sums = np.pad(each, [(0, 0), *more, (0, 0)]).reshape(slots, -1, self.classes)
+        voxels = np.pad(self.voxels.reshape(-1, self.regions), more).reshape(-1)
+        return replace(self, sums=sums, voxels=voxels, regions=count)
 
     def __radd__(self, other: object) -> Statistics:
         if isinstance(other, int) and other == 0:  # the start value of the builtin sum()
@@ -71,4 +100,8 @@ class Statistics:
 
     def _describe(self) -> str:
         kind = "dense" if self.request.dense else "labels"
-        return f"{self.request.slots} of {kind} for batch {self.batch_size}, {self.classes} classes"
+        names = ", ".join(map(name_of, self.request.sums))
+        rows = f"batch {self.batch_size}"
+        if self.regions:
+            rows = f"batch {self.batch_size // self.regions} of {self.regions} regions"
+        return f"{names} of {kind} for {rows}, {self.classes} classes"

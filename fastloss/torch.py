@@ -1,24 +1,28 @@
 """The losses as modules of PyTorch.
 
 Every module is called as ``module(logits, target, voxel_weight=None)`` with arrays as
-`fastloss.Loss` takes them, and takes besides the options of its terms
+`fastloss.Loss` takes them, ``fields=``, ``regions=`` and ``region_count=`` included, and takes
+besides the options of its terms
 
 - activation, ignore_index, channel_axis, validate: as `fastloss.Loss`.
 - reuse_logits: write the gradient over the logits' memory in the backward pass, which then
   allocates nothing. The logits' values are gone after it: autograd raises RuntimeError if another
   operation of the graph needs them, and so does a second backward pass. ValueError for logits that
-  are a leaf, share memory with one, or repeat elements (expanded). Under `torch.compile` the
-  gradient takes memory of its own.
+  are a leaf, share memory with one, or repeat elements (expanded). Under `torch.compile` and
+  `torch.jit.trace` the gradient takes memory of its own.
 - process_group: a group of `torch.distributed`, or True for the default one, whose processes hold
   parts of one loss: the sums over voxels are joined between the two passes. The value is the
   joined one on every rank. The gradient is multiplied by the number of ranks, as
   `DistributedDataParallel` divides by it: together they train as one process on all the data.
+  A rank that holds nothing calls it too, with an empty batch, and gets the same value.
 - shard: "batch" if every rank holds other samples, in numbers that may differ; "volume" if every
   rank holds a part of the voxels of the same samples.
 
 Class weights (``weight``, ``alpha``) that are one number per class are buffers: they follow
-``.to()``, are kept in ``state_dict``, and what is loaded or written there is computed with. In a
-sum of several terms their names are ``term0_weight``, ``term1_weight``, ….
+``.to()``, are kept in ``state_dict``, and are read in every call, so that what is loaded or written
+there in whatever way is computed with. In a sum of several terms their names are ``term0_weight``,
+``term1_weight``, …. `torch.compile` makes nothing anew for other numbers. On a GPU nobody looks at
+class weights that lie there: negative ones make the value NaN, or with ``validate=True`` an error.
 
 >>> import torch, fastloss.torch
 >>> criterion = fastloss.torch.DiceCE(include_background=False, ce_weight=[0.5, 1.0, 2.0])
@@ -30,7 +34,6 @@ sum of several terms their names are ``term0_weight``, ``term1_weight``, ….
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -38,8 +41,10 @@ import numpy as np
 import torch
 
 import fastloss
+from fastloss.dropin import Scheduled, times
 from fastloss.frameworks import torch_operators  # noqa: F401  registers what exported graphs call
-from fastloss.frameworks.torch import ADAPTER
+from fastloss.frameworks.base import Extras
+from fastloss.frameworks.torch import ADAPTER, bytes_of, is_traced, refuse_gradient
 from fastloss.frameworks.torch_distributed import ranks
 from fastloss.functional import dice_ce, dice_focal
 from fastloss.terms.base import Term, check_class_weight, options_of
@@ -89,6 +94,10 @@ class Loss(torch.nn.Module):
         """What is computed."""
         self.reuse_logits = bool(reuse_logits)
         self._ranks = ranks(process_group, shard)
+        self._hold_numbers()
+
+    def _hold_numbers(self) -> None:
+        """Make buffers of the class weights of the loss."""
         places: dict[str, tuple[int, str]] = {}
         for i, (_, term) in enumerate(self.loss.terms):
             for option, value in options_of(term).items():
@@ -97,50 +106,76 @@ class Loss(torch.nn.Module):
                     self.register_buffer(name, torch.tensor(value))
                     places[name] = (i, option)
         self._places = places  # from a buffer's name to its term and option
-        self._versions = self._seen()
+        self._seen: list[Any] = []  # in the buffers, when the loss was made with their numbers
 
-    def forward(self, logits: Any, target: Any, voxel_weight: Any = None) -> torch.Tensor:
-        """The value: a scalar, or as ``reduction="none"`` of the terms says."""
+    def forward(
+        self,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any = None,
+        *,
+        fields: Any = None,
+        regions: Any = None,
+        region_count: int | None = None,
+    ) -> torch.Tensor:
+        """The value: a scalar, or as ``reduction="none"`` and "voxel" of the terms say."""
         if not isinstance(logits, torch.Tensor):
             raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
-        if self._places and not torch.compiler.is_compiling() and self._seen() != self._versions:
-            self._follow_buffers()
+        given = self._given(logits) if self._places else ()
         value: torch.Tensor = ADAPTER.value(
             self.loss,
             logits,
             target,
             voxel_weight,
+            extras=Extras.of(fields, regions, region_count),
+            given=given,
             reuse_logits=self.reuse_logits,
             ranks=self._ranks,
         )
         return value
 
-    def _seen(self) -> list[int]:
-        """What changes when a buffer is written."""
-        buffers = [getattr(self, name) for name in self._places]
-        return [0 if b.is_inference() else b._version for b in buffers]
+    def _given(self, logits: torch.Tensor) -> Sequence[Any]:
+        """The buffers that are not read here but where the loss is computed, as `Loss.operands` of
+        `fastloss` has their numbers."""
+        buffers = {name: getattr(self, name) for name in self._places}
+        for name, buffer in buffers.items():
+            refuse_gradient(buffer, name)
+        if not is_traced(logits):
+            # A few numbers: read whenever they are needed, as not all that writes there leaves a
+            # trace.
+            seen = [bytes_of(buffer) for buffer in buffers.values()]
+            if None not in seen:
+                if seen != self._seen:
+                    self._follow_buffers()
+                    self._seen = seen
+                return ()
+        of_place = {place: buffers[name] for name, place in self._places.items()}
+        given = [None]
+        for i, (_, term) in enumerate(self.loss.terms):
+            given += [of_place.get((i, option)) for option in term.described.names]
+        return given
 
-    def _follow_buffers(self) -> None:
-        """Make the loss anew if the numbers in the buffers are not those that it has."""
+    def _follow_buffers(self, *, read: bool = True) -> None:
+        """Make the loss anew if the numbers in the buffers are not those that it has.
+
+        Where they are not to be ``read``, of those on a device the shape alone is followed.
+        """
         terms = list(self.loss.terms)
-        changed = False
         for name, (i, option) in self._places.items():
             buffer = getattr(self, name)
-            if buffer.is_meta:
-                continue
-            numbers = buffer.detach().to("cpu", torch.float64).numpy()
-            weight, term = terms[i]
-            if not np.array_equal(getattr(term, option), numbers):
-                term = copy.copy(term)
-                vars(term).pop("_loss", None)
-                setattr(term, option, check_class_weight(name, numbers))
-                terms[i] = (weight, term)
-                changed = True
-        self._versions = self._seen()
-        if changed:  # and else the same object, for which compiled code need not be made again
-            self.loss = fastloss.Loss(
-                *(weight * term for weight, term in terms), **self.loss._options
-            )
+            factor, term = terms[i]
+            known, numbers = getattr(term, option), None
+            if buffer is not None:
+                if not (buffer.is_meta or (bytes_of(buffer) is None and not read)):
+                    numbers = check_class_weight(name, buffer.detach())
+                elif known is None or known.shape != buffer.shape:
+                    numbers = np.ones(tuple(buffer.shape))
+                else:
+                    continue
+            if not np.array_equal(known, numbers):  # type: ignore[arg-type]
+                terms[i] = (factor, term.with_options({option: numbers}))
+        if any(new is not old for new, old in zip(terms, self.loss.terms, strict=True)):
+            vars(self)["loss"] = self.loss.with_terms(tuple(terms))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         module = super()._apply(fn, recurse)
@@ -153,11 +188,16 @@ class Loss(torch.nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in self.__dict__.get("_places", ()):
-            self._follow_buffers()
+        if name in vars(self).get("_places", ()):
+            self._follow_buffers(read=False)
+        elif name == "loss" and "_places" in vars(self):
+            for old in self._places:
+                delattr(self, old)
+            self._hold_numbers()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._seen = []
         self._follow_buffers()
 
     def extra_repr(self) -> str:
@@ -245,14 +285,18 @@ class DiceFocal(Loss):
         super().__init__(dice_focal(options, dice_factor, focal_factor), **whole)
 
 
-class DeepSupervision(torch.nn.Module):
+class DeepSupervision(Scheduled):
     """A weighted sum of one loss over outputs at several resolutions.
 
     Args:
         loss: a module or function of (logits, target), or (logits, target, voxel_weight).
         weights: one number per output. None: 1, ½, ¼, … divided by their sum, as nnU-Net weighs
-            them. An output of weight 0 is not looked at.
+            them. An output of weight 0 is not looked at. The attribute ``weights`` may be set to
+            others before every call. `torch.compile` makes nothing anew for them, but once where
+            an output that was left out counts; it then computes those of weight 0 too.
     """
+
+    scheduled = ("weights",)
 
     def __init__(self, loss: Callable[..., Any], weights: Sequence[float] | None = None) -> None:
         super().__init__()
@@ -265,27 +309,29 @@ class DeepSupervision(torch.nn.Module):
         Args:
             outputs: a list or tuple of logits, or one tensor, whose loss it then is.
             target: a list or tuple of one target per output; or one target, a label map or
-                dense, of which an output of another size gets the nearest voxels.
+                dense, of which an output of another size gets the nearest voxels. Tensors, or
+                arrays of NumPy or with ``__dlpack__``, if the loss takes them.
             voxel_weight: None, or as ``target``.
 
         Raises:
-            ValueError: not one weight, target or voxel weight per output.
+            ValueError: not one weight, target or voxel weight per output. TypeError: a target
+                or voxel weight of another kind.
         """
         if isinstance(outputs, torch.Tensor):
             outputs = [outputs]
         count = len(outputs)
-        weights = self.weights
-        if weights is None:
-            weights = tuple(2.0**-i / (2 - 2.0 ** (1 - count)) for i in range(count))
+        weights: list[Any] = [2.0**-i / (2 - 2.0 ** (1 - count)) for i in range(count)]
+        if self.has("weights"):
+            weights = self.factors("weights")
         if len(weights) != count or count == 0:
             raise ValueError(f"outputs: expected {len(weights)}, one per weight, got {count}")
         targets = self._per_output("target", target, outputs)
         voxel_weights = self._per_output("voxel_weight", voxel_weight, outputs)
         total = None
         for weight, logits, y, w in zip(weights, outputs, targets, voxel_weights, strict=True):
-            if weight != 0:
+            if weight is not None:
                 part = self.loss(logits, y()) if w is None else self.loss(logits, y(), w())
-                part = part if weight == 1 else weight * part
+                part = times(weight, part)
                 total = part if total is None else total + part
         if total is None:
             raise ValueError("weights: expected at least one that is not 0")
@@ -296,6 +342,11 @@ class DeepSupervision(torch.nn.Module):
         if given is None:
             return [None] * len(outputs)
         if not isinstance(given, (list, tuple)):
+            if not isinstance(given, (torch.Tensor, np.ndarray)):
+                if not hasattr(given, "__dlpack__"):
+                    kind = type(given).__name__
+                    raise TypeError(f"{name}: expected a tensor, an array, or a list, got {kind}")
+                given = torch.from_dlpack(given)
             axis = getattr(getattr(self.loss, "loss", self.loss), "channel_axis", 1)
             return [lambda x=x: _nearest(given, x, axis) for x in outputs]
         if len(given) != len(outputs):
@@ -306,7 +357,7 @@ class DeepSupervision(torch.nn.Module):
         return "" if self.weights is None else f"weights={self.weights}"
 
 
-def _nearest(array: torch.Tensor, logits: torch.Tensor, channel_axis: int) -> torch.Tensor:
+def _nearest(array: Any, logits: torch.Tensor, channel_axis: int) -> Any:
     """The array at the spatial size of the logits: of each voxel there, the one at its centre."""
     channel_axis %= logits.ndim
     axes = [i for i in range(1, logits.ndim) if i != channel_axis]
@@ -314,7 +365,11 @@ def _nearest(array: torch.Tensor, logits: torch.Tensor, channel_axis: int) -> to
     for axis in axes:
         own = axis - (shift if axis > channel_axis else 0)
         size, wanted = array.shape[own], logits.shape[axis]
-        if size != wanted:
+        if not torch.jit.is_tracing() and size == wanted:  # a trace cannot choose
+            continue
+        if isinstance(array, np.ndarray):
+            array = array.take((np.arange(wanted) * 2 + 1) * size // (2 * wanted), own)
+        else:
             centres = (torch.arange(wanted, device=array.device) * 2 + 1) * size // (2 * wanted)
             array = array.index_select(own, centres)
     return array

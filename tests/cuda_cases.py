@@ -14,31 +14,44 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable
 from ctypes import c_int
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 from cuda_emulation import Library
-from device_backend import PASSES, Allocated, EmulatedDevice
+from device_backend import Allocated, EmulatedDevice
 
-from fastloss.arrays import Arrays
+from fastloss.arrays import Arrays, Field
 from fastloss.backends import _cuda_call, _cuda_engine, _cuda_top_k
-from fastloss.backends._cuda_source import source, specialised
+from fastloss.backends._cuda_source import PASSES, source
 from fastloss.backends.reference import BACKEND as REFERENCE
+from fastloss.maps import Map
 from fastloss.request import Request
-from fastloss.voxel_losses import VoxelLosses
+from fastloss.sums import CROSS_ENTROPY, Sum
+from fastloss.terms import TopKCrossEntropy
 
-TOP_K = 30.0  # percent
+TOP_K = TopKCrossEntropy(k=30)
+FILES = ("passes.cu", "general.cu", "top_k.cu")
 NEEDS = {
     "all": ("region", "squared", "cross_entropy", "uniform", "focal:2.0", "focal:1.5"),
     "region": ("region", "cross_entropy"),
     "squared": ("squared", "cross_entropy"),
     "smooth": ("cross_entropy", "uniform"),
     "focal": ("focal:2.0", "focal:1.5", "region", "cross_entropy"),
-    "top_k": ("top_k", "region"),
+    "top_k": ("cross_entropy", TOP_K.ranking, "region"),
+    "unusual": ("region", Sum("one", "log_rest"), Sum("rest", "focal_rest", 0.5)),
 }
+OF_FIELDS = (Sum("one", "p", field="a"), Sum("target", "log", field="b"))
+EXTRAS: dict[str, tuple[tuple[str, ...], int]] = {
+    "": ((), 0),
+    "a field of classes": (("class",), 0),
+    "two fields": (("voxel", "labels"), 0),
+    "3 regions": ((), 3),
+    "40 regions": (("voxel",), 40),
+}
+"""The kinds of the fields, and how many regions a sample has."""
 FACTORS: dict[str, tuple[Any, ...]] = {
     "logits": _cuda_call.TYPES[:4],
     "classes": (1, 2, 3, 4, 5, 14, 16, 17, 33, 40, 105, 300),
@@ -59,6 +72,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "weight": ("", "float32", "uint8", "one a row"),
     "ignore": (None, 0, 255),
     "blocks": (1, 2, 1536),
+    "extras": tuple(EXTRAS),
+    "map_kind": ("", "voxel", "class", "error", "label"),
 }  # fmt: skip
 
 
@@ -77,6 +92,9 @@ class Case:
     blocks: int = 1536
     """Most blocks of a launch: with few of them, a block has several tiles."""
     batch: int = 2
+    extras: str = ""
+    map_kind: str = ""
+    """A map that is written as well; "voxel" in the reduce pass."""
 
     @property
     def activation(self) -> str:
@@ -92,6 +110,8 @@ class Case:
         words += ["x".join(map(str, self.spatial)), self.needs, f"{self.blocks} blocks"]
         words += [f"weight {self.weight}"] * bool(self.weight)
         words += [f"ignore {self.ignore}"] * (self.ignore is not None)
+        words += [self.extras] * bool(self.extras)
+        words += [f"map of {self.map_kind}"] * bool(self.map_kind)
         return ", ".join(words)
 
 
@@ -101,6 +121,10 @@ def possible(case: Case) -> bool:
         return False  # taken for a label map
     if case.needs == "top_k" and (case.activation != "softmax" or case.dense):
         return False
+    if case.classes == 1 and "two" in case.extras:  # a field of labels is of several classes
+        return False
+    if case.needs == "unusual" and case.activation == "softmax" and case.classes == 1:
+        return False  # −log(1−p) is infinite
     return case.classes * np.prod(case.spatial) <= 300 * 33
 
 
@@ -157,19 +181,20 @@ FAULTS: dict[str, tuple[tuple[str, str], ...]] = {
     "pieces from anywhere": (
         ("if (CONST(staged_bytes) != 16)", "if (!(CHOSEN) && CONST(staged_bytes) != 16)"),
     ),
+    "any region": (("found < call.rows ?", "(CHOSEN || found < call.rows) ?"),),
 }  # fmt: skip
 _FUNCTION = re.compile(r"(?:FL_DEVICE|__global__)[^;{}=]*?\b(\w+)\(")
-_BARRIER = "__syncthreads();"
+_BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
 
 
 def barriers() -> list[str]:
     """The barriers of the sources: "function", or "function, 2." and so on."""
-    return [name for file in ("passes.cu", "top_k.cu") for name in _named_barriers(source(file))]
+    return list(dict.fromkeys(name for file in FILES for name in _named_barriers(source(file))))
 
 
 def _named_barriers(text: str) -> list[str]:
     found: list[str] = []
-    for match in re.finditer(re.escape(_BARRIER), text):
+    for match in _BARRIER.finditer(text):
         function = _FUNCTION.findall(text, 0, match.start())[-1]
         before = sum(name.partition(",")[0] == function for name in found)
         found.append(function if before == 0 else f"{function}, {before + 1}.")
@@ -179,7 +204,7 @@ def _named_barriers(text: str) -> list[str]:
 @cache
 def _numbers() -> dict[str, int]:
     """Of the faults; 0 is none."""
-    text = source("passes.cu") + source("top_k.cu")
+    text = "".join(map(source, FILES))
     absent = [old for changes in FAULTS.values() for old, _ in changes if old not in text]
     assert not absent, f"the sources have changed: {absent}"
     names = [*FAULTS, *(f"no barrier in {name}" for name in barriers())]
@@ -193,7 +218,7 @@ def breakable(text: str, logits: tuple[str, ...]) -> str:
     for name, changes in FAULTS.items():
         for old, new in changes:
             text = text.replace(old, new.replace("CHOSEN", f"fl_fault == {numbers[name]}"))
-    places = [match.start() for match in re.finditer(re.escape(_BARRIER), text)]
+    places = [match.start() for match in _BARRIER.finditer(text)]
     for name, place in reversed([*zip(_named_barriers(text), places, strict=True)]):
         condition = f"if (fl_fault != {numbers[f'no barrier in {name}']}) "
         text = text[:place] + condition + text[place:]
@@ -218,10 +243,8 @@ class SanitizedDevice(EmulatedDevice):
         return Allocated(array.ctypes.data, array)
 
     def passes(self, constants: tuple[tuple[str, object], ...], kernel: str) -> tuple[Any, ...]:
-        names = PASSES[:2] if kernel == "reduce" else PASSES[2:]
-        text = specialised(constants, kernel) if self.special else source("passes.cu")
-        compiled = names if self.special else PASSES
-        return tuple((self._kernels(text, compiled, "Call"), name) for name in names)
+        compiled = self._kernels(*self.what_to_compile(constants, kernel))
+        return tuple((compiled, name) for name in PASSES[kernel])
 
     def kernels(self, text: str, names: tuple[str, ...]) -> tuple[Any, ...]:
         return tuple((self._kernels(text, names, "TopKCall"), name) for name in names)
@@ -323,13 +346,31 @@ def arrays_of(case: Case, rng: np.random.Generator) -> Arrays:
         y = rng.integers(0, 2, shape)
     if case.dense and case.ignore is not None and not 0 < case.ignore < case.classes:
         y = np.where(ignored[:, None], case.ignore, y)
-    weight, kind = None, case.weight if case.weight != "one a row" else "float64"
+    weight, kind_of_weight = None, case.weight if case.weight != "one a row" else "float64"
     if case.weight:
-        w = rng.integers(0, 3, ignored.shape) + (0.5 if kind == "float32" else 0)
-        weight = placed(w.astype(kind), case.layout, False)
+        w = rng.integers(0, 3, ignored.shape) + (0.5 if kind_of_weight == "float32" else 0)
+        weight = placed(w.astype(kind_of_weight), case.layout, False)
         if case.weight == "one a row":
-            row = placed(w[..., :1].astype(kind), "contiguous", False)
+            row = placed(w[..., :1].astype(kind_of_weight), "contiguous", False)
             weight = np.broadcast_to(row, ignored.shape)
+    kinds, rows = EXTRAS[case.extras]
+    fields = []
+    for kind in kinds:
+        if kind == "labels":
+            numbers: np.ndarray = rng.integers(-1, case.classes + 1, ignored.shape).astype("int16")
+        else:
+            numbers = rng.normal(size=shape if kind == "class" else ignored.shape)
+            numbers = numbers.astype(dtype if np.dtype(dtype if dtype != "bfloat16" else "u2").kind
+                                     == "f" else "float32")  # fmt: skip
+        fields.append(
+            Field(placed(numbers, case.layout, kind == "class"), numbers.dtype.name, kind)
+        )
+    regions = None
+    if rows:
+        of_region = rng.integers(-1, rows + 2, (case.batch, int(np.prod(case.spatial))))
+        of_region = np.sort(of_region, axis=1) if rng.random() < 0.7 else of_region
+        of_region = of_region.reshape(ignored.shape).astype("int8" if rows < 9 else "int64")
+        regions = placed(of_region, case.layout, False)
     return Arrays(
         placed(stored(x, case.logits), case.layout, True),
         case.logits,
@@ -337,7 +378,11 @@ def arrays_of(case: Case, rng: np.random.Generator) -> Arrays:
         dtype,
         case.dense,
         weight,
-        kind,
+        kind_of_weight,
+        tuple(fields),
+        regions,
+        "" if regions is None else regions.dtype.name,
+        rows or 1,
     )
 
 
@@ -345,45 +390,46 @@ def arrays_of(case: Case, rng: np.random.Generator) -> Arrays:
 
 
 def run(case: Case, device: EmulatedDevice) -> list[np.ndarray]:
-    """Both passes, compared with the reference backend; and what the device computed."""
+    """Both passes and a map, compared with the reference backend; and what the device computed."""
     rng = np.random.default_rng(len(str(case)))
     arrays = arrays_of(case, rng)
-    request = Request(case.activation, case.dense, case.ignore, frozenset(NEEDS[case.needs]))
-    shape = (len(request.slots), case.batch, case.classes)
+    needs = frozenset(NEEDS[case.needs] + OF_FIELDS[: len(arrays.fields)])
+    request = Request(case.activation, case.dense, case.ignore, needs)
+    rows = case.batch * arrays.rows
+    shape = (len(request.sums), rows, case.classes)
     fine = 1e-11 if case.logits == "float64" else 1e-5
 
-    sums, voxels = exactly(shape, np.float64), exactly((case.batch,), np.float64)
-    expected_sums, expected_voxels = np.zeros(shape), np.zeros(case.batch)
-    losses = expected_losses = None
-    addresses = []
+    sums, voxels = exactly(shape, np.float64), exactly((rows,), np.float64)
+    expected_sums, expected_voxels = np.zeros(shape), np.zeros(rows)
+    addresses = sums.ctypes.data, voxels.ctypes.data
+    made: list[np.ndarray] = []
     if case.needs == "top_k":
-        class_weight = rng.uniform(0.5, 2, case.classes)
-        numbers = exactly((case.batch, int(np.prod(case.spatial))), arrays.value_dtype)
-        losses = VoxelLosses(numbers, class_weight)
-        expected_losses = VoxelLosses(np.zeros_like(numbers), class_weight)
-        addresses = [losses.values.ctypes.data, class_weight.ctypes.data]
-    _cuda_engine.reduce(device, request, arrays, sums.ctypes.data, voxels.ctypes.data, *addresses)
-    REFERENCE.reduce(request, arrays, expected_sums, expected_voxels, expected_losses)
-    if losses is not None and expected_losses is not None:
-        expected_sums[request.index["top_k"]] = 0
-        np.testing.assert_allclose(
-            np.sort(losses.values), np.sort(expected_losses.values), rtol=fine, atol=fine
-        )
-        mean = exactly((1,), np.float64)
-        _cuda_top_k.keep_largest(
-            device, addresses[0], numbers.size, numbers.dtype, TOP_K, mean.ctypes.data
-        )
-        expected_mean = expected_losses.keep_largest(TOP_K)
-        np.testing.assert_allclose(mean[0], expected_mean, rtol=fine, atol=fine)
+        arrays = _with_shares(case, device, request, arrays, addresses, rng, made)
+        expected_sums[...], expected_voxels[...] = _without_ranking(case, request, arrays)
+    elif case.map_kind == "voxel":
+        own, right = _maps(case, request, arrays, rng)
+        _cuda_engine.reduce(device, request, arrays, *addresses, own)
+        REFERENCE.reduce(request, arrays, expected_sums, expected_voxels, right)
+        np.testing.assert_allclose(own.out, right.out, rtol=fine, atol=10 * fine)
+        made.append(own.out)
+    else:
+        _cuda_engine.reduce(device, request, arrays, *addresses)
+        REFERENCE.reduce(request, arrays, expected_sums, expected_voxels)
     np.testing.assert_allclose(voxels, expected_voxels, rtol=1e-12)
-    np.testing.assert_allclose(sums, expected_sums, rtol=fine, atol=fine)
+    np.testing.assert_allclose(sums, expected_sums, rtol=fine, atol=10 * fine)
+    if case.map_kind:
+        own, right = _maps(case, request, arrays, rng)
+        _cuda_engine.write_map(device, request, arrays, own)
+        REFERENCE.write_map(request, arrays, right)
+        np.testing.assert_allclose(own.out, right.out, rtol=fine, atol=10 * fine)
+        made.append(own.out)
 
     coefficients = rng.normal(size=shape)
     upstream = np.array([0.5], np.float32 if case.blocks == 2 else np.float64)
     none = case.blocks == 1
     out = arrays.logits
     expected = np.zeros(out.shape, out.dtype)
-    REFERENCE.apply(request, arrays, coefficients, expected, expected_losses)
+    REFERENCE.apply(request, arrays, coefficients, expected)
     if case.layout != "in place":
         out = placed(np.zeros_like(out), case.layout, True)
     beside = gaps(out)
@@ -393,12 +439,11 @@ def run(case: Case, device: EmulatedDevice) -> list[np.ndarray]:
         arrays,
         coefficients.ctypes.data,
         out,
-        slot_stride=case.batch * case.classes,
-        sample_stride=case.classes,
+        slot_stride=rows * case.classes,
+        row_stride=case.classes,
         upstream=0 if none else upstream.ctypes.data,
         upstream_type=_cuda_call.NO_TYPE if none else _cuda_call.TYPES.index(upstream.dtype.name),
         scale=1.0 if none else 2.0,
-        losses=addresses[0] if addresses else 0,
     )
     np.testing.assert_array_equal(gaps(out), beside)
     got, expected = loaded(out, case.logits), loaded(expected, case.logits)
@@ -408,7 +453,67 @@ def run(case: Case, device: EmulatedDevice) -> list[np.ndarray]:
     size = np.linalg.norm(expected.astype(np.float64).ravel())
     allowed = coarse * size + (0.1 * fine + least) * np.sqrt(out.size)
     assert error <= allowed, f"gradient off by {error:.3g}, allowed {allowed:.3g}"
-    return [sums, voxels, out, *([] if losses is None else [losses.values, mean])]
+    return [sums, voxels, out, *made]
+
+
+def _maps(
+    case: Case, request: Request, arrays: Arrays, rng: np.random.Generator
+) -> tuple[Map, Map]:
+    """A map for the device and the same for the reference."""
+    shape = (case.batch, int(np.prod(case.spatial)))
+    if case.map_kind in ("class", "error"):
+        shape = (case.batch, case.classes, shape[1])
+    kinds = ("uint8", "int32", "int64") if case.classes < 256 else ("int32", "int64")
+    dtype = kinds[len(str(case)) % len(kinds)] if case.map_kind == "label" else arrays.value_dtype
+    k = rng.uniform(size=(len(request.sums), case.classes))
+    return Map(case.map_kind, exactly(shape, dtype), k), Map(case.map_kind, np.zeros(shape), k)
+
+
+def _with_shares(
+    case: Case,
+    device: EmulatedDevice,
+    request: Request,
+    arrays: Arrays,
+    addresses: tuple[int, int],
+    rng: np.random.Generator,
+    made: list[np.ndarray],
+) -> Arrays:
+    """The reduce pass of a top-k term, and the arrays with the field that comes of it."""
+    losses = exactly((case.batch, int(np.prod(case.spatial))), arrays.value_dtype)
+    k = np.zeros((len(request.sums), case.classes))
+    k[request.index[CROSS_ENTROPY]] = rng.uniform(0.5, 2, case.classes)
+    voxel_map = Map("voxel", losses, k)
+    _cuda_engine.reduce(device, request, arrays, *addresses, voxel_map, "top_k")
+    expected = np.zeros(losses.shape)
+    others = _others(request)
+    k = k[[request.index[total] for total in others.sums]]
+    REFERENCE.write_map(others, arrays, Map("voxel", expected, k))
+    fine = 1e-11 if case.logits == "float64" else 1e-5
+    np.testing.assert_allclose(losses, expected, rtol=fine, atol=fine)
+    mean = exactly((1,), np.float64)
+    assert TOP_K.kept_percent is not None
+    _cuda_top_k.keep_largest(
+        device, losses.ctypes.data, losses.size, losses.dtype, TOP_K.kept_percent, mean.ctypes.data
+    )
+    np.testing.assert_allclose(mean[0], TOP_K.choose(expected), rtol=fine, atol=fine)
+    made += [losses, mean]
+    field = Field(losses.reshape(case.batch, *case.spatial), losses.dtype.name, "voxel")
+    return replace(arrays, fields=(*arrays.fields, field))  # its name is the last
+
+
+def _others(request: Request) -> Request:
+    needs = request.needs - {TOP_K.ranking}
+    return Request(request.activation, request.dense, request.ignore_index, needs)
+
+
+def _without_ranking(case: Case, request: Request, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """The sums as the reduce pass leaves them for the ranking term."""
+    others, rows = _others(request), case.batch * arrays.rows
+    found, voxels = np.zeros((len(others.sums), rows, case.classes)), np.zeros(rows)
+    REFERENCE.reduce(others, replace(arrays, fields=arrays.fields[:-1]), found, voxels)
+    sums = np.zeros((len(request.sums), rows, case.classes))
+    sums[[request.index[total] for total in others.sums]] = found
+    return sums, voxels
 
 
 def main(jobs: list[dict[str, Any]], sanitize: str) -> None:

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 import fastloss as fl
-from fastloss.arrays import Arrays
+from fastloss.arrays import Arrays, Field
 from fastloss.backends import _cuda_engine as engine
-from fastloss.backends._cuda_call import NO_TYPE
+from fastloss.backends._cuda_call import GENERAL, NO_TYPE
 from fastloss.backends._cuda_combine import trace
-from fastloss.backends._cuda_source import source, specialised
+from fastloss.backends._cuda_source import PASSES, source, specialised
 from fastloss.backends._cuda_top_k import KERNELS as TOP_K_KERNELS
-from fastloss.request import ACTIVATIONS, make_request
+from fastloss.maps import Map
+from fastloss.request import ACTIVATIONS, Request, make_request
+from fastloss.sums import CROSS_ENTROPY, Sum
 
 BATCH = 2
 LOSSES: dict[str, Any] = {
@@ -79,7 +82,7 @@ class Kind(NamedTuple):
 class Compiled:
     """What one call compiles and launches."""
 
-    kind: Kind
+    kind: Kind | GeneralKind
     constants: tuple[tuple[str, object], ...]
     text: str
     names: tuple[str, ...]
@@ -226,9 +229,11 @@ class _Recorder:
     def constant(self, numbers: np.ndarray) -> _Address:
         return _Address(1 << 20)
 
+    upload = constant
+
     def passes(self, constants: tuple[tuple[str, object], ...], kernel: str) -> tuple[Any, ...]:
         self.passes_asked.append((constants, kernel))
-        return (None, None) if kernel == "reduce" else (None,)
+        return (None,) * len(PASSES[kernel])
 
     def kernels(self, text: str, names: tuple[str, ...]) -> tuple[Any, ...]:
         raise AssertionError("a pass launches no kernels but its own")
@@ -252,26 +257,143 @@ def compiled(kind: Kind) -> Compiled:
     weight = _array(flat, kind.weight, kind.layout) if kind.weight else None
     arrays = Arrays(logits, kind.logits, target, target_dtype, dense, weight, kind.weight)
     device = _Recorder()
-    losses = int(loss.term_of_voxels is not None)
+    voxel_map, ranked = None, ""
+    if loss.ranking is not None:
+        ranked = "top_k"
+        voxels = _array((BATCH, prod(shape[2:])), arrays.value_dtype.name, "contiguous")
+        coefficients = np.zeros((len(request.sums), kind.classes))
+        coefficients[request.index[CROSS_ENTROPY]] = 1
+        voxel_map = Map("voxel", voxels, coefficients)
+        if kind.kernel == "apply":
+            field = _array(flat, arrays.value_dtype.name, "contiguous")
+            fields = (Field(field, arrays.value_dtype.name, "voxel"),)
+            arrays = replace(arrays, fields=fields)
     if kind.kernel == "reduce":
-        engine.reduce(device, request, arrays, 1, 1, losses, losses)
+        engine.reduce(device, request, arrays, 1, 1, voxel_map, ranked)
     else:
-        engine.apply(
-            device,
-            request,
-            arrays,
-            1,
-            out,
-            slot_stride=1,
-            sample_stride=1,
-            upstream=1,
-            upstream_type=kind.upstream,
-            losses=losses,
-        )
+        _apply(device, request, arrays, out, kind.upstream)
+    return _asked(kind, device)
+
+
+def _apply(
+    device: _Recorder, request: Request, arrays: Arrays, out: np.ndarray, upstream: int = NO_TYPE
+) -> None:
+    steps = {"slot_stride": 1, "row_stride": 1}
+    engine.apply(device, request, arrays, 1, out, upstream=1, upstream_type=upstream, **steps)
+
+
+def _asked(kind: Kind | GeneralKind, device: _Recorder) -> Compiled:
     ((constants, kernel),) = device.passes_asked
     ((x, y), shared), *_ = device.launches
-    names = ("fastloss_reduce", "fastloss_finish") if kernel == "reduce" else ("fastloss_apply",)
-    return Compiled(kind, constants, specialised(constants, kernel), names, x * y, shared)
+    text = specialised(constants, kernel)
+    return Compiled(kind, constants, text, PASSES[kernel], x * y, shared)
+
+
+class GeneralKind(NamedTuple):
+    """A call of the general kernel."""
+
+    kernel: str
+    logits: str
+    layout: str
+    classes: int
+    activation: str
+    target: str
+    needs: tuple[Any, ...]
+    fields: tuple[str, ...] = ()
+    """Their kinds, in the order of the names of the fields."""
+    regions: bool = False
+    map_kind: str = ""
+    """Of the map, or of the one that the reduce pass writes."""
+
+    def __str__(self) -> str:
+        words = [self.kernel, self.logits, f"C{self.classes}", self.layout, self.activation]
+        words += [self.target, *map(str, self.needs), *self.fields, "regions" * self.regions]
+        return " ".join(filter(None, [*words, self.map_kind]))
+
+
+def general_kinds() -> list[GeneralKind]:
+    """Usual tables that no fast path takes."""
+    boundary = Sum("one", "p", field="phi")
+    weighted = Sum("target", "log", field="weight")
+    unusual = (Sum("one", "log_rest"), Sum("target", "focal", 1.5), Sum("rest", "focal_rest", 0.5))
+    tables: list[tuple[Any, ...]] = [
+        # activation, target, classes, needs, kinds of fields, regions, map
+        ("sigmoid", "dense float32", 3, ("region", "cross_entropy"), (), True, ""),
+        ("softmax", "uint8", 14, ("region", "cross_entropy", boundary), ("class",), False, ""),
+        ("softmax", "uint8", 3, ("region", "cross_entropy"), (), True, ""),
+        ("softmax", "int64", 105, ("region", weighted), ("voxel",), False, "voxel"),
+        ("softmax", "dense float32", 4, unusual, (), False, ""),
+        ("none", "dense uint8", 2, ("squared", boundary), ("labels",), True, ""),
+    ]
+    kinds = [
+        GeneralKind(kernel, logits, layout, c, activation, target, needs, fields, regions, of_map)
+        for activation, target, c, needs, fields, regions, of_map in tables
+        for logits, layout in (("float32", "contiguous"), ("float16", "last"))
+        for kernel in ("reduce", "apply")
+    ]
+    maps = [
+        GeneralKind("map", "float32", "contiguous", c, activation, "uint8", needs, map_kind=kind)
+        for kind, activation, c, needs in (
+            ("voxel", "softmax", 14, ("cross_entropy", "uniform")),
+            ("class", "sigmoid", 3, ("focal:2.0",)),
+            ("error", "softmax", 14, ()),
+            ("label", "softmax", 14, ()),
+        )
+    ]
+    odd = [
+        GeneralKind("reduce", "float64", "strided", 9, "softmax", "uint8", (boundary,), ("class",)),
+        GeneralKind("apply", "float64", "strided", 9, "softmax", "uint8", (boundary,), ("class",)),
+        GeneralKind("apply", "bfloat16", "large", 2, "softmax", "uint8", unusual, (), True),
+    ]
+    return kinds + maps + odd
+
+
+def compiled_general(kind: GeneralKind) -> Compiled:
+    """The kernels that a call of this kind asks for."""
+    *dense_word, target_dtype = kind.target.split()
+    dense = bool(dense_word) or (kind.classes == 1 and kind.activation != "softmax")
+    request = Request(kind.activation, dense, None, frozenset(kind.needs))
+    shape = (BATCH, kind.classes, *_spatial(kind.layout))
+    flat = (shape[0], *shape[2:])
+    logits, out = (_array(shape, kind.logits, kind.layout) for _ in range(2))
+    fields = tuple(
+        Field(_array(shape, "float32", kind.layout), "float32", of_kind)
+        if of_kind == "class"
+        else Field(_array(flat, "int16", kind.layout), "int16", of_kind)
+        for of_kind in kind.fields
+    )
+    arrays = Arrays(
+        logits,
+        kind.logits,
+        _array(shape if dense else flat, target_dtype, kind.layout),
+        target_dtype,
+        dense,
+        None,
+        "",
+        fields,
+        _array(flat, "int32", kind.layout) if kind.regions else None,
+        "int32" if kind.regions else "",
+        5 if kind.regions else 1,
+    )
+    device = _Recorder()
+    voxel_map = None
+    if kind.map_kind:
+        of_map = (BATCH, prod(shape[2:]))
+        if kind.map_kind in ("class", "error"):
+            of_map = (BATCH, kind.classes, prod(shape[2:]))
+        dtype = "uint8" if kind.map_kind == "label" else arrays.value_dtype.name
+        coefficients = np.ones((len(request.sums), kind.classes))
+        voxel_map = Map(kind.map_kind, _array(of_map, dtype, "contiguous"), coefficients)
+    if kind.kernel == "reduce":
+        engine.reduce(device, request, arrays, 1, 1, voxel_map)
+    elif kind.kernel == "map":
+        assert voxel_map is not None
+        engine.write_map(device, request, arrays, voxel_map)
+    else:
+        _apply(device, request, arrays, out)
+    made = _asked(kind, device)
+    assert made.constant("path") == GENERAL, f"{kind}: a fast path"
+    return made
 
 
 def _spatial(layout: str) -> tuple[int, int, int]:

@@ -16,15 +16,18 @@ import numpy as np
 from fastloss.arrays import Arrays
 from fastloss.backends import _cuda_engine as engine
 from fastloss.backends._cuda_call import CALL, LOGITS, OUT, TARGET, TYPES, WEIGHT
-from fastloss.backends._cuda_source import source, specialised
+from fastloss.backends._cuda_general import MAX_SUMS
+from fastloss.backends._cuda_operands import KERNELS as OPERAND_KERNELS
+from fastloss.backends._cuda_source import PASSES, source, source_of, specialised
 from fastloss.backends._cuda_top_k import KERNELS
 from fastloss.backends.base import Backend
 from fastloss.backends.reference import check_targets
 from fastloss.frameworks.base import byte_bounds, device_view
+from fastloss.maps import Map
 from fastloss.request import Request
-from fastloss.voxel_losses import VoxelLosses
 
-PASSES = ("fastloss_reduce", "fastloss_finish", "fastloss_apply")
+STRUCTS = {"passes.cu": "Call", "general.cu": "GeneralCall"}
+"""What the kernels of a source are given."""
 
 
 class Allocated(NamedTuple):
@@ -50,18 +53,30 @@ class EmulatedDevice:
         address = array.ctypes.data
         return Allocated(address + -address % 16, array)
 
-    def constant(self, numbers: np.ndarray) -> Allocated:
-        copy = numbers.copy()
+    def upload(self, numbers: np.ndarray) -> Allocated:
+        copy = np.array(numbers, np.float64)
         return Allocated(copy.ctypes.data, copy)
 
     def passes(self, constants: tuple[tuple[str, object], ...], kernel: str) -> tuple[Any, ...]:
-        names = PASSES[:2] if kernel == "reduce" else PASSES[2:]
-        text = specialised(constants, kernel) if self.special else source("passes.cu")
-        library = _library(text, names if self.special else PASSES, "Call")
-        return tuple((library, name) for name in names)
+        text, compiled, struct = self.what_to_compile(constants, kernel)
+        library = _library(text, compiled, struct)
+        return tuple((library, name) for name in PASSES[kernel])
+
+    def what_to_compile(
+        self, constants: tuple[tuple[str, object], ...], kernel: str
+    ) -> tuple[str, tuple[str, ...], str]:
+        """A text, the kernels in it, and the struct that they are given."""
+        file = source_of(constants)
+        if self.special:
+            return specialised(constants, kernel), PASSES[kernel], STRUCTS[file]
+        general = file == "general.cu"
+        assert not general or dict(constants)["slots"] <= MAX_SUMS
+        kernels = [name for names in PASSES.values() for name in names]
+        return source(file), tuple(kernels if general else kernels[:3]), STRUCTS[file]
 
     def kernels(self, text: str, names: tuple[str, ...]) -> tuple[Any, ...]:
-        library = _library(text, names, "TopKCall" if names == KERNELS else "CombineCall")
+        structs = {KERNELS: "TopKCall", OPERAND_KERNELS: "OperandCall"}
+        library = _library(text, names, structs.get(names, "CombineCall"))
         return tuple((library, name) for name in names)
 
     def launch(
@@ -69,7 +84,7 @@ class EmulatedDevice:
     ) -> None:
         library, name = kernel
         if name in ("fastloss_reduce", "fastloss_apply"):
-            _check_alignment(np.frombuffer(call.tobytes(), CALL)[0])
+            _check_alignment(np.frombuffer(call.tobytes()[: CALL.itemsize], CALL)[0])
         library.launch(name, (grid, 1, 1), (*block, 1), shared, call.tobytes(), order=self.order)
 
 
@@ -115,36 +130,30 @@ class EmulatedBackend(Backend):
         arrays: Arrays,
         sums: np.ndarray,
         voxels: np.ndarray,
-        losses: VoxelLosses | None = None,
+        voxel_map: Map | None = None,
     ) -> None:
-        addresses = []
-        if losses is not None:
-            addresses = [losses.values.ctypes.data, losses.class_weight.ctypes.data]
-        engine.reduce(
-            self.device, request, arrays, sums.ctypes.data, voxels.ctypes.data, *addresses
-        )
+        addresses = sums.ctypes.data, voxels.ctypes.data
+        engine.reduce(self.device, request, arrays, *addresses, voxel_map)
         _raise_faults(request, arrays, voxels)
 
     def apply(
-        self,
-        request: Request,
-        arrays: Arrays,
-        coefficients: np.ndarray,
-        out: np.ndarray,
-        losses: VoxelLosses | None = None,
+        self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
     ) -> None:
         coefficients = np.ascontiguousarray(coefficients, np.float64)
-        _, batch, classes = coefficients.shape
+        _, rows, classes = coefficients.shape
         engine.apply(
             self.device,
             request,
             arrays,
             coefficients.ctypes.data,
             out,
-            slot_stride=batch * classes,
-            sample_stride=classes,
-            losses=0 if losses is None else losses.values.ctypes.data,
+            slot_stride=rows * classes,
+            row_stride=classes,
         )
+
+    def write_map(self, request: Request, arrays: Arrays, voxel_map: Map) -> None:
+        check_targets(request, arrays)
+        engine.write_map(self.device, request, arrays, voxel_map)
 
 
 class CudaTestBackend(Backend):
@@ -169,58 +178,60 @@ class CudaTestBackend(Backend):
         arrays: Arrays,
         sums: np.ndarray,
         voxels: np.ndarray,
-        losses: VoxelLosses | None = None,
+        voxel_map: Map | None = None,
     ) -> None:
         there = self._upload_all(arrays)
         device_sums, device_voxels = _Copy(self.place, sums), _Copy(self.place, voxels)
-        addresses = []
-        if losses is not None:
-            values = _Copy(self.place, losses.values)
-            weights = _Copy(self.place, losses.class_weight)
-            addresses = [values.address, weights.address]
-        engine.reduce(
-            self.device, request, there, device_sums.address, device_voxels.address, *addresses
-        )
+        addresses = device_sums.address, device_voxels.address
+        if voxel_map is None:
+            engine.reduce(self.device, request, there, *addresses)
+        else:
+            out = _Copy(self.place, voxel_map.out)
+            engine.reduce(self.device, request, there, *addresses, replace(voxel_map, out=out.view))
+            out.fetch(voxel_map.out)
         device_sums.fetch(sums)
         device_voxels.fetch(voxels)
-        if losses is not None:
-            values.fetch(losses.values)
         _raise_faults(request, arrays, voxels)
 
     def apply(
-        self,
-        request: Request,
-        arrays: Arrays,
-        coefficients: np.ndarray,
-        out: np.ndarray,
-        losses: VoxelLosses | None = None,
+        self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
     ) -> None:
         there = self._upload_all(arrays)
         in_place = _address(out) == _address(arrays.logits)
         to = self._logits if in_place else _Copy(self.place, out)
         numbers = _Copy(self.place, np.ascontiguousarray(coefficients, np.float64))
-        _, batch, classes = coefficients.shape
-        values = None if losses is None else _Copy(self.place, losses.values)
+        _, rows, classes = coefficients.shape
         engine.apply(
             self.device,
             request,
             there,
             numbers.address,
             to.view,
-            slot_stride=batch * classes,
-            sample_stride=classes,
-            losses=0 if values is None else values.address,
+            slot_stride=rows * classes,
+            row_stride=classes,
         )
         to.fetch(out)
 
+    def write_map(self, request: Request, arrays: Arrays, voxel_map: Map) -> None:
+        check_targets(request, arrays)
+        out = _Copy(self.place, voxel_map.out)
+        there = replace(voxel_map, out=out.view)
+        engine.write_map(self.device, request, self._upload_all(arrays), there)
+        out.fetch(voxel_map.out)
+
     def _upload_all(self, arrays: Arrays) -> Arrays:
         self._logits = _Copy(self.place, arrays.logits)
-        weight = arrays.voxel_weight
+
+        def there(array: np.ndarray | None) -> Any:
+            return None if array is None else _Copy(self.place, array).view
+
         return replace(
             arrays,
             logits=self._logits.view,
-            target=_Copy(self.place, arrays.target).view,
-            voxel_weight=None if weight is None else _Copy(self.place, weight).view,
+            target=there(arrays.target),
+            voxel_weight=there(arrays.voxel_weight),
+            fields=tuple(field._replace(array=there(field.array)) for field in arrays.fields),
+            regions=there(arrays.regions),
         )
 
 

@@ -13,7 +13,7 @@ import pytest
 from device_backend import EmulatedDevice
 
 from fastloss import frameworks
-from fastloss.backends import cuda
+from fastloss.backends import _cuda_prepared, cuda
 from fastloss.frameworks.base import Adapter, Borrowed, Kind, Place, device_view
 
 
@@ -26,6 +26,9 @@ class OnDevice:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
+
+    def reshape(self, *shape: Any) -> OnDevice:
+        return OnDevice(self.values.reshape(*shape), self.ordinal)
 
     def __add__(self, other: OnDevice) -> OnDevice:
         return OnDevice(self.values + other.values, self.ordinal)
@@ -104,6 +107,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     launched: list[str] = []
     monkeypatch.setattr(RecordingDevice, "launched", launched, raising=False)
     monkeypatch.setattr(cuda, "CudaDevice", RecordingDevice)
+    monkeypatch.setattr(cuda, "_programs", {})
+    monkeypatch.setattr(_cuda_prepared, "_calls", {})
     monkeypatch.setitem(frameworks._SPECIAL, OnDevice.__module__, StandInAdapter)
     return launched
 

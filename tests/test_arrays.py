@@ -297,8 +297,11 @@ def test_large_gradients_lie_as_their_logits(
 @pytest.mark.parametrize("kind", ["numpy", "torch", "jax", "bfloat16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "cropped"])
 def test_arrays_are_read_in_place(fast_backend: str, kind: str, layout: str) -> None:
-    """No copy of a large array on the way: NumPy's allocations are traced."""
-    x, y = example(1, 4, (64, 64, 32), dtype=np.float32)
+    """No copy of a large array on the way: NumPy's allocations are traced.
+
+    What a thread needs beside them is the same for any size.
+    """
+    x, y = example(1, 4, (64, 64, 128), dtype=np.float32)
     labels: Any = y.astype(np.uint8)
     if layout == "channels last":
         x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
@@ -316,12 +319,15 @@ def test_arrays_are_read_in_place(fast_backend: str, kind: str, layout: str) -> 
         logits = x.astype(need("ml_dtypes").bfloat16)
         out = np.empty_like(logits)
     LOSS.value_and_grad(logits, labels, out=out)  # compiles and fills the caches
+    before = fl.get_num_threads()
+    fl.set_num_threads(1)
     tracemalloc.start()
     try:
         LOSS.value_and_grad(logits, labels, out=out)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+        fl.set_num_threads(before)
     assert peak < x.nbytes / 10
 
 
@@ -477,3 +483,58 @@ def test_any_integer_is_ignored(backend: str, name: str, ignore_index: int) -> N
     expected = reference(loss, x, labels)
     assert float(value) == pytest.approx(float(expected[0]), rel=1e-6)
     assert norm(gradient - expected[1]) <= 1e-6 * norm(expected[1])
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+@pytest.mark.parametrize("classes", [2, 3, 20])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bool"])
+def test_one_weight_for_all_samples(
+    backend: str, activation: str, classes: int, dtype: str
+) -> None:
+    """A voxel weight of one sample is that of every sample."""
+    x, y = example(3, classes, (17, 24), dtype=np.float32, activation=activation)
+    w = np.random.default_rng(0).uniform(size=(1, 17, 24)).round().astype(dtype)
+    each = np.repeat(w, 3, axis=0)
+    losses = [fl.Loss(LOSS, activation=activation)]
+    if activation == "softmax":
+        losses.append(fl.Loss(fl.TopKCrossEntropy(k=30)))
+    for loss in losses:
+        for target in (y, one_hot(y, classes)):
+            if target.ndim > 3 and not loss.additive:
+                continue
+            expected = reference(loss, x, target, each)
+            for one in (w, w[:, None], np.asfortranarray(w)):
+                assert_agree(*loss.value_and_grad(x, target, one), expected, 1 / np.sqrt(x.size))
+    last = np.ascontiguousarray(np.moveaxis(x, 1, -1))
+    loss = fl.Loss(LOSS, activation=activation, channel_axis=-1)
+    assert loss(last, y, w[..., None]) == pytest.approx(loss(last, y, each), rel=1e-6)
+    with pytest.raises(ValueError, match=r"^voxel_weight: "):
+        loss(last, y, -w[..., None] if dtype != "bool" else w[:, 1:])
+
+
+def test_one_weight_for_all_samples_in_torch(backend: str) -> None:
+    torch = need("torch")
+    import fastloss.torch as ft
+
+    x, y = (torch.tensor(a) for a in example(3, 3, (4, 6)))
+    w = torch.rand(1, 1, 4, 6)
+    each = w.expand(3, -1, -1, -1).contiguous()
+    for call in (
+        LOSS.__call__,
+        ft.Loss(LOSS),
+        torch.compile(LOSS.__call__, fullgraph=True, backend="aot_eager"),
+        torch.compile(LOSS.__call__, fullgraph=True, backend="aot_eager", dynamic=True),
+        torch.jit.trace(LOSS.__call__, (x, y, w)),
+    ):
+        results = []
+        for weight in (w, w[0], each):
+            if call is not LOSS.__call__ and weight.ndim < 4:
+                continue
+            leaf = x.clone().requires_grad_()
+            value = call(leaf, y, weight)
+            results.append((value, *torch.autograd.grad(value, leaf)))
+        for result in results[:-1]:
+            torch.testing.assert_close(result, results[-1], rtol=0, atol=0)
+    assert LOSS(x.to("meta"), y.to("meta"), w.to("meta")).shape == ()
+    program = torch.export.export(ft.Loss(LOSS), (x, y, w))
+    assert torch.equal(program.module()(x, y, w), LOSS(x, y, each))

@@ -126,7 +126,9 @@ def test_shape_of_target(shape: tuple[int, ...]) -> None:
     assert str(Y.shape) in message
 
 
-@pytest.mark.parametrize("shape", [(), (2, 4), (2, 5, 4), (1, 4, 5), (2, 3, 4, 5), (2, 4, 5, 1)])
+@pytest.mark.parametrize(
+    "shape", [(), (2, 4), (2, 5, 4), (3, 4, 5), (1, 5, 4), (4, 5), (1, 3, 4, 5), (2, 4, 5, 1)]
+)
 def test_shape_of_voxel_weight(shape: tuple[int, ...]) -> None:
     message = rejects(ValueError, "voxel_weight", X, Y, np.ones(shape))
     assert str(shape) in message
@@ -214,6 +216,111 @@ def test_labels_are_checked_in_other_strides(backend: str) -> None:
     y[0, 3, 4] = 9
     rejects(ValueError, "target", X, y)
     rejects(ValueError, "target", X, np.broadcast_to(y[:1], y.shape))
+
+
+# Other numbers than 0 and 1, among them those that fewer bits take for these.
+BAD_NUMBERS = {
+    "bool": [2, 255],  # whatever bytes they lie in
+    "uint8": [2, 255],
+    "int8": [-1, 2],
+    "uint16": [256, 65535],
+    "int16": [-1, 257],
+    "uint32": [2**16, 2**32 - 1],
+    "int32": [-1, 2**24 + 1],
+    "uint64": [2**32 + 1, 2**63],
+    "int64": [-255, 2**32, 2**32 + 1],
+}
+# A mask or a dense target for all that computes it: the activation, the classes, the loss.
+DENSE: list[tuple[str, int, fl.Loss]] = [
+    ("sigmoid", 1, LOSS),
+    ("none", 1, LOSS),
+    ("sigmoid", 3, LOSS + fl.Focal()),
+    ("softmax", 2, LOSS),
+    ("softmax", 3, LOSS),
+    ("softmax", 5, fl.Dice(squared=True) + fl.Focal()),
+    ("softmax", 40, LOSS),
+]
+
+
+@pytest.mark.parametrize("dtype", BAD_NUMBERS)
+@pytest.mark.parametrize("kind", DENSE, ids=lambda kind: f"{kind[0]}, {kind[1]}")
+def test_integers_of_masks_and_dense_targets(
+    backend: str, dtype: str, kind: tuple[str, int, fl.Loss]
+) -> None:
+    """They are 0 and 1, wherever they lie, and floating numbers are free."""
+    activation, classes, loss = kind
+    loss = fl.Loss(loss, activation=activation)
+    x, y = example(2, classes, (9, 10), dtype=np.float32, activation=activation)
+    stored = "uint8" if dtype == "bool" else dtype
+    g = (y[:, None] + np.arange(classes)[:, None, None] % 2 == 1).astype(stored)
+    w = np.ones(y.shape, np.float32)
+    w[1, 8, 9] = 0  # where labels are checked as well
+    good = loss.value_and_grad(x, g.view(dtype), w)
+    for got, exact in zip(good, loss.value_and_grad(x, g.astype(np.float32), w), strict=True):
+        np.testing.assert_allclose(got, exact, rtol=1e-6, atol=1e-9)
+    for number in BAD_NUMBERS[dtype]:
+        bad = g.copy()
+        bad[1, -1, 8, 9] = number  # the last class and voxel
+        first = bad[:, 0] if classes == 1 else bad
+        for target, weight in ((first, None), (bad, w), (np.asfortranarray(bad), w)):
+            message = rejects(ValueError, "target", x, target.view(dtype), weight, loss=loss)
+            assert message.endswith(f"but 1 number is not; the first is {number}")
+        bad[1, 0, 0, 2:4] = number
+        message = rejects(ValueError, "target", x, bad.view(dtype), loss=loss)
+        assert "0 or 1 in a " in message
+        assert message.endswith(f"but 3 numbers are not; the first is {number}")
+        if dtype != "bool":
+            assert np.isfinite(loss(x, bad.astype(np.float32) / np.abs(bad).max()))
+
+
+def test_the_first_bad_number_is_of_the_first_voxel(backend: str) -> None:
+    loss = fl.Loss(LOSS, activation="sigmoid")
+    x, _ = example(2, 3, (70, 80), dtype=np.float32)
+    g = np.zeros(x.shape, np.int16)
+    g[0, 0, 69, 1], g[0, 2, 60, 70], g[1, 0, 0, 0] = 7, 8, 9
+    message = rejects(ValueError, "target", x, g, loss=loss)
+    assert message.endswith("but 3 numbers are not; the first is 8")
+
+
+def test_a_mask_of_0_and_255(backend: str) -> None:
+    """Refused, unless 255 is what is ignored: then those voxels count for nothing."""
+    x = np.array([[[8, -8, 8, -8, 3]]], np.float32)
+    mask = np.array([[1, 0, 1, 0, 255]], np.uint8)
+    loss = fl.Loss(LOSS, activation="sigmoid")
+    rejects(ValueError, "target", x, mask * 255, loss=loss)
+    assert rejects(ValueError, "target", x, mask, loss=loss).endswith("the first is 255")
+    ignoring = fl.Loss(loss, ignore_index=255)
+    value, gradient = ignoring.value_and_grad(x, mask)
+    expected, slope = loss.value_and_grad(x[..., :4], mask[..., :4])
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient[..., :4], slope, rtol=1e-5)
+    assert not gradient[..., 4].any()
+    mask[0, 1] = 7
+    message = rejects(ValueError, "target", x, mask, loss=ignoring)
+    assert "expected 0 or 1 or ignore_index=255 in a mask" in message
+    assert message.endswith("but 1 number is not; the first is 7")
+
+
+def test_ignored_numbers_of_dense_targets(backend: str) -> None:
+    x, _ = example(1, 3, (4, 5), dtype=np.float32)
+    for dtype, ignored in (("uint8", 255), ("int8", -1), ("int64", 2**32), ("uint64", 7)):
+        g = np.zeros(x.shape, dtype)
+        g[:, 1], g[0, 0, 2, 3] = 1, ignored  # in one channel, which is enough
+        loss = fl.Loss(LOSS, activation="sigmoid", ignore_index=ignored)
+        assert not loss.gradient(x, g)[..., 2, 3].any()
+        g[0, 2, 3, 3] = 2
+        assert f"ignore_index={ignored}" in rejects(ValueError, "target", x, g, loss=loss)
+    # A number that the dtype does not hold is not what its bits would make of it.
+    for dtype, number, other in (("uint8", 255, -1), ("int8", -1, 255), ("int64", 7, 7 + 2**32)):
+        g = np.zeros(x.shape, dtype)
+        g[0, 2, 3, 3] = number
+        loss = fl.Loss(LOSS, activation="sigmoid", ignore_index=other)
+        rejects(ValueError, "target", x, g, loss=loss)
+    # Where ignore_index is a class, it is no number.
+    loss = fl.Loss(LOSS, activation="sigmoid", ignore_index=2)
+    g = np.zeros(x.shape, np.uint8)
+    g[0, 0, 3, 3] = 2
+    assert "ignore" not in rejects(ValueError, "target", x, g, loss=loss)
 
 
 @pytest.mark.parametrize("weight", [-1.0, -1e-6, np.nan, np.inf, -np.inf])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import example, finite_differences, one_hot
+from support import example, finite_differences, need, one_hot
 
 import fastloss as fl
 
@@ -75,6 +75,52 @@ def test_ways_to_write_the_same() -> None:
     ):
         assert loss(X, Y) == pytest.approx(expected, rel=1e-14)
     assert (0.5 * entropy + dice)(X, Y) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("one", [fl.Dice(), fl.Dice() + fl.Focal()])
+def test_differences_and_quotients(one: Any) -> None:
+    other = fl.CrossEntropy()
+    a, b = one(X, Y), other(X, Y)
+    for loss, value in (
+        (one - other, a - b),
+        (other - one, b - a),
+        (-one, -a),
+        (0 - one, -a),
+        (one / 2, a / 2),
+        (one / np.float32(4), a / 4),
+        (-(2 * one - other) / 3, (b - 2 * a) / 3),
+    ):
+        assert isinstance(loss, fl.Loss)
+        assert loss(X, Y) == pytest.approx(value, rel=1e-12)
+    for zero in (0, 0.0, np.float32(0)):
+        with pytest.raises(ValueError, match=r"^divisor: .* other than 0"):
+            one / zero
+    with pytest.raises(TypeError):
+        2 / one
+
+
+@pytest.mark.parametrize("one", [fl.Dice(), fl.Dice() + fl.Focal()])
+def test_arrays_of_one_number(one: Any) -> None:
+    torch = need("torch")
+    value = one(X, Y) / 2
+    for half in (
+        np.array(0.5),
+        np.float16(0.5),
+        torch.tensor(0.5),
+        torch.tensor(0.5, dtype=torch.bfloat16),
+    ):
+        for loss in (half * one, one * half, one / (1 / half)):
+            assert isinstance(loss, fl.Loss)
+            assert loss(X, Y) == pytest.approx(value, rel=1e-12)
+    learned = torch.tensor(0.5, requires_grad=True)
+    for product in (lambda: learned * one, lambda: one * learned):
+        with pytest.raises(TypeError, match=r"^factor: .*requires a gradient.*factor\.detach"):
+            product()
+    with pytest.raises(TypeError, match=r"^divisor: .*requires a gradient"):
+        one / learned
+    for several in (np.ones(3), torch.ones(3)):
+        with pytest.raises(TypeError, match=r"^factor: expected a number, got an array of shape"):
+            several * one
 
 
 def test_scaling_leaves_the_loss_alone() -> None:

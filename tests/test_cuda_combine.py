@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 import fastloss as fl
 from fastloss.backends._cuda_code import ELEMENTWISE
-from fastloss.backends._cuda_combine import COMBINE_CALL, Program, trace
+from fastloss.backends._cuda_combine import Program, trace
+from fastloss.backends._cuda_operands import HOST, MOST
 from fastloss.request import make_request
 from fastloss.statistics import Statistics
+from fastloss.sums import OVERLAP, PREDICTED, PREDICTED_SQUARED, REFERENCE, REFERENCE_SQUARED
 
 WEIGHTS = (0.3, 2.0, 0.0, 1.0, 1.75)
 
@@ -41,11 +43,11 @@ def sums_of(
     """Sums such as volumes have, some classes absent; odd: "zero", "nan", "inf" or nothing."""
     rng = np.random.default_rng(seed)
     request = make_request(loss.activation, dense, None, loss.needs)
-    sums = np.exp(rng.uniform(0, 8, (len(request.slots), batch, classes)))
-    if "overlap" in request.index:
-        for name in ("predicted", "reference", "predicted_squared", "reference_squared"):
-            if name in request.index:  # no less than what they share
-                sums[request.index[name]] += sums[request.index["overlap"]]
+    sums = np.exp(rng.uniform(0, 8, (len(request.sums), batch, classes)))
+    if OVERLAP in request.index:
+        for size in (PREDICTED, REFERENCE, PREDICTED_SQUARED, REFERENCE_SQUARED):
+            if size in request.index:  # no less than what they share
+                sums[request.index[size]] += sums[request.index[OVERLAP]]
     sums[:, rng.uniform(size=(batch, classes)) < 0.2] = 0.0
     voxels = sums[0].sum(axis=-1)
     sample = int(rng.integers(batch))
@@ -54,9 +56,9 @@ def sums_of(
     elif odd == "nan":
         sums[:, sample], voxels[sample] = np.nan, np.nan
     elif odd == "inf":
-        for name in request.slots:
-            if name.startswith(("cross", "focal", "uniform")):
-                sums[request.index[name], sample, rng.integers(classes)] = np.inf
+        for place, total in enumerate(request.sums):
+            if total.function.startswith(("log", "focal")):
+                sums[place, sample, rng.integers(classes)] = np.inf
     return Statistics(request, sums, voxels, np.dtype(dtype))
 
 
@@ -74,6 +76,11 @@ def traced(loss: fl.Loss, statistics: Statistics) -> Program:
     return trace(
         loss, statistics.request, statistics.batch_size, statistics.classes, statistics.dtype
     )
+
+
+def numbers_of(loss: fl.Loss) -> np.ndarray:
+    """The numbers of a loss, as the combine step takes them along."""
+    return np.concatenate(loss.operands)
 
 
 def upstream_of(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -155,7 +162,8 @@ def test_what_is_recorded_is_the_combine_step(call: tuple[fl.Loss, Statistics]) 
     upstream = upstream_of(program.value_shape)
     value, derivatives = combined(loss, statistics, upstream)
     assert program.value_shape == np.shape(value)
-    recorded = program.evaluate(statistics.sums, statistics.voxels, upstream)
+    numbers = numbers_of(loss)
+    recorded = program.evaluate(statistics.sums, statistics.voxels, numbers, upstream)
     assert recorded[1].shape == statistics.sums.shape
     np.testing.assert_allclose(recorded[0], value, rtol=1e-12)
     np.testing.assert_allclose(recorded[1], derivatives, rtol=1e-12)
@@ -209,7 +217,8 @@ def test_a_term_of_ones_own(
     program = traced(loss, statistics)
     upstream = upstream_of(program.value_shape)
     value, derivatives = combined(loss, statistics, upstream)
-    recorded = program.evaluate(statistics.sums, statistics.voxels, upstream)
+    numbers = numbers_of(loss)
+    recorded = program.evaluate(statistics.sums, statistics.voxels, numbers, upstream)
     np.testing.assert_allclose(recorded[0], value, rtol=1e-12)
     np.testing.assert_allclose(recorded[1], derivatives, rtol=1e-12)
 
@@ -229,7 +238,8 @@ def recorded_and_numpy(function: Any, *, shape: tuple[int, int] = (3, 4)) -> tup
     loss = fl.Loss(Term())
     statistics = sums_of(loss, *shape)
     program = traced(loss, statistics)
-    value, derivatives = program.evaluate(statistics.sums.copy(), statistics.voxels)
+    sums, numbers = statistics.sums.copy(), numbers_of(loss)
+    value, derivatives = program.evaluate(sums, statistics.voxels, numbers)
     assert not derivatives.any()  # as nothing was said to depend on the sums
     with np.errstate(all="ignore"):
         return value, function(statistics["overlap"].copy())
@@ -491,10 +501,12 @@ def check_kernels(name: str, library: Library, order: str = "forward") -> None:
         "upstream": upstream,
         "scratch": scratch,
     }
-    record = np.zeros(1, COMBINE_CALL)
-    for field, array in arrays.items():
-        record[field] = array.ctypes.data
-    call = record.tobytes()
+    addresses = {field: array.ctypes.data for field, array in arrays.items()}
+    numbers = numbers_of(loss)
+    given = numbers.tobytes()
+    if not program.takes_along:
+        given = numbers.ctypes.data.to_bytes(8, "little")
+    call = program.call((), given, **addresses).tobytes()
 
     def launch(kernel: str) -> None:
         library.launch(f"p{number}::{kernel}", (1, 1, 1), (256, 1, 1), 0, call, order=order)
@@ -513,6 +525,48 @@ def check_kernels(name: str, library: Library, order: str = "forward") -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_compute_what_combine_does(name: str, order: str) -> None:
     check_kernels(name, emulated(), order)
+
+
+LAYOUTS = {
+    "all there": ("float64", "float32", "float32", "float32", "float64"),
+    "some": (HOST, "float32", HOST, HOST, HOST),
+    "mixed": ("float32", HOST, "float64", HOST, "float32"),
+}
+
+
+@pytest.mark.parametrize("classes", [4, MOST])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numbers_that_lie_on_the_device(layout: str, classes: int) -> None:
+    """In arrays of their own, beside those that travel with the launch if they are not too many."""
+    w = weights(classes)
+    loss = fl.Dice(weight=w) + 0.5 * fl.CrossEntropy(weight=w) + fl.Tversky(alpha=0.25, beta=0.75)
+    statistics = sums_of(loss, 2, classes)
+    program = trace(loss, statistics.request, 2, classes, statistics.dtype, LAYOUTS[layout])
+    parts = list(zip(LAYOUTS[layout], loss.operands, strict=True))
+    given = [numbers.astype(where) for where, numbers in parts if where != HOST]
+    own = [numbers for where, numbers in parts if where == HOST]
+    host = np.concatenate([*own, np.empty(0)])
+    assert program.takes_along == (host.size <= MOST)
+    value, derivatives = np.full((), 77.0), np.full(statistics.sums.shape, 77.0)
+    arrays = {
+        "sums": statistics.sums,
+        "voxels": statistics.voxels,
+        "value": value,
+        "derivatives": derivatives,
+        "scratch": np.empty(program.scratch_doubles),
+    }
+    call = program.call(
+        tuple(array.ctypes.data for array in given),
+        host.tobytes() if program.takes_along else host.ctypes.data.to_bytes(8, "little"),
+        **{name: array.ctypes.data for name, array in arrays.items()},
+    )
+    library = Library(program.sources, {"fastloss_combine": "CombineCall"})
+    library.launch("fastloss_combine", (1, 1, 1), (256, 1, 1), 0, call.tobytes())
+    expected = combined(loss, statistics, None)
+    recorded = program.evaluate(statistics.sums, statistics.voxels, host, given=given)
+    for got in ((value, derivatives), recorded):
+        np.testing.assert_allclose(got[0], expected[0], rtol=1e-7)
+        np.testing.assert_allclose(got[1], expected[1], rtol=1e-7, atol=1e-300)
 
 
 def test_kernels_read_and_write_within_bounds() -> None:
@@ -635,6 +689,7 @@ def test_terms_of_the_drop_ins(batch: int, classes: int, odd: str) -> None:
         program = traced(loss, statistics)
         upstream = upstream_of(program.value_shape)
         value, derivatives = combined(loss, statistics, upstream)
-        recorded = program.evaluate(statistics.sums, statistics.voxels, upstream)
+        numbers = numbers_of(loss)
+        recorded = program.evaluate(statistics.sums, statistics.voxels, numbers, upstream)
         np.testing.assert_allclose(recorded[0], value, rtol=1e-12, err_msg=name)
         np.testing.assert_allclose(recorded[1], derivatives, rtol=1e-12, err_msg=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ from stand_in import OnDevice
 from support import assert_agree, example, one_hot, reference
 
 import fastloss as fl
+from fastloss.backends import cuda
 from fastloss.backends._cuda_source import source
+from fastloss.backends.cuda import DevicePasses
+from fastloss.sums import Sum
 
 
 @pytest.fixture
@@ -30,6 +34,16 @@ class LogCosh(fl.RegionTerm):
         return np.log(np.cosh(1.0 - dice)), -2.0 * slope / total, slope * dice / total
 
 
+class Mistaken(fl.Term):
+    """Σ (1 − g) p: of a sum that no fast path takes."""
+
+    requires = frozenset({Sum("rest", "p")})
+
+    def combine(self, statistics: Any) -> Any:
+        key = Sum("rest", "p")
+        return statistics[key].sum(), lambda upstream: {key: upstream}
+
+
 LOSSES = {
     "Dice and cross-entropy": fl.Dice() + 0.5 * fl.CrossEntropy(),
     "every term": fl.Loss(
@@ -44,6 +58,7 @@ LOSSES = {
     "top-k": fl.TopKCrossEntropy(k=20, weight=[1.0, 0.0, 2.0]) + fl.Dice(),
     "sigmoid": fl.Loss(fl.Dice(), fl.Focal(gamma=2, alpha=0.25), activation="sigmoid"),
     "probabilities": fl.Loss(fl.Tversky(), fl.CrossEntropy(), activation="none"),
+    "a sum of its own": 0.1 * Mistaken() + fl.Dice(),
     "a user's term": LogCosh() + fl.CrossEntropy(reduction="sum"),
 }
 
@@ -101,6 +116,98 @@ def test_gradient_in_place_of_the_logits(launched: list[str]) -> None:
     value, gradient = loss.value_and_grad(device, OnDevice(y), out=device)
     assert gradient is device
     assert_agree(value.values, device.values, expected)
+
+
+class Boundary(fl.Term):
+    """Σ φ_c p_c: a term of one's own that reads a field."""
+
+    requires = frozenset({Sum("one", "p", field="phi")})
+
+    def combine(self, statistics: Any) -> Any:
+        key = Sum("one", "p", field="phi")
+        return statistics[key].sum(), lambda upstream: {key: upstream}
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_fields(launched: list[str], dtype: str, activation: str) -> None:
+    loss = fl.Loss(fl.Dice(), 0.1 * Boundary(), fl.CrossEntropy(), activation=activation)
+    x, y = example(2, 3, (7, 9), dtype=dtype)
+    y = y if activation == "softmax" else one_hot(y, 3)
+    phi = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+    fields = {"phi": OnDevice(phi)}
+    value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y), fields=fields)
+    expected = reference(loss, x, y, fields={"phi": phi})
+    assert_agree(value.values, gradient.values, expected, value_scale=10)
+    with pytest.raises(ValueError, match=r"^fields\['phi'\]: expected an array in the memory of"):
+        loss(OnDevice(x), OnDevice(y), fields={"phi": phi})
+
+
+def test_top_k_beside_a_field(launched: list[str]) -> None:
+    loss = fl.TopKCrossEntropy(k=20, weight=[1.0, 0.0, 2.0]) + Boundary() + fl.CrossEntropy()
+    x, y = example(2, 3, (7, 9), dtype=np.float32)
+    phi = np.random.default_rng(0).normal(size=y.shape).astype(np.float32)
+    value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y), fields={"phi": OnDevice(phi)})
+    expected = reference(loss, x, y, fields={"phi": phi})
+    assert_agree(value.values, gradient.values, expected, value_scale=10)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        fl.Dice() + fl.CrossEntropy(),
+        fl.Loss(fl.Tversky(batch=True), fl.Focal(), activation="sigmoid"),
+        fl.Loss(fl.Dice(reduction="none")),
+    ],
+    ids=["softmax", "sigmoid, joined", "of every region"],
+)
+def test_regions(launched: list[str], loss: fl.Loss) -> None:
+    x, y = example(2, 3, (7, 9), dtype=np.float32)
+    y = y if loss.activation == "softmax" else one_hot(y, 3)
+    regions = np.repeat(np.arange(-1, 3), 16)[:63].reshape(7, 9)
+    regions = np.stack([regions, np.minimum(regions, 1)])
+    value, gradient = loss.value_and_grad(
+        OnDevice(x), OnDevice(y), regions=OnDevice(regions), region_count=4
+    )
+    expected = reference(loss, x, y, regions=regions, region_count=4)
+    assert_agree(value.values, gradient.values, expected)
+    statistics = loss.statistics(
+        OnDevice(x), OnDevice(y), regions=OnDevice(regions), region_count=4
+    )
+    np.testing.assert_array_equal(loss.value(statistics).values, value.values)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_losses_of_every_voxel(
+    launched: list[str], activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DevicePasses, "to_numpy", lambda self, view: view.copy())
+    loss = fl.Loss(
+        fl.CrossEntropy(reduction="voxel", label_smoothing=0.1),
+        fl.Focal(reduction="voxel"),
+        activation=activation,
+    )
+    x, y = example(2, 3, (7, 9), dtype=np.float32)
+    y = y if activation == "softmax" else one_hot(y, 3)
+    value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y))
+    assert_agree(value.values, gradient.values, reference(loss, x, y))
+    upstream = np.random.default_rng(0).normal(size=value.shape).astype(np.float32)
+    _, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y), upstream=OnDevice(upstream))
+    assert_agree(value.values, gradient.values, reference(loss, x, y, upstream=upstream))
+    if activation == "softmax":
+        y[0, 2, 3] = 3
+        assert np.isnan(loss(OnDevice(x), OnDevice(y)).values[0, 2, 3])
+        with pytest.raises(ValueError, match=r"^target: .* the first is 3$"):
+            fl.Loss(loss, validate=True)(OnDevice(x), OnDevice(y))
+
+
+def test_other_ways_to_choose_voxels(launched: list[str]) -> None:
+    class Hardest(fl.TopKCrossEntropy):
+        kept_percent = None
+
+    x, y = example(2, 3, (7, 9), dtype=np.float32)
+    with pytest.raises(TypeError, match=r"^terms: on a GPU .* Hardest does not"):
+        Hardest()(OnDevice(x), OnDevice(y))
 
 
 def test_launches(launched: list[str]) -> None:
@@ -164,6 +271,20 @@ def test_bad_labels_and_weights_make_nan(launched: list[str]) -> None:
     assert np.isnan(loss(OnDevice(x), OnDevice(y * 0), OnDevice(w)).values[0]).all()
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+@pytest.mark.parametrize("classes", [1, 3, 40])
+def test_bad_numbers_of_a_mask_make_nan(launched: list[str], classes: int, dtype: Any) -> None:
+    loss = fl.Loss(fl.Dice(reduction="none"), activation="sigmoid")
+    x, _ = example(2, classes, (40,), dtype=np.float32)
+    g = np.ones(x.shape, dtype)
+    g[1, -1, 39] = 255
+    value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(g))
+    assert np.isnan(value.values[1]).all()
+    assert np.isnan(gradient.values[1]).all()
+    expected, slope = reference(loss, x[:1], g[:1])
+    assert_agree(value.values[:1], gradient.values[:1], (expected, slope))
+
+
 ALONE = [
     fl.CrossEntropy(),
     fl.CrossEntropy(reduction="sum", weight=[1, 0, 1]),
@@ -216,8 +337,6 @@ def test_many_classes_and_many_sums(launched: list[str]) -> None:
 def test_validate_asks_for_the_exact_error(
     launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastloss.backends.cuda import DevicePasses
-
     monkeypatch.setattr(DevicePasses, "to_numpy", lambda self, view: view.copy())
     loss = fl.Loss(fl.Dice(), validate=True)
     x, y = example(2, 3, (40,), dtype=np.float32)
@@ -229,6 +348,10 @@ def test_validate_asks_for_the_exact_error(
     w[0, 0] = -1.0
     with pytest.raises(ValueError, match=r"^voxel_weight: .*the first is -1$"):
         loss(OnDevice(x), OnDevice(y * 0), OnDevice(w))
+    loss, mask = fl.Loss(loss, activation="sigmoid"), np.zeros((2, 40), np.uint8)
+    mask[1, 7:] = 255
+    with pytest.raises(ValueError, match=r"^target: .*but 33 numbers are not; the first is 255$"):
+        loss(OnDevice(x[:, :1]), OnDevice(mask))
 
 
 def test_arrays_in_different_memories(launched: list[str]) -> None:
@@ -303,3 +426,40 @@ def test_no_voxel_and_no_sample(launched: list[str]) -> None:
         value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y))
         assert value.values == reference(loss, x, y)[0]
         assert gradient.shape == shape
+
+
+@pytest.mark.parametrize("protocol", [False, True])
+def test_launches_on_streams_of_others(monkeypatch: pytest.MonkeyPatch, protocol: bool) -> None:
+    """By the protocol that CuPy has for them, without the class that warns, where it has one."""
+
+    class Stream:
+        def __init__(self, address: int) -> None:
+            self.ptr = address
+
+        if protocol:
+
+            @classmethod
+            def from_external(cls, given: Any) -> Any:
+                version, address = given.__cuda_stream__()
+                assert version == 0
+                return cls(address)
+
+    class ExternalStream(Stream):
+        def __init__(self, address: int, ordinal: int) -> None:
+            assert not protocol, "ExternalStream is deprecated"
+            super().__init__(address)
+
+    runtime = SimpleNamespace(getDevice=lambda: 0)
+    cupy = SimpleNamespace(
+        cuda=SimpleNamespace(Stream=Stream, ExternalStream=ExternalStream, runtime=runtime)
+    )
+    monkeypatch.setattr(cuda, "_cupy", lambda: cupy)
+    cuda._stream.cache_clear()
+    seen = []
+    for address in (0, 1, 7 << 40):
+        place = stand_in.StandInPlace(0)
+        place.stream = address
+        device = cuda.CudaDevice(place)
+        device.launch(lambda *given: seen.append(given[-1].ptr), 1, (32, 1), 0, np.zeros(1))
+    cuda._stream.cache_clear()
+    assert seen == [0, 1, 7 << 40]

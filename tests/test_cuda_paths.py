@@ -12,10 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from device_backend import EmulatedDevice
-from support import EMULATED, assert_agree, example, need_backend, reference
+from support import EMULATED, assert_agree, example, need_backend, one_hot, reference
 
 import fastloss as fl
+from fastloss.arrays import Arrays
 from fastloss.backends import _cuda_call, load_backend
+from fastloss.backends import _cuda_engine as engine
+from fastloss.backends.reference import BACKEND as REFERENCE
+from fastloss.request import Request
+from fastloss.sums import NAMED, Sum, as_sum
 
 DICE_CE = fl.Dice() + fl.CrossEntropy()
 LOSSES = {
@@ -147,6 +152,49 @@ def test_infinite_logits_of_sigmoid(loss: fl.Loss, weight: float | None) -> None
         assert loss(x, y, w) == np.inf
         x[0, 0, 0] = np.nan
         assert np.isnan(loss(x, y, w))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 20])
+@pytest.mark.parametrize("name", [*NAMED, "focal:2.0", "focal_rest:2.0"])
+@pytest.mark.parametrize("kind", ["softmax", "softmax dense", "sigmoid dense", "none dense"])
+def test_each_sum_alone(
+    kind: str, name: str, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a path takes, it computes without the sums that mostly come with it."""
+    backend = load_backend(EMULATED)
+    monkeypatch.setattr(backend, "device", EmulatedDevice())
+    activation, _, dense = kind.partition(" ")
+    request = Request(activation, bool(dense), None, frozenset({as_sum(name)}))
+    x, y = example(2, classes, (5, 8), activation=activation)
+    target = one_hot(y, classes) if dense else y
+    arrays = Arrays(x, "float64", target, target.dtype.name, bool(dense), None, "")
+    shape = (len(request.sums), 2, classes)
+    found = [(np.empty(shape), np.empty(2), np.empty_like(x)) for _ in range(2)]
+    coefficients = np.random.default_rng(0).normal(size=shape)
+    for (sums, voxels, out), each in zip(found, (backend, REFERENCE), strict=True):
+        each.reduce(request, arrays, sums, voxels)
+        each.apply(request, arrays, coefficients, out)
+    for own, expected in zip(*found, strict=True):
+        np.testing.assert_allclose(own, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_thousands_of_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums of the blocks take no more memory for them than they may."""
+    backend: Any = load_backend(EMULATED)
+    monkeypatch.setattr(backend, "device", EmulatedDevice())
+    rows, total = 20_000, Sum("one", "p")
+    x, y = example(1, 2, (80, 90), activation="none")
+    regions = np.arange(y.size).reshape(y.shape) * rows // y.size
+    request = Request("none", False, None, frozenset({"cross_entropy", total}))
+    arrays = Arrays(x, "float64", y, "int64", False, None, "", (), regions, "int64", rows)
+    plan, _ = engine.plan_of(backend.device, request, arrays, None, engine.Work("reduce"))
+    assert 8 * plan.partial <= 64 << 20
+    assert plan.grid > 1
+    sums, voxels = np.empty((len(request.sums), rows, 2)), np.empty(rows)
+    backend.reduce(request, arrays, sums, voxels)
+    np.testing.assert_array_equal(voxels, np.bincount(regions.reshape(-1), minlength=rows))
+    expected = [np.bincount(regions.reshape(-1), p.reshape(-1), rows) for p in x[0]]
+    np.testing.assert_allclose(sums[request.index[total]].T, expected, rtol=1e-12)
 
 
 def test_cross_entropy_alone_of_many_classes() -> None:

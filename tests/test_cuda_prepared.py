@@ -15,6 +15,7 @@ from stand_in import OnDevice
 from support import assert_agree, example, need, one_hot, reference
 
 import fastloss as fl
+from fastloss.backends import cuda
 from fastloss.loss import Passes
 
 
@@ -84,6 +85,60 @@ def test_later_calls_are_not_planned_anew(launched: list[str], arranged: list[An
         loss.value_and_grad(OnDevice(x), OnDevice(y))
         loss(OnDevice(x), OnDevice(y))
     assert len(arranged) == first
+
+
+def test_other_numbers_are_not_planned_anew(launched: list[str], arranged: list[Any]) -> None:
+    """Losses that differ in numbers alone share what the first one found out."""
+    x, y = example(2, 3, (40,), dtype="float32")
+    counts = []
+    for n in (1.0, 0.0, 0.3, 2.0):
+        w = [1.0, n, 0.5]
+        loss = n * fl.Dice(weight=n) + fl.CrossEntropy(weight=w) + 0.5 * fl.Tversky(alpha=n)
+        expected = reference(loss, x, y)
+        arranged.clear()
+        value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y))
+        counts.append((len(arranged), len(cuda._programs)))
+        assert_agree(value.values, gradient.values, expected)
+        loss.terms[1][1].weight = [n, 1.0, 2.0]
+        expected = reference(loss, x, y)
+        value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y))
+        assert_agree(value.values, gradient.values, expected)
+    assert counts[1:] == [(0, counts[0][1])] * 3
+
+
+def test_own_terms_with_other_numbers(launched: list[str]) -> None:
+    class Squared(fl.RegionTerm):
+        """Does with its weights what cannot be recorded."""
+
+        def combine(self, statistics: Any) -> Any:
+            value, pullback = super().combine(statistics)
+            factor = float(np.square(self.weight).sum())
+            return value * factor, lambda upstream: pullback(upstream * factor)
+
+        def formula(self, overlap: Any, predicted: Any, reference: Any) -> Any:
+            return -overlap, -np.ones_like(overlap), np.zeros_like(overlap)
+
+    x, y = example(2, 3, (40,), dtype="float32")
+    several, one = Squared(weight=[1, 1, 1]), Squared(weight=1)
+    for w in ([1, 2, 3], [0.5, 1, 2], [1, 2, 3]):
+        several.weight, one.weight = w, w[0]
+        for term in (several, one):
+            loss = 0.5 * term + fl.CrossEntropy(weight=w)
+            for _ in range(2):
+                value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y))
+                assert_agree(value.values, gradient.values, reference(loss, x, y))
+
+
+def test_more_numbers_than_a_launch_takes_along(launched: list[str]) -> None:
+    x, y = example(1, 900, (3, 4), dtype="float32")
+    for seed in range(2):
+        w = np.random.default_rng(seed).uniform(0, 1, 900)
+        for loss in (
+            fl.CrossEntropy(weight=w) + 0.5 * fl.Dice(weight=w[1:], include_background=False),
+            fl.Loss(fl.TopKCrossEntropy(weight=w, k=50)),
+        ):
+            value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y))
+            assert_agree(value.values, gradient.values, reference(loss, x, y))
 
 
 def test_buffers_for_the_gradient(launched: list[str], arranged: list[Any]) -> None:

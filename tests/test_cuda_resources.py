@@ -28,6 +28,7 @@ import pytest
 import support
 from cuda_variants import Kind
 
+from fastloss.backends._cuda_call import DENSE, GENERAL, LABELS, TWO_CLASSES
 from fastloss.backends.cuda import _OPTIONS
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100")
@@ -139,7 +140,7 @@ def test_any_two_values_of_a_call_meet() -> None:
 @pytest.mark.parametrize(
     "constant", ["staged", "interleaved", "packed_target", "packed_weight", "keep_sums", "large",
                  "with_losses", "global_sums", "global_table", "rounds", "vector", "warps",
-                 "staged_bytes"]
+                 "staged_bytes", "path"]
 )  # fmt: skip
 def test_every_path_through_the_kernels_occurs(constant: str) -> None:
     taken = {cuda_variants.compiled(kind).constant(constant) for kind in cuda_variants.kinds()}
@@ -148,8 +149,15 @@ def test_every_path_through_the_kernels_occurs(constant: str) -> None:
         "staged_bytes": {2, 4, 8, 16},
         "warps": {1, 2},
         "rounds": {1, 2},
+        "path": {TWO_CLASSES, LABELS, DENSE},
     }
     assert taken >= least.get(constant, {0, 1})
+
+
+def test_common_calls_take_a_fast_path() -> None:
+    kinds = cuda_variants.kinds()
+    slow = [str(k) for k in kinds if cuda_variants.compiled(k).constant("path") == GENERAL]
+    assert not slow
 
 
 # ------------------------------------------------------------------------------ nvcc
@@ -165,6 +173,21 @@ def test_passes_keep_their_numbers_in_registers(architecture: str) -> None:
         return [f"{kind}: {name} {u}" for name, u in found.items() if u.in_memory]
 
     kinds = kinds_for(architecture)
+    bad = [line for lines in for_all(of, kinds) for line in lines]
+    assert not bad, f"{len(bad)} of {len(kinds)} for {architecture}\n" + "\n".join(bad)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_general_kernel_keeps_its_numbers_in_registers(architecture: str) -> None:
+    """Of usual tables that no fast path takes."""
+    need_nvcc()
+
+    def of(kind: cuda_variants.GeneralKind) -> list[str]:
+        made = cuda_variants.compiled_general(kind)
+        found, _ = nvcc(made.text, made.names, architecture)
+        return [f"{kind}: {name} {u}" for name, u in found.items() if u.in_memory]
+
+    kinds = cuda_variants.general_kinds()
     bad = [line for lines in for_all(of, kinds) for line in lines]
     assert not bad, f"{len(bad)} of {len(kinds)} for {architecture}\n" + "\n".join(bad)
 
@@ -332,8 +355,13 @@ def test_nvrtc_compiles_the_passes() -> None:
         made = cuda_variants.compiled(kind)
         assert_nvrtc_compiles(kind, made.text, made.names)
 
+    def check_general(kind: cuda_variants.GeneralKind) -> None:
+        made = cuda_variants.compiled_general(kind)
+        assert_nvrtc_compiles(kind, made.text, made.names)
+
     nvrtc()
     for_all(check, cuda_variants.covering(start=0))
+    for_all(check_general, cuda_variants.general_kinds()[::3])
 
 
 def test_nvrtc_compiles_the_other_kernels() -> None:

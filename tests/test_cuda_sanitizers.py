@@ -65,6 +65,7 @@ def assert_clean(found: tuple[int, str]) -> None:
 # --- Memory and arithmetic ------------------------------------------------------------------------
 
 COVERING = cuda_cases.covering()
+LAST = "channels last"
 SPECIAL = [
     Job(case, special=True)
     for case in (
@@ -74,15 +75,23 @@ SPECIAL = [
         Case("float64", 5, "cropped", "softmax dense uint8", (19, 27), "smooth"),
         Case("float32", 300, "in place", "softmax uint8", (33,), "squared", "float32"),
         Case("float16", 2, "contiguous", "sigmoid dense bfloat16", (8, 16), "focal"),
+        Case("float32", 5, "contiguous", "softmax uint8", (19, 27), "unusual", extras="two fields"),
+        Case("float32", 3, "cropped", "softmax uint8", (257,), "region", extras="40 regions"),
+        Case(
+            "float16", 4, LAST, "sigmoid dense uint8", (257,), "all", extras="3 regions", blocks=2
+        ),
+        Case("float64", 9, "reversed", "softmax int64", (19, 27), "smooth", map_kind="voxel"),
+        Case("float32", 2, "contiguous", "none dense float16", (7,), "squared", map_kind="error"),
     )
 ]
 # Faults, each in a case in which it does harm, and what is said of it.
-LAST = "channels last"
 ADDRESS_FAULTS = [
     (Job(Case(), "a voxel too many"), "heap-buffer-overflow"),
     (Job(Case(classes=17), "a class too many"), "heap-buffer-overflow"),
     (Job(Case(layout=LAST, batch=1), "the last tile is whole"), "heap-buffer-overflow"),
     (Job(Case(layout=LAST), "pieces from anywhere"), "misaligned address"),
+    (Job(Case(needs="unusual"), "a voxel too many"), "heap-buffer-overflow"),
+    (Job(Case(classes=17, extras="40 regions"), "any region"), "heap-buffer-overflow"),
 ]
 
 
@@ -140,6 +149,17 @@ RACES = {
         "float32", 17, "contiguous", "sigmoid dense bfloat16", (193,), "smooth", blocks=1, batch=1
     ),
     "top k": Case("float32", 3, spatial=(200,), needs="top_k", blocks=1, batch=1),
+    "any table": Case("float32", 3, spatial=(400,), needs="unusual", blocks=1, batch=1),
+    "many classes of any table": Case(
+        "float32", 105, spatial=(140,), needs="unusual", blocks=1, batch=1
+    ),
+    "fields of any table": Case(
+        "float32", 3, "in place", spatial=(200,), extras="two fields", blocks=1, batch=1
+    ),
+    "regions": Case("float32", 4, spatial=(400,), extras="3 regions", blocks=1, batch=1),
+    "many regions": Case(
+        "float32", 17, spatial=(200,), needs="region", extras="40 regions", blocks=1, batch=1
+    ),
     "20 tiles": Case("float32", 33, spatial=(609,), needs="region", blocks=1, batch=1),
 }
 
@@ -155,10 +175,13 @@ RACE_FAULTS = {
     "no barrier in store_tile": "channels last",
     "no barrier in store_tile, 2.": "channels last",
     "no barrier in Coefficients": "four voxels a thread",
-    "no barrier in finish_sums": "few classes",
+    "no barrier in finish_numbers": "few classes",
     "no barrier in Sums": "four voxels a thread",
     "no barrier in finish": "four voxels a thread",
     "no barrier in reduce_block": "channels last",
+    "no barrier in Accumulators": "any table",
+    "no barrier in write_partial": "any table",
+    "no barrier in Derivatives": "any table",
     "no barrier in count_digits": "top k",
     "no barrier in count_digits, 2.": "top k",
     "no barrier in share": "top k",
@@ -200,6 +223,8 @@ ORDERED = [
     Case("float32", 33, "in place", "softmax dense float32", (257,), "region"),
     Case("float32", 14, "reversed", "sigmoid int16", (19, 27), "focal"),
     Case("float32", 3, "contiguous", "softmax uint8", (19, 27), "top_k"),
+    Case("float32", 3, "contiguous", "softmax uint8", (19, 27), "unusual", extras="3 regions"),
+    Case("bfloat16", 40, LAST, "softmax dense float32", (257,), extras="two fields"),
 ]
 
 

@@ -240,3 +240,24 @@ UNUSUAL: list[tuple[str, dict[str, Any], np.ndarray, np.ndarray]] = [
 def test_unusual_options(name: str, options: dict[str, Any], x: np.ndarray, y: np.ndarray) -> None:
     with in_float64():
         assert_same(name, Call(options, x, y), 1e-7)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_empty_batch(name: str, batch: bool, reduction: str) -> None:
+    """As MONAI has it, whose mean over nothing is NaN; the gradient is as empty as the logits."""
+    accepted = inspect.signature(getattr(monai_losses, name)).parameters
+    if name == "DiceCELoss" and reduction == "none":
+        reduction = "sum"
+    options = ONE_HOT | {"reduction": reduction, "softmax": True, "batch": batch}
+    options = {key: value for key, value in options.items() if key in accepted}
+    arrays = [LOGITS[:0], LABELS[:0]]
+    if name == "MaskedDiceLoss":
+        arrays.append(np.ones(LABELS[:0].shape))
+    results = []
+    for module in (ours, monai_losses):
+        x, *others = map(torch.tensor, arrays)
+        value = getattr(module, name)(**options)(x.requires_grad_(), *others)
+        results.append((value, *torch.autograd.grad(value.sum(), x)))
+    torch.testing.assert_close(*results, equal_nan=True, check_dtype=False)

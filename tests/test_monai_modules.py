@@ -140,6 +140,47 @@ def test_label_that_is_no_class() -> None:
         ours.DiceCELoss(**ONE_HOT, softmax=True)(torch.tensor(LOGITS), torch.tensor(LABELS + 1))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {} if name == "FocalLoss" else {"sigmoid": True}) for name in NAMES),
+        # These are not fused.
+        ("FocalLoss", {"reduction": "none"}),
+        ("DiceLoss", {"sigmoid": True, "soft_label": True}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:mask")
+def test_mask_of_0_and_255(name: str, options: dict[str, Any]) -> None:
+    """MONAI computes something; integers that are neither 0 nor 1 are an error here."""
+    loss = getattr(ours, name)(**options)
+    for x, y in ((ONE, SEVERAL[:, :1]), (LOGITS, SEVERAL)):
+        logits = torch.tensor(x)
+        right = torch.tensor(y)
+        torch.testing.assert_close(loss(logits, right.to(torch.uint8)), loss(logits, right))
+        for dtype in (torch.uint8, torch.int64):
+            with pytest.raises(ValueError, match=r"^target: .*the first is 255$"):
+                loss(logits, (255 * right).to(dtype))
+    if hasattr(loss, "ignore_index"):
+        loss.ignore_index = 255
+        right = torch.tensor(SEVERAL[:, :1])
+        right[0, 0, 1] = 255
+        value = loss(torch.tensor(ONE), right.to(torch.uint8))
+        torch.testing.assert_close(value, loss(torch.tensor(ONE), right))
+        right[0, 0, 2] = 254
+        with pytest.raises(ValueError, match=r"^target: .*ignore_index=255.*the first is 254$"):
+            loss(torch.tensor(ONE), right.to(torch.uint8))
+
+
+def test_mask_of_0_and_255_compiled() -> None:
+    """An error of the kernels, and NaN in a loss of PyTorch's operations."""
+    x, mask = torch.tensor(ONE), 255 * torch.tensor(SEVERAL[:, :1]).byte()
+    how = {"fullgraph": True, "backend": "aot_eager"}
+    with pytest.raises(ValueError, match=r"target: .*the first is 255"):
+        torch.compile(ours.DiceLoss(sigmoid=True), **how)(x, mask)
+    value = torch.compile(ours.FocalLoss(reduction="none"), **how)(x, mask)
+    assert torch.equal(value.isnan(), mask == 255)
+
+
 PASSES: list[tuple[int, str, dict[str, Any], np.ndarray, np.ndarray]] = [
     (1, "DiceLoss", SOFTMAX | {"jaccard": True, "weight": [1, 2, 3]}, LOGITS, LABELS),
     (1, "DiceLoss", SOFTMAX | {"soft_label": True, "ignore_index": 1}, LOGITS, LABELS),
@@ -353,3 +394,205 @@ def test_compiled(name: str, options: dict[str, Any]) -> None:
         assert not torch.isclose(compiled(x, y), compiled(x.flip(0), y))
         changed = compiled(x, y)
         torch.testing.assert_close(changed, loss(x, y))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")
+def test_traced(name: str, soft: bool) -> None:
+    """Of other sizes, and of other targets: what the example holds decides nothing."""
+    options = {} if name == "FocalLoss" else {"sigmoid": True}
+    loss = getattr(ours, name)(**options)
+    hard = torch.nn.functional.one_hot(torch.tensor(LABELS)[:, 0], 3).movedim(-1, 1).double()
+    example = [torch.tensor(LOGITS), hard]
+    if name == "MaskedDiceLoss":
+        example.append(torch.ones_like(example[0][:, :1]))
+    traced = torch.jit.trace(loss, tuple(example))
+    x, y = (a[:1, ..., 1:] for a in example[:2])
+    arrays = [x, y * 0.7 if soft else y.flip(1), *(0.5 * x[:, :1].sigmoid() for _ in example[2:])]
+    results = []
+    for function in (traced, loss, getattr(monai_losses, name)(**options)):
+        leaf = arrays[0].clone().requires_grad_()
+        value = function(leaf, *arrays[1:])
+        results.append((value, *torch.autograd.grad(value, leaf)))
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
+# --------------------------------------------------------------------------- parts that are changed
+
+
+def attribute(path: str, value: Any) -> Any:
+    def change(loss: Any, _: Any) -> None:
+        *parts, last = path.split(".")
+        for part in parts:
+            loss = getattr(loss, part)
+        setattr(loss, last, value)
+
+    return change
+
+
+def hook(part: str, kind: str) -> Any:
+    halves: dict[str, Any] = {
+        "forward_pre": lambda module, given: (given[0] / 2, given[1]),
+        "forward": lambda module, given, value: value / 2,
+        "full_backward_pre": lambda module, gradients: (gradients[0] / 2,),
+        "full_backward": lambda module, inner, outer: (inner[0] / 2, *inner[1:]),
+    }
+    return lambda loss, _: getattr(getattr(loss, part), f"register_{kind}_hook")(halves[kind])
+
+
+class Twice(torch.nn.CrossEntropyLoss):
+    def forward(self, input: Any, target: Any) -> Any:
+        return 2 * super().forward(input, target)
+
+
+class Spread(torch.nn.Module):
+    """A loss of a user's own."""
+
+    def forward(self, input: Any, target: Any) -> Any:
+        return input.var() + target.float().mean()
+
+
+def replaced(part: str, make: Any) -> Any:
+    return lambda loss, module: setattr(loss, part, make(module))
+
+
+def squared(module: Any, name: str, **options: Any) -> Any:
+    """A subclass of one of the losses, ours or MONAI's."""
+    base = getattr(module, name)
+    return type(name, (base,), {"forward": lambda s, x, y: base.forward(s, x, y) ** 2})(**options)
+
+
+def other_weights(module: Any) -> Any:
+    base = module.GeneralizedDiceLoss
+    kind = type("Other", (base,), {"w_func": lambda self, volume: 1 / (volume + 1)})
+    return kind(to_onehot_y=True, softmax=True)
+
+
+def of_any_part(part: str) -> dict[str, Any]:
+    changes = {
+        f"hook {kind}": hook(part, kind)
+        for kind in ("forward_pre", "forward", "full_backward_pre", "full_backward")
+    }
+    changes |= {
+        f"reduction {name}": attribute(f"{part}.reduction", name) for name in ("none", "sum")
+    }
+    changes["module"] = replaced(part, lambda module: Spread())
+    changes["its forward"] = lambda loss, _: setattr(
+        getattr(loss, part), "forward", lambda x, y: x.var() + y.float().mean()
+    )
+    return {f"{part} {name}": change for name, change in changes.items()}
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "DiceCELoss": {
+        **of_any_part("dice"),
+        **of_any_part("cross_entropy"),
+        **of_any_part("binary_cross_entropy"),
+        "ignored class": attribute("cross_entropy.ignore_index", 0),
+        "ignored by both": lambda loss, _: [
+            setattr(part, "ignore_index", 1) for part in (loss.dice, loss.cross_entropy)
+        ],
+        "ignored by dice": attribute("dice.ignore_index", 2),
+        "ignored number": attribute("cross_entropy.ignore_index", 255),
+        "smoothing": attribute("cross_entropy.label_smoothing", 0.3),
+        "weight": attribute("cross_entropy.weight", torch.tensor([1.0, 2, 3]).double()),
+        "weight of every voxel": attribute("binary_cross_entropy.weight", torch.tensor(2.0)),
+        "weight of positives": attribute("binary_cross_entropy.pos_weight", torch.tensor(2.0)),
+        "another activation": attribute("dice.other_act", torch.sigmoid),
+        "subclass": replaced("cross_entropy", lambda module: Twice()),
+        "subclass of dice": replaced("dice", lambda m: squared(m, "DiceLoss", **SOFTMAX)),
+        "another loss": replaced("dice", lambda m: m.TverskyLoss(**SOFTMAX, reduction="none")),
+        "ce": attribute("ce", lambda x, y: x.var() + y.float().mean()),
+        "bce": attribute("bce", lambda x, y: x.var() + y.float().mean()),
+    },
+    "DiceFocalLoss": {
+        **of_any_part("dice"),
+        **of_any_part("focal"),
+        "gamma": attribute("focal.gamma", 0.5),
+        "alpha": attribute("focal.alpha", [0.1, 0.2, 0.7]),
+        "softmax": attribute("focal.use_softmax", True),
+        "smooth_nr": attribute("dice.smooth_nr", 1.0),
+        "ignored by dice": attribute("dice.ignore_index", 1),
+        "ignored by focal": attribute("focal.ignore_index", 1),
+        "subclass": replaced("focal", lambda m: squared(m, "FocalLoss")),
+        "subclass of dice": replaced("dice", lambda m: squared(m, "DiceLoss", softmax=True)),
+    },
+    "GeneralizedDiceFocalLoss": {
+        **of_any_part("generalized_dice"),
+        **of_any_part("focal"),
+        "w_type": attribute("generalized_dice.w_type", "simple"),
+        "w_func": replaced("generalized_dice", other_weights),
+        "subclass": replaced("focal", lambda m: squared(m, "FocalLoss", **ONE_HOT)),
+    },
+}
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.filterwarnings("ignore:.*single channel")
+def test_changed_parts(name: str, how: str) -> None:
+    """Whatever a user does to a part of a sum does what it does in MONAI."""
+    for data in ((LOGITS, LABELS), (ONE, LABELS.clip(0, 1))):
+        x, y = (torch.tensor(a) for a in data)
+        changes = CHANGES[name]
+        if how == "compiled":  # backward hooks it refuses
+            changes = {k: v for k, v in list(changes.items())[::5] if "backward" not in k}
+        for label, change in changes.items():
+            results = []
+            for module in (ours, monai_losses):
+                loss = getattr(module, name)(**SOFTMAX).double()
+                if label == "alpha" and x.shape[1] == 1:
+                    continue
+                change(loss, module)
+                if how == "compiled" and module is ours:
+                    torch.compiler.reset()
+                    loss = torch.compile(loss, backend="aot_eager")
+                leaf = x.clone().requires_grad_()
+                value = loss(leaf, y)
+                results.append((value, *torch.autograd.grad(value.sum(), leaf)))
+            if results:
+                torch.testing.assert_close(
+                    *results,
+                    rtol=1e-5,
+                    atol=1e-6,  # MONAI computes in float32
+                    check_dtype=False,
+                    msg=lambda text, label=label: f"{label}: {text}",
+                )
+
+
+def test_overridden_methods_of_a_compound() -> None:
+    x, y = torch.tensor(LOGITS), torch.tensor(LABELS)
+
+    def subclass(module: Any) -> Any:
+        class Sharper(module.DiceCELoss):  # type: ignore[misc, name-defined]
+            def ce(self, input: Any, target: Any) -> Any:
+                return super().ce(3 * input, target)
+
+        return Sharper(**SOFTMAX)
+
+    torch.testing.assert_close(subclass(ours)(x, y), subclass(monai_losses)(x, y))
+
+
+def test_parts_whose_options_changed_are_fused() -> None:
+    backend = fl.backends.load_backend("reference")
+    x, y = torch.tensor(LOGITS), torch.tensor(LABELS)
+    for change, passes in (
+        (attribute("cross_entropy.label_smoothing", 0.3), 1),
+        (attribute("cross_entropy.ignore_index", 255), 1),
+        (attribute("dice.smooth_nr", 1.0), 1),
+        (attribute("cross_entropy.ignore_index", 0), 2),  # which the Dice loss counts
+        (hook("dice", "forward"), 2),
+    ):
+        loss = ours.DiceCELoss(**SOFTMAX)
+        change(loss, ours)
+        with mock.patch.object(backend, "apply", wraps=backend.apply) as apply:
+            loss(x.requires_grad_(), y).backward()
+        assert apply.call_count == passes
+
+
+def test_state_of_a_sum_with_another_part() -> None:
+    loss = ours.DiceCELoss(**SOFTMAX)
+    loss.cross_entropy = Spread()
+    loss.load_state_dict(copy.deepcopy(loss).state_dict())

@@ -369,6 +369,7 @@ LABELS = torch.tensor(RNG.integers(0, 3, (2, 1, 4, 5)))
 WITH_IGNORED = torch.where(torch.tensor(RNG.random((2, 1, 4, 5)) < 0.3), 3, LABELS)
 REGIONS = torch.tensor(RNG.random((2, 3, 4, 5)) < 0.4)
 WITH_CHANNEL = torch.tensor(RNG.random((2, 4, 4, 5)) < 0.4)
+ONE = LOGITS[:, :1].sigmoid()
 WEIGHT = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
 BATCH_DICE = {"batch_dice": True, "do_bg": False, "smooth": 1e-5, "ddp": False}
 
@@ -589,6 +590,8 @@ def test_options_are_not_written_to() -> None:
         (AssertionError, "one channel", own_call("RobustCrossEntropyLoss", REGIONS)),
         (ValueError, "target.*4", own_call("DC_and_BCE_loss", REGIONS, use_ignore_label=True)),
         (ValueError, "target", own_call("DC_and_BCE_loss", LABELS)),
+        (ValueError, "target.* 255$", own_call("DC_and_BCE_loss", 255 * REGIONS.byte())),
+        (ValueError, "target.* 255$", own_call("SoftDiceLoss", 255 * REGIONS[:, :1].byte(), ONE)),
         (ValueError, "smooth", own_call("SoftDiceLoss", LABELS, smooth=-1.0)),
         (ValueError, "k: ", own_call("TopKLoss", LABELS, k=0)),
         (RuntimeError, "process_group", own_call("SoftDiceLoss", LABELS, batch_dice=True)),
@@ -973,3 +976,144 @@ def test_two_ranks_without_ignored_voxels_are_one_process(ranks: Any) -> None:
     got = [results[0, "eager"] for results in ranks]
     np.testing.assert_allclose((got[0][0] + got[1][0]) / 2, value, rtol=1e-9)
     np.testing.assert_allclose(torch.cat([g for _, g in got]) / 2, gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("name", sorted(WHERE))
+def test_empty_batch(name: str, batch_dice: bool) -> None:
+    """The cross-entropy of nothing is 0, and the Dice of a batch of nothing is perfect."""
+    options = {"batch_dice": batch_dice, "smooth": 1e-5, "ddp": False}
+    first, second = (options, {}) if name != "DC_and_BCE_loss" else ({}, options)
+    if name.startswith("DC"):
+        loss = getattr(ours, name)(first, second)
+    else:
+        loss = getattr(ours, name)(**options if "Dice" in name else {})
+    x = torch.zeros(0, 3, 4, 4, requires_grad=True)
+    value = loss(x, torch.zeros(0, 3 if name == "DC_and_BCE_loss" else 1, 4, 4))
+    value.backward()
+    dice = batch_dice and ("Dice" in name or name.startswith("DC"))
+    assert value.item() == pytest.approx(-1 if dice else 0)
+    assert x.grad.shape == x.shape
+
+
+def plain_dice(apply_nonlin: Any) -> Any:
+    """A Dice class that is not ours, so that its parts are not fused."""
+    return lambda x, y, loss_mask: (apply_nonlin(x)[:, :1] * loss_mask).mean()
+
+
+@pytest.mark.parametrize("name", ["fused", "other dice", "top-k", "regions"])
+@pytest.mark.filterwarnings("ignore")
+def test_traced(name: str) -> None:
+    """Other labels, and none that count, where the example had some."""
+    options = {"batch_dice": True, "smooth": 1e-5, "ddp": False}
+    loss = {
+        "fused": lambda: ours.DC_and_CE_loss(options, {}, ignore_label=2),
+        "other dice": lambda: ours.DC_and_CE_loss({}, {}, ignore_label=2, dice_class=plain_dice),
+        "top-k": lambda: ours.DC_and_topk_loss(options, {"k": 50}, ignore_label=2),
+        "regions": lambda: ours.DC_and_BCE_loss({}, options, use_ignore_label=True),
+    }[name]()
+    channels = 3 if name == "regions" else 1
+    generator = torch.Generator().manual_seed(0)
+
+    def arrays(batch: int, size: int, low: int) -> tuple[Any, Any]:
+        x = torch.randn(batch, channels - 1 if channels == 3 else 3, size, 4, generator=generator)
+        labels = torch.randint(low, 3, (batch, channels, size, 4), generator=generator)
+        return x, labels if channels == 1 else (labels > 1).long()
+
+    traced = torch.jit.trace(loss, arrays(2, 4, 0))
+    for batch, size, low in ((2, 4, 0), (3, 5, 0), (2, 4, 2)):
+        x, y = arrays(batch, size, low)
+        torch.testing.assert_close(traced(x, y), loss(x, y))
+    smooth = ours.DC_and_topk_loss(options, {"k": 50, "label_smoothing": 0.1})
+    if name == "top-k":
+        with pytest.raises(RuntimeError, match=r"^label_smoothing: torch\.jit\.trace"):
+            torch.jit.trace(smooth, arrays(2, 4, 0))
+
+
+class Spread(torch.nn.Module):
+    """A loss of a user's own."""
+
+    def forward(self, input: Any, target: Any, loss_mask: Any = None) -> Any:
+        return input.var() + target.float().mean()
+
+
+def hook(part: str, kind: str) -> Any:
+    halves: dict[str, Any] = {
+        "forward_pre": lambda module, given: (given[0] / 2, *given[1:]),
+        "forward": lambda module, given, value: value / 2,
+        "full_backward_pre": lambda module, gradients: (gradients[0] / 2,),
+        "full_backward": lambda module, inner, outer: (inner[0] / 2, *inner[1:]),
+    }
+    return lambda loss: getattr(getattr(loss, part), f"register_{kind}_hook")(halves[kind])
+
+
+def attribute(path: str, value: Any) -> Any:
+    part, name = path.split(".")
+    return lambda loss: setattr(getattr(loss, part), name, value)
+
+
+CHANGES: dict[str, Any] = {
+    f"{part} hook {kind}": hook(part, kind)
+    for part in ("dc", "ce")
+    for kind in ("forward_pre", "forward", "full_backward_pre", "full_backward")
+}
+CHANGES |= {
+    "dc module": lambda loss: setattr(loss, "dc", Spread()),
+    "ce module": lambda loss: setattr(loss, "ce", Spread()),
+    "dc forward": attribute("dc.forward", lambda x, y, loss_mask: x.var()),
+    "ce forward": attribute("ce.forward", lambda x, y: x.var() + y.float().mean()),
+    "smooth": attribute("dc.smooth", 3.0),
+    "background": attribute("dc.do_bg", False),
+    "activation": attribute("dc.apply_nonlin", torch.square),
+    "ignore_index": attribute("ce.ignore_index", 1),
+    "label_smoothing": attribute("ce.label_smoothing", 0.2),
+    "k": attribute("ce.k", 80),
+    "weight": attribute("ce.weight", torch.tensor([1.0, 3, 2])),
+    "pos_weight": attribute("ce.pos_weight", torch.tensor(2.0)),
+    "reduction": attribute("ce.reduction", "sum"),
+}
+
+
+@pytest.mark.parametrize("name", ["DC_and_CE_loss", "DC_and_topk_loss", "DC_and_BCE_loss"])
+@pytest.mark.parametrize("ignore", [False, True])
+def test_changed_parts(name: str, ignore: bool) -> None:
+    """Whatever a user does to a part of a sum does what it does in nnU-Net, converted or not."""
+    compound = need("nnunetv2.training.loss.compound_losses")
+    options: dict[str, Any] = {"smooth": 1e-5, "ddp": False}
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, generator=generator)
+    if name == "DC_and_BCE_loss":
+        arguments: Any = ({}, options, 1, 1, ignore)
+        y = (torch.rand(2, 3 + ignore, 4, 5, generator=generator) < 0.4).float()
+        left_out = {"ignore_index", "label_smoothing", "k"} | ({"reduction"} if ignore else set())
+        left_out.add("weight")  # along the last axis
+    else:
+        arguments = (options, {"k": 40} if "topk" in name else {}, 1, 1, 2 if ignore else None)
+        y = torch.randint(0, 3, (2, 1, 4, 5), generator=generator)
+        left_out = {"pos_weight"} | ({"reduction"} if "topk" in name else set())
+    for label, change in CHANGES.items():
+        if label in left_out:
+            continue
+        theirs = getattr(compound, name)(*copy.deepcopy(arguments))
+        change(theirs)
+        own = getattr(ours, name)(*copy.deepcopy(arguments))
+        change(own)
+        results = []
+        for loss in (theirs, own, ours.from_nnunet(theirs)):
+            leaf = x.clone().requires_grad_()
+            value = loss(leaf, y)
+            results.append((value, *torch.autograd.grad(value, leaf)))
+        for result in results[1:]:
+            torch.testing.assert_close(
+                result, results[0], rtol=1e-5, atol=1e-6, msg=lambda text, at=label: f"{at}: {text}"
+            )
+
+
+def test_hooks_of_a_converted_loss() -> None:
+    theirs = need("nnunetv2.training.loss.dice").SoftDiceLoss(torch.sigmoid, ddp=False)
+    handle = theirs.register_forward_hook(lambda module, given, value: value * 3)
+    x, y = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)
+    own = ours.from_nnunet(theirs)
+    torch.testing.assert_close(own(x, y), theirs(x, y))
+    handle.remove()
+    torch.testing.assert_close(own(x, y), theirs(x, y))

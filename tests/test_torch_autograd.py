@@ -26,8 +26,15 @@ from torch_support import (
 
 import fastloss as fl
 
+if torch is not None:
+    import fastloss.torch as ft
+
 LOSS = fl.Dice() + 0.5 * fl.CrossEntropy(label_smoothing=0.1)
 KINDS = ["labels", "one-hot", "soft", "ignored"]
+
+
+def compiled(function: Any) -> Any:
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
 # ------------------------------------------------------------------ what is right
@@ -202,6 +209,38 @@ def test_upstream_as_a_tensor() -> None:
     torch.testing.assert_close(
         loss.gradient(x, y, upstream=half), expected, rtol=0.02, atol=0.02 * expected.abs().max()
     )
+
+
+MANY = [part for part in PARTS if "'none'" in repr(part)]
+
+
+@pytest.mark.parametrize("part", [*MANY, TOP_K[0]], ids=repr)
+def test_vectorised_jacobian(part: Any, backend: str) -> None:
+    x, y, w = tensors(weighted=True, spatial=(3, 4, 5))
+    jacobian = torch.autograd.functional.jacobian
+    expected = jacobian(lambda x: part(x, y, w), x)
+    assert torch.equal(jacobian(lambda x: part(x, y, w), x, vectorize=True), expected)
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")
+def test_gradients_of_many_upstreams_at_once() -> None:
+    x, y, _ = tensors()
+    x.requires_grad_()
+    numbers = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    each = torch.stack([n * LOSS.gradient(x, y) for n in numbers])
+    for module in (LOSS, ft.Loss(LOSS, reuse_logits=True), compiled(LOSS.__call__)):
+        logits = x * 1
+        kept = logits.detach().clone()
+        (got,) = torch.autograd.grad(module(logits, y), logits, numbers, is_grads_batched=True)
+        torch.testing.assert_close(got, each)
+        assert torch.equal(logits, kept)
+    value = LOSS(x, y)
+    got = torch.func.vmap(lambda n: torch.autograd.grad(value, x, n)[0])(numbers)
+    torch.testing.assert_close(got, each)
+    assert torch.autograd.gradcheck(lambda x: LOSS(x, y), (x,), check_batched_grad=True)
+    (got,) = torch.autograd.grad(LOSS(x, y), x, numbers, is_grads_batched=True, create_graph=True)
+    with pytest.raises(RuntimeError, match="fastloss computes first derivatives alone"):
+        got.sum().backward()
 
 
 def test_several_losses_and_retain_graph() -> None:

@@ -1,4 +1,4 @@
-"""Losses inside graphs: torch.compile, torch.export, fake tensors, and the operators they call."""
+"""Losses inside graphs: torch.compile, torch.export, torch.jit.trace, and the operators in them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ from torch_support import (
 
 import fastloss as fl
 
+if torch is not None:
+    import fastloss.torch as ft
+
 LOSS = fl.Dice() + 0.5 * fl.CrossEntropy(label_smoothing=0.1)
 
 
@@ -39,10 +42,14 @@ def compiled(function: Any, **how: Any) -> Any:
     return torch.compile(function, fullgraph=True, backend="aot_eager", **how)
 
 
-def name_of(loss: Any) -> str:
-    from fastloss.naming import text_of
+def operand_of(loss: Any) -> Any:
+    """The numbers of a loss, as the operators take them."""
+    return torch.tensor(np.concatenate(loss.operands))
 
-    return text_of(loss)
+
+def name_of(loss: Any) -> str:
+    loss.keep_terms()
+    return loss.structure
 
 
 # ------------------------------------------------------------------ operators
@@ -54,12 +61,12 @@ def test_opcheck(part: Any) -> None:
     import fastloss.torch  # noqa: F401  registers the operators
 
     x, y, w = tensors(weighted=True, dtype=np.float32)
-    name = name_of(part)
+    numbers, names = operand_of(part), (name_of(part), "", "")
     loss, gradient = torch.ops.fastloss.loss, torch.ops.fastloss.gradient
-    torch.library.opcheck(loss, (x.clone().requires_grad_(), y, w, name, "", ""))
-    value, sums, voxels = loss(x, y, w, name, "", "")
+    torch.library.opcheck(loss, (x.clone().requires_grad_(), y, w, numbers, *names))
+    value, sums, voxels = loss(x, y, w, numbers, *names)
     upstream = torch.ones_like(value)
-    torch.library.opcheck(gradient, (x, y, w, sums, voxels, upstream, name, "", ""))
+    torch.library.opcheck(gradient, (x, y, w, numbers, sums, voxels, upstream, *names))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -69,13 +76,12 @@ def test_opcheck_of_dtypes_and_layouts(dtype: str, activation: str) -> None:
 
     x, g, _ = tensors(activation, "soft", spatial=(3, 4, 5))
     x = x.to(getattr(torch, dtype))
-    name = name_of(fl.Loss(LOSS, activation=activation))
+    loss = fl.Loss(LOSS, activation=activation)
+    given = (operand_of(loss), name_of(loss), "", "")
     operator = torch.ops.fastloss.loss
     for logits in (x.contiguous(memory_format=torch.channels_last_3d), x[..., 1:]):
         target = g[..., -logits.shape[-1] :]
-        torch.library.opcheck(
-            operator, (logits.detach().requires_grad_(), target, None, name) + ("",) * 2
-        )
+        torch.library.opcheck(operator, (logits.detach().requires_grad_(), target, None, *given))
 
 
 @pytest.mark.parametrize("part", PARTS, ids=repr)
@@ -173,11 +179,34 @@ def test_the_first_tensor_that_arrives_is_traced() -> None:
     )
 
 
-def test_a_loss_made_inside_a_compiled_function() -> None:
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_loss_made_inside_a_compiled_function(fullgraph: bool) -> None:
     x, y, _ = tensors()
-    for make in (fl.Dice, lambda: fl.Loss(LOSS)):
-        with pytest.raises(RuntimeError, match="make it outside, and call it inside"):
-            compiled(lambda x, make=make: make()(x, y))(x)
+    weighted, foreign = fl.CrossEntropy(weight=[1, 2, 3]), LogCoshDice(smooth_nr=0.5)
+    for function in (
+        lambda x, n: fl.Dice(batch=True, reduction="sum")(x, y),
+        lambda x, n: (fl.Dice() + fl.CrossEntropy(weight=2.0))(x, y),
+        lambda x, n: (0.5 * fl.Tversky(alpha=n, beta=0.3) + fl.Focal(gamma=n) / 2)(x, y),
+        lambda x, n: fl.Loss(fl.Dice(), fl.CrossEntropy(), activation="sigmoid")(x, y),
+        lambda x, n: (fl.Dice() + weighted - n * foreign)(x, y),
+        lambda x, n: sum([fl.TopKCrossEntropy(k=30), LogCoshDice()])(x, y),
+        lambda x, n: ft.DiceCE(ce_factor=0.5, reduction="none")(x, y),
+    ):
+        fast = torch.compile(function, fullgraph=fullgraph, backend="aot_eager")
+        for n in (0.1, 0.2, 0.3):
+            got = value_and_gradient(fast, x, n)
+            torch.testing.assert_close(got, value_and_gradient(function, x, n), rtol=0, atol=0)
+
+
+def test_class_weights_inside_a_compiled_function() -> None:
+    x, y, _ = tensors()
+
+    def function(x: Any) -> Any:
+        return (fl.Dice() + fl.CrossEntropy(weight=[1, 2, 3]))(x, y)
+
+    with pytest.raises(RuntimeError, match="make it outside, and call it inside"):
+        compiled(function)(x)
+    assert torch.equal(torch.compile(function, backend="aot_eager")(x), function(x))
 
 
 def test_backend_of_a_compiled_loss() -> None:
@@ -197,9 +226,14 @@ def test_errors_of_a_compiled_loss() -> None:
     fast = compiled(LOSS.__call__)
     with pytest.raises(ValueError, match=r"target: expected labels in \[0, 3\)"):
         fast(x, y + 1)
+    one = compiled(fl.Loss(LOSS, activation="sigmoid").__call__)
+    with pytest.raises(ValueError, match=r"target: expected 0 or 1 in a mask .* first is 255"):
+        one(x[:, :1], 255 * (y > 0))
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(
-        torch.ops.fastloss.loss(leaf, y, None, name_of(LOSS), "", "")[0], leaf, create_graph=True
+        torch.ops.fastloss.loss(leaf, y, None, operand_of(LOSS), name_of(LOSS), "", "")[0],
+        leaf,
+        create_graph=True,
     )
     with pytest.raises(RuntimeError, match="fastloss computes first derivatives alone"):
         gradient.sum().backward()
@@ -247,6 +281,86 @@ def test_export_of_a_foreign_term_stays_in_its_process(tmp_path: Path) -> None:
     assert "the term LogCoshDice of torch_support is not one of fastloss" in result.stderr
 
 
+# ------------------------------------------------------------------ torch.jit.trace
+
+
+@pytest.mark.parametrize("part", [*PARTS, *TOP_K], ids=repr)
+def test_traced(part: Any) -> None:
+    """What is recorded is the loss, of any arrays, and no number of the example."""
+    x, y, w = tensors(weighted=True)
+    traced = torch.jit.trace(part.__call__, (x, y, w))
+    for seed, batch, spatial in ((1, 2, (2, 3)), (2, 3, (4, 2))):
+        arrays = tensors(weighted=True, seed=seed, batch=batch, spatial=spatial)
+        for _ in range(3):  # the runtime optimises after the first calls
+            got = value_and_gradient(traced, *arrays)
+        torch.testing.assert_close(got, value_and_gradient(part, *arrays), rtol=0, atol=0)
+
+
+def test_every_way_of_calling_traced() -> None:
+    x, y, w = tensors(weighted=True, spatial=(4, 4))
+    other = tensors(weighted=True, spatial=(4, 4), seed=1)
+    soft = tensors(kind="soft", spatial=(4, 4), seed=2)[1]
+    module = ft.DiceCE(ce_weight=[1, 2, 3], ignore_index=7)
+    for function in (
+        LOSS.__call__,
+        lambda x, y, w: fl.dice_ce_loss(x, y, w, ce_weight=[1, 2, 3]),
+        module,
+        lambda x, y, w: ft.DiceCE(reuse_logits=True)(x * 1, y, w),
+    ):
+        traced = torch.jit.trace(function, (x, y, w))
+        for arrays in (other, (other[0], soft, other[2])):
+            torch.testing.assert_close(
+                value_and_gradient(traced, *arrays), value_and_gradient(function, *arrays)
+            )
+
+
+def test_deep_supervision_traced() -> None:
+    x, y, w = tensors(weighted=True, spatial=(4, 4))
+    module = ft.DeepSupervision(ft.DiceCE())
+
+    def outputs(x: Any, y: Any, w: Any) -> Any:
+        return module([x, x[..., ::2, ::2]], y, w)
+
+    traced = torch.jit.trace(outputs, (x, y, w))
+    other = tensors(weighted=True, batch=3, spatial=(6, 8), seed=1)
+    torch.testing.assert_close(
+        value_and_gradient(traced, *other), value_and_gradient(outputs, *other)
+    )
+
+
+def test_a_traced_model_is_saved(tmp_path: Path) -> None:
+    net = Net(ft.DiceCE(ce_weight=[0.5, 1, 2]))
+    traced = torch.jit.trace(net, volumes(2, 4))
+    again = volumes(3, 5, seed=1)
+    torch.testing.assert_close(gradients(traced, *again), gradients(net, *again))
+    torch.jit.save(traced, tmp_path / "net.pt")
+    torch.save(again, tmp_path / "volumes.pt")
+    printed = run_python(
+        "import torch, fastloss.torch\n"
+        f"net = torch.jit.load({str(tmp_path / 'net.pt')!r})\n"
+        f"value = net(*torch.load({str(tmp_path / 'volumes.pt')!r}))\n"
+        "value.backward()\n"
+        "print(value.item(), next(net.parameters()).grad.sum().item())\n"
+    )
+    value, *grads = gradients(net, *again)
+    expected = [value.item(), grads[0].sum().item()]
+    assert [float(n) for n in printed.split()] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_what_a_trace_cannot_record_is_refused() -> None:
+    x, y, _ = tensors()
+    statistics = LOSS.statistics(x, y)
+    for function in (
+        LOSS.value_and_grad,
+        LOSS.gradient,
+        fl.Dice().gradient,
+        lambda x, y: torch.tensor(LOSS.statistics(x, y).sums),
+        lambda x, y: LOSS.gradient(x, y, statistics=statistics),
+    ):
+        with pytest.raises(RuntimeError, match=r"^logits: torch\.jit\.trace .* torch\.export"):
+            torch.jit.trace(function, (x, y))
+
+
 # ------------------------------------------------------------------ names of losses
 
 
@@ -257,7 +371,8 @@ def test_a_name_is_the_loss(part: Any) -> None:
     loss = fl.Loss(part, **options("sigmoid", "ignored"))
     name = name_of(loss)
     x, y, w = tensors("sigmoid", "ignored", weighted=True)
-    np.testing.assert_array_equal(loss_of(name)(x, y, w), loss(x, y, w))
+    again = loss_of(name, np.concatenate(loss.operands))
+    np.testing.assert_array_equal(again(x, y, w), loss(x, y, w))
     if "LogCosh" not in name:
         assert name_of(fl.Loss(copy.deepcopy(part), **options("sigmoid", "ignored"))) == name
 
@@ -266,7 +381,8 @@ def test_bad_names() -> None:
     from fastloss.naming import loss_of
 
     calls = ("os:getcwd", "fastloss:Loss", "fastloss.backends:os.getcwd", "fastloss:Dice.mro")
-    for bad in ("", "{}", "[]", *(f'{{"terms": [[1, "{call}", {{}}]]}}' for call in calls)):
+    terms = (f'{{"terms": [["{call}", {{}}, {{}}]], "options": {{}}}}' for call in calls)
+    for bad in ("", "{}", "[]", *terms):
         with pytest.raises(ValueError, match=r"^loss: "):
             loss_of(bad)
 

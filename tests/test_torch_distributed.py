@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support import need_gloo
-from torch_support import needs_torch, torch  # noqa: F401
+from torch_support import PARTS, needs_torch, torch, value_and_gradient  # noqa: F401
 
 import fastloss as fl
 
@@ -24,6 +24,14 @@ CASES += [
     ("sums over the batch", "volume", "compiled"),
     ("value of each sample", "volume", "compiled"),
 ]
+EMPTY = [(shard, 0, rank) for shard in ("batch", "volume") for rank in (0, 1)]
+EMPTY += [("volume", 1, 1)]
+"""The kind of shard; the axis, of samples or of space, along which a rank has nothing; the rank."""
+NNUNET = {
+    "DC_and_CE_loss": ({}, {}),
+    "DC_and_topk_loss": ({}, {"k": 100}),
+    "DC_and_BCE_loss": ({}, {}),
+}
 
 
 def data() -> tuple[Any, Any, Any]:
@@ -53,6 +61,66 @@ def part_of(rank: int, shard: str) -> tuple[Any, ...]:
     if shard == "batch":
         return (slice(0, 1) if rank == 0 else slice(1, 3),)
     return (..., slice(0, 2) if rank == 0 else slice(2, 6), slice(None), slice(None))
+
+
+def logits_and_more() -> tuple[Any, Any, Any]:
+    volumes, labels, weight = data()
+    return torch.cat([volumes, -volumes, volumes**2], dim=1), labels, weight
+
+
+def without(arrays: Any, axis: int) -> list[Any]:
+    """Logits, labels and weights with nothing along an axis of samples or of space."""
+    logits, *others = arrays
+    return [logits.narrow(axis + (axis > 0), 0, 0), *(a.narrow(axis, 0, 0) for a in others)]
+
+
+def nnunet(name: str, ddp: bool) -> Any:
+    import fastloss.nnunet
+
+    options = {"batch_dice": True, "do_bg": True, "smooth": 1e-5, "ddp": ddp}
+    arguments = ({}, options) if name == "DC_and_BCE_loss" else (options, NNUNET[name][1])
+    return getattr(fastloss.nnunet, name)(*arguments)
+
+
+def nnunet_target(name: str, labels: Any) -> Any:
+    if name != "DC_and_BCE_loss":
+        return labels[:, None]
+    return torch.nn.functional.one_hot(labels, 3).movedim(-1, 1)
+
+
+def is_compiled(i: int, shard: str) -> bool:
+    """A few, as it takes long; samples of other ranks cannot be counted under torch.compile."""
+    return not i % 4 and (shard == "volume" or fl.Loss(PARTS[i]).sums_over_batch)
+
+
+def steps_of_empty_rank(rank: int) -> dict[Any, Any]:
+    """Value and gradient by this rank's logits, of every loss where one rank holds nothing."""
+    import fastloss.torch as ft
+
+    results: dict[Any, Any] = {}
+    for i, part in enumerate(PARTS):
+        for j, (shard, axis, empty) in enumerate(EMPTY):
+            arrays = without(logits_and_more(), axis) if rank == empty else logits_and_more()
+            module = ft.Loss(part, process_group=True, shard=shard)
+            results[i, j] = value_and_gradient(module, *arrays)
+            if is_compiled(i, shard):
+                torch.compiler.reset()
+                fast = torch.compile(module, backend="aot_eager", fullgraph=True)
+                try:
+                    results[i, j, "compiled"] = value_and_gradient(fast, *arrays)
+                except RuntimeError as error:
+                    results[i, j, "refused"] = str(error)
+    arrays = logits_and_more()
+    for name in NNUNET:
+        for compiled in (False, True):
+            logits, labels, _ = arrays if rank == 0 else without(arrays, 0)
+            module = nnunet(name, ddp=True)
+            if compiled:
+                torch.compiler.reset()
+                module = torch.compile(module, backend="aot_eager")
+            target = nnunet_target(name, labels)
+            results[name, compiled] = value_and_gradient(module, logits, target)
+    return results
 
 
 def work(rank: int, folder: str) -> None:
@@ -87,6 +155,7 @@ def work(rank: int, folder: str) -> None:
         torch.compile(module, backend="aot_eager")(logits, torch.zeros(1, 4, dtype=torch.int64))
     except Exception as error:
         results["refused"] = str(error)
+    results |= steps_of_empty_rank(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -114,3 +183,41 @@ def test_two_ranks_train_as_one_process(ranks: Any, name: str, shard: str, how: 
 def test_counting_samples_under_compile_is_refused(ranks: Any) -> None:
     for results in ranks:
         assert "process_group: under torch.compile" in results["refused"]
+
+
+@pytest.mark.parametrize("i", range(len(PARTS)), ids=lambda i: repr(PARTS[i]))
+def test_a_rank_that_holds_nothing(ranks: Any, i: int) -> None:
+    """The value is that of all the data on every rank, and so is the gradient."""
+    arrays = logits_and_more()
+    value, gradient = value_and_gradient(fl.Loss(PARTS[i]), *arrays)
+    for rank, results in enumerate(ranks):
+        for j, (shard, axis, empty) in enumerate(EMPTY):
+            own = without((gradient,), axis)[0] if rank == empty else gradient
+            seen = [results[i, j]]
+            if (i, j, "refused") in results:
+                assert rank == empty
+                assert "a rank without samples cannot know" in results[i, j, "refused"]
+            elif is_compiled(i, shard):
+                seen.append(results[i, j, "compiled"])
+            for got, got_gradient in seen:
+                torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-12)
+                # DistributedDataParallel divides by the number of ranks.
+                torch.testing.assert_close(got_gradient / 2, own, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", NNUNET)
+def test_nnunets_dice_of_all_ranks_where_one_holds_nothing(
+    ranks: Any, name: str, compiled: bool
+) -> None:
+    logits, labels, _ = logits_and_more()
+    module = nnunet(name, ddp=False)
+    target = nnunet_target(name, labels)
+    value, gradient = value_and_gradient(module, logits, target)
+    dice, of_dice = value_and_gradient(module.dc, logits, target)
+    got, got_gradient = ranks[0][name, compiled]
+    torch.testing.assert_close(got, value)
+    torch.testing.assert_close(got_gradient, gradient + of_dice)  # whose ranks are two
+    got, got_gradient = ranks[1][name, compiled]
+    torch.testing.assert_close(got, dice)
+    assert got_gradient.shape == (0, *logits.shape[1:])

@@ -180,6 +180,36 @@ def test_deep_supervision_with_one_target(size: tuple[int, int]) -> None:
     torch.testing.assert_close(got, weighted)
 
 
+def test_deep_supervision_with_arrays_of_other_kinds() -> None:
+    x, y, w = tensors(spatial=(8, 8), weighted=True)
+    outputs, module = pyramid(x, 3), ft.DeepSupervision(ft.Dice())
+    expected = module(outputs, y, w)
+    fixed = y.numpy().astype(np.uint8)
+    fixed.flags.writeable = False
+    one_hot = torch.nn.functional.one_hot(y).movedim(-1, 1).numpy()
+    for target in (y.numpy(), fixed, fixed[:, None], one_hot, DlpackOnly(y)):
+        assert torch.equal(module(outputs, target, w.numpy()), expected)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(outputs, y.numpy(), w.numpy()), expected)
+    with pytest.raises(
+        TypeError, match=r"^target: expected a tensor, an array, or a list, got int"
+    ):
+        module(outputs, 3)
+
+
+class DlpackOnly:
+    """An array of a framework that is known for nothing else."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
+
+
 def test_deep_supervision_in_channels_last_arrays() -> None:
     x, y, _ = tensors(spatial=(8, 8))
     expected = ft.DeepSupervision(fl.Dice())(pyramid(x, 2), y)

@@ -1,4 +1,13 @@
-// Every other case: dense targets, sigmoid, or given probabilities, row by row.
+// Every table of sums, and every map: any activation, target, fields and regions, row by row.
+//
+// by_p, by_log and by_rest are Σ over the sums of coefficient · weight · derivative, by p, by log p
+// and by log q, with q = 1 − p. Through sigmoid the gradient by the logit is
+//   by_p p q + by_log q − by_rest p.
+// Through softmax it is t_c − p_c Σ_j t_j, where t_c, the derivative by log p_c, is
+//   by_p_c p_c + by_log_c − by_rest_c p_c / q_c.
+// Of the one class k that may have p > ½, whose q is small and may be 0, the last part is left out
+// of t and its products are formed: −by_rest_k p_k at k itself, as q_k cancels, and elsewhere p_c
+// (by_rest_k p_k / q_k), where p_c ≤ q_k.
 #pragma once
 
 #include "softmax.h"
@@ -7,15 +16,28 @@
 
 namespace {
 
-// p, −log p and −log(1−p) of one row of a tile.
+using fastloss::MapKind;
+using fastloss::Sum;
+using fastloss::Weight;
+
+// Rows of p, −log p, −log q and q of one class.
 template <class T>
 struct Fields {
   T *p, *loss, *loss_rest, *q;
+
+  FL_INLINE Probability<Vec<T>> at(int64_t v) const {
+    return {load<T>(p + v), load<T>(q + v), load<T>(loss + v), load<T>(loss_rest + v)};
+  }
 };
 
-// Softmax: x holds e^(x−largest) and second the x−largest, where logarithms are wanted.
+// What is wanted of those rows beside p.
+struct Wanted {
+  bool logs = false, log_rests = false, rests = false;
+};
+
+// Softmax: x holds e^(x−largest) and second the x−largest, where more than p is wanted.
 template <class T>
-void begin_general(Tile<T>& t, bool logs) {
+void begin_general(Tile<T>& t, bool gaps) {
   constexpr int L = lanes<T>;
   if (t.job.activation != Activation::softmax) {
     t.load_logits();
@@ -23,19 +45,25 @@ void begin_general(Tile<T>& t, bool logs) {
   }
   load_and_maximum(t);
   auto nothing = [](int64_t, int64_t, auto) {};
-  if (logs) exponentials<true>(t, nothing);
+  if (gaps) exponentials<true>(t, nothing);
   else exponentials<false>(t, nothing);
   // The largest logit is not needed any more; its row takes log Σ e^(x−largest).
-  if (logs)
+  if (gaps)
     for (int64_t v = 0, end = t.padded; v < end; v += L)
       store<T>(t.row(kLargest) + v, log_one_plus<T>(load<T>(t.row(kRest) + v)));
 }
 
-// `rests`: 1 − p is wanted of the softmax as well.
+// −log(1−p): as log(1 + p/q) exact where p is small, and as −log q where q is.
 template <class T>
-Fields<T> activate_row(Tile<T>& t, int64_t c, bool logs, bool rests) {
+FL_INLINE Vec<T> loss_of_rest(Vec<T> p, Vec<T> q) {
+  return select<T>(p < T(0.5), log_one_plus<T>(p / q), -logarithm<T>(q));
+}
+
+template <class T>
+Fields<T> activate_row(Tile<T>& t, int64_t c, const Wanted& wanted) {
   constexpr int L = lanes<T>;
   Fields<T> f{t.row(kA), t.row(kB), t.row(kC), t.row(kD)};
+  const bool logs = wanted.logs, log_rests = wanted.log_rests;
   const T* x = t.x + c * t.stride;
   if (t.job.activation == Activation::softmax) {
     const T *inverse = t.row(kInverse), *rest = t.row(kRest), *log_sum = t.row(kLargest);
@@ -44,8 +72,11 @@ Fields<T> activate_row(Tile<T>& t, int64_t c, bool logs, bool rests) {
       Vec<T> e = load<T>(x + v), i = load<T>(inverse + v);
       store<T>(f.p + v, e * i);
       if (logs) store<T>(f.loss + v, load<T>(gap + v) + load<T>(log_sum + v));
-      if (rests) store<T>(f.q + v, complement<T>(e, load<T>(gap + v), load<T>(rest + v), i));
+      if (wanted.rests) store<T>(f.q + v, complement<T>(e, load<T>(gap + v), load<T>(rest + v), i));
     }
+    if (log_rests)
+      for (int64_t v = 0, end = t.padded; v < end; v += L)
+        store<T>(f.loss_rest + v, loss_of_rest<T>(load<T>(f.p + v), load<T>(f.q + v)));
   } else if (t.job.activation == Activation::sigmoid) {
     for (int64_t v = 0, end = t.padded; v < end; v += L) {
       Vec<T> a = load<T>(x + v), e = exponential<T>(-absolute<T>(a));
@@ -53,7 +84,7 @@ Fields<T> activate_row(Tile<T>& t, int64_t c, bool logs, bool rests) {
       IVec<T> positive = a > T(0);
       store<T>(f.p + v, select<T>(positive, big, little));
       store<T>(f.q + v, select<T>(positive, little, big));
-      if (logs) {
+      if (logs || log_rests) {
         Vec<T> l = log_one_plus_small(e);
         store<T>(f.loss + v, larger(splat<T>(0), -a) + l);
         store<T>(f.loss_rest + v, larger(splat<T>(0), a) + l);
@@ -61,10 +92,11 @@ Fields<T> activate_row(Tile<T>& t, int64_t c, bool logs, bool rests) {
     }
   } else {
     for (int64_t v = 0, end = t.padded; v < end; v += L) {
-      Vec<T> p = load<T>(x + v);
+      Vec<T> p = load<T>(x + v), q = T(1) - p;
       store<T>(f.p + v, p);
-      store<T>(f.q + v, T(1) - p);
+      store<T>(f.q + v, q);
       if (logs) store<T>(f.loss + v, -logarithm<T>(p));
+      if (log_rests) store<T>(f.loss_rest + v, loss_of_rest<T>(p, q));
     }
   }
   return f;
@@ -77,111 +109,258 @@ FL_INLINE double sum_row(int padded, F term) {
   return total<T>(a);
 }
 
-// Σ m g, Σ m p g, Σ m p and Σ m g (−log p) of one row of a tile.
+// The sums of one class that most losses have: those of g and p, and the cross-entropies.
 struct ClassTotals {
-  double reference, overlap, predicted, loss;
+  double reference, overlap, predicted, loss, loss_rest;
 };
 
-template <class T, bool kLogs>
-ClassTotals class_totals(int padded, const T* m, const T* g, const T* p, const T* loss) {
-  Vec<T> reference{}, overlap{}, predicted{}, losses{};
+template <class T, bool kLogs, bool kRests>
+ClassTotals class_totals(int padded, const T* m, const T* g, const Fields<T>& f) {
+  Vec<T> reference{}, overlap{}, predicted{}, losses{}, rests{};
   for (int v = 0; v < padded; v += lanes<T>) {
-    const Vec<T> w = load<T>(m + v), here = w * load<T>(g + v), probability = load<T>(p + v);
+    const Vec<T> w = load<T>(m + v), y = load<T>(g + v), here = w * y;
+    const Vec<T> probability = load<T>(f.p + v);
     reference += here;
     overlap += here * probability;
     predicted += w * probability;
-    if (kLogs) losses += product<T>(here, load<T>(loss + v));
+    if (kLogs) losses += product<T>(here, load<T>(f.loss + v));
+    if (kRests) rests += product<T>(w * (T(1) - y), load<T>(f.loss_rest + v));
   }
-  return {total<T>(reference), total<T>(overlap), total<T>(predicted), total<T>(losses)};
+  return {total<T>(reference), total<T>(overlap), total<T>(predicted), total<T>(losses),
+          total<T>(rests)};
 }
 
+// The sums that `class_totals` makes, and those whose derivatives `apply_general` takes together.
+constexpr uint32_t kTotals = fastloss::kReference | fastloss::kOverlap | fastloss::kPredicted |
+                             fastloss::kCrossEntropy | fastloss::kCrossEntropyRest;
+constexpr uint32_t kTogether = kTotals | fastloss::kPredictedSquared | fastloss::kReferenceSquared |
+                               fastloss::kUniform | fastloss::kUniformRest;
+
+// Whether a sum is one of these named ones, without a field.
+inline bool is_among(const Sum& sum, uint32_t named) {
+  return sum.field < 0 && (fastloss::name_of(sum) & named) != 0;
+}
+
+// m · weight · field for class c, in a row; `to` may take it.
 template <class T>
-void reduce_general(Tile<T>& t, double* sums, double* weight) {
-  const auto& s = t.job.slots;
-  int64_t classes = t.job.classes;
-  bool sigmoid = t.job.activation == Activation::sigmoid;
-  bool logs = s.cross_entropy >= 0 || s.uniform >= 0 || s.gammas > 0;
-  begin_general(t, logs);
-  T *m = t.row(kWeight), *g = t.row(kE);
-  int n = t.padded;
-  *weight += sum_row<T>(n, [&](int v) { return load<T>(m + v); });
+const T* weight_row(Tile<T>& t, const Sum& sum, int64_t c, const T* g, T* to) {
+  constexpr int L = lanes<T>;
+  const T* m = t.row(kWeight);
+  if (sum.weight == Weight::one && sum.field < 0) return m;
+  auto fill = [&](auto weight) {
+    for (int64_t v = 0, end = t.padded; v < end; v += L)
+      store<T>(to + v, weight(load<T>(m + v), load<T>(g + v)));
+  };
+  if (sum.weight == Weight::one) fill([](Vec<T> w, Vec<T>) { return w; });
+  if (sum.weight == Weight::target) fill([](Vec<T> w, Vec<T> y) { return w * y; });
+  if (sum.weight == Weight::rest) fill([](Vec<T> w, Vec<T> y) { return w * (T(1) - y); });
+  if (sum.weight == Weight::target_squared) fill([](Vec<T> w, Vec<T> y) { return w * (y * y); });
+  if (sum.field >= 0) {
+    const T* field = t.field_row(sum.field, c);
+    for (int64_t v = 0, end = t.padded; v < end; v += L)
+      store<T>(to + v, product<T>(load<T>(to + v), load<T>(field + v)));
+  }
+  return to;
+}
+
+// Calls use(term) with term(v), the summands of a sum for a vector of voxels of class c.
+template <class T, class Use>
+void with_summands(Tile<T>& t, const Sum& sum, int64_t c, const T* g, const Fields<T>& f,
+                   const Use& use) {
+  const T* w = weight_row(t, sum, c, g, t.row(kF));
+  const T parameter = T(sum.parameter);
+  with_function(sum.function, [&](auto function) {
+    using F = decltype(function);
+    use([=](int64_t v) {
+      return product_of_both<T>(load<T>(w + v),
+                                F::template value<Mathematics<T>>(f.at(v), parameter));
+    });
+  });
+}
+
+// What the values of a table's functions are made of.
+inline Wanted wanted_for_values(const Job& job) {
+  Wanted wanted;
+  for (int32_t i = 0; i < job.slots.count; ++i) {
+    const Function f = job.sums[i].function;
+    wanted.logs |= reads_log(f);
+    wanted.log_rests |= reads_log_rest(f);
+    wanted.rests |= f == Function::focal || reads_log_rest(f);
+  }
+  return wanted;
+}
+
+// Where a map has its numbers of a tile: of its voxels, or of those of class c.
+template <class N, class T>
+N* map_row(Tile<T>& t, int64_t c = -1) {
+  const Job& job = t.job;
+  const int64_t row = c < 0 ? t.sample : t.sample * job.classes + c;
+  return (N*)job.map_out + row * job.voxels + t.voxel;
+}
+
+// Adds a tile to the sums of its block, (rows, S + 1, C) and (rows,), or where they are null does
+// not; and writes its part of a map, if one is wanted.
+template <class T>
+void reduce_general(Tile<T>& t, double* sums, double* weights) {
+  constexpr int L = lanes<T>;
+  const Job& job = t.job;
+  const auto& s = job.slots;
+  const int64_t classes = job.classes, per_row = (s.count + 1) * classes;
+  const int n = t.padded;
+  const bool maps = job.map == MapKind::voxel || job.map == MapKind::of_class;
+  const Wanted wanted = job.map == MapKind::error ? Wanted() : wanted_for_values(job);
+  begin_general(t, wanted.logs || wanted.rests);
+  t.load_fields();
+  T *m = t.row(kWeight), *g = t.row(kE), *each = t.row(kG), *mapped = t.row(kH);
+
+  // Adds a row of numbers to what its voxels' rows have at `to`.
+  auto by_region = [&](const T* numbers, double* to, int64_t step) {
+    t.each_stretch([&](int64_t row, int first, int count) {
+      double sum = 0;
+      for (int v = first; v < first + count; ++v) sum += double(numbers[v]);
+      to[row * step] += sum;
+    });
+  };
+  if (weights) {
+    if (job.regions) by_region(m, weights, 1);
+    else *weights += sum_row<T>(n, [&](int v) { return load<T>(m + v); });
+  }
+  if (job.map == MapKind::voxel) std::memset(mapped, 0, sizeof(T) * kMaxTile);
+
   for (int64_t c = 0; c < classes; ++c) {
-    Fields<T> f = activate_row(t, c, logs, s.gammas > 0);
+    const Fields<T> f = activate_row(t, c, wanted);
     t.load_target(c, g);
-    const ClassTotals sum = s.cross_entropy >= 0 ? class_totals<T, true>(n, m, g, f.p, f.loss)
-                                                 : class_totals<T, false>(n, m, g, f.p, f.loss);
-    sums[s.reference * classes + c] += sum.reference;
-    if (s.overlap >= 0) sums[s.overlap * classes + c] += sum.overlap;
-    if (s.predicted >= 0) sums[s.predicted * classes + c] += sum.predicted;
-    if (s.cross_entropy >= 0) sums[s.cross_entropy * classes + c] += sum.loss;
-    auto add = [&](int slot, auto term) { sums[slot * classes + c] += sum_row<T>(n, term); };
-    auto at = [&](const T* r, int v) { return load<T>(r + v); };
-    if (s.predicted_squared >= 0) {
-      add(s.predicted_squared, [&](int v) { return at(m, v) * (at(f.p, v) * at(f.p, v)); });
-      add(s.reference_squared, [&](int v) { return at(m, v) * (at(g, v) * at(g, v)); });
+    const bool totals = sums && !job.regions;
+    if (totals) {
+      const bool logs = s.cross_entropy >= 0, rests = s.cross_entropy_rest >= 0;
+      const auto of_class =
+          logs ? (rests ? class_totals<T, true, true> : class_totals<T, true, false>)
+               : (rests ? class_totals<T, false, true> : class_totals<T, false, false>);
+      const ClassTotals sum = of_class(n, m, g, f);
+      auto add = [&](int slot, double number) {
+        if (slot >= 0) sums[slot * classes + c] += number;
+      };
+      add(s.reference, sum.reference);
+      add(s.overlap, sum.overlap);
+      add(s.predicted, sum.predicted);
+      add(s.cross_entropy, sum.loss);
+      add(s.cross_entropy_rest, sum.loss_rest);
     }
-    if (s.cross_entropy_rest >= 0)
-      add(s.cross_entropy_rest,
-          [&](int v) { return product<T>(at(m, v) * (T(1) - at(g, v)), at(f.loss_rest, v)); });
-    if (s.uniform >= 0)
-      add(s.uniform, [&](int v) {
-        Vec<T> loss = at(f.loss, v);
-        if (sigmoid) loss += at(f.loss_rest, v);
-        return product<T>(at(m, v), loss);
+    if (job.map == MapKind::of_class) std::memset(mapped, 0, sizeof(T) * kMaxTile);
+    for (int32_t i = 0; i < s.count && job.map != MapKind::error; ++i) {
+      const bool summed = sums && !(totals && is_among(job.sums[i], kTotals));
+      if (!summed && !maps) continue;
+      with_summands(t, job.sums[i], c, g, f, [&](const auto& term) {
+        if (summed && !job.regions) {
+          sums[i * classes + c] += sum_row<T>(n, term);
+        } else if (summed) {
+          for (int v = 0; v < n; v += L) store<T>(each + v, term(v));
+          by_region(each, sums + i * classes + c, per_row);
+        }
+        if (!maps) return;
+        const Vec<T> k = splat<T>(T(job.map_coefficients[i * classes + c]));
+        for (int v = 0; v < n; v += L)
+          store<T>(mapped + v, load<T>(mapped + v) + product<T>(k, term(v)));
       });
-    for (int i = 0; i < s.gammas; ++i) {
-      T gamma = T(s.gamma[i]);
-      add(s.focal[i], [&](int v) {
-        Vec<T> scale = at(m, v) * at(g, v) * power<T>(at(f.q, v), gamma);
-        return product<T>(scale, at(f.loss, v));
-      });
-      if (sigmoid)
-        add(s.focal_rest[i], [&](int v) {
-          Vec<T> scale = at(m, v) * (T(1) - at(g, v)) * power<T>(at(f.p, v), gamma);
-          return product<T>(scale, at(f.loss_rest, v));
-        });
     }
+    if (job.map == MapKind::error)
+      for (int v = 0; v < n; v += L)
+        store<T>(mapped + v, load<T>(m + v) * absolute<T>(load<T>(g + v) - load<T>(f.p + v)));
+    if (job.map == MapKind::of_class || job.map == MapKind::error)
+      std::memcpy(map_row<T>(t, c), mapped, sizeof(T) * size_t(t.n));
   }
+  if (job.map == MapKind::voxel) std::memcpy(map_row<T>(t), mapped, sizeof(T) * size_t(t.n));
 }
 
-// The derivative of q^γ log p by log p.
+// The class of the largest logit of every voxel, the first of equal ones or the first NaN; of a
+// single class whether p > ½.
 template <class T>
-FL_INLINE Vec<T> slope_of_focal(Vec<T> p, Vec<T> minus_log, Vec<T> q, T gamma) {
-  if (gamma == 0) return splat<T>(1);
-  Vec<T> p_log_p = -product<T>(p, minus_log);
-  Vec<T> less = product<T>(p_log_p, power<T>(q, gamma - 1));
-  return focal_slope<Vec<T>, T>(power<T>(q, gamma), less, splat<T>(1), gamma);
+void label_map(Tile<T>& t) {
+  t.holes = false;  // voxels that do not count have a label too
+  t.load_logits();
+  int32_t found[kMaxTile];
+  const T* first = t.x;
+  if (t.job.classes == 1) {
+    const bool given = t.job.activation == Activation::none;
+    const bool certain = t.job.activation == Activation::softmax;
+    for (int v = 0; v < t.n; ++v)
+      found[v] = certain ? first[v] == first[v] : first[v] > T(given ? 0.5 : 0);
+  } else {
+    T* most = t.row(kA);
+    std::memcpy(most, first, sizeof(T) * size_t(t.padded));
+    std::memset(found, 0, sizeof found);
+    for (int64_t c = 1; c < t.job.classes; ++c) {
+      const T* x = t.x + c * t.stride;
+      for (int v = 0; v < t.n; ++v) {
+        // A NaN is above all numbers, and nothing is above a NaN.
+        const bool above = (x[v] > most[v]) | ((x[v] != x[v]) & (most[v] == most[v]));
+        most[v] = above ? x[v] : most[v];
+        found[v] = above ? int32_t(c) : found[v];
+      }
+    }
+  }
+  auto write = [&](auto number) {
+    auto* to = map_row<decltype(number)>(t);
+    for (int v = 0; v < t.n; ++v) to[v] = decltype(number)(found[v]);
+  };
+  if (t.job.map_dtype == DType::u8) write(uint8_t());
+  else if (t.job.map_dtype == DType::i32) write(int32_t());
+  else write(int64_t());
 }
 
 template <class T>
 void apply_general(Tile<T>& t) {
   constexpr int L = lanes<T>;
-  const auto& s = t.job.slots;
-  int64_t classes = t.job.classes;
-  bool softmax = t.job.activation == Activation::softmax;
-  bool sigmoid = t.job.activation == Activation::sigmoid;
-  bool logs = s.gammas > 0;
-  begin_general(t, logs);
-  T *m = t.row(kWeight), *g = t.row(kE), *by_p = t.row(kF);
-  T *by_log = t.row(kLabelExp), *by_rest = t.row(kLabelGap), *sum = t.row(kLabel);
-  // With a label map kLabel is still read by load_target, and softmax is elsewhere.
+  const Job& job = t.job;
+  const auto& s = job.slots;
+  const int64_t classes = job.classes;
+  const bool softmax = job.activation == Activation::softmax;
+  const bool sigmoid = job.activation == Activation::sigmoid;
+  // The usual sums are taken together, but where every region has coefficients of its own. In
+  // softmax no usual sum is of log q.
+  const uint32_t of_log_q = fastloss::kCrossEntropyRest | fastloss::kUniformRest;
+  const uint32_t together = job.regions ? 0 : softmax ? kTogether & ~of_log_q : kTogether;
+  Wanted wanted;
+  bool others = false, by_log_q = sigmoid;
+  for (int32_t i = 0; i < s.count; ++i) {
+    const Sum& sum = job.sums[i];
+    if (sum.function == Function::one || is_among(sum, together)) continue;
+    others = true;
+    with_function(sum.function, [&](auto f) { by_log_q |= decltype(f)::by == By::log_q; });
+    wanted.logs |= sum.function == Function::focal;
+    wanted.log_rests |= sum.function == Function::focal_rest;
+    wanted.rests |= sum.function != Function::p && sum.function != Function::p_squared &&
+                    sum.function != Function::log;
+  }
+  by_log_q |=
+      job.activation == Activation::none && (s.cross_entropy_rest >= 0 || s.uniform_rest >= 0);
+  begin_general(t, wanted.logs || wanted.rests);
+  t.load_fields();
+  T *m = t.row(kWeight), *g = t.row(kE), *by_p = t.row(kG);
+  T *by_log = t.row(kLabelExp), *by_rest = t.row(kLabelGap), *sum = t.row(kDotOfMany);
+  T *coefficients = t.row(kH), *at_most = t.row(kI), *ratios = t.row(kJ);
   if (softmax) {
+    if (by_log_q) {
+      std::memset(at_most, 0, sizeof(T) * kMaxTile);
+      std::memset(ratios, 0, sizeof(T) * kMaxTile);
+    }
     std::memset(sum, 0, sizeof(T) * kMaxTile);
     std::memset(t.row(kSumOfMany), 0, sizeof(T) * kMaxTile);
   }
-  // Without focal terms to add to them, the derivatives need no rows of their own.
-  const bool joined = softmax && s.gammas == 0;
-  auto k = [&](int slot, int64_t c) { return slot >= 0 ? t.table[slot * classes + c] : T(0); };
+  // Without other sums to add to them, the derivatives need no rows of their own.
+  const bool joined = softmax && !others;
+  auto k = [&](int slot, int64_t c, bool taken = true) {
+    return slot >= 0 && together && taken ? t.table[slot * classes + c] : T(0);
+  };
   auto at = [&](const T* r, int64_t v) { return load<T>(r + v); };
 
   for (int64_t c = 0; c < classes; ++c) {
-    Fields<T> f = activate_row(t, c, logs, logs);
+    const Fields<T> f = activate_row(t, c, wanted);
     t.load_target(c, g);
     T overlap = k(s.overlap, c), predicted = k(s.predicted, c);
     T squared = 2 * k(s.predicted_squared, c);
-    T loss = k(s.cross_entropy, c), loss_rest = k(s.cross_entropy_rest, c);
-    T uniform = k(s.uniform, c);
-    // The derivatives by p and by log p, and of the sigmoid by log(1−p).
+    T loss = k(s.cross_entropy, c), loss_rest = k(s.cross_entropy_rest, c, !softmax);
+    T uniform = k(s.uniform, c), uniform_rest = k(s.uniform_rest, c, !softmax);
     auto slope = [&](int64_t v) {
       return at(m, v) * (overlap * at(g, v) + predicted + squared * at(f.p, v));
     };
@@ -190,21 +369,32 @@ void apply_general(Tile<T>& t) {
       for (int64_t v = 0, end = t.padded; v < end; v += L) {
         store<T>(by_p + v, slope(v));
         store<T>(by_log + v, log_slope(v));
-        if (sigmoid) store<T>(by_rest + v, -(at(m, v) * (loss_rest * (T(1) - at(g, v)) + uniform)));
+        if (by_log_q)
+          store<T>(by_rest + v, -(at(m, v) * (loss_rest * (T(1) - at(g, v)) + uniform_rest)));
       }
     }
-    for (int i = 0; i < s.gammas; ++i) {
-      T gamma = T(s.gamma[i]), here = k(s.focal[i], c);
-      T there = sigmoid ? k(s.focal_rest[i], c) : T(0);
-      for (int64_t v = 0, end = t.padded; v < end; v += L) {
-        Vec<T> y = at(g, v), w = at(m, v), p = at(f.p, v), q = at(f.q, v);
-        store<T>(by_log + v,
-                 at(by_log, v) - w * here * y * slope_of_focal<T>(p, at(f.loss, v), q, gamma));
-        if (sigmoid)
-          store<T>(by_rest + v,
-                   at(by_rest, v) -
-                       w * there * (T(1) - y) * slope_of_focal<T>(q, at(f.loss_rest, v), p, gamma));
+    for (int32_t i = 0; i < s.count && others; ++i) {
+      const Sum& one = job.sums[i];
+      if (one.function == Function::one || is_among(one, together)) continue;
+      const T* w = weight_row(t, one, c, g, t.row(kF));
+      if (job.regions) {
+        std::memset(coefficients, 0, sizeof(T) * kMaxTile);
+        t.each_stretch([&](int64_t row, int first, int count) {
+          const T number = T(job.coefficients_of(i, t.sample, row)[c]);
+          for (int v = first; v < first + count; ++v) coefficients[v] = number;
+        });
+      } else {
+        const Vec<T> number = splat<T>(t.table[i * classes + c]);
+        for (int64_t v = 0, end = t.padded; v < end; v += L) store<T>(coefficients + v, number);
       }
+      with_function(one.function, [&](auto function) {
+        using F = decltype(function);
+        T* to = F::by == By::p ? by_p : F::by == By::log_p ? by_log : by_rest;
+        for (int64_t v = 0, end = t.padded; v < end; v += L) {
+          const Vec<T> change = F::template slope<Mathematics<T>>(f.at(v), T(one.parameter));
+          store<T>(to + v, at(to, v) + product<T>(at(coefficients, v) * at(w, v), change));
+        }
+      });
     }
     T* x = t.x + c * t.stride;
     if (softmax) {
@@ -218,6 +408,14 @@ void apply_general(Tile<T>& t) {
       if (joined)
         for (int64_t v = 0, end = t.padded; v < end; v += L)
           take(v, slope(v) * at(f.p, v) + log_slope(v));
+      else if (by_log_q)
+        for (int64_t v = 0, end = t.padded; v < end; v += L) {
+          const Vec<T> p = at(f.p, v), through = at(by_rest, v) * p, ratio = through / at(f.q, v);
+          const IVec<T> most = p > T(0.5);
+          store<T>(at_most + v, select<T>(most, through, at(at_most, v)));
+          store<T>(ratios + v, select<T>(most, ratio, at(ratios, v)));
+          take(v, at(by_p, v) * p + at(by_log, v) - drop<T>(most, ratio));
+        }
       else
         for (int64_t v = 0, end = t.padded; v < end; v += L)
           take(v, at(by_p, v) * at(f.p, v) + at(by_log, v));
@@ -229,8 +427,12 @@ void apply_general(Tile<T>& t) {
       }
     } else {
       for (int64_t v = 0, end = t.padded; v < end; v += L) {
-        Vec<T> h = at(by_log, v);
-        store<T>(x + v, at(by_p, v) + drop<T>(h == T(0), h / at(f.p, v)));
+        Vec<T> h = at(by_log, v), d = at(by_p, v) + drop<T>(h == T(0), h / at(f.p, v));
+        if (by_log_q) {
+          h = at(by_rest, v);
+          d -= drop<T>(h == T(0), h / at(f.q, v));
+        }
+        store<T>(x + v, d);
       }
     }
   }
@@ -239,7 +441,13 @@ void apply_general(Tile<T>& t) {
     for (int64_t c = 0; c < classes; ++c) {
       const T *x = t.x + c * t.stride, *turn = t.second + c * t.stride;
       auto to = row(c);
-      if (softmax)
+      if (softmax && by_log_q)
+        for (int64_t v = 0, end = t.padded; v < end; v += L) {
+          const Vec<T> p = at(x, v), change = select<T>(p > T(0.5), -at(at_most, v),
+                                                        drop<T>(p == T(0), p * at(ratios, v)));
+          put(to + v, at(turn, v) - p * at(sum, v) + change);
+        }
+      else if (softmax)
         for (int64_t v = 0, end = t.padded; v < end; v += L)
           put(to + v, at(turn, v) - at(x, v) * at(sum, v));
       else

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "voxel.h"
+
 namespace fastloss {
 
 enum class DType : int32_t { f32, f16, bf16, f64, u8, i8, u16, i16, u32, i32, u64, i64 };
@@ -29,7 +31,7 @@ inline int item_size(DType dtype) {
 
 constexpr int kMaxAxes = 64;
 constexpr int kMaxGammas = 8;
-constexpr int kMaxSlots = 8 + 2 * kMaxGammas;
+constexpr int kMaxSums = 64;
 
 // An array (B, C, *spatial) or (B, *spatial) in somebody's memory. Strides in bytes. Spatial axes
 // that step through memory evenly are merged, so a contiguous or channels-last array has one.
@@ -45,7 +47,51 @@ struct Array {
 
 enum class Activation : int32_t { softmax, sigmoid, none };
 
-// Positions of the sums in the (S, B, C) arrays; -1 where a sum is not wanted.
+// The functions of the target that weigh a sum, in the order of `fastloss.sums.WEIGHTS`.
+enum class Weight : int32_t { one, target, rest, target_squared };
+
+// Σ over voxels of m · weight · field · function(p).
+struct Sum {
+  Weight weight = Weight::one;
+  Function function = Function::one;
+  double parameter = 0;
+  int32_t field = -1;  // its place in `Job::fields`, or −1
+};
+
+// Sums that have a name, as bits: a fast path lists those that it takes.
+enum Named : uint32_t {
+  kReference = 1,
+  kOverlap = 2,
+  kPredicted = 4,
+  kPredictedSquared = 8,
+  kReferenceSquared = 16,
+  kCrossEntropy = 32,
+  kCrossEntropyRest = 64,
+  kUniform = 128,
+  kUniformRest = 256,
+  kFocal = 512,
+  kTopK = 1024,
+  kUnnamed = 2048
+};
+
+// The bit of a sum without a field.
+inline uint32_t name_of(const Sum& sum) {
+  const auto is = [&](Weight w, Function f) { return sum.weight == w && sum.function == f; };
+  if (sum.field >= 0) return kUnnamed;
+  if (is(Weight::target, Function::one)) return kReference;
+  if (is(Weight::target, Function::p)) return kOverlap;
+  if (is(Weight::one, Function::p)) return kPredicted;
+  if (is(Weight::one, Function::p_squared)) return kPredictedSquared;
+  if (is(Weight::target_squared, Function::one)) return kReferenceSquared;
+  if (is(Weight::target, Function::log)) return kCrossEntropy;
+  if (is(Weight::rest, Function::log_rest)) return kCrossEntropyRest;
+  if (is(Weight::one, Function::log)) return kUniform;
+  if (is(Weight::one, Function::log_rest)) return kUniformRest;
+  if (is(Weight::target, Function::focal)) return kFocal;
+  return kUnnamed;
+}
+
+// Positions of the named sums in the (S, B, C) arrays; -1 where a sum is not wanted.
 struct Slots {
   int32_t reference = 0;
   int32_t overlap = -1;
@@ -55,13 +101,23 @@ struct Slots {
   int32_t cross_entropy = -1;
   int32_t cross_entropy_rest = -1;
   int32_t uniform = -1;
-  int32_t top_k = -1;  // no sum: what `losses` holds
+  int32_t uniform_rest = -1;
+  int32_t top_k = -1;  // Σ field · g (−log p), where the field is what `losses` holds
   int32_t focal[kMaxGammas];
-  int32_t focal_rest[kMaxGammas];
   double gamma[kMaxGammas];
   int32_t gammas = 0;
-  int32_t count = 1;
+  int32_t count = 0;   // of all sums
+  uint32_t kinds = 0;  // the bits of `Named` that there are
 };
+
+enum class FieldKind : int32_t { voxel, of_class, labels };
+struct Field {
+  Array array;
+  FieldKind kind;
+};
+
+// The number that a map has of a voxel: see fastloss/maps.py.
+enum class MapKind : int32_t { none, voxel, of_class, error, label };
 
 struct Job {
   Activation activation = Activation::softmax;
@@ -76,15 +132,34 @@ struct Job {
   bool weighted = false;                 // `weight` is there
   bool stream = false;                   // write the gradient past the caches
   const double* coefficients = nullptr;  // (S, B, C), apply only
+  const Sum* sums = nullptr;             // as many as slots.count
+  const Field* fields = nullptr;
+  int32_t field_count = 0;
+  // The region of every voxel; null: every sample is one row.
+  const Array* regions = nullptr;
+  int64_t rows = 1;  // of a sample
+  MapKind map = MapKind::none;
+  void* map_out = nullptr;
+  DType map_dtype = DType::f32;
+  const double* map_coefficients = nullptr;  // (S, C)
   // One number per voxel, (B, voxels) of the working type: reduce writes m w_y (−log p_y) there,
   // and apply multiplies by it the derivative by the slot `top_k`.
   void* losses = nullptr;
   const double* loss_weights = nullptr;  // w, (C,), reduce only
+
+  // Whether nothing is asked for but these sums, of `Named`.
+  bool asks_only_for(uint32_t named) const {
+    return (slots.kinds & ~named) == 0 && !regions && map == MapKind::none;
+  }
+  // Where the coefficients of a sum begin, (C,).
+  const double* coefficients_of(int64_t sum, int64_t sample, int64_t row) const {
+    return coefficients + ((sum * batch + sample) * rows + row) * classes;
+  }
 };
 
 // What was wrong in the caller's data, in voxel order.
 struct Faults {
-  int64_t labels = 0;
+  int64_t labels = 0;  // or, in a dense target, integers other than 0 and 1
   double first_label = 0;
   int64_t weights = 0;
   double first_weight = 0;
@@ -106,10 +181,13 @@ inline int tile_voxels(int64_t classes) {
 
 // The voxels of a block, which has sums of its own: a number that no thread count changes, so
 // that sums added in block order have the same bits however many threads there are.
-inline int64_t block_voxels(int64_t classes, int64_t voxels) {
+inline int64_t block_voxels(int64_t classes, int64_t voxels, int64_t sums = 0) {
   int64_t tile = tile_voxels(classes);
   int64_t wanted = 16384 / (classes > 0 ? classes : 1);
-  if (wanted < voxels / 512) wanted = voxels / 512;  // bounds the memory of the sums
+  // Bounds the memory of the sums, of which many regions have many.
+  int64_t blocks = sums > 8192 ? (int64_t(1) << 22) / sums : 512;
+  if (blocks < 4) blocks = 4;
+  if (wanted < voxels / blocks) wanted = voxels / blocks;
   wanted = (wanted + tile - 1) / tile * tile;
   return wanted < tile ? tile : wanted;
 }
@@ -132,8 +210,8 @@ inline int64_t voxels_to_line(const Job& job, int64_t sample) {
 struct Blocks {
   int64_t first, last;  // voxels
   int64_t size;         // voxels of every block but the last
-  double* sums;         // (blocks, S + 1, C), the last slot being waste; zeros at first
-  double* weights;      // (blocks,), the sums of voxel weights; zeros at first
+  double* sums;         // (blocks, rows, S + 1, C), the last slot being waste; zeros at first
+  double* weights;      // (blocks, rows), the sums of voxel weights; zeros at first
   Faults* faults;       // (blocks,)
 
   int64_t of(int64_t voxel) const { return (voxel - first) / size; }
@@ -149,12 +227,16 @@ struct Blocks {
 using ScratchSize = size_t (*)(const Job&);
 using Reduce = void (*)(const Job&, int64_t sample, const Blocks&, void* scratch);
 using Apply = void (*)(const Job&, int64_t sample, int64_t first, int64_t last, void* scratch);
+// Writes a map; what is wrong in the data goes to the faults.
+using WriteMap = void (*)(const Job&, int64_t sample, int64_t first, int64_t last, Faults*,
+                          void* scratch);
 
 struct Kernels {
   const char* name;
   ScratchSize scratch_size;
   Reduce reduce;
   Apply apply;
+  WriteMap write_map;
 };
 
 }  // namespace fastloss

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #ifdef _OPENMP
@@ -197,69 +198,53 @@ constexpr int64_t kRangesPerThread = 16;
 // One Request, see fastloss/request.py.
 class Passes {
  public:
-  Passes(int activation, bool dense, py::object ignore, const std::vector<std::string>& slots,
-         const std::vector<double>& gammas) {
+  // Sums are (weight, function, parameter, place among the fields or −1).
+  Passes(int activation, bool dense, py::object ignore,
+         const std::vector<std::tuple<int, int, double, int>>& sums) {
     job_.activation = Activation(activation);
     job_.dense = dense;
     if (!ignore.is_none()) {
       job_.has_ignore = true;
       job_.ignore = ignore.cast<int64_t>();
     }
-    if (gammas.size() > size_t(kMaxGammas))
-      throw py::value_error("gamma: at most " + std::to_string(kMaxGammas) +
-                            " different focal exponents fit one loss, got " +
-                            std::to_string(gammas.size()));
-    Slots& s = job_.slots;
-    s.count = int32_t(slots.size());
-    s.gammas = int32_t(gammas.size());
-    std::copy(gammas.begin(), gammas.end(), s.gamma);
-    int focal = 0, focal_rest = 0;
-    for (int32_t i = 0; i < s.count; ++i) {
-      const std::string& name = slots[size_t(i)];
-      if (name == "reference") s.reference = i;
-      else if (name == "overlap") s.overlap = i;
-      else if (name == "predicted") s.predicted = i;
-      else if (name == "predicted_squared") s.predicted_squared = i;
-      else if (name == "reference_squared") s.reference_squared = i;
-      else if (name == "cross_entropy") s.cross_entropy = i;
-      else if (name == "cross_entropy_rest") s.cross_entropy_rest = i;
-      else if (name == "uniform") s.uniform = i;
-      else if (name == "top_k") s.top_k = i;
-      else if (name.rfind("focal_rest:", 0) == 0) s.focal_rest[focal_rest++] = i;
-      else if (name.rfind("focal:", 0) == 0) s.focal[focal++] = i;
-      else throw py::value_error("unknown sum " + name);
+    if (sums.size() > size_t(kMaxSums))
+      throw py::value_error("terms: at most " + std::to_string(kMaxSums) +
+                            " different sums fit one loss, got " + std::to_string(sums.size()));
+    for (const auto& [weight, function, parameter, field] : sums) {
+      sums_.push_back({Weight(weight), Function(function), parameter, field});
+      name(sums_.back(), int32_t(sums_.size()) - 1);
     }
+    job_.slots.count = int32_t(sums_.size());
   }
 
-  // Returns None, or (bad labels, the first, bad weights, the first).
+  // Returns None, or (bad labels, the first, bad weights, the first). `voxel_map`: None or (kind,
+  // out, its dtype, coefficients); `more`: see `Operands`.
   py::object reduce(const py::array& logits, const std::string& logits_dtype,
                     const py::array& target, const std::string& target_dtype,
                     const py::object& weight, const std::string& weight_dtype,
-                    py::array_t<double> sums, py::array_t<double> voxels, const py::object& losses,
-                    const py::object& loss_weights) const {
-    Job job = fill(logits, logits_dtype, target, target_dtype, weight, weight_dtype);
-    py::array_t<double> weights;
-    if (!losses.is_none()) {
-      job.losses = losses.cast<py::array>().mutable_data();
-      weights = loss_weights.cast<py::array_t<double>>();
-      job.loss_weights = weights.data();
-    }
+                    py::array_t<double> sums, py::array_t<double> voxels,
+                    const py::object& voxel_map, const py::object& more) const {
+    Operands operands;
+    Job job =
+        fill(logits, logits_dtype, target, target_dtype, weight, weight_dtype, more, operands);
+    if (!voxel_map.is_none()) set_map(job, voxel_map.cast<py::tuple>(), operands, true);
     double *to = sums.mutable_data(), *to_voxels = voxels.mutable_data();
     Faults faults;
     {
       py::gil_scoped_release release;
       run_reduce(job, to, to_voxels, &faults);
     }
-    if (!faults.labels && !faults.weights) return py::none();
-    return py::make_tuple(faults.labels, faults.first_label, faults.weights, faults.first_weight);
+    return told(faults);
   }
 
   void apply(const py::array& logits, const std::string& logits_dtype, const py::array& target,
              const std::string& target_dtype, const py::object& weight,
              const std::string& weight_dtype, const py::array_t<double>& coefficients,
-             py::array out, const py::object& losses) const {
-    Job job = fill(logits, logits_dtype, target, target_dtype, weight, weight_dtype);
-    if (!losses.is_none()) job.losses = losses.cast<py::array>().mutable_data();
+             py::array out, const py::object& more) const {
+    Operands operands;
+    Job job =
+        fill(logits, logits_dtype, target, target_dtype, weight, weight_dtype, more, operands);
+    find_losses(job);
     if (!out.writeable()) throw py::value_error("out: expected a writable array");
     job.out = view(out, logits_dtype, true);
     job.coefficients = coefficients.data();
@@ -271,13 +256,65 @@ class Passes {
     run_apply(job);
   }
 
+  // Returns as `reduce`.
+  py::object write_map(const py::array& logits, const std::string& logits_dtype,
+                       const py::array& target, const std::string& target_dtype,
+                       const py::object& weight, const std::string& weight_dtype,
+                       const py::object& voxel_map, const py::object& more) const {
+    Operands operands;
+    Job job =
+        fill(logits, logits_dtype, target, target_dtype, weight, weight_dtype, more, operands);
+    set_map(job, voxel_map.cast<py::tuple>(), operands, false);
+    Faults faults;
+    {
+      py::gil_scoped_release release;
+      run_map(job, &faults);
+    }
+    return told(faults);
+  }
+
  private:
   Job job_;
+  std::vector<Sum> sums_;
 
+  // What a job points at while a call lasts.
+  struct Operands {
+    std::vector<Field> fields;
+    Array regions;
+    py::array_t<double> coefficients;
+  };
+
+  // Remembers where a named sum is.
+  void name(const Sum& sum, int32_t i) {
+    Slots& s = job_.slots;
+    uint32_t kind = name_of(sum);
+    int32_t* const places[] = {&s.reference,          &s.overlap,           &s.predicted,
+                               &s.predicted_squared,  &s.reference_squared, &s.cross_entropy,
+                               &s.cross_entropy_rest, &s.uniform,           &s.uniform_rest};
+    for (size_t bit = 0; bit < std::size(places); ++bit)
+      if (kind == uint32_t(1) << bit) *places[bit] = i;
+    if (kind == kFocal) {
+      if (s.gammas < kMaxGammas) {
+        s.gamma[s.gammas] = sum.parameter;
+        s.focal[s.gammas++] = i;
+      } else {
+        kind = kUnnamed;
+      }
+    }
+    s.kinds |= kind;
+  }
+
+  static py::object told(const Faults& faults) {
+    if (!faults.labels && !faults.weights) return py::none();
+    return py::make_tuple(faults.labels, faults.first_label, faults.weights, faults.first_weight);
+  }
+
+  // `more`: None or (fields: (array, dtype, kind) each, regions or None, their dtype, rows).
   Job fill(const py::array& logits, const std::string& logits_dtype, const py::array& target,
            const std::string& target_dtype, const py::object& weight,
-           const std::string& weight_dtype) const {
+           const std::string& weight_dtype, const py::object& more, Operands& operands) const {
     Job job = job_;
+    job.sums = sums_.data();
     job.batch = logits.shape(0);
     job.classes = logits.shape(1);
     job.voxels = 1;
@@ -290,7 +327,66 @@ class Passes {
       job.weighted = true;
       job.weight = view(weight.cast<py::array>(), weight_dtype, false);
     }
+    if (more.is_none()) return job;
+    const auto parts = more.cast<py::tuple>();
+    for (const auto& part : parts[0].cast<py::tuple>()) {
+      const auto [array, dtype, kind] = part.cast<std::tuple<py::array, std::string, int>>();
+      const FieldKind what = FieldKind(kind);
+      operands.fields.push_back({view(array, dtype, what == FieldKind::of_class), what});
+    }
+    job.fields = operands.fields.data();
+    job.field_count = int32_t(operands.fields.size());
+    if (!parts[1].is_none()) {
+      operands.regions = view(parts[1].cast<py::array>(), parts[2].cast<std::string>(), false);
+      job.regions = &operands.regions;
+      job.rows = parts[3].cast<int64_t>();
+    }
     return job;
+  }
+
+  // A field of one number per voxel that lies as the passes of labels read it: theirs to apply.
+  void find_losses(Job& job) const {
+    const DType working = job.logits.dtype == DType::f64 ? DType::f64 : DType::f32;
+    for (int32_t i = 0; i < job.slots.count; ++i) {
+      const Sum& sum = sums_[size_t(i)];
+      if (sum.field < 0 || sum.weight != Weight::target || sum.function != Function::log) continue;
+      const Field& field = job.fields[sum.field];
+      const Array& a = field.array;
+      const int64_t item = item_size(working);
+      const bool flat = a.axes == 1 && a.stride[0] == item &&
+                        (job.batch == 1 || a.batch_stride == item * job.voxels);
+      if (job.field_count != 1 || field.kind != FieldKind::voxel || a.dtype != working || !flat)
+        return;
+      for (int32_t other = 0; other < job.slots.count; ++other)
+        if (other != i && sums_[size_t(other)].field >= 0) return;
+      uint32_t kinds = kTopK;
+      for (const Sum& each : sums_)
+        if (each.field < 0) kinds |= name_of(each);
+      job.slots.kinds = kinds;
+      job.slots.top_k = i;
+      job.losses = a.data;
+      return;
+    }
+  }
+
+  void set_map(Job& job, const py::tuple& given, Operands& operands, bool beside_sums) const {
+    job.map = MapKind(given[0].cast<int>());
+    job.map_out = given[1].cast<py::array>().mutable_data();
+    job.map_dtype = dtype_of(given[2].cast<std::string>());
+    if (given[3].is_none()) return;
+    operands.coefficients = given[3].cast<py::array_t<double>>();
+    job.map_coefficients = operands.coefficients.data();
+    // The cross-entropy of the voxels alone is what the passes of labels know.
+    const int32_t own = job.slots.cross_entropy;
+    bool alone = beside_sums && job.map == MapKind::voxel && own >= 0;
+    for (int64_t i = 0; i < job.slots.count * job.classes; ++i)
+      alone = alone && (i / job.classes == own || job.map_coefficients[i] == 0.0);
+    if (!alone || job.activation != Activation::softmax || job.dense || job.regions ||
+        job.field_count)
+      return;
+    job.losses = job.map_out;
+    job.loss_weights = job.map_coefficients + own * job.classes;
+    job.map = MapKind::none;
   }
 
   // The blocks of a batch, in ranges that follow each other in memory: few enough that threads
@@ -301,7 +397,8 @@ class Passes {
     int64_t range;           // blocks
 
     explicit Plan(const Job& job) {
-      block = block_voxels(job.classes, job.voxels);
+      const int64_t sums = job.regions ? job.rows * (job.slots.count + 1) * job.classes : 0;
+      block = block_voxels(job.classes, job.voxels, sums);
       blocks = (job.voxels + block - 1) / block;
       int64_t wanted = kRangesPerThread * num_threads();
       range = std::max<int64_t>(blocks * job.batch / wanted, 1);
@@ -311,10 +408,10 @@ class Passes {
 
   static void run_reduce(const Job& job, double* sums, double* voxels, Faults* faults) {
     const Plan plan(job);
-    int64_t blocks = plan.blocks, count = job.batch * blocks;
-    int64_t size = (job.slots.count + 1) * job.classes;  // see Blocks
-    int64_t wanted = job.slots.count * job.classes;
-    std::vector<double> partial(size_t(count * size)), weights(static_cast<size_t>(count));
+    const int64_t blocks = plan.blocks, count = job.batch * blocks, rows = job.rows;
+    const int64_t row = (job.slots.count + 1) * job.classes;  // see Blocks
+    const int64_t size = rows * row, wanted = job.slots.count * job.classes;
+    std::vector<double> partial(size_t(count * size)), weights(size_t(count * rows));
     std::vector<Faults> found(static_cast<size_t>(count));
     parallel(job.batch * plan.ranges, kernels->scratch_size(job), [&](int64_t i, void* scratch) {
       int64_t sample = i / plan.ranges, first = i % plan.ranges * plan.range;
@@ -323,22 +420,35 @@ class Passes {
                      std::min(last * plan.block, job.voxels),
                      plan.block,
                      partial.data() + place * size,
-                     &weights[size_t(place)],
+                     &weights[size_t(place * rows)],
                      &found[size_t(place)]};
       kernels->reduce(job, sample, here, scratch);
     });
-    std::fill(sums, sums + wanted * job.batch, 0.0);
-    std::fill(voxels, voxels + job.batch, 0.0);
+    std::fill(sums, sums + wanted * job.batch * rows, 0.0);
+    std::fill(voxels, voxels + job.batch * rows, 0.0);
     for (int64_t i = 0; i < count; ++i) {
-      int64_t sample = i / blocks;
-      voxels[sample] += weights[size_t(i)];
       faults->add(found[size_t(i)]);
-      for (int64_t s = 0; s < job.slots.count; ++s) {
-        double* to = sums + (s * job.batch + sample) * job.classes;
-        const double* from = partial.data() + i * size + s * job.classes;
-        for (int64_t c = 0; c < job.classes; ++c) to[c] += from[c];
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t to_row = i / blocks * rows + r;
+        voxels[to_row] += weights[size_t(i * rows + r)];
+        for (int64_t s = 0; s < job.slots.count; ++s) {
+          double* to = sums + (s * job.batch * rows + to_row) * job.classes;
+          const double* from = partial.data() + i * size + r * row + s * job.classes;
+          for (int64_t c = 0; c < job.classes; ++c) to[c] += from[c];
+        }
       }
     }
+  }
+
+  static void run_map(const Job& job, Faults* faults) {
+    const Plan plan(job);
+    const int64_t size = plan.range * plan.block, count = job.batch * plan.ranges;
+    std::vector<Faults> found(static_cast<size_t>(count));
+    parallel(count, kernels->scratch_size(job), [&](int64_t i, void* scratch) {
+      const int64_t first = i % plan.ranges * size, last = std::min(first + size, job.voxels);
+      kernels->write_map(job, i / plan.ranges, first, last, &found[size_t(i)], scratch);
+    });
+    for (const Faults& each : found) faults->add(each);
   }
 
   static void run_apply(const Job& job) {
@@ -427,10 +537,10 @@ PYBIND11_MODULE(_cpu, m) {
   pthread_atfork(nullptr, nullptr, in_child);
 #endif
   py::class_<Passes>(m, "Passes")
-      .def(py::init<int, bool, py::object, const std::vector<std::string>&,
-                    const std::vector<double>&>())
+      .def(py::init<int, bool, py::object, const std::vector<std::tuple<int, int, double, int>>&>())
       .def("reduce", &Passes::reduce)
-      .def("apply", &Passes::apply);
+      .def("apply", &Passes::apply)
+      .def("write_map", &Passes::write_map);
   m.def("isa", [] { return public_name(kernels->name); });
   m.def("built_isas", &built);
   m.def("available_isas", [] {

@@ -11,7 +11,7 @@ enum class Path { two_classes, softmax_labels, softmax_dense, general };
 
 Path path_of(const Job& job) {
   if (suits_two_classes(job)) return Path::two_classes;
-  if (job.activation == Activation::softmax && !job.dense) return Path::softmax_labels;
+  if (suits_softmax_labels(job)) return Path::softmax_labels;
   return suits_softmax_dense(job) ? Path::softmax_dense : Path::general;
 }
 
@@ -26,10 +26,24 @@ void reduce_blocks(const Job& job, int64_t sample, const Blocks& blocks, void* s
   for (int64_t v = blocks.first; v < blocks.last; v += tile.n) {
     const int64_t block = blocks.of(v);
     tile.move(v, blocks.tile(v, tile.step), &blocks.faults[block]);
-    double* sums = blocks.sums + block * (job.slots.count + 1) * job.classes;
-    if (path == Path::two_classes) reduce_two_classes(tile, sums, &blocks.weights[block]);
-    else if (path == Path::softmax_dense) reduce_softmax_dense(tile, sums, &blocks.weights[block]);
-    else reduce_general(tile, sums, &blocks.weights[block]);
+    double* sums = blocks.sums + block * job.rows * (job.slots.count + 1) * job.classes;
+    double* weights = blocks.weights + block * job.rows;
+    if (path == Path::two_classes) reduce_two_classes(tile, sums, weights);
+    else if (path == Path::softmax_dense) reduce_softmax_dense(tile, sums, weights);
+    else reduce_general(tile, sums, weights);
+    if (!tile.binary) tile.find_bad_numbers(&blocks.faults[block]);
+  }
+}
+
+template <class T>
+void map_voxels(const Job& job, int64_t sample, int64_t first, int64_t last, Faults* faults,
+                void* scratch) {
+  Tile<T> tile(job, sample, scratch);
+  for (int64_t v = first; v < last; v += tile.n) {
+    tile.move(v, int(last - v < tile.step ? last - v : tile.step), faults);
+    if (job.map == MapKind::label) label_map(tile);
+    else reduce_general<T>(tile, nullptr, nullptr);
+    if (!tile.binary) tile.find_bad_numbers(faults);
   }
 }
 
@@ -65,6 +79,11 @@ void apply(const Job& job, int64_t sample, int64_t first, int64_t last, void* sc
   (in_double(job) ? apply_voxels_of<double> : apply_voxels_of<float>)(job, sample, first, last,
                                                                       scratch);
 }
+void write_map(const Job& job, int64_t sample, int64_t first, int64_t last, Faults* faults,
+               void* scratch) {
+  (in_double(job) ? map_voxels<double> : map_voxels<float>)(job, sample, first, last, faults,
+                                                            scratch);
+}
 
 }  // namespace
 
@@ -76,5 +95,5 @@ void apply(const Job& job, int64_t sample, int64_t first, int64_t last, void* sc
 namespace fastloss {
 extern const Kernels FASTLOSS_JOIN(kernels_, FASTLOSS_ISA);
 const Kernels FASTLOSS_JOIN(kernels_, FASTLOSS_ISA) = {FASTLOSS_TEXT(FASTLOSS_ISA), scratch_size,
-                                                       reduce, apply};
+                                                       reduce, apply, write_map};
 }  // namespace fastloss

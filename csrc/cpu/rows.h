@@ -207,6 +207,58 @@ void load_row(const char* base, DType dtype, const Runs& runs, T* row) {
   }
 }
 
+// As load_row, of integers that are to be 0, 1 or, if it `skips`, `skip`: whether all are.
+template <class S, class T>
+bool load_binary_runs(const char* base, const Runs& runs, bool skips, int64_t skip, T* row) {
+  using U = typename std::make_unsigned<S>::type;
+  // S may not hold that number; 0 is good anyhow.
+  const bool holds = int64_t(S(skip)) == skip && (std::is_signed<S>::value || skip >= 0);
+  const S passed = skips && holds ? S(skip) : S(0);
+  U all = 0;  // bits: of 0 and 1 there is only the lowest
+  for (int r = 0; r < runs.count; ++r) {
+    const char* p = base + runs.run[r].offset;
+    T* to = row + runs.run[r].first;
+    const int count = runs.run[r].count;
+    auto load = [&](int64_t stride) __attribute__((always_inline)) {
+      for (int i = 0; i < count; ++i) {
+        const S value = read<S>(p + i * stride);
+        all = U(all | (value == passed ? U(0) : U(value)));
+        to[i] = T(value);
+      }
+    };
+    if (runs.stride == int64_t(sizeof(S))) load(int64_t(sizeof(S)));
+    else load(runs.stride);
+  }
+  return all <= 1;
+}
+
+// Reads a row of a dense target, see load_row: false if integers are not as above.
+template <class T>
+bool load_dense_row(const char* base, DType dtype, const Runs& runs, bool skips, int64_t skip,
+                    T* row) {
+  switch (dtype) {
+    case DType::u8:
+      return load_binary_runs<uint8_t, T>(base, runs, skips, skip, row);
+    case DType::i8:
+      return load_binary_runs<int8_t, T>(base, runs, skips, skip, row);
+    case DType::u16:
+      return load_binary_runs<uint16_t, T>(base, runs, skips, skip, row);
+    case DType::i16:
+      return load_binary_runs<int16_t, T>(base, runs, skips, skip, row);
+    case DType::u32:
+      return load_binary_runs<uint32_t, T>(base, runs, skips, skip, row);
+    case DType::i32:
+      return load_binary_runs<int32_t, T>(base, runs, skips, skip, row);
+    case DType::u64:
+      return load_binary_runs<uint64_t, T>(base, runs, skips, skip, row);
+    case DType::i64:
+      return load_binary_runs<int64_t, T>(base, runs, skips, skip, row);
+    default:
+      load_row<T>(base, dtype, runs, row);
+      return true;
+  }
+}
+
 FL_INLINE void narrow(float v, float* p) { std::memcpy(p, &v, sizeof v); }
 FL_INLINE void narrow(float v, Half* p) { *p = narrow_half(v); }
 FL_INLINE void narrow(float v, Brain* p) { *p = narrow_brain(v); }

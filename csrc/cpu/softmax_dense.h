@@ -8,10 +8,13 @@
 
 namespace {
 
+// The sums that this path computes.
+constexpr uint32_t kDenseSums =
+    fastloss::kReference | fastloss::kOverlap | fastloss::kPredicted | fastloss::kCrossEntropy;
+
 inline bool suits_softmax_dense(const Job& job) {
-  const auto& s = job.slots;
-  return job.activation == Activation::softmax && job.dense && s.predicted_squared < 0 &&
-         s.reference_squared < 0 && s.uniform < 0 && s.gammas == 0 && s.top_k < 0;
+  return job.activation == Activation::softmax && job.dense && job.asks_only_for(kDenseSums) &&
+         !job.losses;
 }
 
 // Asks for lines of rows while others are computed, where the rows are contiguous.

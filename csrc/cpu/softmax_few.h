@@ -7,11 +7,14 @@
 
 namespace {
 
+// The sums that this path computes.
+constexpr uint32_t kFewClassesSums =
+    fastloss::kReference | fastloss::kOverlap | fastloss::kPredicted | fastloss::kCrossEntropy;
+
 inline bool suits_few_classes(const Job& job) {
-  const auto& s = job.slots;
   return kPicks<float> && (job.classes == 3 || job.classes == 4) &&
-         job.logits.dtype != DType::f64 && !job.weighted && s.predicted_squared < 0 &&
-         s.reference_squared < 0 && s.uniform < 0 && s.gammas == 0 && s.top_k < 0 && !job.losses;
+         job.logits.dtype != DType::f64 && !job.weighted && job.asks_only_for(kFewClassesSums) &&
+         !job.losses;
 }
 
 // The exponentials of C classes' logits, numbers of type S. `kOne`: all voxels have the label

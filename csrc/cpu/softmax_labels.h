@@ -10,6 +10,16 @@
 
 namespace {
 
+// The sums that this path computes.
+constexpr uint32_t kLabelSums = fastloss::kReference | fastloss::kOverlap | fastloss::kPredicted |
+                                fastloss::kPredictedSquared | fastloss::kReferenceSquared |
+                                fastloss::kCrossEntropy | fastloss::kUniform | fastloss::kFocal |
+                                fastloss::kTopK;
+
+inline bool suits_softmax_labels(const Job& job) {
+  return job.activation == Activation::softmax && !job.dense && job.asks_only_for(kLabelSums);
+}
+
 // The gap of a voxel whose logits are near: no maximum was taken off there.
 constexpr int kNoGap = -1;
 
@@ -312,8 +322,8 @@ void reduce_extras(Tile<T>& t, double* sums) {
   }
   for (int f = 0; f < s.gammas; ++f) {
     for (int64_t v = 0, end = t.padded; v < end; v += L) {
-      Vec<T> q = power<T>(load<T>(rest + v) * load<T>(inverse + v), T(s.gamma[f]));
-      store<T>(value + v, focal_value<Vec<T>>(q, load<T>(loss + v)));
+      const Vec<T> q = load<T>(rest + v) * load<T>(inverse + v);
+      store<T>(value + v, focal_value<Mathematics<T>>(q, load<T>(loss + v), T(s.gamma[f])));
     }
     add_by_label(t, value, sums + s.focal[f] * classes);
   }
@@ -424,10 +434,7 @@ void add_focal_slopes(Tile<T>& t, T* loss, T* k, T* own_loss) {
     look_up(t, t.table + s.focal[f] * t.job.classes, k);
     for (int64_t v = 0, end = t.padded; v < end; v += L) {
       Vec<T> i = load<T>(inverse + v), q = load<T>(rest + v) * i, p = load<T>(own + v) * i;
-      // p log p → 0 as p → 0, and (1−p)^(γ−1) log p → 0 as p → 1.
-      Vec<T> p_log_p = drop<T>(p == T(0), -(p * load<T>(loss + v)));
-      Vec<T> less = gamma == 0 ? Vec<T>{} : drop<T>(q == T(0), power<T>(q, gamma - 1));
-      Vec<T> change = focal_slope<Vec<T>, T>(power<T>(q, gamma), less, p_log_p, gamma);
+      const Vec<T> change = focal_slope<Mathematics<T>>(p, q, load<T>(loss + v), gamma);
       store<T>(own_loss + v, load<T>(own_loss + v) + load<T>(k + v) * change);
     }
   }

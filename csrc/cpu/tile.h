@@ -60,6 +60,10 @@ enum Row {
   kD,
   kE,
   kF,
+  kG,
+  kH,
+  kI,
+  kJ,
   kRows
 };
 
@@ -79,14 +83,17 @@ template <class T>
 struct Tile {
   const Job& job;
   int64_t sample;
-  int step;          // voxels of a tile
-  int stride;        // numbers from row to row of the buffers
-  T* x;              // logits, later what is made of them: (C, stride)
-  T* second;         // another buffer like it
-  T* rows;           // (kRows, kMaxTile)
-  T* table;          // coefficients of the sample: (S, C)
-  int32_t* y;        // labels
-  uint8_t* present;  // (C,): whether a label is there, of what `find_present` has looked at
+  int step;               // voxels of a tile
+  int stride;             // numbers from row to row of the buffers
+  T* x;                   // logits, later what is made of them: (C, stride)
+  T* second;              // another buffer like it
+  T* rows;                // (kRows, kMaxTile)
+  T* table;               // coefficients of the sample: (S, C)
+  int32_t* y;             // labels
+  uint8_t* present;       // (C,): whether a label is there, of what `find_present` has looked at
+  T* field_rows;          // (fields, kMaxTile)
+  int32_t* field_labels;  // (fields, kMaxTile), of those that are label maps
+  int32_t* region;        // the row of each voxel; negative where it is of none
   Runs logit_runs, target_runs, weight_runs, out_runs;
   int64_t voxel = 0;   // the first one
   int n = 0;           // voxels
@@ -94,6 +101,7 @@ struct Tile {
   bool even = true;    // every m is 1 and there is no padding
   bool ones = false;   // the row of m holds ones
   bool holes = false;  // some voxel has m = 0
+  bool binary = true;  // the integers of a dense target, so far as loaded, are 0, 1 or ignored
   // Of softmax with a label map.
   bool direct = false;  // the logits are used where they lie
   bool near = false;    // they are so small that no maximum need be taken off
@@ -109,7 +117,10 @@ struct Tile {
   static size_t bytes(const Job& job) {
     size_t tile = size_t(fastloss::tile_voxels(job.classes) + kPad) * size_t(job.classes);
     size_t numbers = tile * 2 + kRows * kMaxTile + size_t(job.slots.count) * size_t(job.classes);
-    return numbers * sizeof(T) + kMaxTile * sizeof(int32_t) + size_t(job.classes) + 256;
+    // Of fields and regions.
+    size_t more = size_t(job.field_count) * kMaxTile * (sizeof(T) + sizeof(int32_t));
+    if (job.regions) more += kMaxTile * sizeof(int32_t);
+    return numbers * sizeof(T) + kMaxTile * sizeof(int32_t) + size_t(job.classes) + more + 320;
   }
 
   Tile(const Job& j, int64_t b, void* scratch) : job(j), sample(b) {
@@ -123,7 +134,10 @@ struct Tile {
     y = (int32_t*)(rows + kRows * kMaxTile);
     table = (T*)(y + kMaxTile);
     present = (uint8_t*)(table + int64_t(j.slots.count) * j.classes);
-    if (j.coefficients)
+    field_rows = (T*)(((uintptr_t)(present + j.classes) + 63) / 64 * 64);
+    field_labels = (int32_t*)(field_rows + j.field_count * kMaxTile);
+    region = field_labels + j.field_count * kMaxTile;
+    if (j.coefficients && j.rows == 1)
       for (int32_t i = 0; i < j.slots.count; ++i)
         for (int64_t c = 0; c < j.classes; ++c) {
           const T k = T(j.coefficients[(i * j.batch + b) * j.classes + c]);
@@ -142,11 +156,76 @@ struct Tile {
     logit_runs.find(job.logits, first, n);
     target_runs.find(job.target, first, n);
     load_weights(faults);
+    binary = true;
     if (!job.dense) {
       load_labels_of_tile(faults);
     } else if (job.has_ignore) {
       find_ignored();
     }
+    if (job.regions) find_regions();
+  }
+
+  // Takes the weight from voxels of no region.
+  void find_regions() {
+    const Array& a = *job.regions;
+    Runs runs;
+    runs.find(a, voxel, n);
+    load_labels(a.data + sample * a.batch_stride, a.dtype, runs, job.rows, false, 0, region);
+    T* m = row(kWeight);
+    for (int v = 0; v < n; ++v)
+      if (region[v] < 0) {
+        m[v] = T(0);
+        even = ones = false;
+        holes = true;
+      }
+  }
+
+  // Calls f(row, first, count) for the stretches of voxels that are of one region.
+  template <class F>
+  void each_stretch(const F& f) const {
+    for (int v = 0, first = 0; v < n; first = v) {
+      while (v < n && region[v] == region[first]) ++v;
+      if (region[first] >= 0) f(int64_t(region[first]), first, v - first);
+    }
+  }
+
+  // Loads what fields have for all classes at once.
+  void load_fields() {
+    for (int i = 0; i < job.field_count; ++i) {
+      const auto& field = job.fields[i];
+      const char* base = field.array.data + sample * field.array.batch_stride;
+      Runs runs;
+      runs.find(field.array, voxel, n);
+      if (field.kind == fastloss::FieldKind::labels) {
+        int32_t* to = field_labels + i * kMaxTile;
+        load_labels(base, field.array.dtype, runs, job.classes, false, 0, to);
+        for (int v = n; v < padded; ++v) to[v] = -1;
+      } else if (field.kind == fastloss::FieldKind::voxel) {
+        load_row<T>(base, field.array.dtype, runs, field_rows + i * kMaxTile);
+        finish_field(field_rows + i * kMaxTile);
+      }
+    }
+  }
+  // A field's numbers for class c.
+  const T* field_row(int i, int64_t c) {
+    const auto& field = job.fields[i];
+    T* to = field_rows + i * kMaxTile;
+    if (field.kind == fastloss::FieldKind::labels) {
+      const int32_t* label = field_labels + i * kMaxTile;
+      for (int v = 0; v < padded; ++v) to[v] = T(label[v] == c);
+      finish_field(to);
+    } else if (field.kind == fastloss::FieldKind::of_class) {
+      Runs runs;
+      runs.find(field.array, voxel, n);
+      const char* base = field.array.data + sample * field.array.batch_stride;
+      load_row<T>(base + c * field.array.channel_stride, field.array.dtype, runs, to);
+      finish_field(to);
+    }
+    return to;
+  }
+  void finish_field(T* r) {
+    for (int v = n; v < padded; ++v) r[v] = T(0);
+    if (holes) clear_holes(r);
   }
 
   void load_weights(Faults* faults) {
@@ -288,11 +367,35 @@ struct Tile {
     return job.target.data + sample * job.target.batch_stride + c * job.target.channel_stride;
   }
 
+  // In a dense target: whether voxels that hold the number are ignored, which else is a class.
+  bool ignores_number() const {
+    const bool is_class = job.classes > 1 && job.ignore >= 0 && job.ignore < job.classes;
+    return job.has_ignore && !is_class;
+  }
+
+  // Counts the integers of a dense target that are neither 0 nor 1 nor ignored, of all voxels.
+  void find_bad_numbers(Faults* faults) {
+    double values[kMaxTile], number = 0;
+    int first = n;
+    int64_t found = 0;
+    for (int64_t c = 0; c < job.classes; ++c) {
+      load_row<double>(target_row(c), job.target.dtype, target_runs, values);
+      for (int v = 0; v < n; ++v) {
+        if (values[v] == 0 || values[v] == 1) continue;
+        if (ignores_number() && values[v] == double(job.ignore)) continue;
+        ++found;
+        if (v < first) first = v, number = values[v];
+      }
+    }
+    if (faults->labels == 0) faults->first_label = number;
+    faults->labels += found;
+  }
+
   // In a dense target: more than half of the ignored class, or the ignored number anywhere.
   void find_ignored() {
     T* m = row(kWeight);
     T* g = row(kA);
-    bool is_class = job.classes > 1 && job.ignore >= 0 && job.ignore < job.classes;
+    const bool is_class = !ignores_number();
     int found = 0;
     for (int64_t c = is_class ? job.ignore : 0; c < (is_class ? job.ignore + 1 : job.classes);
          ++c) {
@@ -312,7 +415,8 @@ struct Tile {
   // Row c of the target as numbers: dense, or 1 where the label is c.
   void load_target(int64_t c, T* g) {
     if (job.dense) {
-      load_row<T>(target_row(c), job.target.dtype, target_runs, g);
+      binary &= load_dense_row<T>(target_row(c), job.target.dtype, target_runs, ignores_number(),
+                                  job.ignore, g);
       for (int v = n; v < padded; ++v) g[v] = T(0);
       if (holes) clear_holes(g);
     } else {

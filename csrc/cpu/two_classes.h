@@ -8,10 +8,13 @@
 
 namespace {
 
+// The sums that this path computes.
+constexpr uint32_t kTwoClassSums =
+    fastloss::kReference | fastloss::kOverlap | fastloss::kPredicted | fastloss::kCrossEntropy;
+
 inline bool suits_two_classes(const Job& job) {
-  const auto& s = job.slots;
-  return job.activation == Activation::softmax && job.classes == 2 && s.predicted_squared < 0 &&
-         s.uniform < 0 && s.gammas == 0 && s.top_k < 0;
+  return job.activation == Activation::softmax && job.classes == 2 &&
+         job.asks_only_for(kTwoClassSums) && !job.losses;
 }
 
 constexpr int kPrefetch = kVectorBytes < 64 ? 256 : 512;  // voxels

@@ -44,6 +44,7 @@ template <class T>
 constexpr int lanes = kVectorBytes / sizeof(T);
 
 #define FL_INLINE inline __attribute__((always_inline))
+#define FL_DEVICE FL_INLINE  // in voxel.h
 
 template <class T>
 FL_INLINE Vec<T> splat(T value) {
@@ -173,6 +174,12 @@ template <class T>
 FL_INLINE Vec<T> product(Vec<T> a, Vec<T> b) {
   IVec<T> zero = (a == T(0)) & (b == b);
   return drop<T>(zero, a * b);
+}
+
+// The same where b may be the one that is 0.
+template <class T>
+FL_INLINE Vec<T> product_of_both(Vec<T> a, Vec<T> b) {
+  return drop<T>(((a == T(0)) & (b == b)) | ((b == T(0)) & (a == a)), a * b);
 }
 
 // Two vectors, or what they hold side by side.
@@ -533,5 +540,21 @@ FL_INLINE Vec<T> power(Vec<T> q, T gamma) {
   Vec<T> r = exponential<T>(gamma * logarithm<T>(q));
   return select<T>(q == T(0), splat<T>(gamma > 0 ? T(0) : T(INFINITY)), r);
 }
+
+// What the functions of voxel.h are made of.
+template <class T>
+struct Mathematics {
+  static FL_INLINE Vec<T> splat(T n) { return ::splat<T>(n); }
+  static FL_INLINE Vec<T> power(Vec<T> v, T n) { return ::power<T>(v, n); }
+  static FL_INLINE Vec<T> product(Vec<T> a, Vec<T> b) { return product_of_both<T>(a, b); }
+  static FL_INLINE Vec<T> unless(Vec<T> zero, Vec<T> v) { return drop<T>(zero == T(0), v); }
+  static FL_INLINE Vec<T> one_less_exponential(Vec<T> v) {
+    constexpr int kTerms = sizeof(T) == 4 ? 8 : 15;  // of the series, to 1 ulp
+    Vec<T> series = ::splat<T>(1);
+#pragma GCC unroll 16
+    for (int k = kTerms; k >= 2; --k) series = T(1) - v * series * T(1.0 / k);
+    return select<T>(v < T(0.35), v * series, T(1) - exponential<T>(-v));
+  }
+};
 
 }  // namespace

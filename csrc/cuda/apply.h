@@ -3,7 +3,6 @@
 
 #include "softmax.h"
 #include "two_classes.h"
-#include "voxel.h"
 
 // The derivative by the sums of one sample.
 template <class In, int V, int K>
@@ -21,7 +20,7 @@ struct Coefficients {
     scale = call.scale;
     if (CONST(upstream_type) == kF32) scale *= double(*static_cast<const float*>(call.upstream));
     if (CONST(upstream_type) == kF64) scale *= *static_cast<const double*>(call.upstream);
-    global = call.coefficients + block.sample * call.coefficient_sample_stride;
+    global = call.coefficients + block.sample * call.row_stride;
     if (CONST(global_table)) return;
     for (int i = block.thread; i < CONST(slots) * CONST(classes); i += threads_of(call)) {
       int slot = i / CONST(classes);
@@ -53,16 +52,6 @@ struct Coefficients {
   }
 };
 
-// The derivative of q^γ log p by log p.
-template <class T>
-FL_DEVICE T slope_of_focal(T p, T loss, T q, T gamma) {
-  if (gamma == T(0)) return T(1);
-  // p log p → 0 as p → 0, and (1−p)^(γ−1) log p → 0 as p → 1.
-  T p_log_p = p == T(0) ? T(0) : -(p * loss);
-  T less = q == T(0) ? T(0) : power(q, gamma - T(1));
-  return focal_slope<T, T>(power(q, gamma), less, p_log_p, gamma);
-}
-
 // A tile, softmax of a label map.
 template <class In, int V, int K>
 FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
@@ -89,15 +78,16 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
     T own_region = by.of_label(CONST(slot_predicted), y) +
                    T(2) * by.of_label(CONST(slot_predicted_squared), y) * p;
     T own_loss = by.of_label(CONST(slot_cross_entropy), y);
-    if (CONST(slot_top_k) >= 0 && v.inside)
+    // A voxel that counts for nothing does so whatever the field holds there.
+    if (CONST(slot_top_k) >= 0 && v.inside && (counts_all(call) || m != T(0)))
       own_loss += by.of_label(CONST(slot_top_k), y) *
                   static_cast<const T*>(call.losses)[block.sample * call.voxels + v.first + j];
     if (CONST(gammas) > 0) {
       T loss = label_loss(part[j], label);
 #pragma unroll
       for (int f = 0; f < CONST(gammas); ++f)
-        own_loss +=
-            by.of_label(CONST(slot_focal[f]), y) * slope_of_focal(p, loss, q, T(CONST(gamma[f])));
+        own_loss += by.of_label(CONST(slot_focal[f]), y) *
+                    focal_slope<Plain>(p, q, loss, T(CONST(gamma[f])));
     }
     T rests = part[j].dot * i + part[j].square * i * i - uniform_total;
     T own_slope = p * by.of_label(CONST(slot_overlap), y) - own_loss;
@@ -142,21 +132,20 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
 
 // Of one class of a voxel: the derivative by the logit itself, or for softmax by log p.
 template <class T, class By>
-FL_DEVICE T turn_of(const Call& call, const By& by, int c, const Fields<T>& f, T m, T g) {
+FL_DEVICE T turn_of(const Call& call, const By& by, int c, const Probability<T>& f, T m, T g) {
   const bool sigmoid = CONST(activation) == kSigmoid;
-  T uniform = by(CONST(slot_uniform), c);
   T by_p = m * (by(CONST(slot_overlap), c) * g + by(CONST(slot_predicted), c) +
                 T(2) * by(CONST(slot_predicted_squared), c) * f.p);
-  T by_log = -(m * (by(CONST(slot_cross_entropy), c) * g + uniform));
+  T by_log = -(m * (by(CONST(slot_cross_entropy), c) * g + by(CONST(slot_uniform), c)));
   T by_rest =
-      -(m * (by(CONST(slot_cross_entropy_rest), c) * (T(1) - g) + (sigmoid ? uniform : T(0))));
+      -(m * (by(CONST(slot_cross_entropy_rest), c) * (T(1) - g) + by(CONST(slot_uniform_rest), c)));
 #pragma unroll
   for (int i = 0; i < CONST(gammas); ++i) {
     T gamma = T(CONST(gamma[i]));
-    by_log -= m * by(CONST(slot_focal[i]), c) * g * slope_of_focal(f.p, f.loss, f.q, gamma);
+    by_log -= m * by(CONST(slot_focal[i]), c) * g * focal_slope<Plain>(f.p, f.q, f.loss, gamma);
     if (sigmoid)
       by_rest -= m * by(CONST(slot_focal_rest[i]), c) * (T(1) - g) *
-                 slope_of_focal(f.q, f.loss_rest, f.p, gamma);
+                 focal_slope<Plain>(f.q, f.p, f.loss_rest, gamma);
   }
   if (CONST(activation) == kSoftmax) return by_p * f.p + by_log;
   if (sigmoid) return by_p * f.p * f.q + by_log * f.q - by_rest * f.p;
@@ -165,8 +154,8 @@ FL_DEVICE T turn_of(const Call& call, const By& by, int c, const Fields<T>& f, T
 
 // A tile of any other kind: dense targets, sigmoid, or given probabilities.
 template <class In, int V, int K>
-FL_DEVICE void apply_general(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
-                             const Coefficients<In, V, K>& by) {
+FL_DEVICE void apply_dense(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
+                           const Coefficients<In, V, K>& by) {
   using T = typename ComputedIn<In>::type;
   const Call& call = block.call;
   const bool once = CONST(rounds) == 1, softmax = CONST(activation) == kSoftmax;
@@ -192,7 +181,7 @@ FL_DEVICE void apply_general(Block<In, V>& block, const Voxels<typename Computed
       block.load_target(v, c, target, g);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        Fields<T> f = activate(call, x[k][j], whole[j], logs);
+        Probability<T> f = activate(call, x[k][j], whole[j], logs);
         turn[k][j] = turn_of(call, by, c, f, v.m[j], g[j]);
         here[j] += turn[k][j];
         x[k][j] = f.p;
@@ -231,7 +220,7 @@ FL_DEVICE void apply_general(Block<In, V>& block, const Voxels<typename Computed
       for (int j = 0; j < V; ++j) {
         T p = x[k][j], t = turn[k][j];
         if (!once) {
-          Fields<T> f = activate(call, p, whole[j], logs);
+          Probability<T> f = activate(call, p, whole[j], logs);
           t = turn_of(call, by, c, f, v.m[j], g[j]);
           p = f.p;
         }
@@ -250,7 +239,7 @@ FL_DEVICE void apply_block(const Call& call) {
   // Backwards: what the reduce pass read last is in the cache still.
   Block<In, V> block(call, false, true);
   Coefficients<In, V, K> by(block);
-  const bool labels = CONST(activation) == kSoftmax && !CONST(dense);
+  const bool labels = CONST(path) == kLabels;
   double uniform_total = 0;
   if (labels && CONST(slot_uniform) >= 0)
     for (int c = 0; c < CONST(classes); ++c) uniform_total += double(by(CONST(slot_uniform), c));
@@ -261,7 +250,7 @@ FL_DEVICE void apply_block(const Call& call) {
     move_to(call, block.sample, start + block.place_in_tile(), block.last, voxels);
     if (is_of_two_classes(call)) apply_two_classes<In, V, K>(block, voxels, slopes);
     else if (labels) apply_labels<In, V, K>(block, voxels, by, T(uniform_total));
-    else apply_general<In, V, K>(block, voxels, by);
+    else apply_dense<In, V, K>(block, voxels, by);
     if (CONST(staged)) block.store_tile(start);
   }
 }

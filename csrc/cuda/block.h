@@ -351,15 +351,17 @@ struct Block {
   }
 
   // The target of class c, from a dense target, where it lies there, or a label map; 0 where a
-  // voxel counts for nothing.
-  FL_DEVICE void load_target(const Voxels<T, V>& voxels, int c, const char* from, T (&g)[V]) const {
+  // voxel counts for nothing. Returns whether a dense target has a fault there.
+  FL_DEVICE bool load_target(const Voxels<T, V>& voxels, int c, const char* from, T (&g)[V]) const {
 #pragma unroll
     for (int j = 0; j < V; ++j) g[j] = T(voxels.y[j] == c ? 1 : 0);
-    if (!CONST(dense) || !voxels.inside) return;
+    if (!CONST(dense) || !voxels.inside) return false;
     target_row(call, from, g);
+    const bool bad = any_bad_number(call, g);
 #pragma unroll
     for (int j = 0; j < V; ++j)
       if (voxels.m[j] == T(0)) g[j] = T(0);
+    return bad;
   }
 
   // Writes the gradient of the class that lies there.

@@ -29,7 +29,8 @@
 
 constexpr int kMaxAxes = 16;
 constexpr int kMaxGammas = 8;
-constexpr int kMaxSlots = 8 + 2 * kMaxGammas;
+constexpr int kNamedSlots = 9;
+constexpr int kMaxSlots = kNamedSlots + 2 * kMaxGammas;
 constexpr int kLanes = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -37,6 +38,8 @@ enum Operand { kLogits, kTarget, kWeight, kOut, kOperands };
 enum Type { kF32, kF16, kBF16, kF64, kU8, kI8, kU16, kI16, kU32, kI32, kU64, kI64, kNoType };
 enum Activation { kSoftmax, kSigmoid, kNone };
 enum Ignore { kNothing, kValue, kClass };
+// What computes a tile; fastloss/backends/_cuda_call.py says which sums each of them takes.
+enum Path { kGeneral, kTwoClasses, kLabels, kDense };
 
 // The number of a voxel, of a sample or of a block's end.
 #if defined(FL_SPECIAL) && !FL_large
@@ -64,11 +67,11 @@ struct Call {
   // Apply: the derivative by every sum, times `scale` times what `upstream` points at.
   const double* coefficients;
   long long slot_stride;
-  long long coefficient_sample_stride;
+  long long row_stride;
   const void* upstream;
   double scale;
-  // One number per voxel, (B, voxels): reduce writes m w_y (−log p_y), apply multiplies by it the
-  // derivative by the slot `top_k`.
+  // One number per voxel, (B, voxels): reduce writes m w_y (−log p_y) there; of apply it is the
+  // field of the slot `top_k`.
   void* losses;
   const double* loss_weights;  // w, (C,)
   double gamma[kMaxGammas];
@@ -79,6 +82,7 @@ struct Call {
   // From here on: what CONST asks for.
   int upstream_type;  // kNoType, kF32 or kF64
   int logits_type, target_type, weight_type;
+  int path;
   int activation, dense, ignore_kind;
   int classes;
   int axes;
@@ -102,6 +106,7 @@ struct Call {
   int least_blocks;  // of a multiprocessor at a time
   int slots, gammas;
   int slot_reference, slot_overlap, slot_predicted, slot_predicted_squared, slot_reference_squared;
-  int slot_cross_entropy, slot_cross_entropy_rest, slot_uniform, slot_top_k;
+  int slot_cross_entropy, slot_cross_entropy_rest, slot_uniform, slot_uniform_rest;
+  int slot_top_k;
   int slot_focal[kMaxGammas], slot_focal_rest[kMaxGammas];
 };

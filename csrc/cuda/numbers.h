@@ -66,6 +66,26 @@ FL_DEVICE BFloat from_number<BFloat>(float x) {
   return b;
 }
 
+// What numbers of a type are in memory.
+template <int type>
+struct InMemory;
+template <>
+struct InMemory<kF32> {
+  using type = float;
+};
+template <>
+struct InMemory<kF16> {
+  using type = Half;
+};
+template <>
+struct InMemory<kBF16> {
+  using type = BFloat;
+};
+template <>
+struct InMemory<kF64> {
+  using type = double;
+};
+
 // V numbers that are loaded and stored at once.
 template <class In, int V>
 struct __align__(sizeof(In) * V > 16 ? 16 : sizeof(In) * V) Pack {
@@ -185,6 +205,37 @@ template <class T>
 FL_DEVICE T product(T a, T b) {
   return a == T(0) && b == b ? T(0) : a * b;
 }
+
+// The mathematics of numbers for voxel.h: products as they are,
+struct Plain {
+  template <class T>
+  static FL_DEVICE T splat(T x) {
+    return x;
+  }
+  template <class T>
+  static FL_DEVICE T power(T x, T y) {
+    return ::power(x, y);
+  }
+  template <class T>
+  static FL_DEVICE T product(T a, T b) {
+    return a * b;
+  }
+  template <class T>
+  static FL_DEVICE T unless(T zero, T x) {
+    return zero == T(0) ? T(0) : x;
+  }
+  template <class T>
+  static FL_DEVICE T one_less_exponential(T x) {
+    return sizeof(T) == 4 ? T(-expm1f(float(-x))) : T(-expm1(double(-x)));
+  }
+};
+// and 0 where a factor is 0 though the other be infinite.
+struct Careful : Plain {
+  template <class T>
+  static FL_DEVICE T product(T a, T b) {
+    return (a == T(0) && b == b) || (b == T(0) && a == a) ? T(0) : a * b;
+  }
+};
 
 // The sum over the lanes of a warp, which every lane gets.
 template <class T>

@@ -1,28 +1,9 @@
 // The kernels: for one kind of call (FL_SPECIAL), or for any.
 #include "apply.h"
-#include "finish.h"
 #include "reduce.h"
 
 #ifdef FL_SPECIAL
 
-template <int logits_type>
-struct InMemory;
-template <>
-struct InMemory<kF32> {
-  using type = float;
-};
-template <>
-struct InMemory<kF16> {
-  using type = Half;
-};
-template <>
-struct InMemory<kBF16> {
-  using type = BFloat;
-};
-template <>
-struct InMemory<kF64> {
-  using type = double;
-};
 using In = InMemory<FL_logits_type>::type;
 // The registers that so many blocks leave are taken; without the number a few are spilled.
 #define FL_BOUNDS __launch_bounds__(FL_warps * FL_groups * kLanes, FL_least_blocks)

@@ -1,9 +1,9 @@
 // The reduce pass: the sums of every block over its voxels.
 #pragma once
 
+#include "finish.h"
 #include "softmax.h"
 #include "two_classes.h"
-#include "voxel.h"
 
 constexpr int kFlushEvery = 16;  // tiles: float32 sums stay short
 
@@ -38,7 +38,7 @@ struct Sums {
   static constexpr int kKept =
       FL_keep_sums && FL_kept_slots ? whole_warps(FL_kept_slots * FL_per_thread) : kLanes;
 #else
-  static constexpr int kKept = kMaxSlots * K;
+  static constexpr int kKept = whole_warps(kMaxSlots * K);
 #endif
 
   const Block<In, V>& block;
@@ -173,6 +173,11 @@ struct Sums {
       }
       clear();
     }
+    if (checks_numbers(call)) {
+      // NaN tells of a bad number, which only the warp that has its class has seen.
+      int bad_number = weight != weight;
+      faults += CONST(warps) > 1 ? __syncthreads_or(bad_number) : bad_number;
+    }
     // All warps of a group see the same voxels; the first one counts them.
     double sum = warp_sum(double(weight)), bad = warp_sum(double(faults));
     if (block.lane == 0 && block.warp_in_group == 0) {
@@ -259,7 +264,7 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
       values[3][j] = loss[j];
 #pragma unroll
       for (int i = 0; i < CONST(gammas); ++i)
-        values[4 + i][j] = focal_value(power(q[j], T(CONST(gamma[i]))), loss[j]);
+        values[4 + i][j] = focal_value<Plain>(q[j], loss[j], T(CONST(gamma[i])));
     }
     sums.add_by_label(slots, v.y, values);
   }
@@ -298,7 +303,7 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
           own += loss[j];
 #pragma unroll
           for (int i = 0; i < CONST(gammas); ++i)
-            focal[i] += focal_value(power(q[j], T(CONST(gamma[i]))), loss[j]);
+            focal[i] += focal_value<Plain>(q[j], loss[j], T(CONST(gamma[i])));
         }
       }
       sums.take(CONST(slot_predicted), round, k, predicted);
@@ -316,7 +321,7 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
 }
 
 // Adds what the voxels of a thread are for one class to its sums, in the order of Call's slots:
-// those up to `uniform`, then those of the focal exponents.
+// those up to `uniform_rest`, then those of the focal exponents.
 template <class In, int V, class T, int N>
 FL_DEVICE void add_voxels(const Block<In, V>& block, const Voxels<T, V>& v, T (&x)[V],
                           const T (&g)[V], const Whole<T> (&whole)[V], bool logs, T (&sum)[N]) {
@@ -336,11 +341,12 @@ FL_DEVICE void add_voxels(const Block<In, V>& block, const Voxels<T, V>& v, T (&
         T loss_rest = counts && up && g[j] != T(1) ? infinity<T>() : T(0);
         sum[5] += loss;
         sum[6] += loss_rest;
-        sum[7] += counts ? infinity<T>() : T(0);
+        sum[7] += counts && !up ? infinity<T>() : T(0);
+        sum[8] += counts && up ? infinity<T>() : T(0);
 #pragma unroll
         for (int i = 0; i < CONST(gammas); ++i) {
-          sum[8 + i] += loss;
-          sum[8 + kMaxGammas + i] += loss_rest;
+          sum[kNamedSlots + i] += loss;
+          sum[kNamedSlots + kMaxGammas + i] += loss_rest;
         }
         x[j] = up ? T(1e30) : T(-1e30);
       }
@@ -350,7 +356,7 @@ FL_DEVICE void add_voxels(const Block<In, V>& block, const Voxels<T, V>& v, T (&
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     T m = counts_all(call) ? T(1) : v.m[j], y = g[j];
-    Fields<T> f = activate(call, x[j], whole[j], logs);
+    Probability<T> f = activate(call, x[j], whole[j], logs);
     sum[0] += m * y;
     sum[1] += m * f.p * y;
     sum[2] += m * f.p;
@@ -358,27 +364,28 @@ FL_DEVICE void add_voxels(const Block<In, V>& block, const Voxels<T, V>& v, T (&
     sum[4] += m * (y * y);
     if (CONST(slot_cross_entropy) >= 0) sum[5] += times(m * y, f.loss);
     if (CONST(slot_cross_entropy_rest) >= 0) sum[6] += times(m * (T(1) - y), f.loss_rest);
-    if (CONST(slot_uniform) >= 0) sum[7] += times(m, sigmoid ? f.loss + f.loss_rest : f.loss);
+    if (CONST(slot_uniform) >= 0) sum[7] += times(m, f.loss);
+    if (CONST(slot_uniform_rest) >= 0) sum[8] += times(m, f.loss_rest);
 #pragma unroll
     for (int i = 0; i < CONST(gammas); ++i) {
       T gamma = T(CONST(gamma[i]));
-      sum[8 + i] += times(m * y * power(f.q, gamma), f.loss);
+      sum[kNamedSlots + i] += times(m * y * power(f.q, gamma), f.loss);
       if (sigmoid)
-        sum[8 + kMaxGammas + i] += times(m * (T(1) - y) * power(f.p, gamma), f.loss_rest);
+        sum[kNamedSlots + kMaxGammas + i] += times(m * (T(1) - y) * power(f.p, gamma), f.loss_rest);
     }
   }
 }
 
 // A tile of any other kind: dense targets, sigmoid, or given probabilities.
 template <class In, int V, int K>
-FL_DEVICE void reduce_general(Block<In, V>& block,
-                              const Voxels<typename ComputedIn<In>::type, V>& v,
-                              Sums<In, V, K>& sums) {
+FL_DEVICE void reduce_dense(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
+                            Sums<In, V, K>& sums) {
   using T = typename ComputedIn<In>::type;
   const Call& call = block.call;
   const bool once = CONST(rounds) == 1, softmax = CONST(activation) == kSoftmax;
   const bool sigmoid = CONST(activation) == kSigmoid;
-  const bool logs = CONST(slot_cross_entropy) >= 0 || CONST(slot_uniform) >= 0 || CONST(gammas) > 0;
+  const bool logs = CONST(slot_cross_entropy) >= 0 || CONST(slot_cross_entropy_rest) >= 0 ||
+                    CONST(slot_uniform) >= 0 || CONST(slot_uniform_rest) >= 0 || CONST(gammas) > 0;
   T x[K][V];
   Whole<T> whole[V] = {};
   if (once || softmax) softmax_parts<In, V, K>(block, v, x, whole, logs);
@@ -393,9 +400,10 @@ FL_DEVICE void reduce_general(Block<In, V>& block,
       T g[V];
       if (there) {
         if (!once) block.load_class(v, c, x[k]);
-        block.load_target(v, c, target, g);
+        // Kept where a number is kept anyhow, as a counter would take a register.
+        if (block.load_target(v, c, target, g)) sums.weight = infinity<T>() - infinity<T>();
       }
-      T sum[8 + 2 * kMaxGammas] = {};
+      T sum[kMaxSlots] = {};
       if (there && v.inside) add_voxels<In, V>(block, v, x[k], g, whole, logs, sum);
       sums.add(CONST(slot_reference), round, k, sum[0]);
       sums.add(CONST(slot_overlap), round, k, sum[1]);
@@ -405,10 +413,12 @@ FL_DEVICE void reduce_general(Block<In, V>& block,
       sums.add(CONST(slot_cross_entropy), round, k, sum[5]);
       sums.add(CONST(slot_cross_entropy_rest), round, k, sum[6]);
       sums.add(CONST(slot_uniform), round, k, sum[7]);
+      sums.add(CONST(slot_uniform_rest), round, k, sum[8]);
 #pragma unroll
       for (int i = 0; i < CONST(gammas); ++i) {
-        sums.add(CONST(slot_focal[i]), round, k, sum[8 + i]);
-        if (sigmoid) sums.add(CONST(slot_focal_rest[i]), round, k, sum[8 + kMaxGammas + i]);
+        sums.add(CONST(slot_focal[i]), round, k, sum[kNamedSlots + i]);
+        if (sigmoid)
+          sums.add(CONST(slot_focal_rest[i]), round, k, sum[kNamedSlots + kMaxGammas + i]);
       }
     }
   }
@@ -429,12 +439,25 @@ FL_DEVICE void reduce_block(const Call& call) {
       reduce_two_classes<In, V, K>(block, voxels, sums);
       // A product of 64 factors of at most 2 is far from overflow.
       if (FL_SELDOM(kFlushEvery * V > 64 && (tiles + 1) % (64 / V) == 0)) sums.take_products();
-    } else if (CONST(activation) == kSoftmax && !CONST(dense))
-      reduce_labels<In, V, K>(block, voxels, sums, tiles);
-    else reduce_general<In, V, K>(block, voxels, sums);
+    } else if (CONST(path) == kLabels) reduce_labels<In, V, K>(block, voxels, sums, tiles);
+    else reduce_dense<In, V, K>(block, voxels, sums);
     ++tiles;
     if (FL_SELDOM(tiles % kFlushEvery == 0)) sums.flush();
     if (CONST(staged)) __syncthreads();
   }
   sums.finish();
+}
+
+// The sums of the batch.
+FL_DEVICE void finish_sums(const Call& call) {
+  int weight = CONST(slots) * CONST(classes);
+  finish_numbers(call, weight + 1, [&](int sample, int i, double sum) {
+    if (i == weight) {
+      call.voxel_sums[sample] = sum;
+    } else {
+      int slot = i / CONST(classes), c = i - slot * CONST(classes);
+      call.sums[(size_t(slot) * call.batch + sample) * CONST(classes) + c] =
+          slot == CONST(slot_top_k) ? 0.0 : sum;
+    }
+  });
 }

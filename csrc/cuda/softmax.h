@@ -4,6 +4,7 @@
 #pragma once
 
 #include "block.h"
+#include "voxel.h"
 
 // 2^(part − whole) of a part that is not larger, and 1 where both are the same infinity: of NaN
 // and a number the smaller one is the number.
@@ -242,12 +243,6 @@ FL_DEVICE void merge(Part<T>& a, const Part<T>& b) {
   a.largest = largest;
 }
 
-// p, 1 − p, −log p and −log(1 − p) of a class.
-template <class T>
-struct Fields {
-  T p, q, loss, loss_rest;
-};
-
 // What softmax needs of a whole voxel, from its Part.
 template <class T>
 struct Whole {
@@ -261,8 +256,8 @@ FL_DEVICE Whole<T> whole_of(const Part<T>& part, bool logs) {
 }
 
 template <class T>
-FL_DEVICE Fields<T> activate(const Call& call, T x, const Whole<T>& whole, bool logs) {
-  Fields<T> f;
+FL_DEVICE Probability<T> activate(const Call& call, T x, const Whole<T>& whole, bool logs) {
+  Probability<T> f;
   if (CONST(activation) == kSoftmax) {
     T gap = -below(x, whole.largest);
     T e = exponential(-gap);

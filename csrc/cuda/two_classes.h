@@ -6,12 +6,7 @@
 
 #include "block.h"
 
-// Whether a call is of this kind. More sums or several warps are left to what serves any classes.
-FL_DEVICE bool is_of_two_classes(const Call& call) {
-  return CONST(activation) == kSoftmax && !CONST(dense) && CONST(classes) == 2 &&
-         CONST(warps) == 1 && CONST(keep_sums) && CONST(slot_predicted_squared) < 0 &&
-         CONST(slot_uniform) < 0 && CONST(slot_top_k) < 0 && CONST(gammas) == 0;
-}
+FL_DEVICE bool is_of_two_classes(const Call& call) { return CONST(path) == kTwoClasses; }
 
 // d, e^−|d|, and the greater and the smaller probability.
 template <class T>

@@ -215,6 +215,26 @@ FL_DEVICE void target_row(const Call& call, const char* from, T (&g)[V]) {
   load_numbers(from, call.stride[kTarget][0], CONST(target_type), CONST(packed_target) != 0, g);
 }
 
+// Whether they are integers, which are to be 0 and 1.
+FL_DEVICE bool checks_numbers(const Call& call) {
+  return CONST(dense) && CONST(target_type) >= kU8 && CONST(target_type) != kNoType;
+}
+// Whether any is neither, nor ignored. As floating numbers all other integers have one of the two
+// highest bits.
+FL_DEVICE unsigned high_bits(float x) { return __float_as_uint(x); }
+FL_DEVICE unsigned high_bits(double x) { return unsigned(__double_as_longlong(x) >> 32); }
+template <class T, int V>
+FL_DEVICE bool any_bad_number(const Call& call, const T (&g)[V]) {
+  if (!checks_numbers(call)) return false;
+  unsigned bits = 0;
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    bool ignored = CONST(ignore_kind) == kValue && g[j] == T(call.ignore);
+    bits |= ignored ? 0u : high_bits(g[j]);
+  }
+  return (bits & 0xc0000000u) != 0;
+}
+
 template <class T, int V>
 FL_DEVICE void move_to(const Call& call, int sample, Index first, Index last,
                        Voxels<T, V>& voxels) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 
 from fastloss.backends._axes import merge_axes
 from fastloss.request import ACTIVATIONS, Request
+from fastloss.sums import NAMED, Sum
 
 LANES = 32
 MAX_AXES = 16
@@ -20,10 +22,12 @@ TYPES = (
 )  # fmt: skip
 _CODES = {name: code for code, name in enumerate(TYPES)} | {"bool": TYPES.index("uint8")}
 NO_TYPE = len(TYPES)
-_SIZES = {code: np.dtype(name if name != "bfloat16" else "uint16").itemsize
+FLOAT32, FLOAT64 = TYPES.index("float32"), TYPES.index("float64")
+SIZES = {code: np.dtype(name if name != "bfloat16" else "uint16").itemsize
           for code, name in enumerate(TYPES)}  # fmt: skip
 
 _NAMES = ("logits", "target", "voxel_weight", "out")
+GENERAL, TWO_CLASSES, LABELS, DENSE = range(4)  # paths
 LOGITS, TARGET, WEIGHT, OUT = range(4)
 
 _ONCE = 16  # classes that a thread can hold
@@ -35,17 +39,22 @@ _REGISTERS = 1 << 16  # of a multiprocessor
 _SHARED = 48 << 10  # bytes that a block has without asking
 _BLOCKS = 1536  # of a launch, where there is enough to do: a few for every multiprocessor
 
+# The named sums that each path of csrc/cuda/passes.cu takes.
 _SLOTS = (
     "reference", "overlap", "predicted", "predicted_squared", "reference_squared",
-    "cross_entropy", "cross_entropy_rest", "uniform", "top_k",
+    "cross_entropy", "cross_entropy_rest", "uniform", "uniform_rest",
 )  # fmt: skip
+_OF_TWO_CLASSES = ("reference", "overlap", "predicted", "cross_entropy")
+_OF_LABELS = (*_OF_TWO_CLASSES, "predicted_squared", "reference_squared", "uniform")
+_OF_DENSE = _OF_LABELS
+_OF_SIGMOID = (*_OF_DENSE, "cross_entropy_rest", "uniform_rest")
 CONSTANTS = (
-    "upstream_type", "logits_type", "target_type", "weight_type", "activation", "dense",
+    "upstream_type", "logits_type", "target_type", "weight_type", "path", "activation", "dense",
     "ignore_kind", "classes", "axes", "large", "vector", "per_thread", "warps", "groups", "rounds",
     "exchanged", "staged", "staged_bytes", "interleaved", "packed_target", "packed_weight",
     "keep_sums", "by_label", "kept_slots",
     "global_sums", "global_table", "with_losses", "least_blocks", "slots", "gammas",
-    *(f"slot_{name}" for name in _SLOTS),
+    *(f"slot_{name}" for name in _SLOTS), "slot_top_k",
 )  # fmt: skip
 """The numbers that a kernel is compiled for, apart from the arrays of the focal terms."""
 
@@ -64,7 +73,7 @@ CALL = np.dtype(
         ("voxel_sums", np.int64),
         ("coefficients", np.int64),
         ("slot_stride", np.int64),
-        ("coefficient_sample_stride", np.int64),
+        ("row_stride", np.int64),
         ("upstream", np.int64),
         ("scale", np.float64),
         ("losses", np.int64),
@@ -81,6 +90,24 @@ CALL = np.dtype(
 )
 
 
+class Work(NamedTuple):
+    """What a launch is to do.
+
+    Attributes:
+        kernel: "reduce", "apply", or "map".
+        upstream_type: of the number that multiplies the gradient.
+        map_kind: the map that is written: always "voxel" in the reduce pass, or "" for none.
+        map_of_label: whether the map's coefficients are 0 but for `CROSS_ENTROPY`.
+        without: the name of a field that is not there yet: sums that read it are left 0.
+    """
+
+    kernel: str
+    upstream_type: int = NO_TYPE
+    map_kind: str = ""
+    map_of_label: bool = False
+    without: str = ""
+
+
 class Operand(NamedTuple):
     """An array as a kernel sees it. Strides in bytes; the first two are sample and channel."""
 
@@ -95,15 +122,39 @@ class Operand(NamedTuple):
         return address & -address or 16
 
 
+class Operands(NamedTuple):
+    """The arrays of a call. ``out`` takes the gradient, or a map."""
+
+    shape: tuple[int, ...]
+    """Of the logits."""
+    logits: Operand
+    target: Operand
+    weight: Operand | None = None
+    out: Operand | None = None
+    fields: tuple[tuple[str, Operand], ...] = ()
+    """With the kind of each, in the order of the names of those that are there."""
+    regions: Operand | None = None
+
+    @property
+    def nothing(self) -> Operand:
+        """In the place of an array that is not there."""
+        return Operand(NO_TYPE, (0,) * len(self.shape), 0)
+
+    @property
+    def first_four(self) -> tuple[Operand, Operand, Operand, Operand]:
+        nothing = self.nothing
+        return self.logits, self.target, self.weight or nothing, self.out or nothing
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A launch, but for the addresses of its arrays."""
 
     request: Request
     call: bytes
-    """CALL, (1,)."""
+    """CALL, (1,), or what begins with it."""
     offsets: tuple[int, ...]
-    """Per array, in bytes, where its first voxel lies."""
+    """Per array, in bytes, where its first voxel lies: logits, target, weight, out; then others."""
     constants: tuple[tuple[str, object], ...]
     """What the kernel is compiled for."""
     grid: int
@@ -113,6 +164,8 @@ class Plan:
     partial: int
     """Numbers that the reduce pass keeps between its two kernels."""
     finish_grid: int
+    general: bool = False
+    """Whether it is of the general kernel."""
 
 
 def operand(array: np.ndarray, dtype: str, channels: bool, address: int) -> Operand:
@@ -121,70 +174,165 @@ def operand(array: np.ndarray, dtype: str, channels: bool, address: int) -> Oper
     return Operand(_CODES[dtype], strides, address % 16)
 
 
-def plan_pass(
-    request: Request,
-    shape: tuple[int, ...],
-    logits: Operand,
-    target: Operand,
-    weight: Operand | None,
-    out: Operand | None,
-    upstream_type: int,
-    with_losses: bool,
-    most_shared: int,
-) -> Plan:
-    """The reduce pass, or with ``out`` the apply pass.
+class Table(NamedTuple):
+    """The sums of a request as the fast paths know them: where each is, or −1."""
+
+    path: int
+    """LABELS or DENSE."""
+    slots: dict[str, int]
+    gammas: tuple[float, ...]
+    focal: tuple[int, ...]
+    focal_rest: tuple[int, ...]
+
+
+def fast_table(request: Request, operands: Operands, work: Work) -> Table | None:
+    """The sums of a call that a fast path takes with all its fields, regions and maps; or None.
+
+    It says what the paths take: whatever it does not name goes to the general kernel.
+    """
+    sigmoid = request.activation == "sigmoid"
+    labels = request.activation == "softmax" and not request.dense
+    names = _OF_LABELS if labels else _OF_SIGMOID if sigmoid else _OF_DENSE
+    slots = {name: request.index.get(NAMED[name], -1) for name in names}
+    gammas = tuple(sorted({t.parameter for t in request.sums if t.function == "focal"}))
+    focal = [Sum("target", "focal", gamma) for gamma in gammas]
+    focal_rest = [Sum("rest", "focal_rest", gamma) for gamma in gammas if sigmoid]
+    of_field = [Sum("target", "log", field=name) for name in request.fields]
+    taken = {*(NAMED[name] for name in names), *focal, *focal_rest}
+    if labels and len(of_field) == 1:
+        # That of a ranking term, left out by the reduce pass whose map its field is made of.
+        if work.kernel == "reduce":
+            there = request.fields == (work.without,)
+        else:
+            there = all(_is_working_type(f, operands.logits) for _, f in operands.fields)
+            there = there and [kind for kind, _ in operands.fields] == ["voxel"]
+        taken.update(of_field if there else ())
+    mapped = work.map_kind == "voxel" and work.map_of_label and operands.out is not None
+    mapped = mapped and labels and _is_working_type(operands.out, operands.logits)
+    takes = (
+        work.kernel in ("reduce", "apply")
+        and taken.issuperset(request.sums)
+        and request.index.keys() >= {*focal, *focal_rest}
+        and len(gammas) <= MAX_GAMMAS
+        and (work.map_kind == "" or mapped)
+        and operands.regions is None
+    )
+    if not takes:
+        return None
+    slots["top_k"] = request.index[of_field[0]] if of_field else -1
+    return Table(
+        LABELS if labels else DENSE,
+        slots,
+        gammas,
+        tuple(request.index[total] for total in focal),
+        tuple(request.index[total] for total in focal_rest),
+    )
+
+
+def _is_working_type(numbers: Operand | None, logits: Operand) -> bool:
+    """Whether these are of the type that the logits are computed in."""
+    working = FLOAT64 if logits.type == FLOAT64 else FLOAT32
+    return numbers is not None and numbers.type == working
+
+
+def walk(
+    operands: Operands, others: Sequence[Operand] = ()
+) -> tuple[list[int], list[tuple[int, list[int]]]]:
+    """The spatial axes of the first four arrays and of others: see `merge_axes`.
 
     Raises:
-        ValueError: arrays that a kernel cannot walk through: numbers that lie across their own
-            alignment, too many axes without an even step, or too many focal exponents.
+        ValueError: too many axes without an even step.
     """
-    batch, classes, *spatial = shape
-    item = _SIZES[logits.type]
-    nothing = Operand(NO_TYPE, (0,) * len(shape), 0)
-    operands = (logits, target, weight or nothing, out or nothing)
-    _check(operands, shape, request)
-    offsets, axes = merge_axes(spatial, [o.strides[2:] for o in operands])
-    # Of an array that runs backwards the walk starts at what is its last number.
-    starts = [o.alignment(offset) for o, offset in zip(operands, offsets, strict=True)]
+    arrays = [*operands.first_four, *others]
+    offsets, axes = merge_axes(operands.shape[2:], [o.strides[2:] for o in arrays])
     if len(axes) > MAX_AXES:
         raise ValueError(
             f"logits: at most {MAX_AXES} spatial axes without an even step between them fit a "
             f"kernel, got {len(axes)}; pass a contiguous copy"
         )
-    voxels = prod(spatial)
+    return offsets, axes
+
+
+def spread(batch: int, voxels: int, tile: int, most: int) -> tuple[int, int]:
+    """The blocks of a sample, of at most so many in a launch, and the voxels of each."""
+    tiles = -(-voxels // tile)
+    blocks = max(1, min(tiles, -(-most // max(batch, 1))))
+    chunk = -(-tiles // blocks) * tile
+    return max(1, -(-voxels // chunk)) if chunk else 1, chunk
+
+
+def in_c_order(spatial: Sequence[int], item: int) -> tuple[int, ...]:
+    """The strides of an array in C order."""
+    return tuple(prod(spatial[axis + 1 :]) * item for axis in range(len(spatial)))
+
+
+def plan_fast(request: Request, operands: Operands, work: Work, most_shared: int) -> Plan | None:
+    """A pass by the fast path that takes this call; None: there is none.
+
+    Raises:
+        ValueError: arrays that a kernel cannot walk through: numbers that lie across their own
+            alignment, or too many axes without an even step.
+    """
+    table = fast_table(request, operands, work)
+    if table is None:
+        return None
+    of_voxels = operands.out if work.kernel == "reduce" else None
+    of_voxels = operands.fields[0][1] if operands.fields else of_voxels
+    if work.kernel == "reduce":
+        operands = operands._replace(out=None)
+    check_alignment(operands)
+    batch, classes, *spatial = operands.shape
+    logits, target, weight, out = operands.logits, operands.target, operands.weight, operands.out
+    item, voxels = SIZES[logits.type], prod(spatial)
+    if of_voxels is None:
+        offsets, axes = walk(operands)
+    else:
+        # Numbers of the voxels are found by counting them: they must lie as the others are walked.
+        offsets, axes = walk(operands, [of_voxels])
+        size = SIZES[of_voxels.type]
+        steps = [steps.pop() for _, steps in axes]
+        if (
+            offsets.pop()
+            or (voxels > 1 and tuple(steps) != in_c_order([n for n, _ in axes], size))
+            or (batch > 1 and of_voxels.strides[0] != voxels * size)
+        ):
+            return None
+    starts = [o.alignment(offset) for o, offset in zip(operands.first_four, offsets, strict=True)]
+    labels = table.path == LABELS
+    slots = table.slots
     fields: dict[str, object] = {
-        "upstream_type": upstream_type,
+        "upstream_type": work.upstream_type,
         "logits_type": logits.type,
         "target_type": target.type,
         "weight_type": NO_TYPE if weight is None else weight.type,
         "activation": ACTIVATIONS.index(request.activation),
         "dense": int(request.dense),
-        "ignore_kind": _ignore_kind(request, classes),
+        "ignore_kind": ignore_kind(request, classes),
         "classes": classes,
         "axes": len(axes),
         "large": int(voxels >= 1 << 31),
-        "with_losses": int(with_losses),
-        "slots": len(request.slots),
-        "gammas": len(request.gammas),
-        **{f"slot_{name}": request.index.get(name, -1) for name in _SLOTS},
+        "with_losses": int(bool(work.map_kind)),
+        "slots": len(request.sums),
+        "gammas": len(table.gammas),
+        **{f"slot_{name}": -1 for name in (*_SLOTS, "top_k")},
+        **{f"slot_{name}": slot for name, slot in slots.items()},
     }
-    words = 2 if logits.type == _CODES["float64"] else 1
-    labels = request.activation == "softmax" and not request.dense
+    words = 2 if logits.type == FLOAT64 else 1
     arrays_held = 1 if labels else 2
     exchanged = 3
     if labels:
         exchanged = 2
-        if out is not None and "squared" in request.needs:
+        if out is not None and slots["predicted_squared"] >= 0:
             exchanged = 4
-        elif out is not None and "region" in request.needs:
+        elif out is not None and slots["predicted"] >= 0:
             exchanged = 3
 
     # The classes of a voxel: held by as few warps as have the registers.
     slots_of_classes = ("predicted", "predicted_squared", "uniform")
     by_label = labels and classes > _ONCE
-    kept_slots = len(request.slots)
+    kept_slots = len(request.sums)
     if by_label:
-        kept_slots = sum(name in request.index for name in slots_of_classes)
+        kept_slots = sum(slots[name] >= 0 for name in slots_of_classes)
     sums = kept_slots * words if out is None else 0
     # Those of float64 need all the registers that a thread can have, for which eight are the most.
     most_warps = _MOST_WARPS // 2 if words == 2 else _MOST_WARPS
@@ -209,7 +357,9 @@ def plan_pass(
     )
     whole = 0
     if last and labels and warps == 1:
-        whole = _whole_voxels([(o, starts[place]) for o, place in large], shape, item, most)
+        whole = _whole_voxels(
+            [(o, starts[place]) for o, place in large], operands.shape, item, most
+        )
     interleaved = whole > 0
     staged = last and not interleaved
     vector = max(1, whole)
@@ -225,16 +375,16 @@ def plan_pass(
         vector *= 2
     computed = 4 * words
     fixed = 0
-    table = classes * len(request.slots)
+    count = classes * len(request.sums)
     fields["global_sums"] = fields["global_table"] = 0
     if out is None:
-        fixed = 8 * groups * (table + 2)
+        fixed = 8 * groups * (count + 2)
         if fixed > most_shared // 2:
             fields["global_sums"] = 1
             # A sum that belongs to one warp of a block must not belong to another's group too.
             groups, fixed = 1, 0
     else:
-        fixed = table * computed
+        fixed = count * computed
         if fixed > most_shared // 2:
             fields["global_table"] = 1
             fixed = 0
@@ -262,14 +412,14 @@ def plan_pass(
     if any(o.strides[0] % 16 and batch > 1 for o, _ in large):
         bytes_of_piece = 0
     # The plain cases know what they need; the others take what there is.
-    plain = labels and not staged and not request.gammas and keep and words == 1
+    plain = labels and not staged and not table.gammas and keep and words == 1
 
     def registers(vector: int) -> int:
         needed = _OTHERWISE[warps > 1] + 5 * max(0, vector - 4)
         needed += per_thread * (words * vector * arrays_held + sums)
-        top_k = "top_k" in request.index
+        top_k = slots["top_k"] >= 0
         if weight is not None or top_k:
-            of_voxel = _SIZES[target.type] // 4 + (weight is not None) + 2 * top_k
+            of_voxel = SIZES[target.type] // 4 + (weight is not None) + 2 * top_k
             needed += vector * of_voxel
         return needed
 
@@ -280,7 +430,10 @@ def plan_pass(
         vector //= 2
     each = lanes * registers(vector)
     least_blocks = max(1, min(8, _REGISTERS // each)) if plain else 1
+    two_classes = labels and classes == 2 and warps == 1 and keep and not work.map_kind
+    two_classes = two_classes and {NAMED[name] for name in _OF_TWO_CLASSES} >= {*request.sums}
     fields |= {
+        "path": TWO_CLASSES if two_classes else table.path,
         "vector": vector,
         "per_thread": per_thread,
         "warps": warps,
@@ -301,17 +454,26 @@ def plan_pass(
     }
 
     tile = groups * LANES * vector
-    tiles = -(-voxels // tile)
-    blocks = max(1, min(tiles, -(-_BLOCKS // max(batch, 1))))
-    chunk = -(-tiles // blocks) * tile
-    blocks = max(1, -(-voxels // chunk)) if chunk else 1
-    call, constants = _record(request, fields, operands, axes, batch, voxels, blocks, chunk)
-    width = len(request.slots) * classes + 2
+    blocks, chunk = spread(batch, voxels, tile, _BLOCKS)
+    call = np.zeros(1, CALL)
+    write_call(call, request, fields, operands, axes, blocks, chunk)
+    focal, focal_rest = table.focal, table.focal_rest
+    call["gamma"][0, : len(table.gammas)] = table.gammas
+    call["slot_focal"], call["slot_focal_rest"] = -1, -1
+    call["slot_focal"][0, : len(focal)] = focal
+    call["slot_focal_rest"][0, : len(focal_rest)] = focal_rest
+    constants: list[tuple[str, object]] = [(name, fields[name]) for name in CONSTANTS]
+    constants += [
+        ("gamma", table.gammas),
+        ("slot_focal", focal),
+        ("slot_focal_rest", focal_rest or (-1,) * len(focal)),
+    ]
+    width = count + 2
     return Plan(
         request,
         call.tobytes(),
         tuple(offsets),
-        constants,
+        tuple(constants),
         batch * blocks,
         groups * warps * LANES,
         shared(vector),
@@ -320,46 +482,26 @@ def plan_pass(
     )
 
 
-def _record(
+def write_call(
+    call: np.ndarray,
     request: Request,
     fields: dict[str, object],
-    operands: tuple[Operand, ...],
+    operands: Operands,
     axes: list[tuple[int, list[int]]],
-    batch: int,
-    voxels: int,
     blocks: int,
     chunk: int,
-) -> tuple[np.ndarray, tuple[tuple[str, object], ...]]:
-    """What the kernel is launched with, (1,) of CALL, and what it is compiled for."""
-    focal = [request.index.get(f"focal:{g!r}", -1) for g in request.gammas]
-    focal_rest = [request.index.get(f"focal_rest:{g!r}", -1) for g in request.gammas]
-
-    call = np.zeros(1, CALL)
+) -> None:
+    """Fill what all kernels are launched with into CALL, (1,), or what begins with it."""
     for name, value in fields.items():
         call[name] = value
-    for i, o in enumerate(operands):
+    for i, o in enumerate(operands.first_four):
         call["sample_stride"][0, i], call["channel_stride"][0, i] = o.strides[:2]
         call["stride"][0, i, : len(axes)] = [steps[i] for _, steps in axes]
     call["shape"][0, : len(axes)] = [n for n, _ in axes]
-    call["voxels"], call["chunk"], call["batch"], call["blocks"] = (
-        voxels,
-        max(chunk, 1),
-        batch,
-        blocks,
-    )
-    call["gamma"][0, : len(focal)] = request.gammas
-    call["slot_focal"], call["slot_focal_rest"] = -1, -1
-    call["slot_focal"][0, : len(focal)] = focal
-    call["slot_focal_rest"][0, : len(focal)] = focal_rest
+    call["voxels"], call["chunk"] = prod(operands.shape[2:]), max(chunk, 1)
+    call["batch"], call["blocks"] = operands.shape[0], blocks
     call["ignore"] = request.ignore_index or 0
     call["scale"] = 1.0
-    constants: list[tuple[str, object]] = [(name, fields[name]) for name in CONSTANTS]
-    constants += [
-        ("gamma", tuple(request.gammas)),
-        ("slot_focal", tuple(focal)),
-        ("slot_focal_rest", tuple(focal_rest)),
-    ]
-    return call, tuple(constants)
 
 
 def _warps(classes: int, sums: int, labels: bool, most: int) -> int:
@@ -379,7 +521,7 @@ def _warps(classes: int, sums: int, labels: bool, most: int) -> int:
     return min(several, key=lambda n: (-(-classes // n) * n - classes, n))
 
 
-def _ignore_kind(request: Request, classes: int) -> int:
+def ignore_kind(request: Request, classes: int) -> int:
     if request.ignore_index is None:
         return 0
     return 2 if request.dense and classes > 1 and 0 <= request.ignore_index < classes else 1
@@ -387,7 +529,7 @@ def _ignore_kind(request: Request, classes: int) -> int:
 
 def _loads(o: Operand, start: int, step: int, vector: int, voxels: int) -> bool:
     """Whether this many neighbouring voxels of every class can be loaded at once."""
-    item = _SIZES[o.type]
+    item = SIZES[o.type]
     size = vector * item
     aligned = start >= size and o.strides[0] % size == 0 and o.strides[1] % size == 0
     return aligned and step == item and voxels % vector == 0
@@ -419,25 +561,26 @@ def _packs(
     """Whether the numbers of neighbouring voxels can be loaded at once."""
     if vector == 1 or len(axes) > 1:
         return False
-    item = _SIZES[o.type]
+    item = SIZES[o.type]
     size = min(16, vector * item)
     aligned = starts[place] >= size and o.strides[0] % size == 0
     aligned = aligned and (not channels or o.strides[1] % size == 0)
     return aligned and axes[0][1][place] == item
 
 
-def _check(operands: tuple[Operand, ...], shape: tuple[int, ...], request: Request) -> None:
-    if len(request.gammas) > MAX_GAMMAS:
-        raise ValueError(
-            f"gamma: at most {MAX_GAMMAS} different focal exponents fit one loss, got "
-            f"{len(request.gammas)}"
-        )
-    for name, o in zip(_NAMES, operands, strict=True):
+def check_alignment(operands: Operands, names: Sequence[str] = ()) -> None:
+    """Raise ValueError for numbers that lie across their own alignment; ``names``: of fields."""
+    others = [
+        (f"fields[{name!r}]", o) for name, (_, o) in zip(names, operands.fields, strict=False)
+    ]
+    if operands.regions is not None:
+        others.append(("regions", operands.regions))
+    for name, o in [*zip(_NAMES, operands.first_four, strict=True), *others]:
         if o.type == NO_TYPE:
             continue
-        item = _SIZES[o.type]
+        item = SIZES[o.type]
         if o.alignment() < item or any(
-            s % item and n > 1 for s, n in zip(o.strides, shape, strict=True)
+            s % item and n > 1 for s, n in zip(o.strides, operands.shape, strict=True)
         ):
             raise ValueError(
                 f"{name}: on a GPU numbers must lie at multiples of their size, {item} bytes; "

@@ -411,8 +411,9 @@ class _Nest:
             return _Text(f"{self.kernel.table(node)}[{place}]", depth, True)
         if node.op == "input":
             name = node.params[0]
-            text = f"{name}[{place}]"
-            return _Text(f"double({text})" if name == "upstream" else text, depth, True)
+            text = f"call.numbers[{place}]" if name == "numbers" else f"{name}[{place}]"
+            is_double = name in ("sums", "voxels", "joined", "numbers")
+            return _Text(text if is_double else f"double({text})", depth, True)
         first = self.kernel.places[node]
         place = str(first + int(place)) if place.isdigit() else _sum_text({place: 1}, first)
         text = f"scratch[{place}]"
@@ -658,9 +659,13 @@ class _Kernel:
         head = f"for (int r = {first}; r < {results}; r += {step}) {{"
         self.lines += ["{", *_indented([*nest.lines[0], head, *_indented(lines), "}"]), "}"]
 
-    def source(self, name: str, value_type: str, shared: bool) -> str:
+    def source(self, name: str, value_type: str, shared: bool, given: tuple[str, ...]) -> str:
         body = "\n".join(self.lines)
-        head = []
+        head = [
+            f"const {kind}* __restrict__ given{k} = static_cast<const {kind}*>(call.given[{k}]);"
+            for k, kind in enumerate(given)
+            if f"given{k}[" in body
+        ]
         for pointer, kind in (
             ("sums", "const double"),
             ("voxels", "const double"),
@@ -721,13 +726,16 @@ def _indented(lines: Sequence[str]) -> list[str]:
     return ["  " + line for line in lines]
 
 
-def generate(struct: str, value_type: str, kernels: dict[str, list[Store]]) -> tuple[str, int]:
+def generate(
+    struct: str, value_type: str, kernels: dict[str, list[Store]], given: tuple[str, ...] = ()
+) -> tuple[str, int]:
     """The kernels' source, and how many doubles of global scratch memory they need.
 
     Args:
         struct: the definition of the argument, ``CombineCall``.
         value_type: "float" or "double".
         kernels: per name, what it writes.
+        given: the types of the inputs "given0", "given1", ….
     """
     tables: dict[Node, str] = {}
     made = {name: _Kernel(stores, tables) for name, stores in kernels.items()}
@@ -736,7 +744,7 @@ def generate(struct: str, value_type: str, kernels: dict[str, list[Store]]) -> t
     for name, kernel in made.items():
         shared = kernel.scratch + kernel.partials * WARPS <= SHARED_DOUBLES
         scratch = max(scratch, 0 if shared else kernel.scratch)
-        texts.append(kernel.source(name, value_type, shared))
+        texts.append(kernel.source(name, value_type, shared, given))
     return "\n".join([struct, HELPERS, *map(_table, tables.items()), "", *texts]), scratch
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from struct import Struct
 from typing import Any
 
 import numpy as np
 
 from fastloss.backends._cuda_code import Store, generate
 from fastloss.backends._cuda_graph import Graph, Node, evaluate
+from fastloss.backends._cuda_operands import HOST, MOST, Layout, recorded_of
 from fastloss.backends._cuda_trace import Traced
 from fastloss.loss import Loss
 from fastloss.request import Request
 from fastloss.statistics import Statistics
 
 _STRUCT = """\
-struct CombineCall {
+struct CombineCall {{
   const double* sums;    // (S, B, C)
   const double* voxels;  // (B)
   const double* joined;  // (S * C + 1): sums and voxels over all ranks, or null
@@ -22,14 +25,8 @@ struct CombineCall {
   double* derivatives;   // (S, B, C)
   const void* upstream;  // as the value
   double* scratch;       // null where the program asks for none
-};"""
-COMBINE_CALL = np.dtype(
-    [
-        (name, np.uint64)
-        for name in ("sums", "voxels", "joined", "value", "derivatives", "upstream", "scratch")
-    ]
-)
-"""The struct as bytes: addresses."""
+{numbers}}};"""
+_ADDRESSES = ("sums", "voxels", "joined", "value", "derivatives", "upstream", "scratch")
 
 
 class Program:
@@ -42,10 +39,18 @@ class Program:
             is one number its derivatives as well. If not, ``fastloss_pullback`` writes those for
             an upstream gradient.
         scratch_doubles: how many doubles of global memory the kernels need beside; mostly 0.
+        takes_along: whether the numbers that the processor knows travel with the launch; if not,
+            their address does, as they are too many.
     """
 
     def __init__(
-        self, value: Node, derivatives: list[Node], value_dtype: np.dtype, slot_size: int
+        self,
+        value: Node,
+        derivatives: list[Node],
+        value_dtype: np.dtype,
+        slot_size: int,
+        host_numbers: int,
+        given: tuple[str, ...],
     ) -> None:
         self.value_shape = value.shape
         self._value, self._derivatives = value, derivatives
@@ -57,23 +62,50 @@ class Program:
         kernels = {"fastloss_combine": stores, "fastloss_pullback": pullback}
         if not self.value_shape:
             kernels = {"fastloss_combine": stores + pullback}
-        self.sources, self.scratch_doubles = generate(_STRUCT, value_type, kernels)
+        self.takes_along = host_numbers <= MOST
+        fields = ""
+        if given:
+            fields += f"  const void* given[{len(given)}];  // numbers of the loss\n"
+        if host_numbers:
+            others = f"double numbers[{host_numbers}]" if self.takes_along else "double* numbers"
+            fields += f"  {others};  // the others\n"
+        types = tuple({"float32": "float", "float64": "double"}[dtype] for dtype in given)
+        struct = _STRUCT.format(numbers=fields)
+        self.sources, self.scratch_doubles = generate(struct, value_type, kernels, types)
+        along = host_numbers if self.takes_along else 1
+        self._layout = Struct(f"={len(_ADDRESSES) + len(given)}Q{8 * along}s")
+        self._record = np.dtype(("V", self._layout.size))
+
+    def call(self, given: tuple[int, ...], numbers: bytes, **addresses: int) -> np.ndarray:
+        """The ``CombineCall``, (1,).
+
+        Args:
+            given: where the numbers lie that are on the device.
+            numbers: the others, float64, or where they lie if they are not taken along.
+            **addresses: of what a ``CombineCall`` names.
+        """
+        own = (addresses.get(name, 0) for name in _ADDRESSES)
+        return np.frombuffer(bytearray(self._layout.pack(*own, *given, numbers)), self._record)
 
     def evaluate(
         self,
         sums: np.ndarray,
         voxels: np.ndarray,
+        numbers: np.ndarray,
         upstream: Any = 1.0,
         joined: np.ndarray | None = None,
+        given: Sequence[np.ndarray] = (),
     ) -> tuple[np.ndarray, np.ndarray]:
         """The value and the derivatives (S, B, C), in NumPy: what the kernels should give.
 
         Args:
+            numbers, given: those of the loss, as `call` takes them.
             upstream: an array of the value's shape, or a number.
             joined: (S · C + 1), what terms that join ranks read.
         """
         upstream = np.broadcast_to(np.asarray(upstream, np.float64), self.value_shape)
-        inputs = {"sums": sums, "voxels": voxels, "upstream": upstream}
+        inputs = {"sums": sums, "voxels": voxels, "upstream": upstream, "numbers": numbers}
+        inputs.update((f"given{k}", array) for k, array in enumerate(given))
         if joined is not None:
             inputs["joined"] = joined
         value, *derivatives = evaluate([self._value, *self._derivatives], inputs)
@@ -81,8 +113,20 @@ class Program:
         return value, stacked if self.value_shape else stacked * upstream
 
 
-def trace(loss: Loss, request: Request, batch: int, classes: int, value_dtype: np.dtype) -> Program:
-    """The combine step of a loss whose sums are (S, batch, classes), by the request's slots.
+def trace(
+    loss: Loss,
+    request: Request,
+    batch: int,
+    classes: int,
+    value_dtype: np.dtype,
+    layout: Layout | None = None,
+    regions: int = 0,
+) -> Program:
+    """The combine step of a loss whose sums are (S, batch, classes), by the request's sums.
+
+    Args:
+        layout: where the numbers of the loss are going to be; all with the launch, if None.
+        regions: how many rows of the ``batch`` a sample has; 0 where a row is a sample.
 
     Raises:
         TypeError: a formula of the loss does what cannot be recorded: it branches on its sums, or
@@ -90,9 +134,15 @@ def trace(loss: Loss, request: Request, batch: int, classes: int, value_dtype: n
     """
     value_dtype = np.dtype(value_dtype)
     graph = Graph()
-    shape = (len(request.slots), batch, classes)
+    shape = (len(request.sums), batch, classes)
     sums = graph.input("sums", shape)
     voxels = graph.input("voxels", (batch,))
+    if layout is None:
+        layout = tuple(
+            HOST if recorded else operand.tobytes()
+            for operand, recorded in zip(loss.operands, recorded_of(loss), strict=True)
+        )
+    numbers, given = _numbers(graph, loss, layout)
     joined = None
     if any(term.joins_ranks for _, term in loss.terms):
         count = shape[0] * classes
@@ -100,12 +150,15 @@ def trace(loss: Loss, request: Request, batch: int, classes: int, value_dtype: n
         joined_sums = both[:count].reshape(shape[0], 1, classes)
         joined = Statistics(request, joined_sums, both[count:], value_dtype)
     statistics = Statistics(
-        request, _as_array(graph, sums), _as_array(graph, voxels), value_dtype, joined
+        request, _as_array(graph, sums), _as_array(graph, voxels), value_dtype, joined, regions
     )
     with np.errstate(all="ignore"):
-        total, pullback = loss.formulas(statistics)
+        total, pullback = loss.with_operands(numbers).formulas(statistics)
         # A fault of the data must not get lost where a formula does without what it made NaN.
         faults = np.where(np.isnan(statistics.voxels), np.nan, 0.0)
+        for array, largest in given:  # nor must one of weights that nobody has looked at
+            fits = (array >= 0) & (array <= largest) & (array < np.inf)
+            faults = faults + np.where(fits, 0.0, np.nan).sum()
         rows = np.ndim(total) == 2 and np.shape(total)[0] == batch
         total = total + (faults[:, None] if rows else faults.sum())
         value = graph.as_float(_node(graph, total))
@@ -114,7 +167,34 @@ def trace(loss: Loss, request: Request, batch: int, classes: int, value_dtype: n
             upstream = _as_array(graph, graph.input("upstream", value.shape))
         coefficients = pullback(upstream) + faults[:, None]
     derivatives: list[Node] = [_node(graph, coefficients[slot]) for slot in range(shape[0])]
-    return Program(value, derivatives, value_dtype, batch * classes)
+    types = tuple(where for where in layout if where in ("float32", "float64"))
+    host = sum(len(o) for o, where in zip(loss.operands, layout, strict=True) if where == HOST)
+    return Program(value, derivatives, value_dtype, batch * classes, host, types)  # type: ignore[arg-type]
+
+
+def _numbers(graph: Graph, loss: Loss, layout: Layout) -> tuple[list[Any], list[tuple[Any, float]]]:
+    """The operands of the loss; and those that come unchecked, with the largest they may be."""
+    operands: list[Any] = []
+    unchecked: list[tuple[Any, float | None]] = []
+    bounds: list[float | None] = [None]  # factors may be anything
+    for _, term in loss.terms:
+        for name in term.described.names:
+            bounds.append(None if term.signed else term.largest(name, loss.activation))
+    sizes = [len(operand) for operand in loss.operands]
+    host = sum(n for n, where in zip(sizes, layout, strict=True) if where == HOST)
+    along = _as_array(graph, graph.input("numbers", (host,)))
+    start = 0
+    for size, where, largest in zip(sizes, layout, bounds, strict=True):
+        if isinstance(where, bytes):
+            operands.append(np.frombuffer(where))
+        elif where == HOST:
+            operands.append(along[start : start + size])
+            start += size
+        else:
+            array = _as_array(graph, graph.input(f"given{len(unchecked)}", (size,)))
+            operands.append(array)
+            unchecked.append((array, largest))
+    return operands, [(array, bound) for array, bound in unchecked if bound is not None]
 
 
 def _as_array(graph: Graph, node: Node) -> Any:

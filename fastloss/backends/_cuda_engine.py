@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 
 from fastloss.arrays import Arrays
-from fastloss.backends._cuda_call import CALL, NO_TYPE, TYPES, Plan, operand, plan_pass
+from fastloss.backends._cuda_call import (
+    CALL,
+    FLOAT32,
+    FLOAT64,
+    NO_TYPE,
+    TYPES,
+    Operand,
+    Operands,
+    Plan,
+    Work,
+    in_c_order,
+    operand,
+    plan_fast,
+)
+from fastloss.backends._cuda_general import GENERAL_CALL, plan_general
+from fastloss.maps import Map
 from fastloss.request import Request
+from fastloss.sums import CROSS_ENTROPY
+
+__all__ = [
+    "FLOAT32",
+    "FLOAT64",
+    "Device",
+    "Memory",
+    "Work",
+    "apply",
+    "plan_of",
+    "reduce",
+    "run_apply",
+    "run_reduce",
+    "write_map",
+]
 
 
 class Memory(Protocol):
@@ -29,11 +60,11 @@ class Device(Protocol):
     def empty(self, nbytes: int) -> Memory:
         """New memory, which is used on the stream alone."""
 
-    def constant(self, numbers: np.ndarray) -> Memory:
-        """Numbers that never change, copied to the device once."""
+    def upload(self, numbers: np.ndarray) -> Memory:
+        """A copy of a few float64 numbers, queued on the stream."""
 
     def passes(self, constants: tuple[tuple[str, object], ...], kernel: str) -> tuple[Any, ...]:
-        """The compiled kernels: "reduce" with "finish", or "apply"."""
+        """The compiled kernels: "reduce" with "finish", or "apply", or "map"."""
 
     def kernels(self, source: str, names: tuple[str, ...]) -> tuple[Any, ...]:
         """Other kernels, compiled."""
@@ -44,27 +75,52 @@ class Device(Protocol):
         """Run a kernel on the stream; ``call``, (1,), is its one argument, a struct's bytes."""
 
 
-FLOAT32, FLOAT64 = TYPES.index("float32"), TYPES.index("float64")
-
-
 def reduce(
     device: Device,
     request: Request,
     arrays: Arrays,
     sums: int,
     voxels: int,
-    losses: int = 0,
-    loss_weights: int = 0,
+    voxel_map: Map | None = None,
+    without: str = "",
+    overwrite: Callable[[int], None] | None = None,
 ) -> None:
-    """Write the sums, (S, B, C) float64, and those of the voxel weights, (B,), at these addresses.
+    """Write the sums, (S, rows, C) float64, and those of the voxel weights, (rows,), there.
 
-    Samples with a bad label or a bad voxel weight get NaN. With ``losses`` also the loss of every
-    voxel, (B, voxels), given the class weights, (C,) float64.
+    Samples with a bad label or a bad voxel weight get NaN. With ``voxel_map`` a map of kind "voxel"
+    as well. ``without`` names a field that a ranking term has not made yet: it is not among those
+    of the arrays, and sums that read it are 0. ``overwrite`` is told where the map's coefficients
+    of the cross-entropy lie, (C,), to write others there.
     """
-    plan, addresses = plan_of(device, request, arrays, None, NO_TYPE, bool(losses))
-    if plan.grid:
-        kernels = device.passes(plan.constants, "reduce")
-        run_reduce(device, plan, kernels, addresses, sums, voxels, losses, loss_weights)
+    work = Work("reduce", without=without)
+    coefficients = None
+    if voxel_map is not None:
+        coefficients, of_label = _coefficients(request, voxel_map)
+        work = work._replace(map_kind="voxel", map_of_label=of_label)
+    out = None if voxel_map is None else voxel_map.out
+    plan, addresses = plan_of(device, request, arrays, out, work)
+    if not plan.grid:
+        return
+    numbers = 0
+    if coefficients is not None:
+        place = request.index[CROSS_ENTROPY] if of_label else 0
+        if not plan.general:
+            coefficients, place = coefficients[place], 0
+        memory = device.upload(coefficients)
+        numbers = memory.address
+        if overwrite is not None:
+            overwrite(numbers + 8 * place * arrays.logits.shape[1])
+    kernels = device.passes(plan.constants, "reduce")
+    run_reduce(device, plan, kernels, addresses, sums, voxels, numbers)
+
+
+def _coefficients(request: Request, voxel_map: Map) -> tuple[np.ndarray, bool]:
+    """Those of a map, (S, C), and whether all are 0 but those of the cross-entropy."""
+    assert voxel_map.coefficients is not None
+    numbers = np.ascontiguousarray(voxel_map.coefficients, np.float64)
+    place = request.index.get(CROSS_ENTROPY, -1)
+    others = np.delete(numbers, place, axis=0) if place >= 0 else numbers
+    return numbers, place >= 0 and not others.any()
 
 
 def run_reduce(
@@ -74,16 +130,21 @@ def run_reduce(
     addresses: tuple[int, ...],
     sums: int,
     voxels: int,
-    losses: int = 0,
-    loss_weights: int = 0,
+    coefficients: int = 0,
 ) -> None:
-    """`reduce` as planned, of arrays at these addresses: logits, target, voxel weight."""
+    """`reduce` as planned, of arrays at these addresses: logits, target, voxel weight, …
+
+    ``coefficients``: where those of a map lie; for a fast path, of the classes.
+    """
     kernel, finish = kernels
     partial = device.empty(8 * plan.partial)
     record = _record(plan, addresses)
     _WRITE[3](record, _PARTIAL, partial.address, sums, voxels)
-    _WRITE[2](record, _LOSSES, losses, loss_weights)
-    call = np.frombuffer(record, _RECORD)
+    if coefficients and plan.general:
+        _WRITE[1](record, _MAP_COEFFICIENTS, coefficients)
+    elif coefficients:
+        _WRITE[2](record, _LOSSES, addresses[3], coefficients)
+    call = np.frombuffer(record, _RECORDS[plan.general])
     device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
     device.launch(finish, plan.finish_grid, (32, 32), 0, call)
 
@@ -96,19 +157,19 @@ def apply(
     out: np.ndarray,
     *,
     slot_stride: int,
-    sample_stride: int,
+    row_stride: int,
     upstream: int = 0,
     upstream_type: int = NO_TYPE,
     scale: float = 1.0,
-    losses: int = 0,
 ) -> None:
     """Write the gradient by the logits.
 
-    ``coefficients`` is the address of float64 numbers, the derivative by the sum of slot s, sample
-    b and class c being at s · slot_stride + b · sample_stride + c, times ``scale`` and times the
-    number at ``upstream``.
+    ``coefficients`` is the address of float64 numbers, the derivative by the sum s of row r and
+    class c being at s · slot_stride + r · row_stride + c, times ``scale`` and times the number at
+    ``upstream``.
     """
-    plan, addresses = plan_of(device, request, arrays, out, upstream_type, False)
+    work = Work("apply", upstream_type)
+    plan, addresses = plan_of(device, request, arrays, out, work)
     if plan.grid:
         run_apply(
             device,
@@ -117,10 +178,9 @@ def apply(
             addresses,
             coefficients,
             slot_stride=slot_stride,
-            sample_stride=sample_stride,
+            row_stride=row_stride,
             upstream=upstream,
             scale=scale,
-            losses=losses,
         )
 
 
@@ -132,41 +192,66 @@ def run_apply(
     coefficients: int,
     *,
     slot_stride: int,
-    sample_stride: int,
+    row_stride: int,
     upstream: int = 0,
     scale: float = 1.0,
-    losses: int = 0,
 ) -> None:
-    """`apply` as planned, of arrays at these addresses: logits, target, voxel weight, out."""
+    """`apply` as planned, of arrays at these addresses: logits, target, voxel weight, out, …"""
     (kernel,) = kernels
     record = _record(plan, addresses)
-    _WRITE[4](record, _COEFFICIENTS, coefficients, slot_stride, sample_stride, upstream)
+    _WRITE[4](record, _COEFFICIENTS, coefficients, slot_stride, row_stride, upstream)
     _write_number(record, _SCALE, scale)
-    _WRITE[1](record, _LOSSES, losses)
-    call = np.frombuffer(record, _RECORD)
+    if len(addresses) > _OTHERS and not plan.general:
+        _WRITE[1](record, _LOSSES, addresses[_OTHERS + 1])  # its one field
+    call = np.frombuffer(record, _RECORDS[plan.general])
     device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
 
 
-# Where the fields that change from call to call lie in CALL, neighbours in this order.
+def write_map(device: Device, request: Request, arrays: Arrays, voxel_map: Map) -> None:
+    """Write a map: see `fastloss.maps.Map`. Voxels with a bad label or weight get NaN."""
+    plan, addresses = plan_of(
+        device, request, arrays, voxel_map.out, Work("map", map_kind=voxel_map.kind)
+    )
+    if not plan.grid:
+        return
+    (kernel,) = device.passes(plan.constants, "map")
+    record = _record(plan, addresses)
+    if voxel_map.kind in ("voxel", "class"):
+        numbers = device.upload(_coefficients(request, voxel_map)[0])
+        _WRITE[1](record, _MAP_COEFFICIENTS, numbers.address)
+    call = np.frombuffer(record, _RECORDS[plan.general])
+    device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
+
+
+# Where the fields that change from call to call lie in the record, neighbours in this order.
 def _place(field: str) -> int:
-    offset: int = CALL.fields[field][1]  # type: ignore[index]
+    offset: int = GENERAL_CALL.fields[field][1]  # type: ignore[index]
+    assert field not in (CALL.names or ()) or CALL.fields[field][1] == offset  # type: ignore[index]
     return offset
 
 
+_OTHERS = 4  # addresses before that of the regions, behind which are those of the fields
 _PARTIAL = _place("partial")  # sums, voxel_sums
-_COEFFICIENTS = _place("coefficients")  # slot_stride, coefficient_sample_stride, upstream
+_COEFFICIENTS = _place("coefficients")  # slot_stride, row_stride, upstream
 _SCALE, _LOSSES = _place("scale"), _place("losses")  # losses, loss_weights
-_RECORD = np.dtype(("V", CALL.itemsize))
+_MORE, _MAP_COEFFICIENTS = _place("more"), _place("map_coefficients")
+_RECORDS = {
+    general: np.dtype(("V", kind.itemsize))
+    for general, kind in ((False, CALL), (True, GENERAL_CALL))
+}
 # Python's own packing takes a fraction of the time that NumPy takes for so few numbers.
-_WRITE = {n: struct.Struct(f"={n}q").pack_into for n in (1, 2, 3, 4)}
+_WRITE = {n: struct.Struct(f"={n}q").pack_into for n in range(1, 10)}
 _write_number = struct.Struct("=d").pack_into
 
 
 def _record(plan: Plan, addresses: tuple[int, ...]) -> bytearray:
-    """The bytes of CALL for arrays at these addresses."""
+    """The bytes of CALL or GENERAL_CALL for arrays at these addresses."""
     record = bytearray(plan.call)
     starts = [a + o for a, o in zip(addresses, plan.offsets, strict=False)]
-    _WRITE[len(starts)](record, 0, *starts)
+    first, others = starts[:_OTHERS], starts[_OTHERS:]
+    _WRITE[len(first)](record, 0, *first)
+    if others:
+        _WRITE[len(others)](record, _MORE, *others)
     return record
 
 
@@ -175,41 +260,73 @@ _MOST_PLANS = 4096
 
 
 def plan_of(
-    device: Device,
-    request: Request,
-    arrays: Arrays,
-    out: np.ndarray | None,
-    upstream_type: int,
-    with_losses: bool,
+    device: Device, request: Request, arrays: Arrays, out: np.ndarray | None, work: Work
 ) -> tuple[Plan, tuple[int, ...]]:
-    """The plan of a call, which is made once for arrays of one kind, and its addresses."""
+    """The plan of a call, which is made once for arrays of one kind, and its addresses.
+
+    ``out`` takes the gradient or, (B, voxels) or (B, C, voxels), the map.
+    """
     x, y, w = arrays.logits, arrays.target, arrays.voxel_weight
-    at = (_address(x), _address(y), _address(w), _address(out))
-    key = (
+    at: tuple[int, ...] = (_address(x), _address(y), _address(w), _address(out))
+    key: tuple[Any, ...] = (
         id(request),  # which the plan keeps
         x.shape,
         (x.strides, y.strides, w is not None and w.strides, out is not None and out.strides),
         (arrays.logits_dtype, arrays.target_dtype, arrays.weight_dtype),
         (at[0] & 15, at[1] & 15, at[2] & 15, at[3] & 15),
-        (upstream_type, with_losses, device.shared_bytes),
+        work,
+        device.shared_bytes,
     )
+    if work.map_kind and out is not None:
+        key += (out.dtype,)
+    if arrays.fields or arrays.regions is not None:
+        others = (arrays.regions, *(field.array for field in arrays.fields))
+        of_others = tuple(map(_address, others))
+        key += (
+            arrays.rows,
+            arrays.regions_dtype,
+            tuple((field.kind, field.dtype) for field in arrays.fields),
+            tuple(a is not None and a.strides for a in others),
+            tuple(address & 15 for address in of_others),
+        )
+        at += of_others
     plan = _plans.get(key)
     if plan is None:
-        plan = plan_pass(
-            request,
-            x.shape,
-            operand(x, arrays.logits_dtype, True, at[0]),
-            operand(y, arrays.target_dtype, arrays.dense, at[1]),
-            None if w is None else operand(w, arrays.weight_dtype, False, at[2]),
-            None if out is None else operand(out, arrays.logits_dtype, True, at[3]),
-            upstream_type,
-            with_losses,
-            device.shared_bytes,
-        )
+        operands = _operands(arrays, at, out, work)
+        plan = plan_fast(request, operands, work, device.shared_bytes)
+        if plan is None:
+            plan = plan_general(request, operands, work, arrays.rows, device.shared_bytes)
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
         _plans[key] = plan
     return plan, at
+
+
+def _operands(arrays: Arrays, at: tuple[int, ...], out: np.ndarray | None, work: Work) -> Operands:
+    x, y, w, regions = arrays.logits, arrays.target, arrays.voxel_weight, arrays.regions
+    to = None
+    if out is not None and work.map_kind:
+        to = _map_operand(out, x.shape, at[3])
+    elif out is not None:
+        to = operand(out, arrays.logits_dtype, True, at[3])
+    return Operands(
+        x.shape,
+        operand(x, arrays.logits_dtype, True, at[0]),
+        operand(y, arrays.target_dtype, arrays.dense, at[1]),
+        None if w is None else operand(w, arrays.weight_dtype, False, at[2]),
+        to,
+        tuple(
+            (field.kind, operand(field.array, field.dtype, field.kind == "class", address))
+            for field, address in zip(arrays.fields, at[_OTHERS + 1 :], strict=True)
+        ),
+        None if regions is None else operand(regions, arrays.regions_dtype, False, at[_OTHERS]),
+    )
+
+
+def _map_operand(out: np.ndarray, shape: tuple[int, ...], address: int) -> Operand:
+    """A map, whose voxels are in the order of the spatial axes."""
+    strides = (*out.strides[:-1], *(0,) * (3 - out.ndim), *in_c_order(shape[2:], out.itemsize))
+    return Operand(TYPES.index(out.dtype.name), strides, address % 16)
 
 
 def _address(array: np.ndarray | None) -> int:

@@ -1,7 +1,8 @@
 """Calls on a GPU of a kind that came before: all is known but where the arrays lie.
 
 To check arrays, plan launches and look up kernels takes the host several times as long as to queue
-them. In training all calls are alike, so what the first one finds out is kept with the loss.
+them. In training all calls are alike, so what the first one finds out is kept, for all losses that
+differ in numbers alone.
 """
 
 from __future__ import annotations
@@ -9,19 +10,24 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from fastloss.backends import _cuda_engine as engine
 from fastloss.backends import cuda
-from fastloss.backends._cuda_call import NO_TYPE, TYPES
+from fastloss.backends._cuda_call import NO_TYPE, TYPES, Work
+from fastloss.backends._cuda_operands import operands_of
 from fastloss.frameworks.base import byte_bounds
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from fastloss.backends._cuda_call import Plan
+    from fastloss.backends._cuda_combine import Program
     from fastloss.frameworks.base import Adapter, Kind
     from fastloss.loss import Loss
 
 _MOST_KINDS = 256
+_MOST_LOSSES = 256
+_calls: dict[tuple[str, ...], dict[Hashable, Prepared]] = {}
+"""By the structure of a loss and by the kind of the arrays."""
 
 
 class Kept(NamedTuple):
@@ -33,16 +39,17 @@ class Kept(NamedTuple):
 
 
 class Prepared:
-    """Calls of one loss with arrays of one kind."""
+    """Calls of losses that differ in numbers alone, with arrays of one kind."""
 
     def __init__(self, loss: Loss, logits: Any, target: Any, voxel_weight: Any) -> None:
         passes = loss.passes(logits, target, voxel_weight)  # raises what there is to raise
         request, arrays = passes.request, passes.arrays
         assert passes.logits.place is not None
         self.place = passes.logits.place
-        self.shape = (len(request.slots), *arrays.logits.shape[:2])
+        self.shape = (len(request.sums), *arrays.logits.shape[:2])
         self.dtype = arrays.value_dtype.name
-        program = cuda.program_of(loss, request, self.shape, arrays.value_dtype)
+        operands = operands_of(loss, self.place)
+        program = cuda.program_of(loss, request, self.shape, arrays.value_dtype, operands)
         self.alike = (
             loss.additive
             and not loss.validate
@@ -54,9 +61,9 @@ class Prepared:
         if not self.alike:
             return
         device = self._device()
-        self._plan, _ = engine.plan_of(device, request, arrays, None, NO_TYPE, False)
+        self._plan, _ = engine.plan_of(device, request, arrays, None, Work("reduce"))
         self._reduce = device.passes(self._plan.constants, "reduce")
-        (self._combine,) = device.kernels(program.sources, ("fastloss_combine",))
+        self._combine = (operands.layout, program, self._kernel(program))
         self._applies: dict[Hashable, tuple[Plan, Any]] = {}
         inputs = (passes.logits, passes.target, passes.voxel_weight)
         self._spans = [None if a is None else _span(a.array) for a in inputs]
@@ -65,28 +72,44 @@ class Prepared:
         count = slots * batch * classes
         # Where what is made on the way lies in one piece of memory, in bytes; derivatives first.
         self._sums, self._voxels, self._scratch = 8 * count, 16 * count, 16 * count + 8 * batch
-        self._doubles = 2 * count + batch + program.scratch_doubles
-        self._has_scratch = program.scratch_doubles > 0
+        self._doubles = 2 * count + batch
+
+    def _kernel(self, program: Program) -> Any:
+        (kernel,) = self._device().kernels(program.sources, ("fastloss_combine",))
+        return kernel
 
     def _device(self) -> engine.Device:
         return cuda.CudaDevice(self.place)
 
-    def value(self, at: tuple[int, ...]) -> tuple[Any, Kept]:
-        """Queue the reduce pass and the step behind it, of arrays at these addresses."""
+    def value(self, loss: Loss, at: tuple[int, ...]) -> tuple[Any, Kept]:
+        """Queue the reduce pass and the step behind it, of arrays at these addresses.
+
+        Of the ``loss`` the numbers may be others than before.
+        """
         place, device = self.place, self._device()
-        memory = place.empty((self._doubles,), "float64")
+        operands = operands_of(loss, place)
+        layout, program, combine = self._combine
+        if operands.layout != layout:  # of a term that cannot have other numbers
+            dtype = np.dtype(self.dtype)
+            program = cuda.program_of(loss, self._plan.request, self.shape, dtype, operands)
+            combine = self._kernel(program)
+            self._combine = (operands.layout, program, combine)
+        given, numbers, _held = cuda.arguments(program, device, operands)
+        memory = place.empty((self._doubles + program.scratch_doubles,), "float64")
         value = place.empty((), self.dtype)
         base = place.address(memory)
         sums, voxels = base + self._sums, base + self._voxels
         engine.run_reduce(device, self._plan, self._reduce, at, sums, voxels)
-        call = cuda.combine_call(
+        call = program.call(
+            given,
+            numbers,
             sums=sums,
             voxels=voxels,
             value=place.address(value),
             derivatives=base,
-            scratch=base + self._scratch if self._has_scratch else 0,
+            scratch=base + self._scratch if program.scratch_doubles else 0,
         )
-        device.launch(self._combine, 1, (256, 1), 0, call)
+        device.launch(combine, 1, (256, 1), 0, call)
         return value, Kept(memory, base)
 
     def takes(
@@ -159,7 +182,7 @@ class Prepared:
             (*at, to),
             kept.address,
             slot_stride=batch * classes,
-            sample_stride=classes,
+            row_stride=classes,
             upstream=factor,
         )
         return new
@@ -170,7 +193,8 @@ class Prepared:
         passes = loss.passes(*arrays)
         view = passes.gradient_view(adapter.borrow(new, "out"))
         device = self._device()
-        plan, _ = engine.plan_of(device, passes.request, passes.arrays, view, upstream, False)
+        work = Work("apply", upstream)
+        plan, _ = engine.plan_of(device, passes.request, passes.arrays, view, work)
         return plan, device.passes(plan.constants, "apply")
 
     def coefficients(self, kept: Kept, upstream: Any) -> cuda.DeviceCoefficients:
@@ -208,8 +232,19 @@ def find(
         return None
     x, y = kind.address, of_target.address
     w, traits = (0, None) if of_weight is None else (of_weight.address, of_weight.traits)
-    key: Hashable = (kind.traits, of_target.traits, traits, x & 15, y & 15, w & 15)
-    calls: dict[Hashable, Prepared] = loss.__dict__.setdefault("_prepared", {})
+    numbers: list[Hashable] = []
+    for array in loss.given:
+        of_array = None if array is None else adapter.kind(array, "weight")
+        if of_array is None and array is not None:
+            return None
+        numbers.append(of_array and of_array.traits)
+    key: Any = (type(adapter), kind.traits, of_target.traits, traits, x & 15, y & 15, w & 15)
+    key += tuple(numbers)
+    calls = _calls.get(loss.key)
+    if calls is None:
+        if len(_calls) >= _MOST_LOSSES:
+            _calls.clear()
+        calls = _calls[loss.key] = {}
     call = calls.get(key)
     if call is None:
         call = Prepared(loss, logits, target, voxel_weight)

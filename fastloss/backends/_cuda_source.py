@@ -6,7 +6,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from fastloss.backends._cuda_call import TYPES
+from fastloss.backends._cuda_call import GENERAL, TYPES
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _COMMENT = re.compile(r"[ \t]*//.*$", re.MULTILINE)
@@ -47,17 +47,30 @@ def source(name: str) -> str:
     return text_of(folder() / "cuda" / name)
 
 
+PASSES = {
+    "reduce": ("fastloss_reduce", "fastloss_finish"),
+    "apply": ("fastloss_apply",),
+    "map": ("fastloss_map",),
+}
+"""The names of the kernels of a pass."""
+
+
+def source_of(constants: tuple[tuple[str, object], ...]) -> str:
+    """The name of the source that computes a kind of call."""
+    return "general.cu" if dict(constants)["path"] == GENERAL else "passes.cu"
+
+
 def specialised(constants: tuple[tuple[str, object], ...], kernel: str) -> str:
-    """The passes compiled for one kind of call; ``kernel``: "reduce" or "apply"."""
+    """The kernels of a pass, one of `PASSES`, compiled for one kind of call."""
     lines = ["#define FL_SPECIAL", f"#define FL_{kernel.upper()}"]
     for name, value in constants:
         if isinstance(value, tuple):
-            kind = "double" if name == "gamma" else "int"
+            kind = "double" if name in ("gamma", "parameter") else "int"
             numbers = ", ".join(repr(v) for v in value) or "0"
             lines.append(f"static __device__ constexpr {kind} FL_{name}[] = {{{numbers}}};")
         else:
             lines.append(f"#define FL_{name} ({value})")
-    return "\n".join(lines) + "\n" + source("passes.cu")
+    return "\n".join(lines) + "\n" + source(source_of(constants))
 
 
 def describe(constants: tuple[tuple[str, object], ...]) -> str:

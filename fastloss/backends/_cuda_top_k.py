@@ -32,9 +32,10 @@ _DIGITS, _THREADS, _BLOCKS = 256, 256, 1024
 def keep_largest(
     device: Device, losses: int, count: int, dtype: np.dtype, percent: float, mean: int
 ) -> None:
-    """As `fastloss.voxel_losses.VoxelLosses.keep_largest`, for losses at an address.
+    """As `fastloss.TopKCrossEntropy.choose`, for losses at an address.
 
-    The mean of the largest is written to the address ``mean``, as float64.
+    They become shares in the mean of the largest ``percent``, which is written to the address
+    ``mean`` as float64.
     """
     if not count:
         return

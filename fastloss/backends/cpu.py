@@ -10,8 +10,9 @@ import numpy as np
 from fastloss import _cpu
 from fastloss.arrays import Arrays
 from fastloss.backends.base import Backend, bad_labels, bad_weights
+from fastloss.maps import KINDS, Map
 from fastloss.request import ACTIVATIONS, Request
-from fastloss.voxel_losses import VoxelLosses
+from fastloss.sums import FUNCTIONS, WEIGHTS
 
 
 class CpuBackend(Backend):
@@ -33,7 +34,7 @@ class CpuBackend(Backend):
         arrays: Arrays,
         sums: np.ndarray,
         voxels: np.ndarray,
-        losses: VoxelLosses | None = None,
+        voxel_map: Map | None = None,
     ) -> None:
         faults = _passes(request).reduce(
             arrays.logits,
@@ -44,22 +45,14 @@ class CpuBackend(Backend):
             arrays.weight_dtype,
             sums,
             voxels,
-            None if losses is None else losses.values,
-            None if losses is None else losses.class_weight,
+            None if voxel_map is None else _described(voxel_map),
+            _more(arrays),
         )
         if faults is not None:
-            labels, first_label, weights, first_weight = faults
-            if labels:
-                raise bad_labels(labels, first_label, request, arrays.logits.shape[1])
-            raise bad_weights(weights, first_weight)
+            _raise(faults, request, arrays)
 
     def apply(
-        self,
-        request: Request,
-        arrays: Arrays,
-        coefficients: np.ndarray,
-        out: np.ndarray,
-        losses: VoxelLosses | None = None,
+        self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
     ) -> None:
         _passes(request).apply(
             arrays.logits,
@@ -70,8 +63,22 @@ class CpuBackend(Backend):
             arrays.weight_dtype,
             coefficients,
             out,
-            None if losses is None else losses.values,
+            _more(arrays),
         )
+
+    def write_map(self, request: Request, arrays: Arrays, voxel_map: Map) -> None:
+        faults = _passes(request).write_map(
+            arrays.logits,
+            arrays.logits_dtype,
+            arrays.target,
+            arrays.target_dtype,
+            arrays.voxel_weight,
+            arrays.weight_dtype,
+            _described(voxel_map),
+            _more(arrays),
+        )
+        if faults is not None:
+            _raise(faults, request, arrays)
 
     def get_num_threads(self) -> int:
         return int(_cpu.get_num_threads())
@@ -88,14 +95,43 @@ class CpuBackend(Backend):
         return float(_cpu.read_bandwidth(nbytes))
 
 
+def _raise(faults: tuple[int, float, int, float], request: Request, arrays: Arrays) -> None:
+    labels, first_label, weights, first_weight = faults
+    if labels:
+        raise bad_labels(labels, first_label, request, arrays.logits.shape[1])
+    raise bad_weights(weights, first_weight)
+
+
+def _more(arrays: Arrays) -> tuple[Any, ...] | None:
+    """Fields and regions, as the kernels take them."""
+    if not arrays.fields and arrays.regions is None:
+        return None
+    fields = tuple((f.array, f.dtype, _FIELDS.index(f.kind)) for f in arrays.fields)
+    return fields, arrays.regions, arrays.regions_dtype, arrays.rows
+
+
+def _described(voxel_map: Map) -> tuple[Any, ...]:
+    out = voxel_map.out
+    return 1 + KINDS.index(voxel_map.kind), out, out.dtype.name, voxel_map.coefficients
+
+
+_FIELDS = ("voxel", "class", "labels")
+_FUNCTIONS = tuple(FUNCTIONS)
+
+
 @lru_cache(maxsize=1024)
 def _passes(request: Request) -> Any:
+    def place(field: str) -> int:
+        return request.fields.index(field) if field else -1
+
     return _cpu.Passes(
         ACTIVATIONS.index(request.activation),
         request.dense,
         request.ignore_index,
-        list(request.slots),
-        list(request.gammas),
+        [
+            (WEIGHTS.index(s.weight), _FUNCTIONS.index(s.function), s.parameter, place(s.field))
+            for s in request.sums
+        ],
     )
 
 

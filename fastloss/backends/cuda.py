@@ -10,22 +10,24 @@ lost.
 from __future__ import annotations
 
 import logging
-import struct
 import time
 from dataclasses import replace
 from functools import cache
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastloss.arrays import Arrays
+from fastloss.arrays import Arrays, Field
 from fastloss.backends import _cuda_engine as engine
 from fastloss.backends._cuda_call import NO_TYPE
-from fastloss.backends._cuda_combine import COMBINE_CALL, Program, trace
-from fastloss.backends._cuda_source import describe, specialised
+from fastloss.backends._cuda_combine import Program, trace
+from fastloss.backends._cuda_operands import Operands, on_device, operands_of, repeat
+from fastloss.backends._cuda_source import PASSES, describe, specialised
 from fastloss.backends._cuda_top_k import keep_largest
 from fastloss.backends.reference import check_targets
-from fastloss.frameworks.base import byte_bounds
+from fastloss.frameworks.base import byte_bounds, device_view
+from fastloss.maps import Map
 from fastloss.request import Request
 from fastloss.statistics import Statistics
 
@@ -59,8 +61,8 @@ class CudaDevice:
         array = self._place.empty((nbytes,), "uint8")
         return _Allocated(self._place.address(array), array)
 
-    def constant(self, numbers: np.ndarray) -> engine.Memory:
-        return _constant(self._place.ordinal, numbers.tobytes())
+    def upload(self, numbers: np.ndarray) -> engine.Memory:
+        return on_device(self, np.ascontiguousarray(numbers, np.float64).tobytes())
 
     def passes(self, constants: tuple[tuple[str, object], ...], kernel: str) -> tuple[Any, ...]:
         return _passes(self._place.ordinal, constants, kernel)
@@ -108,18 +110,23 @@ def _on(ordinal: int) -> Any:
     return _NOTHING if cupy.cuda.runtime.getDevice() == ordinal else cupy.cuda.Device(ordinal)
 
 
+class _Address:
+    """A stream of somebody else's, in the protocol by which libraries hand them on."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._address  # version, address
+
+
 @cache
 def _stream(address: int, ordinal: int) -> Any:
-    return _cupy().cuda.ExternalStream(address, ordinal)
-
-
-@cache
-def _constant(ordinal: int, numbers: bytes) -> _Allocated:
-    cupy = _cupy()
-    with _on(ordinal):
-        array = cupy.asarray(np.frombuffer(numbers, np.uint8))
-        cupy.cuda.get_current_stream().synchronize()  # other streams may read it from now on
-    return _Allocated(array.data.ptr, array)
+    """CuPy's view of a stream."""
+    cuda = _cupy().cuda
+    if hasattr(cuda.Stream, "from_external"):
+        return cuda.Stream.from_external(_Address(address))
+    return cuda.ExternalStream(address, ordinal)  # which later versions deprecate
 
 
 @cache
@@ -138,20 +145,16 @@ def _kernels(ordinal: int, text: str, names: tuple[str, ...], what: str = "") ->
 def _passes(
     ordinal: int, constants: tuple[tuple[str, object], ...], kernel: str
 ) -> tuple[Any, ...]:
-    names = {
-        "reduce": ("fastloss_reduce", "fastloss_finish"),
-        "apply": ("fastloss_apply",),
-    }[kernel]
     what = f"the {kernel} pass, {describe(constants)}"
-    return _kernels(ordinal, specialised(constants, kernel), names, what)
+    return _kernels(ordinal, specialised(constants, kernel), PASSES[kernel], what)
 
 
 class DeviceCoefficients(NamedTuple):
     """The derivative by every sum, on the device, not yet times the upstream gradient.
 
     Attributes:
-        array: (S, samples, C) float64, of the caller's framework.
-        first: which sample is these arrays' first; samples are 1 if they were summed.
+        array: (S, rows, C) float64, of the caller's framework.
+        first: which row is these arrays' first; there is 1 if the samples were summed.
         upstream: a number there, or None.
         scale: a number known here.
         kept: what must live until the gradient is queued.
@@ -159,7 +162,7 @@ class DeviceCoefficients(NamedTuple):
 
     array: Any
     address: int
-    samples: int
+    rows: int
     classes: int
     first: int = 0
     upstream: Any = None
@@ -179,54 +182,119 @@ class DevicePasses:
     def __init__(self, place: Place, device: engine.Device | None = None) -> None:
         self.place = place
         self.device: engine.Device = CudaDevice(place) if device is None else device
-        self._losses: engine.Memory | None = None
+        self._ranked: Field | None = None
 
     def reduce(self, loss: Loss, request: Request, arrays: Arrays) -> Statistics:
         batch, classes = arrays.logits.shape[:2]
-        sums = self.place.empty((len(request.slots), batch, classes), "float64")
-        voxels = self.place.empty((batch,), "float64")
+        rows = batch * arrays.rows
+        sums = self.place.empty((len(request.sums), rows, classes), "float64")
+        voxels = self.place.empty((rows,), "float64")
         self.reduce_to(loss, request, arrays, self.place.address(sums), self.place.address(voxels))
-        if loss.validate and np.isnan(self.place.numpy(voxels)).any():
-            self._raise_faults(request, arrays)
-        return Statistics(request, sums, voxels, arrays.value_dtype)
+        if loss.validate:
+            if np.isnan(self.place.numpy(voxels)).any():
+                self._raise_faults(request, arrays)
+            self._check_numbers(loss, classes)
+        regions = 0 if arrays.regions is None else arrays.rows
+        return Statistics(request, sums, voxels, arrays.value_dtype, None, regions)
 
     def reduce_to(
         self, loss: Loss, request: Request, arrays: Arrays, sums: int, voxels: int
     ) -> None:
-        term = loss.term_of_voxels
+        term = loss.ranking
         if term is None:
             engine.reduce(self.device, request, arrays, sums, voxels)
             return
-        batch, classes = arrays.logits.shape[:2]
-        count = batch * int(np.prod(arrays.logits.shape[2:], dtype=np.int64))
-        self._losses = self.device.empty(max(1, count * arrays.value_dtype.itemsize))
-        weights = self.device.constant(term.class_weight(classes))
-        engine.reduce(
-            self.device, request, arrays, sums, voxels, self._losses.address, weights.address
-        )
-        slot = request.index["top_k"]
-        keep_largest(
+        assert term.ranking is not None
+        if term.kept_percent is None:
+            raise TypeError(
+                f"terms: on a GPU a term that chooses voxels can keep the largest losses alone, "
+                f"which {type(term).__name__} does not; pass arrays in CPU memory"
+            )
+        (batch, classes), spatial = arrays.logits.shape[:2], arrays.logits.shape[2:]
+        count, dtype = prod((batch, *spatial)), arrays.value_dtype
+        losses = self.device.empty(max(1, count * dtype.itemsize))
+        view = _view_of(losses, (batch, prod(spatial)), dtype)
+        voxel_map = Map("voxel", view, term.ranks_by(request, classes))
+        name = term.ranking.field
+        overwrite = self._weights_of(loss, term, classes)
+        engine.reduce(self.device, request, arrays, sums, voxels, voxel_map, name, overwrite)
+        place = request.index[term.ranking] * batch * arrays.rows * classes
+        mean = sums + 8 * place
+        keep_largest(self.device, losses.address, count, dtype, term.kept_percent, mean)
+        self._ranked = Field(_view_of(losses, (batch, *spatial), dtype), dtype.name, "voxel")
+
+    def write_map(
+        self, request: Request, arrays: Arrays, voxel_map: Map, validate: bool = False
+    ) -> None:
+        """Write a map into an array on the device, known by its view.
+
+        Voxels with a bad label or weight get NaN; with ``validate`` there is an error instead.
+        """
+        if validate:
+            self._check(request, arrays)
+        engine.write_map(self.device, request, arrays, voxel_map)
+
+    def _weights_of(self, loss: Loss, term: Any, classes: int) -> Callable[[int], None] | None:
+        """What writes a ranking term's class weights there, if they lie on the device."""
+        array = loss.given_to(term, "weight")
+        if array is None:
+            return None
+        dtype, address, owner = self.place.operand(array)
+        step = int(isinstance(term.weight, np.ndarray))
+
+        def overwrite(to: int) -> None:
+            repeat(self.device, to, dtype, address, classes, step, owner)
+
+        return overwrite
+
+    def with_numbers(self, loss: Loss) -> Loss:
+        """The loss with the numbers that it has on the device, once all that is queued is done."""
+        if not loss.given:
+            return loss
+        numbers = [
+            None if array is None else np.array(self.place.numpy(array), np.float64).reshape(-1)
+            for array in loss.given
+        ]
+        return loss.with_operands(numbers)
+
+    def _check_numbers(self, loss: Loss, classes: int) -> None:
+        """Raise ValueError for class weights in the memory of the device that are none."""
+        if loss.given:
+            for _, term in self.with_numbers(loss).terms:
+                term.check(loss.activation, classes)
+
+    def apply_sums(
+        self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Write the gradient, given the derivative by every sum, (S, rows, C), in CPU memory."""
+        _, rows, classes = coefficients.shape
+        numbers = self.device.upload(np.ascontiguousarray(coefficients, np.float64))
+        engine.apply(
             self.device,
-            self._losses.address,
-            count,
-            arrays.value_dtype,
-            term.k,
-            sums + 8 * slot * batch * classes,
+            request,
+            arrays,
+            numbers.address,
+            out,
+            slot_stride=rows * classes,
+            row_stride=classes,
         )
 
     def _raise_faults(self, request: Request, arrays: Arrays) -> None:
+        self._check(request, arrays)
+        raise ValueError(
+            f"voxel_weight: expected numbers of at least 0 that are finite in {arrays.value_dtype}"
+        )
+
+    def _check(self, request: Request, arrays: Arrays) -> None:
+        """Raise ValueError for bad labels and weights, once all that is queued is done."""
+        weight = arrays.voxel_weight
         check_targets(
             request,
             replace(
                 arrays,
                 target=self.to_numpy(arrays.target),
-                voxel_weight=None
-                if arrays.voxel_weight is None
-                else self.to_numpy(arrays.voxel_weight),
+                voxel_weight=None if weight is None else self.to_numpy(weight),
             ),
-        )
-        raise ValueError(
-            f"voxel_weight: expected numbers of at least 0 that are finite in {arrays.value_dtype}"
         )
 
     def to_numpy(self, view: np.ndarray) -> np.ndarray:
@@ -246,8 +314,12 @@ class DevicePasses:
     ) -> tuple[Any, Callable[[Any], DeviceCoefficients]]:
         """The value, on the device, and from its upstream gradient the derivative by every sum."""
         shape = slots, batch, classes = tuple(statistics.sums.shape)
-        program = program_of(loss, statistics.request, shape, statistics.dtype)
         place, device = self.place, self.device
+        operands = operands_of(loss, place)
+        program = program_of(
+            loss, statistics.request, shape, statistics.dtype, operands, statistics.regions
+        )
+        given, numbers, memory = arguments(program, device, operands)
         dtype = statistics.dtype.name
         value = place.empty(program.value_shape, dtype)
         derivatives = place.empty((slots, batch, classes), "float64")
@@ -263,7 +335,7 @@ class DevicePasses:
         }
         names = _COMBINE[: 1 + bool(program.value_shape)]
         kernels = device.kernels(program.sources, names)
-        device.launch(kernels[0], 1, (256, 1), 0, combine_call(**addresses))
+        device.launch(kernels[0], 1, (256, 1), 0, program.call(given, numbers, **addresses))
         coefficients = DeviceCoefficients(derivatives, addresses["derivatives"], batch, classes)
 
         def pullback(upstream: Any) -> DeviceCoefficients:
@@ -284,10 +356,11 @@ class DevicePasses:
                 return coefficients._replace(
                     upstream=array, upstream_address=place.address(array), upstream_type=kind
                 )
-            again = combine_call(**addresses, upstream=place.address(array))
+            again = program.call(given, numbers, **addresses, upstream=place.address(array))
             device.launch(kernels[1], 1, (256, 1), 0, again)
             # Held until the gradient is queued: memory that is let go may be handed out again.
-            return coefficients._replace(kept=(array, statistics, joined, scratch))
+            kept = (array, statistics, joined, scratch, operands.kept, memory)
+            return coefficients._replace(kept=kept)
 
         return value, pullback
 
@@ -310,63 +383,82 @@ class DevicePasses:
         coefficients: DeviceCoefficients,
         out: np.ndarray,
     ) -> None:
-        if loss.term_of_voxels is not None and self._losses is None:
-            batch, classes = arrays.logits.shape[:2]
-            scratch = self.device.empty(8 * (len(request.slots) * batch * classes + batch))
-            voxels = scratch.address + 8 * len(request.slots) * batch * classes
-            self.reduce_to(loss, request, arrays, scratch.address, voxels)
-        summed = coefficients.samples == 1
+        term = loss.ranking
+        if term is not None:
+            assert term.ranking is not None
+            if self._ranked is None:  # in another call than the first
+                rows, classes = arrays.logits.shape[0] * arrays.rows, arrays.logits.shape[1]
+                count = len(request.sums) * rows * classes
+                scratch = self.device.empty(8 * (count + rows))
+                voxels = scratch.address + 8 * count
+                self.reduce_to(loss, request, arrays, scratch.address, voxels)
+            assert self._ranked is not None
+            given = iter(arrays.fields)
+            names = request.fields
+            fields = (self._ranked if n == term.ranking.field else next(given) for n in names)
+            arrays = replace(arrays, fields=tuple(fields))
+        summed = coefficients.rows == 1
         engine.apply(
             self.device,
             request,
             arrays,
             coefficients.address + (0 if summed else 8 * coefficients.first * coefficients.classes),
             out,
-            slot_stride=coefficients.samples * coefficients.classes,
-            sample_stride=0 if summed else coefficients.classes,
+            slot_stride=coefficients.rows * coefficients.classes,
+            row_stride=0 if summed else coefficients.classes,
             upstream=coefficients.upstream_address,
             upstream_type=coefficients.upstream_type,
             scale=coefficients.scale,
-            losses=0 if self._losses is None else self._losses.address,
         )
+
+
+def _view_of(memory: engine.Memory, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """What stands for an array in C order in a device's memory, which lives as long."""
+    strides = tuple(prod(shape[i + 1 :]) * dtype.itemsize for i in range(len(shape)))
+    return device_view(memory, memory.address, shape, strides, dtype.name)
 
 
 _COMBINE = ("fastloss_combine", "fastloss_pullback")
 
 
-def combine_call(
-    *,
-    sums: int,
-    voxels: int,
-    joined: int = 0,
-    value: int,
-    derivatives: int,
-    upstream: int = 0,
-    scratch: int = 0,
-) -> np.ndarray:
-    """COMBINE_CALL, (1,), of these addresses."""
-    addresses = (sums, voxels, joined, value, derivatives, upstream, scratch)
-    return np.frombuffer(bytearray(_ADDRESSES.pack(*addresses)), _COMBINE_RECORD)
+def arguments(
+    program: Program, device: engine.Device, operands: Operands
+) -> tuple[tuple[int, ...], bytes, Any]:
+    """What `Program.call` takes of the numbers of a loss, and what holds them meanwhile."""
+    if program.takes_along:
+        return operands.addresses, operands.host, None
+    memory = on_device(device, operands.host)
+    return operands.addresses, memory.address.to_bytes(8, "little"), memory
 
 
-_ADDRESSES = struct.Struct("=7Q")
-_COMBINE_RECORD = np.dtype(("V", COMBINE_CALL.itemsize))
+_programs: dict[Any, Program] = {}
+_MOST_PROGRAMS = 1024
 
 
 def program_of(
-    loss: Loss, request: Request, shape: tuple[int, int, int], dtype: np.dtype
+    loss: Loss,
+    request: Request,
+    shape: tuple[int, int, int],
+    dtype: np.dtype,
+    operands: Operands,
+    regions: int = 0,
 ) -> Program:
-    """The step between the passes, traced once for every shape of the sums."""
-    programs: dict[Any, Program] = loss.__dict__.setdefault("_programs", {})
-    key = (request, shape, dtype)
-    if key not in programs:
-        programs[key] = trace(loss, request, *shape[1:], dtype)
-    return programs[key]
+    """The step between the passes, traced once for losses that differ in numbers alone, and every
+    shape of the sums."""
+    key = (loss.key, request, shape, dtype, operands.layout, regions)
+    program = _programs.get(key)
+    if program is None:
+        program = trace(loss, request, *shape[1:], dtype, operands.layout, regions)
+        if len(_programs) >= _MOST_PROGRAMS:
+            _programs.clear()
+        _programs[key] = program
+    return program
 
 
-def check_places(logits: Borrowed, *others: Borrowed | None) -> None:
+def check_places(logits: Borrowed, *others: Borrowed | None, **more: Borrowed) -> None:
     """Raise ValueError, naming the argument, for an array that lies elsewhere than the logits."""
-    for name, other in zip(("target", "voxel_weight", "out"), others, strict=False):
+    named = [*zip(("target", "voxel_weight", "out"), others, strict=False), *more.items()]
+    for name, other in named:
         if other is not None and _where(other) != _where(logits):
             raise ValueError(
                 f"{name}: expected an array in {_where(logits)} like the logits, got one in "

@@ -1,15 +1,81 @@
-"""What is right: the two passes in plain NumPy and float64, without care for speed or memory."""
+"""The definition: the passes in plain NumPy and float64, without care for speed or memory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 
-from fastloss.arrays import Arrays
+from fastloss.arrays import INTEGERS, Arrays
 from fastloss.backends.base import Backend, bad_labels, bad_weights
+from fastloss.maps import Map
 from fastloss.request import Request
-from fastloss.voxel_losses import VoxelLosses
+from fastloss.sums import Sum
 
-Fields = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+class Probability(NamedTuple):
+    """p, 1−p and their logarithms, (C, N) each."""
+
+    p: np.ndarray
+    q: np.ndarray
+    log_p: np.ndarray
+    log_q: np.ndarray
+
+
+class Function(NamedTuple):
+    """A function of p, and its derivative by what ``by`` names: "p", "log_p" or "log_q"."""
+
+    by: str
+    value: Callable[[Probability, float], np.ndarray]
+    slope: Callable[[Probability, float], np.ndarray]
+
+
+def _zero(v: Probability, _: float) -> np.ndarray:
+    return np.zeros_like(v.p)
+
+
+def _one(v: Probability, _: float) -> np.ndarray:
+    return np.ones_like(v.p)
+
+
+FUNCTIONS = {
+    "one": Function("p", _one, _zero),
+    "p": Function("p", lambda v, _: v.p, _one),
+    "p_squared": Function("p", lambda v, _: v.p**2, lambda v, _: 2 * v.p),
+    "log": Function("log_p", lambda v, _: -v.log_p, lambda v, _: -np.ones_like(v.p)),
+    "log_rest": Function("log_q", lambda v, _: -v.log_q, lambda v, _: -np.ones_like(v.p)),
+    "focal": Function(
+        "log_p",
+        lambda v, gamma: -_product(v.q**gamma, v.log_p),
+        lambda v, gamma: -_focal_slope(v.p, v.log_p, v.q, gamma),
+    ),
+    "focal_rest": Function(
+        "log_q",
+        lambda v, gamma: -_product(v.p**gamma, v.log_q),
+        lambda v, gamma: -_focal_slope(v.q, v.log_q, v.p, gamma),
+    ),
+}
+
+WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "one": np.ones_like,
+    "target": lambda g: g,
+    "rest": lambda g: 1 - g,
+    "target_squared": lambda g: g**2,
+}
+
+
+class _Sample(NamedTuple):
+    """One sample in float64: logits and target (C, N), voxel weights and rows (N,), fields (C, N).
+
+    A row of −1: the voxel is of no region.
+    """
+
+    x: np.ndarray
+    g: np.ndarray
+    m: np.ndarray
+    row: np.ndarray
+    fields: dict[str, np.ndarray]
 
 
 class ReferenceBackend(Backend):
@@ -21,111 +87,105 @@ class ReferenceBackend(Backend):
         arrays: Arrays,
         sums: np.ndarray,
         voxels: np.ndarray,
-        losses: VoxelLosses | None = None,
+        voxel_map: Map | None = None,
     ) -> None:
         check_targets(request, arrays)
         for b in range(arrays.logits.shape[0]):
-            x, g, m = _sample(request, arrays, b)
+            sample = _sample(request, arrays, b)
+            rows = slice(b * arrays.rows, (b + 1) * arrays.rows)
+            voxels[rows] = _by_row(sample.m, sample, arrays.rows)
             with np.errstate(all="ignore"):
-                p, log_p, log_q = _activate(request.activation, x)
-                voxels[b] = m.sum()
-                for slot, total in zip(request.slots, sums[:, b], strict=True):
-                    total[:] = _field(slot, request, p, log_p, log_q, g, m).sum(axis=1)
-                if losses is not None:
-                    each = _field("cross_entropy", request, p, log_p, log_q, g, m)
-                    losses.values[b] = _product(losses.class_weight[:, None], each).sum(axis=0)
+                v = _activate(request.activation, sample.x)
+                for s, total in enumerate(request.sums):
+                    summands = _summands(total, v, sample)
+                    for c, of_class in enumerate(summands):
+                        sums[s, rows, c] = _by_row(of_class, sample, arrays.rows)
+                if voxel_map is not None:
+                    voxel_map.out[b] = _mapped(request, voxel_map, v, sample)
 
     def apply(
-        self,
-        request: Request,
-        arrays: Arrays,
-        coefficients: np.ndarray,
-        out: np.ndarray,
-        losses: VoxelLosses | None = None,
+        self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
     ) -> None:
         for b in range(arrays.logits.shape[0]):
-            x, g, m = _sample(request, arrays, b)
+            sample = _sample(request, arrays, b)
+            rows = coefficients[:, b * arrays.rows : (b + 1) * arrays.rows]
             with np.errstate(all="ignore"):
-                k = dict(zip(request.slots, coefficients[:, b, :, None], strict=True))
-                if losses is not None:
-                    k["top_k"] = k["top_k"] * losses.values[b]
-                gradient = _gradient(request, k, x, g, m)
+                # Of every voxel the coefficients of its row, (S, C, N).
+                k = rows.transpose(0, 2, 1)[:, :, np.maximum(sample.row, 0)]
+                gradient = _gradient(request, k, sample)
                 out[b] = _store(gradient.reshape(out[b].shape), arrays.logits_dtype)
 
-
-def _field(
-    slot: str,
-    request: Request,
-    p: np.ndarray,
-    log_p: np.ndarray,
-    log_q: np.ndarray,
-    g: np.ndarray,
-    m: np.ndarray,
-) -> np.ndarray:
-    """The summand of one slot, (C, N); see `fastloss.request.Request`."""
-    name, _, gamma = slot.partition(":")
-    if name in ("reference", "top_k"):
-        return m * g
-    if name == "overlap":
-        return m * p * g
-    if name == "predicted":
-        return m * p
-    if name == "predicted_squared":
-        return m * p**2
-    if name == "reference_squared":
-        return m * g**2
-    if name == "cross_entropy":
-        return -_product(m * g, log_p)
-    if name == "cross_entropy_rest":
-        return -_product(m * (1 - g), log_q)
-    if name == "uniform":
-        logs = log_p + log_q if request.activation == "sigmoid" else log_p
-        return -_product(m, logs)
-    if name == "focal":
-        return -_product(m * g * _complement(request, p, log_p) ** float(gamma), log_p)
-    assert name == "focal_rest", name
-    return -_product(m * (1 - g) * p ** float(gamma), log_q)
+    def write_map(self, request: Request, arrays: Arrays, voxel_map: Map) -> None:
+        check_targets(request, arrays)
+        for b in range(arrays.logits.shape[0]):
+            sample = _sample(request, arrays, b)
+            if voxel_map.kind == "label":  # of all voxels, whether they count or not
+                x = _load(arrays.logits[b], arrays.logits_dtype).reshape(len(sample.x), -1)
+                sample = sample._replace(x=x)
+            with np.errstate(all="ignore"):
+                v = _activate(request.activation, sample.x)
+                voxel_map.out[b] = _mapped(request, voxel_map, v, sample)
 
 
-def _gradient(
-    request: Request, k: dict[str, np.ndarray], x: np.ndarray, g: np.ndarray, m: np.ndarray
-) -> np.ndarray:
-    """Σ over slots of k · (derivative of the slot's summand by each logit), (C, N)."""
-    p, log_p, log_q = _activate(request.activation, x)
-    q = _complement(request, p, log_p)
-    by_p = np.zeros_like(x)  # through p itself
-    by_log_p = np.zeros_like(x)  # through log p
-    by_log_q = np.zeros_like(x)  # through log(1−p)
-    for slot, c in k.items():
-        name, _, gamma = slot.partition(":")
-        if name == "overlap":
-            by_p += c * m * g
-        elif name == "predicted":
-            by_p += c * m
-        elif name == "predicted_squared":
-            by_p += c * m * 2 * p
-        elif name in ("cross_entropy", "top_k"):
-            by_log_p -= c * m * g
-        elif name == "cross_entropy_rest":
-            by_log_q -= c * m * (1 - g)
-        elif name == "uniform":
-            by_log_p -= c * m
-            by_log_q -= c * m
-        elif name == "focal":
-            by_log_p -= c * m * g * _focal_slope(p, log_p, q, float(gamma))
-        elif name == "focal_rest":
-            by_log_q -= c * m * (1 - g) * _focal_slope(q, log_q, p, float(gamma))
+def _summands(total: Sum, v: Probability, sample: _Sample) -> np.ndarray:
+    """m · weight · field · function(p), (C, N)."""
+    return _product(_weights(total, sample), FUNCTIONS[total.function].value(v, total.parameter))
+
+
+def _weights(total: Sum, sample: _Sample) -> np.ndarray:
+    """m · weight · field, (C, N)."""
+    weight = sample.m * WEIGHTS[total.weight](sample.g)
+    return _product(weight, sample.fields[total.field]) if total.field else weight
+
+
+def _by_row(summands: np.ndarray, sample: _Sample, rows: int) -> np.ndarray:
+    """Σ over the voxels of every row, (rows,)."""
+    if rows == 1 and (sample.row == 0).all():
+        return np.array([summands.sum()])
+    return np.array([summands[sample.row == row].sum() for row in range(rows)])
+
+
+def _mapped(request: Request, voxel_map: Map, v: Probability, sample: _Sample) -> np.ndarray:
+    """One sample of a map."""
+    if voxel_map.kind == "label":
+        if len(sample.x) == 1:
+            return v.p[0] > 0.5
+        return sample.x.argmax(axis=0)
+    if voxel_map.kind == "error":
+        return sample.m * np.abs(sample.g - v.p)
+    assert voxel_map.coefficients is not None
+    each = np.zeros_like(sample.x)
+    for total, k in zip(request.sums, voxel_map.coefficients, strict=True):
+        each += _product(k[:, None] * np.ones_like(each), _summands(total, v, sample))
+    return each.sum(axis=0) if voxel_map.kind == "voxel" else each
+
+
+def _gradient(request: Request, k: np.ndarray, sample: _Sample) -> np.ndarray:
+    """Σ over the sums of k · (derivative of the summand by each logit), (C, N)."""
+    v = _activate(request.activation, sample.x)
+    by = {name: np.zeros_like(sample.x) for name in ("p", "log_p", "log_q")}
+    for total, coefficient in zip(request.sums, k, strict=True):
+        function = FUNCTIONS[total.function]
+        weight = coefficient * _weights(total, sample)
+        by[function.by] += _product(weight, function.slope(v, total.parameter))
+    p, q, by_p, by_log_p, by_log_q = v.p, v.q, by["p"], by["log_p"], by["log_q"]
     if request.activation == "softmax":
-        t = by_p * p + by_log_p
-        return t - p * t.sum(axis=0)
+        t = by_p * p + by_log_p  # by log p
+        # t − p Σ t; where p is near 1 this cancels, and is t (1−p) − p Σ of the others.
+        largest = _is_largest(sample.x)
+        of_others = np.where(largest, 0.0, t).sum(axis=0)
+        gradient = np.where(largest, t * q - p * of_others, t - p * t.sum(axis=0))
+        # d log q_c / d x_j is −p_c at c itself and elsewhere p_c p_j / q_c, where p_j ≤ q_c.
+        for c in range(len(p)):
+            by = by_log_q[c] * p[c]
+            change = np.where(p == 0, 0.0, by * (p / q[c]))
+            change[c] = -by
+            gradient += change
+        return gradient
     if request.activation == "sigmoid":
         return by_p * p * q + by_log_p * q - by_log_q * p
-    return by_p + np.where(by_log_p == 0, 0.0, by_log_p / p)
-
-
-def _complement(request: Request, p: np.ndarray, log_p: np.ndarray) -> np.ndarray:
-    """1 − p, exact where p is near 1 as well."""
-    return 1 - p if request.activation == "none" else -np.expm1(log_p)
+    of_logs = np.where(by_log_p == 0, 0.0, by_log_p / p)
+    return by_p + of_logs - np.where(by_log_q == 0, 0.0, by_log_q / q)
 
 
 def _focal_slope(p: np.ndarray, log_p: np.ndarray, q: np.ndarray, gamma: float) -> np.ndarray:
@@ -142,23 +202,30 @@ def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where((a == 0) & ~np.isnan(b) | (b == 0) & ~np.isnan(a), 0.0, a * b)
 
 
-def _activate(activation: str, x: np.ndarray) -> Fields:
-    """p, log p and log(1−p)."""
+def _activate(activation: str, x: np.ndarray) -> Probability:
     if activation == "softmax":
+        # Apart from one largest member the sum is exact to the last bit where that one dominates,
+        # and with it 1−p and log p are.
+        first = _is_largest(x)
         largest = x.max(axis=0)
         # Classes that share an infinite maximum share the probability.
-        d = np.where(x == largest, 0.0, x - largest)
-        log_p = d - np.log(np.exp(d).sum(axis=0))
-        p = np.exp(log_p)
-        return p, log_p, log_p
+        e = np.exp(d := np.where(x == largest, 0.0, x - largest))
+        rest = np.where(first, 0.0, e).sum(axis=0)
+        log_p, p = d - np.log1p(rest), e / (1 + rest)
+        q = np.where(first, rest, 1 + rest - e) / (1 + rest)
+        return Probability(p, q, log_p, np.where(p < 0.5, np.log1p(-p), np.log(q)))
     if activation == "sigmoid":
         log_p, log_q = -np.logaddexp(0, -x), -np.logaddexp(0, x)
-        return np.exp(log_p), log_p, log_q
-    return x, np.log(x), np.log1p(-x)
+        return Probability(np.exp(log_p), -np.expm1(log_p), log_p, log_q)
+    return Probability(x, 1 - x, np.log(x), np.log1p(-x))
 
 
-def _sample(request: Request, arrays: Arrays, b: int) -> Fields:
-    """Logits and dense target (C, N) and voxel weights (N,) of one sample, in float64."""
+def _is_largest(x: np.ndarray) -> np.ndarray:
+    """Whether a class is the first of the largest logit, (C, N)."""
+    return x.argmax(axis=0) == np.arange(len(x))[:, None]
+
+
+def _sample(request: Request, arrays: Arrays, b: int) -> _Sample:
     classes = arrays.logits.shape[1]
     x = _load(arrays.logits[b], arrays.logits_dtype).reshape(classes, -1)
     y = _load(arrays.target[b], arrays.target_dtype)
@@ -178,14 +245,31 @@ def _sample(request: Request, arrays: Arrays, b: int) -> Fields:
         g = (labels == np.arange(classes)[:, None]).astype(np.float64)
         if ignore is not None:
             m = np.where(labels == ignore, 0.0, m)
+    row = np.zeros(x.shape[1], np.int64)
+    if arrays.regions is not None:
+        row = arrays.regions[b].reshape(-1).astype(np.int64)
+        row = np.where((row < 0) | (row >= arrays.rows), -1, row)
+        m = np.where(row < 0, 0.0, m)
+    fields = {}
+    for name, field in zip(request.fields, arrays.fields, strict=True):
+        numbers = _load(field.array[b], field.dtype)
+        if field.kind == "labels":
+            numbers = (numbers.reshape(-1) == np.arange(classes)[:, None]).astype(np.float64)
+        numbers = np.broadcast_to(numbers.reshape(-1, x.shape[1]), x.shape)
+        fields[name] = np.where(m == 0, 0.0, numbers)
     # A voxel that counts for nothing does so even if it holds NaN.
-    return np.where(m == 0, 0.0, x), np.where(m == 0, 0.0, g), m
+    return _Sample(np.where(m == 0, 0.0, x), np.where(m == 0, 0.0, g), m, row, fields)
 
 
 def check_targets(request: Request, arrays: Arrays) -> None:
-    """Raise ValueError for labels that are no class and for bad voxel weights."""
+    """Raise ValueError for labels that are no class and for bad voxel weights.
+
+    In a dense target integers are 0 or 1, as labels are classes; floating numbers are free.
+    """
     classes = arrays.logits.shape[1]
-    if not arrays.dense:
+    if arrays.dense:
+        check_dense(request, arrays)
+    else:
         labels = _load(arrays.target, arrays.target_dtype)
         good = (labels >= 0) & (labels < classes) & (labels == np.floor(labels))
         if request.ignore_index is not None:
@@ -197,6 +281,21 @@ def check_targets(request: Request, arrays: Arrays) -> None:
         good = (weight >= 0) & (weight < np.inf)
         if not good.all():
             raise bad_weights(int((~good).sum()), weight[~good][0])
+
+
+def check_dense(request: Request, arrays: Arrays) -> None:
+    """Raise ValueError for integers in a dense target that are neither 0 nor 1 nor ignored."""
+    if arrays.target_dtype not in INTEGERS:
+        return
+    classes = arrays.logits.shape[1]
+    numbers = np.moveaxis(arrays.target, 1, -1)  # the first is one of the first voxel's
+    if arrays.target_dtype == "bool":
+        numbers = numbers.view(np.uint8)
+    bad = (numbers != 0) & (numbers != 1)
+    if request.ignores_number(classes):
+        bad &= numbers != request.ignore_index
+    if bad.any():
+        raise bad_labels(int(bad.sum()), numbers[bad][0], request, classes)
 
 
 def _load(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Hashable
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
@@ -13,6 +14,7 @@ from fastloss.frameworks.memory import empty_like
 
 if TYPE_CHECKING:
     from fastloss.loss import Loss
+    from fastloss.structure import Recipe
     from fastloss.terms import Term
 
     LossLike: TypeAlias = Loss | Term | partial[Loss]
@@ -54,6 +56,12 @@ class Place:
     def scalar(self, number: Any, dtype: str) -> Any:
         """As `array`, of one number, which itself will do."""
         return self.array(number, dtype)
+
+    def operand(self, array: Any) -> tuple[str, int, Any]:
+        """Numbers that are read there: their dtype, "float32" or "float64", where they lie in C
+        order, and what holds them. Nothing waits."""
+        own = self.array(array, "float64")
+        return "float64", self.address(own), own
 
     def numpy(self, array: Any) -> np.ndarray:
         """A copy in the processor's memory, once all that is queued is done."""
@@ -111,6 +119,53 @@ def _reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int]:
     return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0)
 
 
+class Extras(NamedTuple):
+    """The arrays of a call beside logits, target and voxel weight, as the caller gave them."""
+
+    fields: tuple[tuple[str, Any], ...] = ()
+    """Names and arrays, in the order of the names."""
+    regions: Any = None
+    region_count: int | None = None
+
+    @classmethod
+    def of(cls, fields: Any, regions: Any, region_count: Any) -> Extras | None:
+        """None where there are none.
+
+        Raises:
+            TypeError: ``fields`` is no mapping of names, ``region_count`` no integer.
+            ValueError: a ``region_count`` below 1, or without regions.
+        """
+        if fields is None and regions is None and region_count is None:
+            return None
+        if fields is not None and not (
+            isinstance(fields, Mapping) and all(isinstance(name, str) for name in fields)
+        ):
+            raise TypeError(
+                f"fields: expected a mapping from names to arrays, got {type(fields).__name__}"
+            )
+        if region_count is not None:
+            if isinstance(region_count, bool) or not isinstance(region_count, (int, np.integer)):
+                raise TypeError(f"region_count: expected an integer, got {region_count!r}")
+            if regions is None or region_count < 1:
+                raise ValueError(
+                    "region_count: expected a number of at least 1 beside regions, got "
+                    f"{region_count}" + (" without regions" if regions is None else "")
+                )
+            region_count = int(region_count)
+        ordered = tuple(sorted((fields or {}).items(), key=lambda item: item[0]))
+        return cls(ordered, regions, region_count)
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """The fields, then the regions."""
+        return (*(array for _, array in self.fields), self.regions)
+
+    def with_arrays(self, arrays: Sequence[Any]) -> Extras:
+        """The same with other arrays, as `arrays` has them."""
+        named = zip(self.fields, arrays[:-1], strict=True)
+        return self._replace(fields=tuple((n, a) for (n, _), a in named), regions=arrays[-1])
+
+
 class Adapter:
     """Borrows a framework's arrays, allocates results, and hooks its automatic differentiation.
 
@@ -123,6 +178,15 @@ class Adapter:
     def borrow(self, array: Any, name: str, *, write: bool = False) -> Borrowed:
         """A NumPy view that shares the array's memory; ``name`` is the argument, for errors."""
         raise NotImplementedError(f"{type(self).__name__} must define borrow")
+
+    def numbers(self, array: Any, name: str) -> np.ndarray:
+        """The numbers of a small array, float64, wherever it lies."""
+        view, dtype, place = self.borrow(array, name)
+        if place is not None:
+            return place.numpy(array).astype(np.float64)
+        if dtype == "bfloat16":
+            view = (view.astype(np.uint32) << 16).view(np.float32)
+        return view.astype(np.float64)
 
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
         """A new uninitialised array of the same shape, layout and dtype, and its view."""
@@ -164,19 +228,43 @@ class Adapter:
         """
         return gradient
 
-    def value(self, loss: LossLike, logits: Any, target: Any, voxel_weight: Any) -> Any:
+    def value(
+        self,
+        loss: LossLike,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any,
+        *,
+        extras: Extras | None = None,
+    ) -> Any:
         """The loss of these arrays for the caller, differentiable where the framework is.
 
         ``passes`` of the loss borrows the arrays, runs the two passes over them, and the step
         between.
         """
         loss = as_loss(loss)
-        ready = loss.prepared(self, logits, target, voxel_weight)
+        ready = loss.prepared(self, logits, target, voxel_weight) if extras is None else None
         if ready is not None:
             call, addresses = ready
-            return call.value(addresses)[0]
-        passes = loss.passes(logits, target, voxel_weight)
-        return self.result(passes.combine(passes.reduce())[0])
+            return call.value(loss, addresses)[0]
+        passes = loss.passes(logits, target, voxel_weight, extras)
+        return self.result(passes.forward()[0])
+
+    def takes_numbers(self, logits: Any, options: Iterable[Any]) -> bool:
+        """Whether numbers among these options are to be operands rather than to be read here."""
+        return False
+
+    def evaluate(
+        self,
+        options: tuple[tuple[str, Any], ...],
+        recipes: Sequence[Recipe],
+        logits: Any,
+        target: Any,
+        voxel_weight: Any,
+        extras: Extras | None = None,
+    ) -> Any:
+        """As `value`, of a loss that is not made yet, if the adapter `takes_numbers`."""
+        raise NotImplementedError(f"{type(self).__name__} must define evaluate")
 
 
 def as_loss(loss: LossLike) -> Loss:
@@ -184,6 +272,23 @@ def as_loss(loss: LossLike) -> Loss:
     if type(loss) is partial:
         return loss()
     return getattr(loss, "_loss", loss)  # type: ignore[arg-type]
+
+
+def torch_compiles() -> bool:
+    """Whether `torch.compile` or `torch.export` is at work, without an import of torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
+def torch_traces() -> bool:
+    """Whether `torch.compile` reads this function, rather than that it runs."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_dynamo_compiling()
+
+
+def fixed(number: float) -> float:
+    """The number, which `torch.compile` then takes for a constant rather than for a variable."""
+    return float.fromhex(float(number).hex())
 
 
 def constant(function: _Function) -> _Function:

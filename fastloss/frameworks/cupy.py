@@ -83,6 +83,10 @@ class ExporterAdapter(Adapter):
         capsule = export(array, name, stream=place.stream or _LEGACY_STREAM)
         return view_of(capsule, name, write)._replace(place=place)
 
+    def numbers(self, array: Any, name: str) -> np.ndarray:
+        with cupy.cuda.Device(device_of(array, name)[1]):
+            return CUPY.numbers(cupy.from_dlpack(array), name)
+
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
         assert borrowed.place is not None
         dtype: Any = borrowed.dtype

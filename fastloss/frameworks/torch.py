@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,17 +11,27 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from fastloss.frameworks.base import Adapter, Borrowed, Kind, Place, as_loss, device_view
+from fastloss.frameworks.base import (
+    Adapter,
+    Borrowed,
+    Extras,
+    Kind,
+    Place,
+    as_loss,
+    device_view,
+)
 from fastloss.frameworks.memory import LEAST, large
-from fastloss.naming import text_of
+from fastloss.loss import made
+from fastloss.naming import structure_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from fastloss.backends._cuda_prepared import Prepared
     from fastloss.frameworks.base import LossLike
     from fastloss.frameworks.torch_distributed import Ranks
     from fastloss.loss import Loss
+    from fastloss.structure import Recipe
 
 _NAMES = {
     getattr(torch, name): name
@@ -36,6 +47,7 @@ _saved_tensors_hooks = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True
 )
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_OPERANDS = {torch.float32: "float32", torch.float64: "float64"}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -47,6 +59,11 @@ class TorchAdapter(Adapter):
         dtype = _NAMES.get(array.dtype)
         if dtype is None:
             raise TypeError(f"{name}: unsupported dtype {array.dtype}")
+        if torch._C._is_tracing():
+            raise RuntimeError(
+                f"{name}: torch.jit.trace would record the result of this call as a constant; call "
+                "the loss itself in what is traced, or use torch.export or torch.compile"
+            )
         array = plain(array)
         if array.requires_grad:
             if name not in ("logits", "out"):
@@ -65,6 +82,10 @@ class TorchAdapter(Adapter):
             increment_version(array)
         return Borrowed(view, dtype)
 
+    def numbers(self, array: Any, name: str) -> np.ndarray:
+        result: np.ndarray = plain(array).detach().to("cpu", torch.float64).numpy()
+        return result
+
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
         is_large = borrowed.place is None and borrowed.array.nbytes >= LEAST
         new = _large_like(plain(array)) if is_large else self.like(array)
@@ -72,6 +93,8 @@ class TorchAdapter(Adapter):
 
     def kind(self, array: Any, name: str) -> Kind | None:
         if type(array) not in _PLAIN or not _is_on_gpu(array) or array.is_neg():
+            return None
+        if torch._C._is_tracing():  # which `borrow` refuses
             return None
         if name != "logits" and array.requires_grad:
             return None
@@ -105,27 +128,42 @@ class TorchAdapter(Adapter):
         target: Any,
         voxel_weight: Any,
         *,
+        extras: Extras | None = None,
+        given: Sequence[Any] = (),
         reuse_logits: bool = False,
         ranks: Ranks | None = None,
     ) -> Any:
         refuse_gradient(target, "target")
         refuse_gradient(voxel_weight, "voxel_weight")
-        if torch.compiler.is_compiling() or _is_traced(logits):
+        if extras is not None:
+            for name, field in extras.fields:
+                refuse_gradient(field, f"fields[{name!r}]")
+        if is_traced(logits):
             from fastloss.frameworks import torch_operators
 
-            if hasattr(loss, "graph_name"):
-                id(loss)  # asked for by a graph, that it serves this very object
-                # A method, as older versions hand no objects to functions that are constant.
-                text = loss.graph_name()
-            else:  # what makes a loss
-                text = text_of(loss)
-            return torch_operators.value(text, logits, target, voxel_weight, ranks)
+            structure: str
+            operands: Sequence[Any]
+            if isinstance(loss, partial):  # what makes a loss, all of whose numbers are given
+                structure, operands = structure_of(loss), given
+            # A method, as older versions hand no objects to functions that are constant.
+            elif not loss.keep_terms():  # it is made in what is being traced
+                structure, operands = loss.described_inside()
+            else:
+                structure, operands = loss.structure, loss.operands
+                if is_exporting():  # which takes no arrays of NumPy's, and nothing changes there
+                    operands = loss.numbers()
+            numbers = _joined(operands, given, logits)
+            return torch_operators.value(
+                structure, numbers, logits, target, voxel_weight, extras, ranks
+            )
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 "logits: the transforms of torch.func do not go through fastloss; take the "
                 "gradient by backward() or torch.autograd.grad"
             )
         loss, logits = as_loss(loss), plain(logits)
+        if given:
+            loss = _with_given(loss, given, logits)
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
             raise RuntimeError(
                 "logits: forward-mode derivatives are not computed; take the gradient by backward()"
@@ -133,22 +171,106 @@ class TorchAdapter(Adapter):
         differentiable = torch.is_grad_enabled() and logits.requires_grad
         if differentiable and reuse_logits:
             _check_reuse(logits)
-        if ranks is None:
+        if ranks is None and extras is None:
             ready = loss.prepared(self, logits, target, voxel_weight)
             if ready is not None:
                 call, addresses = ready
                 if not differentiable:
-                    return call.value(addresses)[0]
+                    return call.value(loss, addresses)[0]
                 arrays = (logits, target, voxel_weight)
                 if not reuse_logits or _takes_logits(loss, ready, arrays):
                     return _QueuedValue.apply(*arrays, (loss, *ready), reuse_logits)
         if differentiable:
-            return _Value.apply(logits, target, voxel_weight, loss, reuse_logits, ranks)
-        passes = loss.passes(logits, target, voxel_weight)
-        statistics = passes.reduce()
-        if ranks is not None:
-            statistics, _ = ranks.join(loss, statistics)
-        return self.result(passes.combine(statistics)[0])
+            return _Value.apply(logits, target, voxel_weight, loss, reuse_logits, ranks, extras)
+        passes = loss.passes(logits, target, voxel_weight, extras)
+        if ranks is None:
+            return self.result(passes.forward()[0])
+        return self.result(passes.combine(ranks.join(loss, passes.reduce(whole=False))[0])[0])
+
+    def takes_numbers(self, logits: Any, options: Iterable[Any]) -> bool:
+        if is_traced(logits):
+            return True
+        return any(isinstance(v, torch.Tensor) and not is_readable(v) for v in options)
+
+    def evaluate(
+        self,
+        options: tuple[tuple[str, Any], ...],
+        recipes: Sequence[Recipe],
+        logits: torch.Tensor,
+        target: Any,
+        voxel_weight: Any,
+        extras: Extras | None = None,
+    ) -> Any:
+        given: Sequence[Any] = ()
+        if is_traced(logits):
+            factors = torch.cat([_as_tensor(r.factor, logits) for r in recipes])
+            given = [factors, *(_as_tensor(n, logits) for r in recipes for _, n in r.numbers)]
+            recipes = [_of_ones(r, True) for r in recipes]
+        elif any(isinstance(n, torch.Tensor) for r in recipes for _, n in r.numbers):
+            given = [
+                n if isinstance(n, torch.Tensor) else None for r in recipes for _, n in r.numbers
+            ]
+            given = [None, *(g if g is None else g.detach().reshape(-1) for g in given)]
+            recipes = [_of_ones(r, False) for r in recipes]
+        # Made by the adapter, where `torch.compile` does not look.
+        loss = partial(made, options, *recipes)
+        return self.value(loss, logits, target, voxel_weight, extras=extras, given=given)
+
+
+def _joined(operands: Sequence[Any], given: Sequence[Any], logits: torch.Tensor) -> torch.Tensor:
+    """The numbers of a loss one after another, where the logits are: those that are given, and its
+    own where they are None."""
+    chosen = [o if g is None else g for o, g in zip(operands, given or operands, strict=True)]
+    tensors = [_float64(c) for c in chosen]
+    if len(tensors) > 1 and not any(isinstance(c, torch.Tensor) for c in chosen):
+        tensors = [torch.cat(tensors)]
+    if any(t.device != logits.device for t in tensors):
+        tensors = [t.to(logits.device, non_blocking=True) for t in tensors]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _with_given(loss: Loss, given: Sequence[Any], logits: torch.Tensor) -> Loss:
+    """The loss with the numbers of these tensors, None for its own."""
+    if _is_on_gpu(logits):
+        if loss.reads_again:
+            given = [None if g is None else g.detach().clone() for g in given]
+        return loss.with_given(given)
+    return loss.with_operands(
+        [None if g is None else np.array(ADAPTER.numbers(g, "weight")).reshape(-1) for g in given]
+    )
+
+
+def _float64(numbers: Any) -> torch.Tensor:
+    if isinstance(numbers, tuple):
+        return torch.tensor(numbers, dtype=torch.float64)
+    return torch.as_tensor(numbers).detach().to(torch.float64).reshape(-1)
+
+
+def _as_tensor(number: Any, logits: torch.Tensor) -> torch.Tensor:
+    """One number or several, (1,) or (C,), as an operand of what is being compiled."""
+    if isinstance(number, (list, np.ndarray)):  # a caller's
+        if isinstance(number, np.ndarray):
+            number = torch.as_tensor(number)
+        else:  # which may be variables
+            return torch.cat([torch.ones(1, dtype=torch.float64) * n for n in number])
+    if isinstance(number, torch.Tensor):
+        return number.detach().to(logits.device, torch.float64, non_blocking=True).reshape(-1)
+    if isinstance(number, tuple):
+        return torch.tensor(number, dtype=torch.float64)
+    return torch.ones(1, dtype=torch.float64) * number
+
+
+def _of_ones(recipe: Recipe, traced: bool) -> Recipe:
+    """As if each number that is given, all of them where it is ``traced``, were 1."""
+    numbers = []
+    for name, number in recipe.numbers:
+        if traced or isinstance(number, torch.Tensor):
+            several = isinstance(number, (tuple, list)) or (
+                isinstance(number, (torch.Tensor, np.ndarray)) and number.ndim > 0
+            )
+            number = (1.0,) * len(number) if several else 1.0
+        numbers.append((name, number))
+    return recipe._replace(numbers=tuple(numbers), factor=1.0 if traced else recipe.factor)
 
 
 class TorchPlace(Place):
@@ -182,6 +304,13 @@ class TorchPlace(Place):
             if plain and number.dtype is getattr(torch, dtype)
             else super().scalar(number, dtype)
         )
+
+    def operand(self, array: Any) -> tuple[str, int, Any]:
+        dtype = array.dtype
+        if array.device != self.device or not array.is_contiguous() or dtype not in _OPERANDS:
+            dtype = torch.float64
+            array = array.detach().to(self.device, dtype, non_blocking=True).contiguous()
+        return _OPERANDS[dtype], array.data_ptr(), array
 
     def address(self, array: Any) -> int:
         return int(array.data_ptr())
@@ -228,14 +357,40 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.as_subclass(torch.Tensor)
 
 
-def _is_traced(tensor: torch.Tensor) -> bool:
+def is_traced(tensor: torch.Tensor) -> bool:
     """Whether there is no memory to see, or somebody watches operators: fake tensors, tracers."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return True
     kind = type(tensor)
     return (
         (kind not in _PLAIN and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__)
         or tensor.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+# PyTorch before 2.7 does not tell.
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether there are numbers in CPU memory to see."""
+    return not is_traced(tensor) and tensor.is_cpu and not _is_on_gpu(tensor)
+
+
+def bytes_of(tensor: torch.Tensor | None) -> Any:
+    """Dtype and bytes of a few numbers in CPU memory; None if they cannot be read here."""
+    if tensor is None:
+        return ()
+    if not is_readable(tensor):
+        return None
+    tensor, dtype = plain(tensor), tensor.dtype
+    if dtype is torch.bfloat16:  # which NumPy lacks
+        tensor = tensor.view(torch.int16)
+    try:
+        return dtype, tensor.detach().numpy().tobytes()
+    except (RuntimeError, TypeError):  # a transform's view of it, or a dtype of no numbers
+        return None
 
 
 def refuse_gradient(array: Any, name: str) -> None:
@@ -294,19 +449,22 @@ class _Value(torch.autograd.Function):
         loss: Loss,
         reuse_logits: bool,
         ranks: Ranks | None,
+        extras: Extras | None,
     ) -> Any:
-        passes = loss.passes(logits, target, voxel_weight)
+        passes = loss.passes(logits, target, voxel_weight, extras)
         if reuse_logits:
             with _about_reuse():
                 passes.check_output(passes.logits)
-        statistics = passes.reduce()
         ctx.first = 0
-        if ranks is not None:
-            statistics, ctx.first = ranks.join(loss, statistics)
-        value, ctx.pullback = passes.combine(statistics)
+        if ranks is None:
+            value, ctx.pullback = passes.forward()
+        else:
+            statistics, ctx.first = ranks.join(loss, passes.reduce(whole=False))
+            value, ctx.pullback = passes.combine(statistics)
         # Of the large arrays nothing may live longer than what autograd itself keeps of them: it
         # frees that after the backward pass, and hooks may move it, as offloading does.
-        given = (logits, target, voxel_weight)
+        given = (logits, target, voxel_weight, *(extras.arrays if extras is not None else ()))
+        ctx.extras = None if extras is None else extras.with_arrays([None] * len(extras.arrays))
         ctx.save_for_backward(*(a if isinstance(a, torch.Tensor) else None for a in given))
         ctx.others = tuple(None if isinstance(a, torch.Tensor) else a for a in given)
         ctx.passes = None if _saved_tensors_hooks(True) else passes
@@ -318,20 +476,22 @@ class _Value(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Any) -> Any:
         _check_unspent(ctx)
         saved = zip(ctx.saved_tensors, ctx.others, strict=True)
-        logits, target, voxel_weight = (b if a is None else a for a, b in saved)
+        logits, target, voxel_weight, *others = (b if a is None else a for a, b in saved)
         passes, ctx.passes = ctx.passes, None
         if passes is None:
-            passes = ctx.loss.passes(logits, target, voxel_weight)
+            extras = None if ctx.extras is None else ctx.extras.with_arrays(others)
+            passes = ctx.loss.passes(logits, target, voxel_weight, extras)
             passes.backend = ctx.backend
-        coefficients = ctx.pullback(ADAPTER.upstream(upstream[0]))
-        if ctx.ranks is not None:
-            coefficients = ctx.ranks.own(coefficients, ctx.first, passes.arrays.logits.shape[0])
-        gradient, view = passes.output(logits.detach() if ctx.reuse_logits else None)
-        ctx.spent = ctx.reuse_logits
-        passes.apply(coefficients, view)
-        if torch.is_grad_enabled():
-            gradient = _Once.apply(gradient, upstream[0], logits)
-        return gradient, None, None, None, None, None
+
+        def of(upstream: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+            coefficients = ctx.pullback(passes.upstream(upstream.detach()))
+            if ctx.ranks is not None:
+                coefficients = ctx.ranks.own(coefficients, ctx.first, passes.rows)
+            gradient, view = passes.output(out)
+            passes.apply(coefficients, view)
+            return gradient  # type: ignore[no-any-return]
+
+        return _gradient(ctx, of, upstream[0], logits), None, None, None, None, None, None
 
 
 class _QueuedValue(torch.autograd.Function):
@@ -346,9 +506,9 @@ class _QueuedValue(torch.autograd.Function):
         how: tuple[Loss, Prepared, tuple[int, ...]],
         reuse_logits: bool,
     ) -> Any:
-        _, call, addresses = how
+        loss, call, addresses = how
         ctx.reuse_logits, ctx.spent = reuse_logits, False
-        value, ctx.kept = call.value(addresses)
+        value, ctx.kept = call.value(loss, addresses)
         ctx.save_for_backward(logits, target, voxel_weight)
         ctx.how, ctx.moved = how, _saved_tensors_hooks(True) is not None
         return value
@@ -364,19 +524,45 @@ class _QueuedValue(torch.autograd.Function):
             ready = loss.prepared(ADAPTER, *arrays)
             if ready is not None and ctx.reuse_logits and not _takes_logits(loss, ready, arrays):
                 ready = None
-        out = logits.detach() if ctx.reuse_logits else None
-        ctx.spent = ctx.reuse_logits
-        if ready is not None:
-            gradient = ready[0].gradient(
-                loss, ADAPTER, arrays, ready[1], ctx.kept, upstream, out=out
-            )
-        else:
+
+        def of(upstream: torch.Tensor, out: torch.Tensor | None = None) -> Any:
+            if ready is not None:
+                return ready[0].gradient(
+                    loss, ADAPTER, arrays, ready[1], ctx.kept, upstream, out=out
+                )
             passes = loss.passes(*arrays)
             gradient, view = passes.output(out)
             passes.apply(call.coefficients(ctx.kept, upstream), view)
-        if torch.is_grad_enabled():
-            gradient = _Once.apply(gradient, upstream, logits)
-        return gradient, None, None, None, None
+            return gradient
+
+        return _gradient(ctx, of, upstream, logits), None, None, None, None
+
+
+def _gradient(
+    ctx: Any,
+    of: Callable[..., torch.Tensor],
+    upstream: torch.Tensor,
+    logits: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient as a function makes it of the upstream gradient, or of a batch of such."""
+    if is_batched(upstream):
+        from fastloss.frameworks.torch_batched import each
+
+        return each(of, upstream, logits)  # of which none can take the logits' place
+    if ctx.reuse_logits:
+        gradient = of(upstream, logits.detach())
+        ctx.spent = True
+    else:
+        gradient = of(upstream)
+    if torch.is_grad_enabled():
+        gradient = _Once.apply(gradient, upstream, logits)
+    return gradient
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether this stands for a batch of tensors, as vmap has it."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
 
 
 class _Once(torch.autograd.Function):
@@ -388,7 +574,12 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        raise RuntimeError("fastloss computes first derivatives alone: no second backward through")
+        no_second_derivative(ctx, *upstream)
+
+
+def no_second_derivative(ctx: Any, *upstream: Any) -> Any:
+    """The backward pass of a gradient."""
+    raise RuntimeError("fastloss computes first derivatives alone: no second backward through")
 
 
 ADAPTER = TorchAdapter()

@@ -34,11 +34,13 @@ class Ranks(NamedTuple):
         on_device = isinstance(statistics.sums, torch.Tensor)
         sums, voxels = _tensor(statistics.sums), _tensor(statistics.voxels)
         first = 0
-        if self.shard == "batch" and not loss.sums_over_batch:
+        if self.shard == "batch" and (statistics.regions or not loss.sums_over_batch):
             sums, voxels, first = self._gather(sums, voxels)
         else:
-            if self.shard == "batch":
+            if loss.sums_over_batch and not statistics.regions:
                 sums, voxels = sums.sum(dim=1, keepdim=True), voxels.sum().reshape(1)
+            else:
+                sums, voxels = self._with_all_samples(sums, voxels)
             both = torch.cat([sums.reshape(-1), voxels])
             dist.all_reduce(both, group=self._process_group())
             sums, voxels = both[: sums.numel()].reshape(sums.shape), both[sums.numel() :]
@@ -49,7 +51,7 @@ class Ranks(NamedTuple):
         return replace(statistics, sums=total, voxels=weight), first
 
     def own(self, coefficients: Any, first: int, batch: int) -> Any:
-        """This rank's part of the derivatives by the joined sums.
+        """This rank's part, ``batch`` rows, of the derivatives by the joined sums.
 
         Times the number of ranks, as DistributedDataParallel divides the sum of the gradients by
         it.
@@ -60,6 +62,21 @@ class Ranks(NamedTuple):
         if coefficients.shape[1] == 1:
             coefficients = np.repeat(coefficients, batch, axis=1)
         return coefficients[:, first : first + batch] * ranks
+
+    def _with_all_samples(
+        self, sums: torch.Tensor, voxels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sums of a rank, with zeros for the samples of which it holds no part.
+
+        A rank may come without any: then how many there are is known to the others alone.
+        """
+        slots, batch, classes = sums.shape
+        most = torch.full((1,), batch, dtype=torch.int64, device=sums.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._process_group())
+        if batch == 0:  # only such a rank waits for the number, if it is on a GPU
+            batch = int(most)
+            sums, voxels = sums.new_zeros(slots, batch, classes), voxels.new_zeros(batch)
+        return sums, voxels
 
     def _gather(
         self, sums: torch.Tensor, voxels: torch.Tensor
@@ -72,12 +89,12 @@ class Ranks(NamedTuple):
         batches = [int(size) for size in sizes]
         # Ranks may hold unequal numbers of samples; what is sent must be of one size.
         padded = sums.new_zeros(max(batches), slots * classes + 1)
-        padded[:batch, :-1] = sums.transpose(0, 1).reshape(batch, -1)
+        padded[:batch, :-1] = sums.transpose(0, 1).reshape(batch, slots * classes)
         padded[:batch, -1] = voxels
         parts = [torch.empty_like(padded) for _ in batches]
         dist.all_gather(parts, padded, group=group)
         rows = torch.cat([part[:n] for part, n in zip(parts, batches, strict=True)])
-        joined = rows[:, :-1].reshape(-1, slots, classes).transpose(0, 1)
+        joined = rows[:, :-1].reshape(len(rows), slots, classes).transpose(0, 1)
         return joined, rows[:, -1], sum(batches[: group.rank()])
 
     def _process_group(self) -> Any:

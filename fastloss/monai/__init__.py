@@ -38,12 +38,20 @@ PyTorch's operations:
   ``ignore_index`` and without background.
 - MaskedDiceLoss under ``torch.compile``, of a label map with background.
 - Targets or weights that require a gradient, weights that are broadcast to other axes than the
-  channels, negative options, integer logits, no spatial axis, empty tensors.
+  channels, negative options, integer logits, no spatial axis, empty tensors (whose mean is NaN).
 
 Compound losses are one fused loss if their parts have the same activation: DiceCELoss with
 softmax (sigmoid for a single channel), the focal ones with sigmoid. If not, as MONAI's
 cross-entropy has always softmax and the focal loss sigmoid, each part is fused for itself.
 ``other_act`` runs in PyTorch and its result is read by the kernels.
+
+The parts of a compound loss are attributes, as in MONAI, and what is set there counts from the next
+call on: ``loss.cross_entropy.ignore_index = 0``. A part in whose place another module or a subclass
+was put, one with hooks, and a method ``ce`` or ``bce`` of a subclass are called as they are, and
+what they return is added.
+
+Class weights, factors (``lambda_dice``, …), and ``alpha`` and ``beta`` may be others in every call,
+written in whatever way: ``torch.compile`` makes nothing anew for them.
 
 What differs from MONAI:
 
@@ -51,14 +59,17 @@ What differs from MONAI:
   focal losses as well, and give a float64 value. The target's dtype does not matter.
 - Labels that are no class raise ValueError (RuntimeError), those with a fraction as well, which
   MONAI truncates.
+- Integers other than 0 and 1 in a target that is no label map, as in a mask of 0 and 255, raise
+  ValueError (a value without meaning), unless they are the ``ignore_index`` of a single channel. On
+  a GPU, and under ``torch.compile`` where the loss is not fused, they make the value NaN.
 - Voxels that are ignored or masked count for nothing even where they hold NaN.
-- The cross-entropy of voxels whose classes all have weight 0 is 0 (NaN).
+- The cross-entropy of voxels that all are ignored, or whose classes all have weight 0, is 0 (NaN).
 - Integer and bool targets are taken in every loss. Second derivatives are computed where the loss
   is not fused.
 - A number given as ``weight`` stays one in the state dict; MONAI expands it when first called.
 - MaskedDiceLoss takes a module as ``other_act``.
-- Under ``torch.compile`` class weights are those of the last call without it, or of
-  ``load_state_dict``.
+- Class weights that lie on a GPU, or are met in code that ``torch.compile`` made, are not looked
+  at beforehand: negative ones make the value NaN on a GPU, and ValueError on a CPU.
 """
 
 from fastloss.monai._compound import DiceCELoss, DiceFocalLoss, GeneralizedDiceFocalLoss

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fastloss.dropin import Fused, Numbers, at_least_float32, evaluate, fixed, is_size, recipe
+from fastloss.dropin import (
+    Fused,
+    are_sizes,
+    as_built,
+    at_least_float32,
+    evaluate,
+    fixed,
+    numbers_of,
+    overridden,
+    recipe,
+    times,
+)
+from fastloss.frameworks.torch import refuse_gradient
 from fastloss.monai._focal import FocalLoss
 from fastloss.monai._fused import fuse
 from fastloss.monai._inputs import (
@@ -16,11 +28,14 @@ from fastloss.monai._inputs import (
     check_option,
     check_pair,
     ignored_for_one_channel,
+    one_hot,
 )
 from fastloss.monai._module import Module
-from fastloss.monai._region import DiceLoss, GeneralizedDiceLoss
+from fastloss.monai._region import DiceLoss, GeneralizedDiceLoss, TverskyLoss
 from fastloss.monai._terms import BinaryCrossEntropy
 from fastloss.terms import CrossEntropy
+
+_REGIONS = (DiceLoss, GeneralizedDiceLoss, TverskyLoss)
 
 
 def check_factor(name: str, value: Any) -> Any:
@@ -31,7 +46,7 @@ def check_factor(name: str, value: Any) -> Any:
 
 def joined(a: Any, part: Fused | None, b: Any, other: Fused | None) -> Tensor | None:
     """a · part + b · other in one pass; None if they do not read the same."""
-    if part is None or other is None or not (is_size(a) and is_size(b)):
+    if part is None or other is None or a is None or b is None:
         return None
     same = (
         part.logits is other.logits
@@ -41,7 +56,7 @@ def joined(a: Any, part: Fused | None, b: Any, other: Fused | None) -> Tensor | 
         and part.ignore_index == other.ignore_index
         and part.divisor == other.divisor == 1
     )
-    return evaluate((fixed(a), part), (fixed(b), other)) if same else None
+    return evaluate((a, part), (b, other)) if same else None
 
 
 class DiceCELoss(Module):
@@ -63,6 +78,8 @@ class DiceCELoss(Module):
 
     Other options: see `fastloss.monai`.
     """
+
+    scheduled = ("lambda_dice", "lambda_ce")
 
     def __init__(
         self,
@@ -105,10 +122,6 @@ class DiceCELoss(Module):
         self.binary_cross_entropy = nn.BCEWithLogitsLoss(pos_weight=weight, reduction=reduction)
         self.lambda_dice = check_factor("lambda_dice", lambda_dice)
         self.lambda_ce = check_factor("lambda_ce", lambda_ce)
-        self._numbers = Numbers()
-        self._positive_numbers = Numbers()
-        _remember(self)
-        self.register_load_state_dict_post_hook(_remember)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss.
@@ -118,18 +131,22 @@ class DiceCELoss(Module):
             target: (B, C, *spatial), or with ``to_onehot_y`` a label map (B, 1, *spatial).
         """
         check_pair(input, target)
-        inputs = self.dice._read(input, target)
-        part = self.dice._fused(inputs)
-        entropy = self._fused(inputs._replace(logits=input, ignore_index=None))
-        value = joined(self.lambda_dice, part, self.lambda_ce, entropy)
-        if value is not None:
-            return value
-        dice = self.dice._value(inputs, part)
+        inputs = part = None
+        if as_built(self.dice, *_REGIONS):
+            inputs = self.dice._read(input, target)
+            part = self.dice._fused(inputs)
+        entropy = self._fused(input, target)
+        if part is not None and self.dice.reduction != "none":
+            other = _counting_all(entropy) if part.ignore_index is None else entropy
+            value = joined(self.operand("lambda_dice"), part, self.operand("lambda_ce"), other)
+            if value is not None:
+                return value
+        dice = self.dice(input, target) if inputs is None else self.dice._value(inputs, part)
         if entropy is not None:
             ce = evaluate((1.0, entropy))
         else:
             ce = self.ce(input, target) if input.shape[1] != 1 else self.bce(input, target)
-        return self.lambda_dice * dice + self.lambda_ce * ce
+        return times(self.factor("lambda_dice"), dice) + times(self.factor("lambda_ce"), ce)
 
     def ce(self, input: Tensor, target: Tensor) -> Tensor:
         """The cross-entropy of several channels alone, by PyTorch."""
@@ -137,54 +154,78 @@ class DiceCELoss(Module):
             target = target.squeeze(1).long()
         elif not target.is_floating_point():
             target = target.to(input.dtype)
-        value: Tensor = self.cross_entropy(at_least_float32(input), target)
+        if type(self.cross_entropy) is nn.CrossEntropyLoss:
+            input = at_least_float32(input)
+        value: Tensor = self.cross_entropy(input, target)
         return value
 
     def bce(self, input: Tensor, target: Tensor) -> Tensor:
         """The binary cross-entropy of a single channel alone, by PyTorch."""
         if not target.is_floating_point():
             target = target.to(input.dtype)
-        value: Tensor = self.binary_cross_entropy(at_least_float32(input), target)
+        if type(self.binary_cross_entropy) is nn.BCEWithLogitsLoss:
+            input = at_least_float32(input)
+        value: Tensor = self.binary_cross_entropy(input, target)
         return value
 
-    def _fused(self, inputs: Inputs) -> Fused | None:
-        if inputs.logits.shape[1] == 1:
-            positive = self.binary_cross_entropy.pos_weight
-            factors = (1.0,) if positive is None else self._positive_numbers(positive)
-            if len(factors) != 1 or not _are_weights(positive, factors):
-                return None  # such a weight is broadcast along the axes of space
-            reduction = self.binary_cross_entropy.reduction
-            made = recipe(BinaryCrossEntropy, positive=factors[0], reduction=reduction)
-            return fuse(inputs, made, "sigmoid")
-        part, numbers = self.cross_entropy, None
-        if part.weight is not None:
-            numbers = self._numbers(part.weight)
-            if part.weight.shape != inputs.logits.shape[1:2]:
-                return None
-            if not _are_weights(part.weight, numbers):
-                return None
-        if not 0 <= part.label_smoothing <= 1:
+    def _fused(self, input: Tensor, target: Tensor) -> Fused | None:
+        if input.shape[1] == 1:
+            return self._fused_binary(input, target)
+        part: Any = self.cross_entropy
+        if not as_built(part, nn.CrossEntropyLoss) or overridden(self, DiceCELoss, "ce"):
             return None
+        if part.reduction not in ("mean", "sum") or not 0 <= part.label_smoothing <= 1:
+            return None
+        weight, weights = part.weight, None
+        if weight is not None:
+            if target.shape[1] == 1:  # as PyTorch has no such gradient either
+                refuse_gradient(weight, "weight")
+            if weight.shape != input.shape[1:2] or weight.requires_grad:
+                return None
+            weights = numbers_of(weight)
+            if not are_sizes(weights):
+                return None
+        labels = target.shape[1] == 1
+        index = part.ignore_index
+        if not labels:
+            if index >= 0:
+                return None  # which PyTorch has for label maps alone
+            index = None
         made = recipe(
             CrossEntropy,
-            weight=numbers,
+            weight=weights,
             label_smoothing=fixed(part.label_smoothing),
             reduction=part.reduction,
         )
-        return fuse(inputs, made, "softmax")
+        return fuse(Inputs(input, "softmax", target, labels, 0, index), made)
+
+    def _fused_binary(self, input: Tensor, target: Tensor) -> Fused | None:
+        part: Any = self.binary_cross_entropy
+        if not as_built(part, nn.BCEWithLogitsLoss) or overridden(self, DiceCELoss, "bce"):
+            return None
+        if part.reduction not in ("mean", "sum") or part.weight is not None:
+            return None
+        positive: Any = 1.0
+        weight = part.pos_weight
+        if weight is not None:
+            if weight.numel() != 1 or weight.requires_grad:
+                return None  # several are broadcast along the axes of space
+            numbers = numbers_of(weight)
+            if not are_sizes(numbers):
+                return None
+            positive = numbers.reshape(()) if isinstance(numbers, Tensor) else numbers[0]
+        made = recipe(BinaryCrossEntropy, positive=positive, reduction=part.reduction)
+        return fuse(Inputs(input, "sigmoid", target, False, 0), made)
 
 
-def _are_weights(tensor: Tensor | None, numbers: tuple[float, ...]) -> bool:
-    constant = tensor is None or not tensor.requires_grad
-    return constant and all(0 <= n < math.inf for n in numbers)
+def _counting_all(entropy: Fused | None) -> Fused | None:
+    """The cross-entropy beside a Dice loss that counts all voxels.
 
-
-def _remember(loss: Any, _: Any = None) -> None:
-    """Read the class weights while nothing is being compiled."""
-    if loss.cross_entropy.weight is not None:
-        loss._numbers(loss.cross_entropy.weight)
-    if loss.binary_cross_entropy.pos_weight is not None:
-        loss._positive_numbers(loss.binary_cross_entropy.pos_weight)
+    A label that is no class is then an error, whether or not the cross-entropy ignores it.
+    """
+    if entropy is None or entropy.ignore_index in range(entropy.logits.shape[1]):
+        return entropy
+    return entropy._replace(ignore_index=None)
 
 
 class DiceFocalLoss(Module):
@@ -204,6 +245,8 @@ class DiceFocalLoss(Module):
 
     Other options: see `fastloss.monai`.
     """
+
+    scheduled = ("lambda_dice", "lambda_focal")
 
     def __init__(
         self,
@@ -261,7 +304,7 @@ class DiceFocalLoss(Module):
         if self.to_onehot_y and not labels:
             ignored_for_one_channel("to_onehot_y=True")
         return _with_focal(
-            self.lambda_dice, self.dice, self.lambda_focal, self.focal, input, target, labels
+            self, "lambda_dice", self.dice, "lambda_focal", self.focal, input, target, labels
         )
 
 
@@ -283,6 +326,8 @@ class GeneralizedDiceFocalLoss(Module):
 
     Other options: see `fastloss.monai`.
     """
+
+    scheduled = ("lambda_gdl", "lambda_focal")
 
     def __init__(
         self,
@@ -333,23 +378,38 @@ class GeneralizedDiceFocalLoss(Module):
         """
         check_pair(input, target)
         return _with_focal(
-            self.lambda_gdl, self.generalized_dice, self.lambda_focal, self.focal, input, target
+            self, "lambda_gdl", self.generalized_dice, "lambda_focal", self.focal, input, target
         )
 
 
 def _with_focal(
-    a: Any,
-    region: DiceLoss | GeneralizedDiceLoss,
-    b: Any,
-    focal: FocalLoss,
+    loss: Module,
+    a: str,
+    region: Any,
+    b: str,
+    focal: Any,
     input: Tensor,
     target: Tensor,
     labels: bool = False,
 ) -> Tensor:
-    of_region = region._read(input, target, labels=labels)
-    of_focal = focal._read(input, target, labels=labels)
-    part, other = region._fused(of_region), focal._fused(of_focal)
-    value = joined(a, part, b, other)
-    if value is not None:
-        return value
-    return a * region._value(of_region, part) + b * focal._value(of_focal, other)
+    """a · region + b · focal; ``labels``: of a label map, which MONAI gives to both as one-hot."""
+    of_region = of_focal = part = other = None
+    if as_built(region, *_REGIONS):
+        of_region = region._read(input, target, labels=labels)
+        part = region._fused(of_region)
+    if as_built(focal, FocalLoss):
+        of_focal = focal._read(input, target, labels=labels)
+        other = focal._fused(of_focal)
+    if part is not None and region.reduction != "none":
+        value = joined(loss.operand(a), part, loss.operand(b), other)
+        if value is not None:
+            return value
+    if labels and (of_region is None or of_focal is None):
+        target = one_hot(target, input.shape[1], torch.float32)
+    first = region(input, target) if of_region is None else region._value(of_region, part)
+    second = focal(input, target) if of_focal is None else focal._value(of_focal, other)
+    return times(loss.factor(a), first) + times(loss.factor(b), second)
+
+
+def _remember(module: Any, _: Any = None) -> None:
+    """Does nothing: pickles of older versions name it."""

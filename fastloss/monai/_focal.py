@@ -5,18 +5,29 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.dropin import Fused, Numbers, evaluate, fixed, is_binary, is_size, recipe
+from fastloss.dropin import (
+    Fused,
+    Values,
+    after_zeros,
+    evaluate,
+    fixed,
+    fixed_count,
+    is_binary,
+    is_size,
+    numbers_of,
+    product,
+    recipe,
+)
 from fastloss.monai._fused import fuse
 from fastloss.monai._inputs import Inputs, check_option
 from fastloss.monai._module import REDUCTIONS, Component
 from fastloss.monai._terms import ChannelFocal
-
-Factors = tuple[float, ...]
 
 
 class FocalLoss(Component):
@@ -39,6 +50,8 @@ class FocalLoss(Component):
     `fastloss.monai`.
     """
 
+    scheduled = ("alpha",)
+
     def __init__(
         self,
         include_background: bool = True,
@@ -58,9 +71,6 @@ class FocalLoss(Component):
         else:
             self.alpha = torch.as_tensor(alpha)
         self.use_softmax = use_softmax
-        self._alpha_numbers = Numbers()
-        if isinstance(self.alpha, Tensor):
-            self._alpha_numbers(self.alpha)
         self._hold_weight(weight)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -78,7 +88,7 @@ class FocalLoss(Component):
         inputs = self._inputs(
             input, activation, target, classes=input.shape[1], labels=labels, error=ValueError
         )
-        if self.use_softmax and not self.include_background and isinstance(self.alpha, float):
+        if self.use_softmax and not self.include_background and self._one_alpha() is not None:
             warnings.warn(
                 "alpha: a number is ignored with softmax and without background", stacklevel=3
             )
@@ -91,27 +101,47 @@ class FocalLoss(Component):
 
     # ------------------------------------------------------------------ numbers of the channels
 
-    def _alpha_factors(self, channels: int) -> tuple[Factors, Factors]:
-        """What the positives and the negatives of each channel are multiplied by for α."""
-        alpha, ones = self.alpha, (1.0,) * channels
-        if isinstance(alpha, Tensor):
-            if alpha.ndim:
-                if alpha.shape[0] != channels:
+    def takes(self, name: str, value: Any) -> bool:
+        return is_size(value) and value <= 1  # else the negatives are weighed by less than 0
+
+    def _one_alpha(self) -> Any:
+        """α, if it was given as a number."""
+        operand = self.operand("alpha")
+        if operand is not None:
+            return operand
+        return self.alpha if isinstance(self.alpha, float) else None
+
+    def _alpha_factors(self, channels: int) -> tuple[Values | None, Values | None]:
+        """What the positives and the negatives of each channel are multiplied by for α; None: 1."""
+        alpha = self._one_alpha()
+        if alpha is not None:
+            if self.use_softmax and not self.include_background:
+                return None, None
+        elif self.alpha is None:
+            return None, None
+        else:
+            given: Any = self.alpha
+            if not isinstance(given, Tensor):
+                given = torch.as_tensor(given)
+            numbers = numbers_of(given)
+            if given.ndim:
+                if given.shape[0] != channels:
                     raise ValueError(
                         f"alpha: expected {channels} numbers, one per channel that counts, got "
-                        f"{alpha.shape[0]}"
+                        f"{given.shape[0]}"
                     )
-                return self._alpha_numbers(alpha), ones
-            alpha = self._alpha_numbers(alpha)[0]
-        elif self.use_softmax and not self.include_background:
-            return ones, ones
-        if alpha is None:
-            return ones, ones
+                return numbers, None
+            alpha = numbers if isinstance(numbers, Tensor) else numbers[0]
+        if isinstance(alpha, Tensor):
+            alpha = alpha.double().reshape(1)
+            if self.use_softmax:
+                return torch.cat([1 - alpha, alpha.expand(channels - 1)]), None
+            return alpha.expand(channels), (1 - alpha).expand(channels)
         if self.use_softmax:
-            return (1 - alpha,) + (alpha,) * (channels - 1), ones
+            return (1 - alpha,) + (alpha,) * (channels - 1), None
         return (alpha,) * channels, (1 - alpha,) * channels
 
-    def _weight_factors(self, channels: int) -> Factors:
+    def _weight_factors(self, channels: int) -> Values:
         weight = self.class_weight
         if weight is None:
             return (1.0,) * channels
@@ -123,13 +153,15 @@ class FocalLoss(Component):
                 f"{weight.numel()}"
             )
         numbers = self._weight_numbers("weight", weight)
+        if isinstance(numbers, Tensor):
+            return numbers.reshape(-1).expand(channels)
         return numbers if weight.ndim else numbers * channels
 
     # ------------------------------------------------------------------ the two ways to compute
 
     def _fused(self, inputs: Inputs) -> Fused | None:
         check_option("reduction", self.reduction, REDUCTIONS)
-        first, channels = inputs.first, inputs.channels
+        first, channels = inputs.first, fixed_count(inputs.channels)
         masked = inputs.ignore_index is not None
         weight = self.class_weight
         if self.reduction == "none" or not is_size(self.gamma):
@@ -142,11 +174,12 @@ class FocalLoss(Component):
         if (self.use_softmax and channels == 1) or (unlabelled and masked):
             return None
         factors = self._weight_factors(channels)
-        hidden = (0.0,) * (0 if without else first)
+        hidden = 0 if without else first
         positive, negative = (
-            hidden + tuple(a * w for a, w in zip(alphas, factors, strict=True))
+            after_zeros(hidden, product(alphas, factors, inputs.logits.device))
             for alphas in self._alpha_factors(channels)
         )
+        both = (positive, negative)
         fused = fuse(
             inputs,
             recipe(
@@ -154,9 +187,10 @@ class FocalLoss(Component):
                 gamma=fixed(self.gamma),
                 positive=positive,
                 negative=negative,
-                channels=1 if masked else len(factors),
+                channels=1 if masked else channels,
                 reduction=self.reduction,
                 voxels=1 if unlabelled else None,
+                signed=any(not isinstance(n, Tensor) and min(n) < 0 for n in both),
             ),
         )
         if fused is None:
@@ -177,14 +211,18 @@ class FocalLoss(Component):
         if mask is not None:
             x, g = x * mask, g * mask
         shape = (-1,) + (1,) * (x.ndim - 2)
-        positive, negative = (x.new_tensor(f).view(shape) for f in self._alpha_factors(x.shape[1]))
+        positive, negative = (
+            1.0 if f is None else torch.as_tensor(f, dtype=x.dtype, device=x.device).view(shape)
+            for f in self._alpha_factors(x.shape[1])
+        )
         if self.use_softmax:
             log_p = x.log_softmax(1)
             loss = -positive * (1 - log_p.exp()) ** self.gamma * log_p * g
         else:
             entropy = F.binary_cross_entropy_with_logits(x, g, reduction="none")
             loss = (self.gamma * F.logsigmoid(x * (1 - 2 * g))).exp() * entropy
-            if isinstance(self.alpha, Tensor) and self.alpha.ndim:
+            # A number is not looked at: compiled code would be made for it.
+            if self._one_alpha() is None and _are_several(self.alpha):
                 loss = loss * torch.where(g == 1, positive, negative)
             else:
                 loss = loss * (g * positive + (1 - g) * negative)
@@ -202,3 +240,7 @@ class FocalLoss(Component):
         if self.reduction == "mean":
             return loss.sum() / mask.sum().clamp(min=least)
         return (loss.sum(axes) / mask.sum(axes).clamp(min=least)).sum()
+
+
+def _are_several(alpha: Any) -> bool:
+    return isinstance(alpha, (list, tuple)) or (isinstance(alpha, Tensor) and bool(alpha.ndim))

@@ -12,6 +12,8 @@ def fuse(inputs: Inputs, made: Recipe, activation: str | None = None) -> Fused |
     """This formula on these tensors, or None where the kernels cannot compute it."""
     if not kernels_take(inputs.logits, inputs.target):
         return None
+    if inputs.logits.numel() == 0:  # of which MONAI's mean is NaN
+        return None
     index, weight = inputs.ignore_index, None
     if index is not None:
         if not isinstance(index, int):

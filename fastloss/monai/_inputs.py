@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastloss.backends.base import bad_numbers
 from fastloss.dropin import at_least_float32
 
 
@@ -43,7 +45,7 @@ class Inputs(NamedTuple):
                 g = torch.where(g == self.ignore_index, torch.zeros_like(g), g)
             g = one_hot(g, self.logits.shape[1], x.dtype)
         elif not g.is_floating_point():
-            g = g.to(x.dtype)
+            g = floating(g, x.dtype, self.ignore_index)
         mask = ignore_mask(self.target, self.ignore_index)
         return x[:, self.first :], g[:, self.first :], mask
 
@@ -63,6 +65,23 @@ def activate(logits: Tensor, activation: str) -> Tensor:
 def one_hot(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     shape = (labels.shape[0], classes, *labels.shape[2:])
     return torch.zeros(shape, dtype=dtype, device=labels.device).scatter_(1, labels.long(), 1)
+
+
+def floating(target: Tensor, dtype: torch.dtype, ignore_index: int | None) -> Tensor:
+    """A dense target of integers in floating numbers.
+
+    Other integers than 0 and 1, or a single channel's ``ignore_index``, are an error, as for the
+    kernels; NaN where it takes a wait for a device or a break in a graph to know of them.
+    """
+    bad = (target != 0) & (target != 1)
+    ignored = ignore_index if target.shape[1] == 1 else None
+    if ignored is not None:
+        bad &= target.long() != ignored
+    if torch.compiler.is_compiling() or not target.is_cpu:
+        return target.to(dtype).masked_fill(bad, math.nan)
+    if bad.any():
+        raise bad_numbers(int(bad.sum()), target[bad][0], ignored, target.shape[1])
+    return target.to(dtype)
 
 
 def ignore_mask(target: Tensor, ignore_index: int | None) -> Tensor | None:

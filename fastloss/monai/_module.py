@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from fastloss.dropin import Numbers
+from fastloss.dropin import Scheduled, Values, is_size, numbers_of
 from fastloss.monai._inputs import (
     Inputs,
+    activate,
     check_activation,
     check_option,
     check_shapes,
@@ -22,8 +23,11 @@ from fastloss.monai._inputs import (
 REDUCTIONS = ("none", "mean", "sum")
 
 
-class Module(_Loss):
+class Module(Scheduled, _Loss):
     """A loss that shows the options it was given."""
+
+    def takes(self, name: str, value: Any) -> bool:
+        return is_size(value)
 
     def extra_repr(self) -> str:
         shown = []
@@ -40,7 +44,6 @@ class Component(Module):
     """One loss, alone or within a compound one."""
 
     class_weight: Tensor | None
-    _numbers: Numbers
 
     def __init__(
         self, include_background: bool, to_onehot_y: bool, reduction: str, ignore_index: int | None
@@ -63,6 +66,11 @@ class Component(Module):
         if self.to_onehot_y:
             if classes == 1:
                 ignored_for_one_channel("to_onehot_y=True")
+            elif labels:
+                raise AssertionError(
+                    "to_onehot_y: True for a compound loss, which makes the target one-hot, and "
+                    f"for its {type(self).__name__} as well"
+                )
             labels = bool(classes > 1)
         first = 0
         if not self.include_background:
@@ -73,18 +81,15 @@ class Component(Module):
         target = check_shapes(logits, target, labels, classes, error)
         return Inputs(logits, activation, target, labels, first, self.ignore_index)
 
-    def _weight_numbers(self, name: str, weight: Tensor) -> tuple[float, ...]:
+    def _weight_numbers(self, name: str, weight: Tensor) -> Values:
         """The numbers of a weight, of which none may be negative."""
-        numbers = self._numbers(weight)
-        if any(n < 0 for n in numbers):
+        numbers = numbers_of(weight)
+        if not isinstance(numbers, Tensor) and any(n < 0 for n in numbers):
             raise ValueError(f"{name}: expected numbers of at least 0, got {list(numbers)}")
         return numbers
 
     def _hold_weight(self, weight: Any) -> None:
         self.register_buffer("class_weight", None if weight is None else torch.as_tensor(weight))
-        self._numbers = Numbers()
-        remember(self)
-        self.register_load_state_dict_post_hook(remember)
 
 
 class Activated(Component):
@@ -115,17 +120,21 @@ class Activated(Component):
 def activated(
     input: Tensor, sigmoid: bool, softmax: bool, other_act: Callable | None
 ) -> tuple[Tensor, str]:
-    """What the kernels are to read, and the activation that is left for them to apply."""
+    """What the kernels are to read, and the activation that is left for them to apply.
+
+    More than one can be set after the loss was made. They are applied in this order, as in MONAI.
+    """
     activation = "sigmoid" if sigmoid else "none"
     if softmax:
         if input.shape[1] == 1:
             ignored_for_one_channel("softmax=True")
         else:
+            input = activate(input, activation)
             activation = "softmax"
-    return input if other_act is None else other_act(input), activation
+    if other_act is not None:
+        input, activation = other_act(activate(input, activation)), "none"
+    return input, activation
 
 
 def remember(module: Any, _: Any = None) -> None:
-    """Read the class weights while nothing is being compiled."""
-    if module.class_weight is not None:
-        module._numbers(module.class_weight)
+    """Does nothing: pickles of older versions name it."""

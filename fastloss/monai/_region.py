@@ -10,7 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.dropin import Fused, evaluate, fixed, is_binary, is_size, recipe
+from fastloss.dropin import (
+    Fused,
+    are_sizes,
+    evaluate,
+    fixed,
+    in_graph,
+    is_binary,
+    is_size,
+    numbers_of,
+    overridden,
+    recipe,
+    times,
+)
 from fastloss.monai._fused import fuse
 from fastloss.monai._inputs import Inputs, check_activation, check_option
 from fastloss.monai._module import REDUCTIONS, Activated, activated
@@ -172,10 +184,11 @@ class DiceLoss(Region):
             return None
         weight = None if inputs.channels == 1 else self.class_weight
         if weight is not None:
-            numbers = self._numbers(weight)
-            if weight.ndim > 1 or weight.requires_grad or not all(map(math.isfinite, numbers)):
+            numbers = numbers_of(weight)
+            if weight.ndim > 1 or weight.requires_grad or not are_sizes(numbers):
                 return None
-            options["weight"] = numbers if weight.ndim else numbers[0]
+            one = not isinstance(numbers, Tensor) and not weight.ndim
+            options["weight"] = numbers[0] if one else numbers
         part = 1.0 if self.jaccard else 0.5
         return recipe(Overlap, alpha=part, beta=part, squared=bool(self.squared_pred), **options)
 
@@ -267,11 +280,13 @@ class MaskedDiceLoss(DiceLoss):
         if fused is None:
             return None
         if inputs.labels and not inputs.first:
-            if torch.compiler.is_compiling():
+            if in_graph():
                 return None  # a loss cannot hold a number of voxels that may vary
             voxels = math.prod(inputs.logits.shape[2:])
-            made = recipe(MaskedOverlap, voxels=voxels, **dict(fused.recipe[1]))
-            fused = fused._replace(recipe=made)
+            options = (*fused.recipe.options, ("voxels", voxels))
+            fused = fused._replace(
+                recipe=fused.recipe._replace(kind=MaskedOverlap, options=options)
+            )
         weight = mask.expand(inputs.logits.shape[0], *mask.shape[1:])
         return fused._replace(voxel_weight=weight)
 
@@ -312,6 +327,8 @@ class TverskyLoss(Region):
     `fastloss.monai`.
     """
 
+    scheduled = ("alpha", "beta")
+
     def __init__(
         self,
         include_background: bool = True,
@@ -343,16 +360,18 @@ class TverskyLoss(Region):
 
     def _recipe(self, inputs: Inputs) -> Any:
         options = self._common(inputs)
-        if options is None or not (is_size(self.alpha) and is_size(self.beta)):
+        alpha, beta = self.operand("alpha"), self.operand("beta")
+        if options is None or alpha is None or beta is None:
             return None
         # Our formula has MONAI's numerator and denominator twice.
         options.update({name: 2 * options[name] for name in ("smooth_nr", "smooth_dr")})
-        return recipe(Overlap, alpha=fixed(self.alpha), beta=fixed(self.beta), **options)
+        return recipe(Overlap, alpha=alpha, beta=beta, **options)
 
     def _formula(
         self, overlap: Tensor, predicted: Tensor, reference: Tensor, volume: Tensor
     ) -> Tensor:
-        wrong = self.alpha * (predicted - overlap) + self.beta * (reference - overlap)
+        alpha, beta = self.factor("alpha"), self.factor("beta")
+        wrong = times(alpha, predicted - overlap) + times(beta, reference - overlap)
         return 1 - (overlap + self.smooth_nr) / (overlap + wrong + self.smooth_dr)
 
 
@@ -393,9 +412,15 @@ class GeneralizedDiceLoss(Region):
         self.batch = batch
         self.soft_label = soft_label
 
+    def w_func(self, grnd: Tensor) -> Tensor:
+        """The weight of each class from its volume; infinite for an absent one."""
+        if self.w_type == "uniform":
+            return torch.ones_like(grnd)
+        return 1 / (grnd * grnd if self.w_type == "square" else grnd)
+
     def _recipe(self, inputs: Inputs) -> Any:
         options = self._common(inputs)
-        if options is None:
+        if options is None or overridden(self, GeneralizedDiceLoss, "w_func"):
             return None
         return recipe(GeneralizedOverlap, weighting=self.w_type, **options)
 
@@ -403,12 +428,10 @@ class GeneralizedDiceLoss(Region):
         self, overlap: Tensor, predicted: Tensor, reference: Tensor, volume: Tensor
     ) -> Tensor:
         axis = 0 if self.batch else 1
-        weight = torch.ones_like(volume)
-        if self.w_type != "uniform":
-            weight = 1 / (volume * volume if self.w_type == "square" else volume)
-            absent = torch.isinf(weight)
-            weight = weight.masked_fill(absent, 0.0)
-            weight = weight + absent * weight.amax(axis, keepdim=True)
+        weight = self.w_func(volume)
+        absent = torch.isinf(weight)
+        weight = weight.masked_fill(absent, 0.0)
+        weight = weight + absent * weight.amax(axis, keepdim=True)
         score = 2 * (weight * overlap).sum(axis, keepdim=True) + self.smooth_nr
         size = (weight * (predicted + reference)).sum(axis, keepdim=True) + self.smooth_dr
         return 1 - score / size

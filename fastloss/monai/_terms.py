@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.statistics import Statistics
+from fastloss.sums import NAMED
 from fastloss.terms.base import (
     Derivatives,
     Pullback,
@@ -26,6 +27,8 @@ class Overlap(RegionTerm):
     α = β = ½ is Dice, α = β = 1 is Jaccard with MONAI's smoothing. Nothing over nothing is NaN.
     Other options as in `fastloss.RegionTerm`.
     """
+
+    number_options = ("weight", "alpha", "beta")
 
     def __init__(self, *, alpha: float, beta: float, **options: Any) -> None:
         super().__init__(**options)
@@ -57,7 +60,7 @@ class MaskedOverlap(Overlap):
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         sums, index = statistics.sums.copy(), statistics.request.index
         slot = "reference_squared" if self.squared else "reference"
-        sums[index[slot], :, 0] += self.voxels - statistics.voxels
+        sums[index[NAMED[slot]], :, 0] += self.voxels - statistics.voxels
         return super().combine(replace(statistics, sums=sums))
 
 
@@ -103,7 +106,10 @@ class ChannelFocal(Term):
         reduction: "mean" over voxels and channels, or "sum" over samples and channels of the mean
             over voxels.
         voxels: the number of voxels of a sample; those that are not ignored, if None.
+        signed: whether the weights may be negative.
     """
+
+    number_options = ("positive", "negative")
 
     def __init__(
         self,
@@ -114,10 +120,12 @@ class ChannelFocal(Term):
         channels: int,
         reduction: str,
         voxels: int | None = None,
+        signed: bool = False,
     ) -> None:
         self.gamma = check_number("gamma", gamma)
-        self.positive = np.asarray(positive, np.float64)
-        self.negative = np.asarray(negative, np.float64)
+        self.signed = signed
+        self.positive = _weights("positive", positive, signed)
+        self.negative = _weights("negative", negative, signed)
         self.channels = channels
         self.reduction = check_choice("reduction", reduction, ("mean", "sum"))
         self.voxels = voxels
@@ -146,10 +154,15 @@ class ChannelFocal(Term):
         return value, pullback
 
 
+def _weights(name: str, value: Any, signed: bool) -> Any:
+    return np.array(value, np.float64, ndmin=1) if signed else check_class_weight(name, value)
+
+
 class BinaryCrossEntropy(VoxelwiseTerm):
     """Binary cross-entropy whose positives have a weight, as torch.nn.BCEWithLogitsLoss."""
 
     requires = frozenset({"cross_entropy"})
+    number_options = ("positive",)
 
     def __init__(self, *, positive: float, reduction: str) -> None:
         self.positive = check_class_weight("positive", positive)

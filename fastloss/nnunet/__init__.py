@@ -19,10 +19,14 @@ operations:
   per sample; binary cross-entropy with ``reduction="none"`` or with weights that are not one per
   channel; top-k cross-entropy with ``label_smoothing``.
 - A Dice or cross-entropy of another class, as ``dice_class`` or in place of the attributes ``dc``
-  and ``ce``.
+  and ``ce``, or with hooks.
 
 Cross-entropy and Dice are two fused losses where ``ce_kwargs`` has an ``ignore_index`` that is a
 class, which the Dice loss does count.
+
+Class weights, ``weight_ce``, ``weight_dice`` and ``weight_factors`` may be others in every call,
+written in whatever way: ``torch.compile`` makes nothing anew for them, or once where a part or an
+output is first left out, as its weight is 0, and then is not.
 
 With ``ddp`` the sums of the batch Dice are joined over the ranks of the default process group;
 the cross-entropy remains that of each rank, as nnU-Net has it.
@@ -33,8 +37,10 @@ What differs from nnU-Net:
   computed in float64 and give a float64 value.
 - Labels that are no class raise ValueError (RuntimeError or IndexError), those with a fraction as
   well, which nnU-Net truncates. Negative numbers in ``smooth`` or a mask raise ValueError, and so
-  do masks of other shapes than (B, 1, *spatial), and a background that is the only class and does
-  not count (NaN).
+  do masks of other shapes than (B or 1, 1, *spatial), and a background that is the only class and
+  does not count (NaN).
+- Integers other than 0 and 1 in regions or in the target of a single channel, as in a mask of 0 and
+  255, raise ValueError (a value without meaning); on a GPU they make the value NaN.
 - Logits without a spatial axis are one voxel per sample for every Dice loss
   (``MemoryEfficientSoftDiceLoss`` summed over all axes).
 - ``DC_and_CE_loss`` and ``DC_and_topk_loss`` of a dense target raise ValueError (its channel 0 was
@@ -42,13 +48,14 @@ What differs from nnU-Net:
 - Voxels that are ignored or masked count for nothing even where they hold NaN.
 - The largest k percent are one voxel at least (NaN), and voxels that tie for the last places share
   them in the gradient.
-- The cross-entropy over no voxel, or over voxels whose classes all have weight 0, is 0 (NaN).
-- ``ddp`` takes batches of unequal size on the ranks.
+- The cross-entropy over no voxel, or over voxels whose classes all have weight 0, is 0 (NaN). So
+  is the mean Dice of an empty batch.
+- ``ddp`` takes batches of unequal size on the ranks, empty ones as well.
 - ``DeepSupervisionWrapper`` raises ValueError for fewer outputs than weights, and takes None for
   weights that are all 1, as its documentation says (TypeError).
 - Dictionaries of options are not written to.
-- Under ``torch.compile`` class weights are those of the last call without it, or of
-  ``load_state_dict``.
+- Class weights that lie on a GPU, or are met in code that ``torch.compile`` made, are not looked
+  at beforehand: negative ones make the value NaN on a GPU, and ValueError on a CPU.
 """
 
 from fastloss.nnunet._compound import DC_and_BCE_loss, DC_and_CE_loss, DC_and_topk_loss

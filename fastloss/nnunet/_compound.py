@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,12 +9,19 @@ from torch import Tensor, nn
 
 from fastloss.dropin import (
     Fused,
-    Numbers,
+    Scheduled,
+    Values,
+    are_sizes,
+    as_built,
     at_least_float32,
     evaluate,
-    fixed,
+    has_hooks,
     kernels_take,
+    numbers_of,
+    on_device,
+    product,
     recipe,
+    times,
 )
 from fastloss.nnunet._dice import (
     Dice,
@@ -30,8 +36,10 @@ _DICE_CLASSES = (SoftDiceLoss, MemoryEfficientSoftDiceLoss)
 DICE_CLASSES: dict[str, type[Dice]] = {kind.__name__: kind for kind in _DICE_CLASSES}
 
 
-class Compound(nn.Module):
+class Compound(Scheduled):
     """weight_ce · ``self.ce`` + weight_dice · ``self.dc``."""
+
+    scheduled = ("weight_ce", "weight_dice")
 
     ce: Any
     dc: Any
@@ -43,15 +51,17 @@ class Compound(nn.Module):
 
     def _own_dice(self) -> Dice | None:
         """The Dice loss if it is one of ours, torch.compile'd or not, and so can be fused."""
-        dice = getattr(self.dc, "_orig_mod", self.dc)
-        return dice if type(dice) in _DICE_CLASSES else None
+        dice = self.dc
+        if hasattr(dice, "_orig_mod") and not has_hooks(dice):
+            dice = dice._orig_mod
+        return dice if as_built(dice, *_DICE_CLASSES) else None
 
     def _joined(self, ce: Fused | None, dc: Fused | None) -> Tensor | None:
         """The sum in one pass; None if the parts do not read the same."""
         if ce is None or dc is None:
             return None
-        weights = (self.weight_ce, self.weight_dice)
-        if not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
+        weight_ce, weight_dice = self.operand("weight_ce"), self.operand("weight_dice")
+        if weight_ce is None or weight_dice is None:
             return None
         same = (
             ce.logits is dc.logits
@@ -61,7 +71,16 @@ class Compound(nn.Module):
         )
         if not same:
             return None
-        return evaluate((fixed(self.weight_dice), dc), (fixed(self.weight_ce), ce))
+        return evaluate((weight_dice, dc), (weight_ce, ce))
+
+    def _sum(self, entropy: Any, dice: Any) -> Any:
+        """The sum of two values; None for a part that is not computed."""
+        total: Any = 0
+        if entropy is not None:
+            total = total + times(self.factor("weight_ce"), entropy)
+        if dice is not None:
+            total = total + times(self.factor("weight_dice"), dice)
+        return total
 
 
 def dice_class_of(kind: Any) -> Any:
@@ -89,45 +108,50 @@ class OfLabels(Compound):
             net_output: logits, (B, C, *spatial).
             target: a label map, (B, 1, *spatial), of any dtype.
         """
-        self._check(net_output, target)
+        with_ce, with_dice = self.is_on("weight_ce"), self.is_on("weight_dice")
+        self._check(net_output, target, with_ce)
         dc = ce = None
         own = self._own_dice()
-        if self.weight_dice != 0 and own is not None:
+        if with_dice and own is not None:
             dc = own.fused(net_output, target, ignore_index=self.ignore_label)
-        if self.weight_ce != 0:
+        if with_ce:
             ce = self._fused_entropy(net_output, target)
         if ce is not None and dc is not None and dc.ignore_index is None:
             ce = _counting_all(ce)
         value = self._joined(ce, dc)
         if value is not None:
             return value
-        dice: Any = 0
-        entropy: Any = 0
+        dice = entropy = None
         if dc is not None:
             dice = evaluate((1.0, dc))
-        elif self.weight_dice != 0:
+        elif with_dice:
             dice = self._other_dice(net_output, target)
         if ce is not None:
             entropy = evaluate((1.0, ce))
-        elif self.weight_ce != 0 and self._counts(target):
-            entropy = self._entropy(net_output, target)
-        return self.weight_ce * entropy + self.weight_dice * dice
+        elif with_ce:
+            entropy = self._entropy_of_what_counts(net_output, target)
+        return self._sum(entropy, dice)
 
-    def _check(self, net_output: Tensor, target: Tensor) -> None:
+    def _check(self, net_output: Tensor, target: Tensor, with_ce: bool) -> None:
         labels = target.ndim == net_output.ndim and target.shape[1] == 1
         if self.ignore_label is not None and not labels:
             raise AssertionError(
                 "target: with an ignore label expected a label map (B, 1, *spatial), got shape "
                 f"{tuple(target.shape)}"
             )
-        if self.weight_ce != 0 and not labels:
+        if with_ce and not labels and self.weight_ce != 0:
             raise ValueError(
                 f"target: for {tuple(net_output.shape)} expected a label map (B, 1, *spatial), "
                 f"got shape {tuple(target.shape)}"
             )
 
-    def _counts(self, target: Tensor) -> bool:
-        return self.ignore_label is None or bool((target != self.ignore_label).any())
+    def _entropy_of_what_counts(self, net_output: Tensor, target: Tensor) -> Any:
+        if self.ignore_label is None:
+            return self._entropy(net_output, target)
+        counts = (target != self.ignore_label).any()
+        if torch.jit.is_tracing():  # a trace holds operations, and no choice between them
+            return torch.where(counts, self._entropy(net_output, target), 0.0)
+        return self._entropy(net_output, target) if counts else 0
 
     def _other_dice(self, net_output: Tensor, target: Tensor) -> Tensor:
         """The value of a Dice loss that is not ours."""
@@ -139,7 +163,7 @@ class OfLabels(Compound):
         return value
 
     def _fused_entropy(self, net_output: Tensor, target: Tensor) -> Fused | None:
-        if type(self.ce) not in (RobustCrossEntropyLoss, TopKLoss):
+        if not as_built(self.ce, RobustCrossEntropyLoss, TopKLoss):
             return None
         fused: Fused | None = self.ce.fused(net_output, target)
         return fused
@@ -249,9 +273,6 @@ class DC_and_BCE_loss(Compound):
             bce_kwargs = {**bce_kwargs, "reduction": "none"}
         self.ce = nn.BCEWithLogitsLoss(**bce_kwargs)
         self.dc = dice_class_of(dice_class)(apply_nonlin=torch.sigmoid, **soft_dice_kwargs)
-        self._numbers = {"weight": Numbers(), "pos_weight": Numbers()}
-        remember_weights(self)
-        self.register_load_state_dict_post_hook(remember_weights)
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
         """The loss.
@@ -280,47 +301,55 @@ class DC_and_BCE_loss(Compound):
         if ce is not None:
             entropy = evaluate((1.0, ce))
         else:
-            logits = at_least_float32(net_output)
-            entropy = self.ce(logits, target.to(logits.dtype))
+            logits = net_output
+            if type(self.ce) is nn.BCEWithLogitsLoss:
+                logits = at_least_float32(net_output)
+                target = target.to(logits.dtype)
+            entropy = self.ce(logits, target)
             if mask is not None:
                 entropy = (entropy * mask).sum() / mask.sum().clip(min=1)
-        return self.weight_ce * entropy + self.weight_dice * dice
+        return self._sum(entropy, dice)
 
     def _fused_entropy(self, logits: Tensor, target: Tensor, mask: Tensor | None) -> Fused | None:
         reductions = ("mean", "sum") if mask is None else ("none",)
-        if type(self.ce) is not nn.BCEWithLogitsLoss or self.ce.reduction not in reductions:
+        if not as_built(self.ce, nn.BCEWithLogitsLoss) or self.ce.reduction not in reductions:
             return None
-        weight = self._per_channel("weight", logits)
-        positive = self._per_channel("pos_weight", logits)
-        if weight is None or positive is None or not kernels_take(logits, target):
+        if not kernels_take(logits, target):
             return None
-        channels = logits.shape[1]
-        weight, positive = (n * channels if len(n) == 1 else n for n in (weight, positive))
+        weight: Values | None = (1.0,) * logits.shape[1]
+        if self.ce.weight is not None:
+            weight = self._per_channel(self.ce.weight, logits)
+        positive = weight
+        if weight is not None and self.ce.pos_weight is not None:
+            positive = self._per_channel(self.ce.pos_weight, logits)
+            if positive is not None:
+                own = None if self.ce.weight is None else weight
+                positive = product(own, positive, logits.device)
+        if weight is None or positive is None:
+            return None
         term = recipe(
             BinaryCrossEntropy,
-            positive=tuple(w * p for w, p in zip(weight, positive, strict=True)),
+            positive=positive,
             negative=weight,
             per_voxel=mask is not None,
             reduction="sum" if self.ce.reduction == "sum" else "mean",
         )
         return Fused(term, "sigmoid", logits, target.detach(), mask)
 
-    def _per_channel(self, name: str, logits: Tensor) -> tuple[float, ...] | None:
-        """One number or one per channel; None for weights of another kind."""
-        tensor = getattr(self.ce, name)
-        if tensor is None:
-            return (1.0,)
-        numbers = self._numbers[name](tensor)
+    def _per_channel(self, tensor: Tensor, logits: Tensor) -> Values | None:
+        """A number per channel; None for weights of another kind."""
+        channels = logits.shape[1]
         shape = (1,) * (logits.ndim - tensor.ndim) + tuple(tensor.shape)
-        of_channels = shape[1] in (1, logits.shape[1]) and len(numbers) == shape[1]
+        of_channels = shape[1] in (1, channels) and tensor.numel() == shape[1]
         if len(shape) != logits.ndim or not of_channels or tensor.requires_grad:
             return None
-        return numbers if all(0 <= n < math.inf for n in numbers) else None
+        numbers = numbers_of(tensor)
+        if not are_sizes(numbers):
+            return None
+        if isinstance(numbers, Tensor):
+            return on_device(numbers, logits.device).reshape(-1).expand(channels)
+        return numbers * (channels // len(numbers))
 
 
-def remember_weights(loss: Any, _: Any = None) -> None:
-    """Read the weights while nothing is being compiled."""
-    for name, numbers in loss._numbers.items():
-        tensor = getattr(loss.ce, name, None)
-        if tensor is not None:
-            numbers(tensor)
+def remember_weights(module: Any, _: Any = None) -> None:
+    """Does nothing: pickles of older versions name it."""

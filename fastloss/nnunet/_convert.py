@@ -6,15 +6,21 @@ from typing import Any
 
 from torch import nn
 
+from fastloss.dropin import has_hooks
 from fastloss.nnunet._compound import (
     DICE_CLASSES,
     DC_and_BCE_loss,
     DC_and_CE_loss,
     DC_and_topk_loss,
-    remember_weights,
 )
 from fastloss.nnunet._deep_supervision import DeepSupervisionWrapper
 from fastloss.nnunet._entropy import RobustCrossEntropyLoss, TopKLoss
+
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
+    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_backward_pre_hooks",
+    "_backward_hooks", "_is_full_backward_hook",
+)  # fmt: skip
 
 
 def from_nnunet(loss: nn.Module) -> nn.Module:
@@ -22,7 +28,7 @@ def from_nnunet(loss: nn.Module) -> nn.Module:
 
     Args:
         loss: a module of ``nnunetv2.training.loss``, torch.compile'd or not. Parts of it that are
-            of other classes, such as a Dice loss of your own, remain as they are.
+            of other classes, such as a Dice loss of your own, remain as they are, and so do hooks.
 
     Raises:
         TypeError: no loss of nnU-Net's; a subclass of one is none, as it may compute anything.
@@ -38,14 +44,20 @@ def from_nnunet(loss: nn.Module) -> nn.Module:
 
 
 def _converted(loss: Any) -> nn.Module | None:
-    loss = getattr(loss, "_orig_mod", loss)  # what torch.compile wraps
+    if hasattr(loss, "_orig_mod") and not has_hooks(loss):
+        loss = loss._orig_mod  # what torch.compile wraps
     kind = type(loss)
     package, _, module = kind.__module__.rpartition(".")
     if package == "fastloss.nnunet":
         own: nn.Module = loss
         return own
     convert = _CONVERTERS.get((module, kind.__name__))
-    return convert(loss) if package == "nnunetv2.training.loss" and convert else None
+    if package != "nnunetv2.training.loss" or convert is None or "forward" in loss.__dict__:
+        return None
+    new = convert(loss)
+    for name in _HOOKS:  # the same dictionaries, so that a hook's handle removes it from both
+        setattr(new, name, getattr(loss, name))
+    return new
 
 
 def _part(module: nn.Module) -> nn.Module:
@@ -54,7 +66,7 @@ def _part(module: nn.Module) -> nn.Module:
 
 def _dice(loss: Any) -> nn.Module:
     names = ["apply_nonlin", "batch_dice", "do_bg", "smooth", "ddp"]
-    names += ["clip_tp"] * hasattr(loss, "clip_tp")
+    names += ["clip_tp"] * (type(loss).__name__ == "SoftDiceLoss")
     return DICE_CLASSES[type(loss).__name__](**{name: getattr(loss, name) for name in names})
 
 
@@ -86,7 +98,6 @@ def _dc_and_ce(loss: Any) -> nn.Module:
 def _dc_and_bce(loss: Any) -> nn.Module:
     new = DC_and_BCE_loss({}, {}, loss.weight_ce, loss.weight_dice, loss.use_ignore_label)
     new.dc, new.ce = _part(loss.dc), loss.ce
-    remember_weights(new)
     return new
 
 

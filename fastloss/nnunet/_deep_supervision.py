@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from fastloss.dropin import Scheduled, times
 
 
-class DeepSupervisionWrapper(nn.Module):
+class DeepSupervisionWrapper(Scheduled):
     """Σ_i w_i · loss(output_i, target_i, …), as nnU-Net's class of this name.
 
     Args:
@@ -20,6 +20,8 @@ class DeepSupervisionWrapper(nn.Module):
         AssertionError: all weights are 0; when it is called, arguments that are neither lists nor
             tuples. ValueError: not as many outputs or targets as weights.
     """
+
+    scheduled = ("weight_factors",)
 
     def __init__(
         self, loss: Callable[..., Any], weight_factors: Sequence[float] | None = None
@@ -37,8 +39,10 @@ class DeepSupervisionWrapper(nn.Module):
         if not all(isinstance(a, (tuple, list)) for a in args):
             kinds = [type(a).__name__ for a in args]
             raise AssertionError(f"expected lists or tuples of tensors, got {kinds}")
-        weights = self.weight_factors
-        if weights is None:
-            weights = (1.0,) * len(args[0])
+        weights: list[Any] = [1.0] * len(args[0])
+        if self.has("weight_factors"):
+            weights = self.factors("weight_factors")
         pairs = zip(weights, *args, strict=True)
-        return sum(weight * self.loss(*inputs) for weight, *inputs in pairs if weight != 0)
+        return sum(
+            times(weight, self.loss(*inputs)) for weight, *inputs in pairs if weight is not None
+        )

@@ -45,7 +45,7 @@ class Dice(nn.Module):
         Args:
             x: (B, C, *spatial), logits, or probabilities with ``apply_nonlin=None``.
             y: a label map (B, *spatial) or (B, 1, *spatial); or dense, of the shape of x.
-            loss_mask: None, or (B, 1, *spatial): voxels of 0 count for nothing.
+            loss_mask: None, or (B, 1, *spatial) or (1, 1, *spatial): voxels of 0 count for nothing.
         """
         return evaluate((1.0, self.fused(x, y, loss_mask)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,14 +9,17 @@ from torch import Tensor, nn
 
 from fastloss.dropin import (
     Fused,
-    Numbers,
     Recipe,
+    Values,
+    are_sizes,
     at_least_float32,
     evaluate,
     fixed,
     kernels_take,
+    numbers_of,
     recipe,
 )
+from fastloss.frameworks.torch import refuse_gradient
 from fastloss.terms import CrossEntropy, TopKCrossEntropy
 
 
@@ -43,9 +45,6 @@ class RobustCrossEntropyLoss(nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self._numbers = Numbers()
-        remember_weight(self)
-        self.register_load_state_dict_post_hook(remember_weight)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss.
@@ -60,14 +59,19 @@ class RobustCrossEntropyLoss(nn.CrossEntropyLoss):
 
     def fused(self, input: Tensor, target: Tensor) -> Fused | None:
         """What the kernels are asked; None where they cannot compute it."""
-        numbers = None if self.weight is None else self._numbers(self.weight)
-        taken = are_weights(self.weight, numbers, input.shape[1]) and kernels_take(input, target)
-        term = self._recipe(numbers) if taken else None
+        numbers = None
+        if self.weight is not None:
+            refuse_gradient(self.weight, "weight")
+            numbers = numbers_of(self.weight)
+            of_classes = self.weight.shape == (input.shape[1],) and not self.weight.requires_grad
+            if not (of_classes and are_sizes(numbers)):
+                return None
+        term = self._recipe(numbers) if kernels_take(input, target) else None
         if term is None:
             return None
         return Fused(term, "softmax", input, target, None, self.ignore_index)
 
-    def _recipe(self, weight: tuple[float, ...] | None) -> Recipe | None:
+    def _recipe(self, weight: Values | None) -> Recipe | None:
         if self.reduction not in ("mean", "sum") or not 0 <= self.label_smoothing <= 1:
             return None
         return recipe(
@@ -119,13 +123,20 @@ class TopKLoss(RobustCrossEntropyLoss):
         """
         return super().forward(inp, target)
 
-    def _recipe(self, weight: tuple[float, ...] | None) -> Recipe | None:
+    def _recipe(self, weight: Values | None) -> Recipe | None:
         if self.label_smoothing != 0:
             return None
         return recipe(TopKCrossEntropy, weight=weight, k=fixed(self.k))
 
     def _unfused(self, input: Tensor, target: Tensor) -> Tensor:
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "label_smoothing: torch.jit.trace would record the number of voxels that the "
+                "top-k cross-entropy takes; use torch.export or torch.compile"
+            )
         losses = super()._unfused(input, target).flatten()
+        if not losses.numel():
+            return losses.sum()
         count = max(1, int(losses.numel() * self.k / 100))
         return torch.topk(losses, count, sorted=False).values.mean()
 
@@ -141,15 +152,5 @@ def without_channel(input: Tensor, target: Tensor) -> Tensor:
     return target[:, 0]
 
 
-def are_weights(weight: Tensor | None, numbers: tuple[float, ...] | None, classes: int) -> bool:
-    """Whether the kernels take these numbers, one per class, and no gradient is asked by them."""
-    if weight is None or numbers is None:
-        return True
-    constant = weight.shape == (classes,) and not weight.requires_grad
-    return constant and all(0 <= n < math.inf for n in numbers)
-
-
-def remember_weight(loss: Any, _: Any = None) -> None:
-    """Read the class weights while nothing is being compiled."""
-    if loss.weight is not None:
-        loss._numbers(loss.weight)
+def remember_weight(module: Any, _: Any = None) -> None:
+    """Does nothing: pickles of older versions name it."""

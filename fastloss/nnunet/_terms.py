@@ -78,6 +78,7 @@ class BinaryCrossEntropy(VoxelwiseTerm):
     """
 
     requires = frozenset({"cross_entropy"})
+    number_options = ("positive", "negative")
 
     def __init__(
         self, *, positive: Any, negative: Any, per_voxel: bool = False, reduction: str = "mean"

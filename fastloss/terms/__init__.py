@@ -1,17 +1,22 @@
 """What each loss means, on sums over voxels."""
 
 from fastloss.terms.base import Term
-from fastloss.terms.distribution import CrossEntropy, Focal, TopKCrossEntropy
+from fastloss.terms.distribution import CrossEntropy, Focal, TopKCrossEntropy, VoxelwiseTerm
+from fastloss.terms.linear import Brier, MeanAbsoluteError, PolyCrossEntropy
 from fastloss.terms.region import Dice, GeneralizedDice, Jaccard, RegionTerm, Tversky
 
 __all__ = [
+    "Brier",
     "CrossEntropy",
     "Dice",
     "Focal",
     "GeneralizedDice",
     "Jaccard",
+    "MeanAbsoluteError",
+    "PolyCrossEntropy",
     "RegionTerm",
     "Term",
     "TopKCrossEntropy",
     "Tversky",
+    "VoxelwiseTerm",
 ]

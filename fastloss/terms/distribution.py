@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from fastloss.request import Request
 from fastloss.statistics import Statistics
+from fastloss.sums import CROSS_ENTROPY, Sum
 from fastloss.terms.base import (
     REDUCTIONS,
     Derivatives,
@@ -18,9 +21,19 @@ from fastloss.terms.base import (
     check_number,
 )
 
+VOXEL_REDUCTIONS = (*REDUCTIONS, "voxel")
+
 
 class VoxelwiseTerm(Term):
-    """A loss that is linear in its sums: Σ coefficient · sum, divided by a normaliser."""
+    """A loss that is linear in its sums: Σ coefficient · sum, divided by a normaliser.
+
+    Subclass it, name the sums in ``requires``, set ``reduction`` and define `linear`; the term then
+    fuses, adds and scales like the built-in ones on every backend.
+
+    ``reduction`` is "mean", "sum", "none" (the mean of each sample, (B, 1)) or "voxel": the loss of
+    every voxel, (B, *spatial), or with sigmoid of every voxel and channel, (B, C, *spatial), times
+    the voxel weight and 0 where voxels are ignored.
+    """
 
     reduction: str
 
@@ -30,11 +43,20 @@ class VoxelwiseTerm(Term):
         raise NotImplementedError(f"{type(self).__name__} must define linear")
 
     @property
+    def maps_voxels(self) -> bool:
+        return self.reduction == "voxel"
+
+    def map_coefficients(self, request: Request, classes: int) -> Mapping[Any, Any]:
+        # Of any sums, as the coefficients do not depend on them.
+        sums, voxels = np.zeros((len(request.sums), 1, classes)), np.zeros(1)
+        return self.linear(Statistics(request, sums, voxels, np.dtype(np.float64)))[0]
+
+    @property
     def sums_over_batch(self) -> bool:
         return self.reduction != "none"
 
-    def value_shape(self, batch: int, classes: int) -> tuple[int, ...]:
-        return (batch, 1) if self.reduction == "none" else ()
+    def value_shape(self, batch: int, classes: int, regions: int = 0) -> tuple[int, ...]:
+        return (batch * max(regions, 1), 1) if self.reduction == "none" else ()
 
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         coefficients, normaliser = self.linear(statistics)
@@ -42,11 +64,12 @@ class VoxelwiseTerm(Term):
         value: Any = 0.0
         for slot, coefficient in coefficients.items():
             sums = statistics[slot]
-            if isinstance(coefficient, np.ndarray):
+            if isinstance(coefficient, float):
+                if coefficient != 0:
+                    value = value + coefficient * sums.sum(axis)
+            else:
                 # A class of weight 0 counts for nothing, even where its sum is infinite.
                 value = value + (np.where(coefficient == 0, 0.0, sums) * coefficient).sum(axis)
-            elif coefficient != 0:
-                value = value + coefficient * sums.sum(axis)
         if self.reduction == "none":
             value = np.broadcast_to(value, statistics.batch_size)[:, None]
             scale = inverse(normaliser if normaliser.ndim == 1 else normaliser.sum(axis=1))[:, None]
@@ -81,7 +104,8 @@ class CrossEntropy(VoxelwiseTerm):
         weight: a weight per class, (C,), or one number; non-negative.
         label_smoothing: ε in [0, 1] (Szegedy et al. 2016, "Rethinking the Inception
             Architecture").
-        reduction: "mean", "sum", or "none": the mean of each sample, (B, 1).
+        reduction: "mean", "sum", "none": the mean of each sample, (B, 1), or "voxel": the loss of
+            every voxel, (B, *spatial), with sigmoid (B, C, *spatial).
 
     Raises:
         ValueError, TypeError: an option out of its range.
@@ -92,12 +116,14 @@ class CrossEntropy(VoxelwiseTerm):
     0.223
     """
 
+    number_options = ("weight",)
+
     def __init__(
         self, *, weight: Any = None, label_smoothing: float = 0.0, reduction: str = "mean"
     ) -> None:
         self.weight = check_class_weight("weight", weight)
         self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
-        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        self.reduction = check_choice("reduction", reduction, VOXEL_REDUCTIONS)
         smoothing = {"uniform"} if self.label_smoothing else set()
         self.requires = frozenset({"cross_entropy"} | smoothing)
 
@@ -121,6 +147,8 @@ class CrossEntropy(VoxelwiseTerm):
                 normaliser = reference if self.weight is None else weight * reference
         if epsilon:
             coefficients["uniform"] = smooth
+            if request.activation == "sigmoid":
+                coefficients["uniform_rest"] = smooth
         return coefficients, normaliser
 
 
@@ -135,22 +163,28 @@ class Focal(VoxelwiseTerm):
         gamma: the focusing exponent γ, at least 0; 0 is cross-entropy.
         alpha: α, one number or one per class. None: no weighting (α and 1−α are both 1).
             For sigmoid in [0, 1].
-        reduction: "mean", "sum", or "none": the mean of each sample, (B, 1).
+        reduction: "mean", "sum", "none": the mean of each sample, (B, 1), or "voxel": the loss of
+            every voxel, (B, *spatial), with sigmoid (B, C, *spatial).
 
     Raises:
         ValueError, TypeError: an option out of its range.
     """
 
+    number_options = ("alpha",)
+
     def __init__(self, *, gamma: float = 2.0, alpha: Any = None, reduction: str = "mean") -> None:
         self.gamma = check_number("gamma", gamma)
         self.alpha = check_class_weight("alpha", alpha)
-        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        self.reduction = check_choice("reduction", reduction, VOXEL_REDUCTIONS)
         self.requires = frozenset({f"focal:{self.gamma!r}"})
 
     def check(self, activation: str, classes: int) -> None:
         check_class_count("alpha", self.alpha, classes)
         if activation == "sigmoid" and self.alpha is not None and np.max(self.alpha) > 1:
             raise ValueError(f"alpha: with sigmoid expected numbers in [0, 1], got {self.alpha!r}")
+
+    def largest(self, name: str, activation: str) -> float:
+        return 1.0 if activation == "sigmoid" else np.inf
 
     def linear(self, statistics: Statistics) -> tuple[dict[str, Any], np.ndarray]:
         alpha, slot = self.alpha, f"focal:{self.gamma!r}"
@@ -189,13 +223,19 @@ class TopKCrossEntropy(Term):
     0.693
     """
 
-    requires = frozenset({"top_k"})
+    ranking = Sum("target", "log", field="top_k")
+    requires = frozenset({"cross_entropy", ranking})
+    number_options = ("weight",)
 
     def __init__(self, *, k: float = 10.0, weight: Any = None) -> None:
         self.k = check_number("k", k, 0.0, 100.0)
         if self.k == 0:
             raise ValueError("k: expected a number above 0, got 0")
         self.weight = check_class_weight("weight", weight)
+
+    @property
+    def kept_percent(self) -> float:  # type: ignore[override]
+        return self.k
 
     def check(self, activation: str, classes: int) -> None:
         if activation != "softmax":
@@ -210,9 +250,35 @@ class TopKCrossEntropy(Term):
         return np.broadcast_to(np.asarray(weight, np.float64), (classes,)).copy()
 
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
-        weight = self.class_weight(statistics.classes)
+        weight = np.ones(statistics.classes) * (1.0 if self.weight is None else self.weight)
 
         def pullback(upstream: np.ndarray) -> Derivatives:
-            return {"top_k": upstream * weight}
+            return {self.ranking: upstream * weight}
 
-        return statistics["top_k"].sum(), pullback
+        return statistics[self.ranking].sum(), pullback
+
+    def ranks_by(self, request: Request, classes: int) -> np.ndarray:
+        coefficients = np.zeros((len(request.sums), classes))
+        coefficients[request.index[CROSS_ENTROPY]] = self.class_weight(classes)
+        return coefficients
+
+    def choose(self, losses: np.ndarray) -> float:
+        """The share of every voxel in the mean of the largest losses, and that mean.
+
+        Where more than one voxel has the smallest loss that is kept, all of them share the places
+        that are left.
+        """
+        flat = losses.reshape(-1)
+        if not flat.size:
+            return 0.0
+        kept = max(1, int(flat.size * self.k / 100))
+        threshold = np.partition(flat, flat.size - kept)[flat.size - kept]
+        above, at = ~(flat <= threshold), flat == threshold  # NaN is above all
+        places = kept - int(np.count_nonzero(above))
+        total = flat.sum(where=above, dtype=np.float64)
+        if places > 0:
+            total += places * np.float64(threshold)
+        flat[...] = 0.0
+        flat[above] = 1.0 / kept
+        flat[at] = places / (kept * max(1, int(np.count_nonzero(at))))
+        return float(total / kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -36,10 +36,15 @@ class RegionTerm(Term):
             background, and 1 in place of B with ``batch``.
         squared: use p² and g² in the sizes (the V-Net form).
 
+    Where a call names regions, every region of a sample takes the place of a sample: (B · R, C), R
+    being the number of regions. ``batch`` then joins the regions of one number over the samples.
+    A region none of whose voxels counts is left out of means, and has the value 0.
+
     Raises:
         ValueError, TypeError: an option out of its range.
     """
 
+    number_options: ClassVar[tuple[str, ...]] = ("weight",)
     couples_classes = False
     """True if `formula` returns one value for all classes and applies ``self.weight`` itself."""
 
@@ -84,15 +89,22 @@ class RegionTerm(Term):
             )
         check_class_count("weight", self.weight, counted)
 
+    @classmethod
+    def recordable(cls) -> tuple[str, ...]:
+        known = super().recordable()
+        if known or cls.couples_classes or cls.combine is not RegionTerm.combine:
+            return known
+        return ("weight",)  # of which a formula from elsewhere sees nothing
+
     @property
     def sums_over_batch(self) -> bool:
         return self.batch
 
-    def value_shape(self, batch: int, classes: int) -> tuple[int, ...]:
+    def value_shape(self, batch: int, classes: int, regions: int = 0) -> tuple[int, ...]:
         if self.reduction != "none":
             return ()
         counted = 1 if self.couples_classes else classes - int(not self.include_background)
-        return (1 if self.batch else batch, counted)
+        return ((1 if self.batch else batch) * max(regions, 1), counted)
 
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         suffix = "_squared" if self.squared else ""
@@ -101,13 +113,24 @@ class RegionTerm(Term):
         first = 0 if self.include_background else 1
         if first:
             sums = [s[:, first:] for s in sums]
+        regions = statistics.regions
+        rows, there = (statistics.batch_size, sums[0].shape[1]), None
         if self.batch:
-            sums = [s.sum(axis=0, keepdims=True) for s in sums]
+            sums = [_over_samples(s, regions) for s in sums]
+        if regions:
+            voxels = statistics.voxels[:, None]
+            there = (_over_samples(voxels, regions) if self.batch else voxels) > 0
         value, by_overlap, by_predicted = self.formula(*sums)
+        if there is not None:
+            value, by_overlap, by_predicted = (
+                np.where(there, a, 0.0) for a in (value, by_overlap, by_predicted)
+            )
         weight: Any = 1.0 if self.weight is None or self.couples_classes else self.weight
-        if isinstance(weight, np.ndarray) or weight != 1.0:
+        if not (isinstance(weight, float) and weight == 1.0):
             value = value * weight
-        count = max(value.size, 1)
+        count: Any = max(value.size, 1)
+        if there is not None:
+            count = np.maximum(there.sum() * value.shape[1], 1)
         scale = weight / count if self.reduction == "mean" else weight
         if self.reduction != "none":
             value = value.sum()
@@ -120,11 +143,27 @@ class RegionTerm(Term):
                 "overlap": factor * by_overlap,
                 "predicted" + suffix: factor * by_predicted,
             }
+            if regions and self.batch:
+                derivatives = {k: _to_samples(d, regions, rows) for k, d in derivatives.items()}
             if first:
                 derivatives = {k: _with_background(d) for k, d in derivatives.items()}
             return derivatives
 
         return value, pullback
+
+
+def _over_samples(sums: np.ndarray, regions: int) -> np.ndarray:
+    """(rows, C) summed over the samples: (1, C), or one row for every number of a region."""
+    if not regions:
+        return sums.sum(axis=0, keepdims=True)
+    return sums.reshape(-1, regions, sums.shape[1]).sum(axis=0)
+
+
+def _to_samples(derivative: np.ndarray, regions: int, shape: tuple[int, int]) -> np.ndarray:
+    """The derivative by the sums over the samples as that by those of each, (rows, C)."""
+    rows, classes = shape
+    each = np.broadcast_to(derivative, (regions, classes))
+    return np.broadcast_to(each[None], (rows // regions, regions, classes)).reshape(shape)
 
 
 def _with_background(derivative: np.ndarray) -> np.ndarray:
@@ -211,6 +250,8 @@ class Tversky(RegionTerm):
     Sources: Salehi et al. 2017, "Tversky loss function for image segmentation"; Abraham & Khan
     2018, "A Novel Focal Tversky loss function" (whose exponent 1/γ is γ here).
     """
+
+    number_options = ("weight", "alpha", "beta")
 
     def __init__(
         self, *, alpha: float = 0.5, beta: float = 0.5, gamma: float = 1.0, **options: Any

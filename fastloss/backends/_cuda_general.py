@@ -1,0 +1,164 @@
+"""The launch of the general kernel, which takes every call that no fast path takes."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+
+from fastloss.backends import _cuda_call
+from fastloss.backends._cuda_call import (
+    CALL,
+    GENERAL,
+    LANES,
+    MAX_AXES,
+    NO_TYPE,
+    Operands,
+    Plan,
+    Work,
+    check_alignment,
+    ignore_kind,
+    spread,
+    walk,
+    write_call,
+)
+from fastloss.maps import KINDS as MAPS
+from fastloss.request import ACTIVATIONS, Request
+from fastloss.sums import FUNCTIONS, WEIGHTS
+
+MAX_FIELDS = 8
+MAX_SUMS = 32
+"""Of the build that serves any call; kernels for one kind of call know no such limit."""
+_FIELDS = ("voxel", "class", "labels")
+_WARPS = (4, 2, 1)
+_MOST_PARTIAL = 64 << 20  # bytes that the blocks of a launch leave behind, if they must
+
+_CONSTANTS = (
+    "path", "upstream_type", "logits_type", "target_type", "weight_type", "activation", "dense",
+    "ignore_kind", "classes", "axes", "large", "vector", "warps", "staged", "interleaved",
+    "packed_target", "packed_weight", "global_sums", "global_table", "slots",
+    "map_kind", "map_type", "regions_type", "fields",
+)  # fmt: skip
+_TABLES = ("field_kind", "field_type", "sum_weight", "sum_function", "sum_field", "parameter")
+
+# Mirrors `struct GeneralCall` in csrc/cuda/general.h.
+GENERAL_CALL = np.dtype(
+    [
+        *((name, CALL.fields[name][0]) for name in CALL.names or ()),  # type: ignore[index]
+        ("more", np.int64, 1 + MAX_FIELDS),
+        ("more_sample_stride", np.int64, 1 + MAX_FIELDS),
+        ("more_channel_stride", np.int64, 1 + MAX_FIELDS),
+        ("more_stride", np.int64, (1 + MAX_FIELDS, MAX_AXES)),
+        ("map_coefficients", np.int64),
+        ("parameter", np.float64, MAX_SUMS),
+        ("rows", np.int32),
+        *((name, np.int32) for name in ("map_kind", "map_type", "regions_type", "fields")),
+        ("field_kind", np.int32, MAX_FIELDS),
+        ("field_type", np.int32, MAX_FIELDS),
+        ("sum_weight", np.int32, MAX_SUMS),
+        ("sum_function", np.int32, MAX_SUMS),
+        ("sum_field", np.int32, MAX_SUMS),
+    ],
+    align=True,
+)
+
+
+def plan_general(
+    request: Request, operands: Operands, work: Work, rows: int, most_shared: int
+) -> Plan:
+    """A pass, or the writing of a map, by the general kernel.
+
+    ``rows``: the regions of a sample.
+
+    Raises:
+        ValueError: more fields than fit, numbers that lie across their own alignment, or too many
+            axes without an even step.
+    """
+    names = [name for name in request.fields if name != work.without]
+    if len(names) > MAX_FIELDS:
+        raise ValueError(f"fields: at most {MAX_FIELDS} fit one loss on a GPU, got {len(names)}")
+    check_alignment(operands, names)
+    regions = operands.regions
+    batch, classes, *spatial = operands.shape
+    voxels, count = prod(spatial), len(request.sums) * classes
+    # The first place is that of the regions.
+    more = [regions or operands.nothing, *(o for _, o in operands.fields)]
+    offsets, axes = walk(operands, more)
+    computed = 8 if operands.logits.type == _cuda_call.FLOAT64 else 4
+
+    reduce, width = work.kernel == "reduce", rows * (count + 1) + 1
+    if width >= 1 << 31:
+        raise ValueError(
+            f"region_count: the sums of {rows} regions of {classes} classes do not fit a GPU's "
+            "kernel; pass fewer at a time"
+        )
+    warps, shared = _WARPS[0], 0
+    global_sums = global_table = False
+    if reduce:
+        fitting = [n for n in _WARPS if 8 * n * width <= most_shared // 2]
+        global_sums = not fitting
+        warps = fitting[0] if fitting else 1
+        shared = 8 * warps * width if fitting else 0
+    elif work.kernel == "apply":
+        global_table = regions is not None or count * computed > most_shared // 2
+        shared = 0 if global_table else count * computed
+    blocks, chunk = spread(
+        batch,
+        voxels,
+        warps * LANES,
+        min(_cuda_call._BLOCKS, max(1, _MOST_PARTIAL // (8 * width)))
+        if reduce
+        else _cuda_call._BLOCKS,
+    )
+    fields: dict[str, object] = {
+        "path": GENERAL,
+        "upstream_type": work.upstream_type,
+        "logits_type": operands.logits.type,
+        "target_type": operands.target.type,
+        "weight_type": NO_TYPE if operands.weight is None else operands.weight.type,
+        "activation": ACTIVATIONS.index(request.activation),
+        "dense": int(request.dense),
+        "ignore_kind": ignore_kind(request, classes),
+        "classes": classes,
+        "axes": len(axes),
+        "large": int(voxels >= 1 << 31),
+        "vector": 1,
+        "warps": warps,
+        "global_sums": int(global_sums),
+        "global_table": int(global_table),
+        "slots": len(request.sums),
+        "map_kind": 1 + MAPS.index(work.map_kind) if work.map_kind else 0,
+        "map_type": operands.out.type if work.map_kind and operands.out else NO_TYPE,
+        "regions_type": NO_TYPE if regions is None else regions.type,
+        "fields": len(names),
+        **dict.fromkeys(("staged", "interleaved", "packed_target", "packed_weight"), 0),
+    }
+    place = {work.without: -2, "": -1} | {name: i for i, name in enumerate(names)}
+    tables: dict[str, tuple[object, ...]] = {
+        "field_kind": tuple(_FIELDS.index(kind) for kind, _ in operands.fields),
+        "field_type": tuple(o.type for _, o in operands.fields),
+        "sum_weight": tuple(WEIGHTS.index(total.weight) for total in request.sums),
+        "sum_function": tuple(list(FUNCTIONS).index(total.function) for total in request.sums),
+        "sum_field": tuple(place[total.field] for total in request.sums),
+        "parameter": tuple(total.parameter for total in request.sums),
+    }
+    call = np.zeros(1, GENERAL_CALL)
+    write_call(call, request, fields, operands, axes, blocks, chunk)
+    for name, values in tables.items():
+        call[name][0, : len(values)] = values[: call[name].shape[1]]
+    for i, o in enumerate(more):
+        call["more_sample_stride"][0, i], call["more_channel_stride"][0, i] = o.strides[:2]
+        call["more_stride"][0, i, : len(axes)] = [steps[4 + i] for _, steps in axes]
+    call["rows"] = rows
+    return Plan(
+        request,
+        call.tobytes(),
+        tuple(offsets),
+        (*((name, fields[name]) for name in _CONSTANTS), *tables.items()),
+        batch * blocks,
+        warps * LANES,
+        shared,
+        batch * blocks * width if reduce else 0,
+        batch * -(-(width - 1) // LANES) if reduce else 0,
+        general=True,
+    )

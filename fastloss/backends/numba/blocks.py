@@ -1,0 +1,139 @@
+"""A call's arrays, cut to blocks of voxels: kernels see one contiguous row of a block per class.
+
+An array that lies in memory as a kernel wants it is used where it is. Of any other NumPy copies
+one block at a time, whatever its dtype and strides.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Block(NamedTuple):
+    """Voxels that follow each other: where they are along the axes, the first, and how many."""
+
+    place: tuple[int | slice, ...]
+    first: int
+    size: int
+
+
+@lru_cache(maxsize=256)
+def blocks_of(shape: tuple[int, ...], most: int) -> tuple[Block, ...]:
+    """The blocks of a sample, of about ``most`` voxels and no more, in order."""
+    axis, inner = len(shape), 1
+    while axis and inner * shape[axis - 1] <= most:
+        axis -= 1
+        inner *= shape[axis]
+    if axis == 0:
+        return (Block((), 0, inner),) if inner else ()
+    # The axis before is cut to even parts, and those before it to single steps.
+    *outer, length = shape[:axis]
+    parts = -(-length // max(1, most // inner))
+    blocks, first = [], 0
+    for index in np.ndindex(*outer):
+        for part in range(parts):
+            start, stop = length * part // parts, length * (part + 1) // parts
+            size = (stop - start) * inner
+            blocks.append(Block((*index, slice(start, stop)), first, size))
+            first += size
+    return tuple(blocks)
+
+
+class Order(NamedTuple):
+    """The spatial axes in the order in which logits lie in memory, slowest first."""
+
+    axes: tuple[int, ...]
+    backwards: tuple[int, ...]
+
+    @staticmethod
+    def of(logits: np.ndarray) -> Order:
+        axes = range(2, logits.ndim)
+        steps = {i: logits.strides[i] if logits.shape[i] > 1 else 0 for i in axes}
+        return Order(
+            tuple(sorted(axes, key=lambda i: -abs(steps[i]))),
+            tuple(i for i in axes if steps[i] < 0),
+        )
+
+    def arrange(self, array: np.ndarray) -> np.ndarray:
+        """The view (B, K, *spatial) with its spatial axes in this order, none backwards."""
+        return np.flip(array, self.backwards).transpose(0, 1, *self.axes)
+
+
+class Operand:
+    """An array (B, K, *spatial) that kernels read, or write, as rows of this dtype."""
+
+    def __init__(self, array: np.ndarray, dtype_name: str, dtype: np.dtype, order: Order) -> None:
+        self.array = order.arrange(array)
+        self.bfloat16 = dtype_name == "bfloat16"
+        self.dtype = np.dtype(dtype)
+        of_one = all(sample.flags.c_contiguous for sample in self.array[:1])
+        self.direct = of_one and self.array.flags.aligned and array.dtype == self.dtype
+
+    def part(self, sample: int, block: Block) -> np.ndarray:
+        """The view of a block, (K, *axes)."""
+        place: tuple[int | slice, ...] = (sample, slice(None), *block.place)
+        return self.array[place]
+
+    def rows(self, sample: int) -> np.ndarray:
+        """Of a direct operand the rows of a sample, (K, voxels)."""
+        array = self.array[sample]
+        return array.reshape(len(array), prod(array.shape[1:]))
+
+
+class Window:
+    """A block of an operand at a time, for one thread: (K, N) rows, and where it begins in them."""
+
+    def __init__(self, operand: Operand) -> None:
+        self.operand = operand
+        self.memory = np.empty(0, operand.dtype)
+
+    def read(self, sample: int, block: Block) -> tuple[np.ndarray, int]:
+        """The rows that hold the block, which may not be written."""
+        rows, first = self.rows(sample, block)
+        if not self.operand.direct:
+            source = self.operand.part(sample, block)
+            copy = rows.reshape(source.shape)
+            if self.operand.bfloat16:
+                wide = copy if copy.dtype == np.float32 else np.empty(copy.shape, np.float32)
+                bits = wide.view(np.uint32)
+                bits[...] = source
+                bits <<= 16
+                copy[...] = wide
+            else:
+                copy[...] = source
+        rows.flags.writeable = False  # or Numba would compile for either
+        return rows, first
+
+    def rows(self, sample: int, block: Block) -> tuple[np.ndarray, int]:
+        """The rows that take what a kernel writes to the block, until it is stored."""
+        operand = self.operand
+        if operand.direct:
+            return operand.rows(sample), block.first
+        size = operand.array.shape[1] * block.size
+        if len(self.memory) < size:
+            self.memory = np.empty(size, operand.dtype)
+        return self.memory[:size].reshape(-1, block.size), 0
+
+    def store(self, sample: int, block: Block) -> None:
+        """Bring to the block what was written to its rows."""
+        if not self.operand.direct:
+            target = self.operand.part(sample, block)
+            rows = self.memory[: target.size].reshape(target.shape)
+            target[...] = _as_bfloat16(rows) if self.operand.bfloat16 else rows
+
+
+def _as_bfloat16(array: np.ndarray) -> np.ndarray:
+    """Rounded to the nearest, ties to even; the array is overwritten."""
+    undefined = np.isnan(array)
+    bits = array.view(np.uint32)
+    odd = bits >> 16
+    odd &= 1
+    bits += odd
+    bits += 0x7FFF
+    bits >>= 16
+    bits[undefined] = 0x7FC0
+    return bits

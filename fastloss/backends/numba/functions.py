@@ -1,0 +1,82 @@
+"""The table of the functions of p: the value and the derivative of each, once."""
+
+# mypy: ignore-errors
+# What Numba compiles has no types that mypy could check.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from fastloss.backends.numba.kernels import inner
+
+
+class Voxel(NamedTuple):
+    """What a formula is given of one voxel and class: with q = 1−p, powers of a parameter γ."""
+
+    p: float
+    q: float
+    log_p: float
+    log_q: float
+    p_gamma: float
+    q_gamma: float
+    gamma: float
+
+
+class Function(NamedTuple):
+    """A function of p, and its derivative by what ``by`` names: "p", "log_p" or "log_q"."""
+
+    by: str
+    value: Callable[[Voxel], float]
+    slope: Callable[[Voxel], float]
+
+    @property
+    def reads(self) -> int:
+        """What the formulas read that is not always there: a sum of values of `READS`."""
+        names = {*self.value.__code__.co_names, *self.slope.__code__.co_names}
+        return sum(flag for name, flag in READS.items() if name in names)
+
+
+LOG_P, LOG_Q, P_GAMMA, Q_GAMMA = 1, 2, 4, 8
+READS = {"log_p": LOG_P, "log_q": LOG_Q, "p_gamma": P_GAMMA, "q_gamma": Q_GAMMA}
+
+
+@inner
+def product(a, b):
+    """a b, and 0 where a factor is 0 though the other be infinite."""
+    nothing = ((a == 0) & (b == b)) | ((b == 0) & (a == a))
+    return 0.0 if nothing else a * b
+
+
+@inner
+def _focal_slope(p, log_p, q, q_gamma, gamma):
+    """The derivative of q^γ log p by log p."""
+    # Near p = 1 it is like −q^γ, which below γ = 1 is no longer seen from its factors.
+    return q_gamma - gamma * (0.0 if q == 0 else product(product(p, log_p), q_gamma / q))
+
+
+FUNCTIONS = {
+    "one": Function("p", lambda v: 1.0, lambda v: 0.0),
+    "p": Function("p", lambda v: v.p, lambda v: 1.0),
+    "p_squared": Function("p", lambda v: v.p * v.p, lambda v: v.p + v.p),
+    "log": Function("log_p", lambda v: -v.log_p, lambda v: -1.0),
+    "log_rest": Function("log_q", lambda v: -v.log_q, lambda v: -1.0),
+    "focal": Function(
+        "log_p",
+        lambda v: -product(v.q_gamma, v.log_p),
+        lambda v: -_focal_slope(v.p, v.log_p, v.q, v.q_gamma, v.gamma),
+    ),
+    "focal_rest": Function(
+        "log_q",
+        lambda v: -product(v.p_gamma, v.log_q),
+        lambda v: -_focal_slope(v.q, v.log_q, v.p, v.p_gamma, v.gamma),
+    ),
+}
+
+# Of the voxel weight m and the target g.
+WEIGHTS = {
+    "one": lambda m, g: m,
+    "target": lambda m, g: m * g,
+    "rest": lambda m, g: m * (1 - g),
+    "target_squared": lambda m, g: m * g * g,
+}

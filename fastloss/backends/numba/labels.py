@@ -1,0 +1,71 @@
+"""Labels and regions as numbers that the other kernels take; and the label of the largest logit."""
+
+# mypy: ignore-errors
+# What Numba compiles has no types that mypy could check.
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastloss.backends.numba.general import NONE, SIGMOID
+from fastloss.backends.numba.kernels import kernel
+
+
+@kernel
+def largest(x, first, activation, out):
+    """The first class of the largest logit, or of NaN; of one class, whether p > ½."""
+    for i in range(len(out)):
+        a = x[0, first + i]
+        if x.shape[0] == 1:
+            out[i] = a > 0.5 if activation == NONE else a > 0 if activation == SIGMOID else a == a
+            continue
+        at = 0
+        for c in range(1, x.shape[0]):
+            b = x[c, first + i]
+            if b > a or (b != b and a == a):
+                a, at = b, c
+        out[i] = at
+
+
+@kernel
+def encode(labels, classes, ignored, ignore, codes):
+    """Labels as int32: −1 where ``ignore`` if it is ``ignored``, −2 what is no class: their number.
+
+    ``labels`` are numbers of any type, (n,).
+    """
+    bad = 0
+    for i in range(len(codes)):
+        y = labels[i]
+        inside = (y >= 0) & (y < classes)
+        code = np.int32(y) if inside else np.int32(-2)
+        code = code if code == y else np.int32(-2)
+        skip = ignored & (y == ignore)
+        bad += (code < 0) & (not skip)
+        codes[i] = np.int32(-1) if skip else code
+    return bad
+
+
+@kernel
+def number_rows(regions, numbers, codes, found):
+    """Number the regions of a block by where they first occur: these into ``codes``, and how many.
+
+    Args:
+        regions: (n,) int64.
+        numbers: (rows,) int32, −1 everywhere; so it is left.
+        codes: (n,) int32, −1 for a voxel of none.
+        found: (n,) int64, the regions by number.
+    """
+    count = 0
+    for i in range(len(codes)):
+        r = regions[i]
+        if r < 0 or r >= len(numbers):
+            codes[i] = -1
+            continue
+        if numbers[r] < 0:
+            numbers[r] = count
+            found[count] = r
+            count += 1
+        codes[i] = numbers[r]
+    for j in range(count):
+        numbers[found[j]] = -1
+    return count
