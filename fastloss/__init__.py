@@ -15,41 +15,15 @@ from fastloss.functional import (
 from fastloss.loss import Loss
 from fastloss.statistics import Statistics
 from fastloss.sums import Sum
-from fastloss.terms import (
-    Brier,
-    CrossEntropy,
-    Dice,
-    Focal,
-    GeneralizedDice,
-    Jaccard,
-    MeanAbsoluteError,
-    PolyCrossEntropy,
-    RegionTerm,
-    Term,
-    TopKCrossEntropy,
-    Tversky,
-    VoxelwiseTerm,
-)
+from fastloss.terms import *  # noqa: F403
+from fastloss.terms import __all__ as _terms
 from fastloss.threads import get_num_threads, set_num_threads
 from fastloss.version import __version__
 
 __all__ = [
-    "Brier",
-    "CrossEntropy",
-    "Dice",
-    "Focal",
-    "GeneralizedDice",
-    "Jaccard",
     "Loss",
-    "MeanAbsoluteError",
-    "PolyCrossEntropy",
-    "RegionTerm",
     "Statistics",
     "Sum",
-    "Term",
-    "TopKCrossEntropy",
-    "Tversky",
-    "VoxelwiseTerm",
     "__version__",
     "cross_entropy_loss",
     "dice_ce_loss",
@@ -64,3 +38,4 @@ __all__ = [
     "tversky_loss",
     "use_backend",
 ]
+__all__ += _terms

@@ -2,7 +2,11 @@
 
 from fastloss.terms.base import Term
 from fastloss.terms.distribution import CrossEntropy, Focal, TopKCrossEntropy, VoxelwiseTerm
-from fastloss.terms.linear import Brier, MeanAbsoluteError, PolyCrossEntropy
+from fastloss.terms.linear import (
+    Brier,
+    MeanAbsoluteError,
+    PolyCrossEntropy,
+)
 from fastloss.terms.region import Dice, GeneralizedDice, Jaccard, RegionTerm, Tversky
 
 __all__ = [
