@@ -169,7 +169,9 @@ def test_sums_and_gradients_of_any_table(name: str, problem: tuple[Request, Arra
     error = np.linalg.norm((out.astype(np.float64) - right).ravel())
     step = {"float64": 1e-11, "float32": 3e-6, "float16": 1e-3}[arrays.logits_dtype]
     least = 2.0**-24 * np.sqrt(right.size) if arrays.logits_dtype == "float16" else 1e-30
-    assert error <= step * np.linalg.norm(right.ravel()) * 2 + least + step * 1e-3
+    # Coefficients are near 1: what cancels in a gradient leaves rounding errors of that size.
+    cancelled = step * np.sqrt(right.size)
+    assert error <= step * np.linalg.norm(right.ravel()) * 2 + least + cancelled
 
 
 @pytest.mark.parametrize("name", OTHERS)
