@@ -13,8 +13,8 @@
 #define FL_DEVICE inline
 #endif
 
-enum class Function : int { one, p, p_squared, log, log_rest, focal, focal_rest };
-constexpr int kFunctions = 7;
+enum class Function : int { one, p, p_squared, log, log_rest, focal, focal_rest, generalized };
+constexpr int kFunctions = 8;
 
 // The variable that a derivative is taken by. By log p it is p times that by p, which stays finite
 // and exact where p is near 0.
@@ -136,9 +136,23 @@ struct FunctionOf<Function::focal_rest> {
   }
 };
 
+// (1 − p^γ) / γ, with p^γ = e^−γ(−log p).
+template <>
+struct FunctionOf<Function::generalized> {
+  static constexpr By by = By::log_p;
+  template <class M, class V, class N>
+  static FL_DEVICE V value(const Probability<V>& v, N gamma) {
+    return M::one_less_exponential(gamma * v.loss) * (N(1) / gamma);
+  }
+  template <class M, class V, class N>
+  static FL_DEVICE V slope(const Probability<V>& v, N gamma) {
+    return -M::power(v.p, gamma);
+  }
+};
+
 // Whether a function, or its derivative, reads −log p, and −log q.
 FL_DEVICE constexpr bool reads_log(Function f) {
-  return f == Function::log || f == Function::focal;
+  return f == Function::log || f == Function::focal || f == Function::generalized;
 }
 FL_DEVICE constexpr bool reads_log_rest(Function f) {
   return f == Function::log_rest || f == Function::focal_rest;
@@ -162,5 +176,7 @@ FL_DEVICE void with_function(Function f, const G& g) {
       return g(FunctionOf<Function::focal>{});
     case Function::focal_rest:
       return g(FunctionOf<Function::focal_rest>{});
+    case Function::generalized:
+      return g(FunctionOf<Function::generalized>{});
   }
 }

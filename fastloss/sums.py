@@ -36,6 +36,7 @@ FUNCTIONS = {
     "log_rest": False,
     "focal": True,
     "focal_rest": True,
+    "generalized": True,
 }
 """Every function of p, and whether it takes a parameter γ:
 
@@ -47,6 +48,7 @@ FUNCTIONS = {
 ``log_rest``    −log(1−p)
 ``focal``       (1−p)^γ (−log p)
 ``focal_rest``  p^γ (−log(1−p))
+``generalized`` (1 − p^γ) / γ, γ > 0
 ==============  ========================================
 """
 

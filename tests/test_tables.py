@@ -45,7 +45,9 @@ def sums(draw: st.DrawFn, kinds: tuple[str, ...]) -> frozenset[Any]:
             Sum(
                 draw(st.sampled_from(WEIGHTS)),
                 function,
-                draw(st.sampled_from(GAMMAS)) if FUNCTIONS[function] else 0.0,
+                draw(st.sampled_from(GAMMAS[function == "generalized" :]))
+                if FUNCTIONS[function]
+                else 0.0,
                 draw(st.sampled_from(["", *(FIELDS[k] for k in kinds)])),
             )
         )

@@ -199,3 +199,14 @@ def test_generalized_dice_gives_an_absent_class_the_largest_weight() -> None:
     loss = probabilities(fl.GeneralizedDice(**NO_SMOOTHING))
     # Class 0 has G = 2 and w = ¼; the others are absent and get ¼ too.
     assert loss(x, np.array([[0, 0]])) == pytest.approx(1 - 2 * 1 / (2 + 2))
+
+
+@pytest.mark.parametrize("q", [0.05, 0.7, 1.0])
+def test_generalized_cross_entropy(backend: str, q: float) -> None:
+    p = np.array([[[0.7, 0.2], [0.3, 0.8]]])
+    labels = np.array([[0, 0]])
+    loss = fl.Loss(fl.GeneralizedCrossEntropy(q=q), activation="none")
+    expected = ((1 - 0.7**q) / q + (1 - 0.2**q) / q) / 2
+    value, gradient = loss.value_and_grad(p, labels)
+    assert value == pytest.approx(expected, rel=1e-12)
+    assert np.allclose(gradient, [[[-(0.7 ** (q - 1)) / 2, -(0.2 ** (q - 1)) / 2], [0, 0]]])

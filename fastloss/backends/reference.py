@@ -55,6 +55,11 @@ FUNCTIONS = {
         lambda v, gamma: -_product(v.p**gamma, v.log_q),
         lambda v, gamma: -_focal_slope(v.q, v.log_q, v.p, gamma),
     ),
+    "generalized": Function(
+        "log_p",
+        lambda v, gamma: -np.expm1(gamma * v.log_p) / gamma,
+        lambda v, gamma: -(v.p**gamma),
+    ),
 }
 
 WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

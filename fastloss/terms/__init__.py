@@ -4,6 +4,7 @@ from fastloss.terms.base import Term
 from fastloss.terms.distribution import CrossEntropy, Focal, TopKCrossEntropy, VoxelwiseTerm
 from fastloss.terms.linear import (
     Brier,
+    GeneralizedCrossEntropy,
     MeanAbsoluteError,
     PolyCrossEntropy,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "CrossEntropy",
     "Dice",
     "Focal",
+    "GeneralizedCrossEntropy",
     "GeneralizedDice",
     "Jaccard",
     "MeanAbsoluteError",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.statistics import Statistics
+from fastloss.sums import Sum
 from fastloss.terms.base import (
     check_choice,
     check_class_count,
@@ -37,7 +38,7 @@ class ClassWeighted(VoxelwiseTerm):
     def check(self, activation: str, classes: int) -> None:
         check_class_count("weight", self.weight, classes)
 
-    def coefficients(self, statistics: Statistics) -> dict[str, float]:
+    def coefficients(self, statistics: Statistics) -> dict[Any, float]:
         """Per sum, its coefficient before classes are weighed."""
         raise NotImplementedError(f"{type(self).__name__} must define coefficients")
 
@@ -63,7 +64,7 @@ class Brier(ClassWeighted):
 
     requires = frozenset({"squared"})
 
-    def coefficients(self, statistics: Statistics) -> dict[str, float]:
+    def coefficients(self, statistics: Statistics) -> dict[Any, float]:
         return {"predicted_squared": 1.0, "overlap": -2.0, "reference_squared": 1.0}
 
 
@@ -83,7 +84,7 @@ class MeanAbsoluteError(ClassWeighted):
 
     requires = frozenset({"region"})
 
-    def coefficients(self, statistics: Statistics) -> dict[str, float]:
+    def coefficients(self, statistics: Statistics) -> dict[Any, float]:
         return {"reference": 1.0, "predicted": 1.0, "overlap": -2.0}
 
 
@@ -114,9 +115,30 @@ class PolyCrossEntropy(ClassWeighted):
         super().__init__(**options)
         self.epsilon = check_number("epsilon", epsilon, -1.0)
 
-    def coefficients(self, statistics: Statistics) -> dict[str, float]:
+    def coefficients(self, statistics: Statistics) -> dict[Any, float]:
         epsilon = self.epsilon
         if statistics.request.activation == "sigmoid":
             both = {"cross_entropy": 1.0, "cross_entropy_rest": 1.0}
             return {**both, "reference": epsilon, "predicted": epsilon, "overlap": -2 * epsilon}
         return {"cross_entropy": 1.0, "reference": epsilon, "overlap": -epsilon}
+
+
+class GeneralizedCrossEntropy(ClassWeighted):
+    """Generalised cross-entropy, Σ_c w_c g_c (1 − p_c^q) / q, for targets with some wrong labels.
+
+    Of a sigmoid every channel's g is asked alone. Options as in `ClassWeighted`.
+
+    Args:
+        q: in (0, 1]; towards 0 it is cross-entropy, and at 1 half the mean absolute error.
+
+    Source: Zhang & Sabuncu 2018, "Generalized cross entropy loss for training deep neural networks
+    with noisy labels".
+    """
+
+    def __init__(self, *, q: float = 0.7, **options: Any) -> None:
+        super().__init__(**options)
+        self.q = check_number("q", q, 1e-6, 1.0)
+        self.requires = frozenset({Sum("target", "generalized", self.q)})
+
+    def coefficients(self, statistics: Statistics) -> dict[Any, float]:
+        return dict.fromkeys(self.requires, 1.0)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -70,6 +71,9 @@ FUNCTIONS = {
         "log_q",
         lambda v: -product(v.p_gamma, v.log_q),
         lambda v: -_focal_slope(v.q, v.log_q, v.p, v.p_gamma, v.gamma),
+    ),
+    "generalized": Function(
+        "log_p", lambda v: -math.expm1(v.gamma * v.log_p) / v.gamma, lambda v: -v.p_gamma
     ),
 }
 
