@@ -39,3 +39,4 @@ __all__ = [
     "use_backend",
 ]
 __all__ += _terms
+__all__.sort()
