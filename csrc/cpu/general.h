@@ -30,7 +30,7 @@ struct Fields {
   }
 };
 
-// What is wanted of those rows beside p.
+// The rows that are wanted beside p.
 struct Wanted {
   bool logs = false, log_rests = false, rests = false;
 };
@@ -178,7 +178,7 @@ void with_summands(Tile<T>& t, const Sum& sum, int64_t c, const T* g, const Fiel
   });
 }
 
-// What the values of a table's functions are made of.
+// The rows that the functions of a table read.
 inline Wanted wanted_for_values(const Job& job) {
   Wanted wanted;
   for (int32_t i = 0; i < job.slots.count; ++i) {

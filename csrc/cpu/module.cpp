@@ -277,7 +277,7 @@ class Passes {
   Job job_;
   std::vector<Sum> sums_;
 
-  // What a job points at while a call lasts.
+  // Owns the arrays that a job points at during a call.
   struct Operands {
     std::vector<Field> fields;
     Array regions;

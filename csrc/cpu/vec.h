@@ -541,7 +541,7 @@ FL_INLINE Vec<T> power(Vec<T> q, T gamma) {
   return select<T>(q == T(0), splat<T>(gamma > 0 ? T(0) : T(INFINITY)), r);
 }
 
-// What the functions of voxel.h are made of.
+// The mathematics that voxel.h needs.
 template <class T>
 struct Mathematics {
   static FL_INLINE Vec<T> splat(T n) { return ::splat<T>(n); }
