@@ -4,7 +4,6 @@
 // V is a number or a vector of numbers, N the number. M, the mathematics of V, has
 //   splat(n)         V of one number
 //   power(v, n)      v^n for v ≥ 0, with 0^0 = 1
-//   product(a, b)    a · b, and 0 where one is 0 though the other be infinite
 //   unless(z, v)     v, but 0 where z is 0
 //   one_less_exponential(v)  1 − e^−v for v ≥ 0, exact where v is small as well
 #pragma once
@@ -26,10 +25,10 @@ struct Probability {
   V p, q, loss, loss_rest;
 };
 
-// q^γ (−log p).
+// q^γ (−log p). Where −log p is infinite q is 1, so no 0 meets an infinity.
 template <class M, class V, class N>
 FL_DEVICE V focal_value(V q, V loss, N gamma) {
-  return M::product(M::power(q, gamma), loss);
+  return M::power(q, gamma) * loss;
 }
 // Its derivative by log p, but for the sign: q^γ − γ p log p · q^(γ−1). Where p or q is 0 the last
 // part has the limit 0.

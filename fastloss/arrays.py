@@ -32,7 +32,7 @@ class Field(NamedTuple):
     kind: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # frozen, it would take a microsecond longer to make
 class Arrays:
     """Views of the caller's memory, in any strides.
 
@@ -143,24 +143,17 @@ def arrange(
                 f"{_with_channel(batch, 1, spatial, channel_axis)}, or one sample for all, got "
                 f"shape {voxel_weight.array.shape}"
             )
+    weight_dtype = "" if voxel_weight is None else voxel_weight.dtype
+    usual = (x, logits.dtype, y, target.dtype, dense, w, weight_dtype)
+    if not fields and regions is None:
+        return Arrays(*usual)
     kept = tuple(_field(f, n, x.shape, channel_axis) for n, f in (fields or {}).items())
-    if regions is not None:
-        if regions.dtype not in INTEGERS or regions.dtype == "bool":
-            raise TypeError(f"regions: expected integers, got {regions.dtype}")
-        map_of_regions = _of_voxels(regions.array, "regions", x.shape, channel_axis)
-    return Arrays(
-        x,
-        logits.dtype,
-        y,
-        target.dtype,
-        dense,
-        w,
-        "" if voxel_weight is None else voxel_weight.dtype,
-        kept,
-        None if regions is None else map_of_regions,
-        "" if regions is None else regions.dtype,
-        1 if regions is None else rows,
-    )
+    if regions is None:
+        return Arrays(*usual, kept)
+    if regions.dtype not in INTEGERS or regions.dtype == "bool":
+        raise TypeError(f"regions: expected integers, got {regions.dtype}")
+    map_of_regions = _of_voxels(regions.array, "regions", x.shape, channel_axis)
+    return Arrays(*usual, kept, map_of_regions, regions.dtype, rows)
 
 
 def _field(field: Borrowed, name: str, shape: tuple[int, ...], channel_axis: int) -> Field:
@@ -220,6 +213,8 @@ def check_out(out: Borrowed, logits: Borrowed, others: list[tuple[str, Borrowed]
 
 def _overlaps_itself(array: np.ndarray) -> bool:
     """Whether two elements may share memory: an axis steps less than the finer ones reach."""
+    if array.flags.c_contiguous:
+        return False
     reach = array.itemsize
     axes = zip(array.strides, array.shape, strict=True)
     for stride, size in sorted((abs(s), n) for s, n in axes if n > 1):

@@ -18,7 +18,7 @@ from fastloss.maps import Map
 from fastloss.request import ACTIVATIONS, Request, make_request
 from fastloss.statistics import Statistics
 from fastloss.structure import Recipe, text_of_loss, text_of_options
-from fastloss.sums import Sum, as_sum
+from fastloss.sums import Sum
 from fastloss.terms.base import Term, check_choice, factor_of
 
 if TYPE_CHECKING:
@@ -382,7 +382,7 @@ class Loss:
     def combine(self, statistics: Statistics) -> tuple[Any, Callable[[Any], np.ndarray]]:
         """The value, and from its upstream gradient (None: 1) the derivative by every sum."""
         total, pull = self.formulas(statistics)
-        shape = np.shape(total)
+        shape = getattr(total, "shape", ())
 
         def pullback(upstream: Any) -> np.ndarray:
             """(S, B, C): the derivative by every sum."""
@@ -413,14 +413,15 @@ class Loss:
                     "reduction: the values of the terms do not add, as their shapes are "
                     + ", ".join(str(np.shape(part[1])) for part in parts)
                 ) from None
-        shape = np.shape(total)
+        shape = getattr(total, "shape", ())
 
         def pullback(upstream: Any) -> np.ndarray:
             coefficients = np.zeros(statistics.sums.shape, like=statistics.sums)
+            index = statistics.request.index
             for weight, value, pull in parts:
                 own = _reduce_to(upstream, shape, np.shape(value)) if shape else upstream
                 for key, derivative in pull(own * weight).items():
-                    coefficients[statistics.request.index[as_sum(key)]] += derivative
+                    coefficients[index[key]] += derivative
             return coefficients
 
         return total, pullback
@@ -430,7 +431,7 @@ class Loss:
         coefficients = np.zeros((len(request.sums), classes))
         for weight, term in self.terms:
             for key, k in term.map_coefficients(request, classes).items():
-                coefficients[request.index[as_sum(key)]] += weight * k
+                coefficients[request.index[key]] += weight * k
         return coefficients
 
     # ------------------------------------------------------------------ structure and numbers
@@ -655,11 +656,11 @@ class Passes:
         self.device: DevicePasses | None = None
         self.more: dict[str, Borrowed] = {}  # fields and regions, by what errors call them
         places = (self.logits.place, self.target.place, self.voxel_weight and self.voxel_weight[2])
-        if extras is None and not loss.fields:
-            given: dict[str, Any] = {}
-        else:
+        given: dict[str, Any] = {}
+        if extras is not None or loss.fields:
             given = self._borrow(extras or Extras())
-        if places != (None, None, None) or any(b.place for b in self.more.values()):
+            places += tuple(b.place for b in self.more.values())
+        if any(places):
             self.device = _on_device(self.logits, self.target, self.voxel_weight, **self.more)
         self.arrays = arrange(
             self.logits,

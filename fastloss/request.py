@@ -5,9 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from fastloss.sums import Sum, table
+from fastloss.sums import Sum, as_sum, table
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
+
+
+class Places(dict[str | Sum, int]):
+    """The place of every sum in a table, by the `Sum` or by its name."""
+
+    def __missing__(self, name: str | Sum) -> int:
+        if isinstance(name, Sum):
+            raise KeyError(name)
+        self[name] = place = self[as_sum(name)]
+        return place
 
 
 @dataclass(frozen=True)
@@ -35,8 +45,9 @@ class Request:
         return table(self.needs, self.activation)
 
     @cached_property
-    def index(self) -> dict[Sum, int]:
-        return {total: i for i, total in enumerate(self.sums)}
+    def index(self) -> Places:
+        """The place of every sum, also by its name."""
+        return Places((total, i) for i, total in enumerate(self.sums))
 
     @cached_property
     def fields(self) -> tuple[str, ...]:

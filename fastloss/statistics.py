@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastloss.request import Request
-from fastloss.sums import Sum, as_sum, name_of
+from fastloss.sums import Sum, name_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Statistics:
 
     def __getitem__(self, key: str | Sum) -> np.ndarray:
         """One of the sums, (rows, C): by its name, for example ``"overlap"``, or by a `Sum`."""
-        return self.sums[self.request.index[as_sum(key)]]
+        return self.sums[self.request.index[key]]
 
     @property
     def batch_size(self) -> int:

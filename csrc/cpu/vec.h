@@ -546,7 +546,6 @@ template <class T>
 struct Mathematics {
   static FL_INLINE Vec<T> splat(T n) { return ::splat<T>(n); }
   static FL_INLINE Vec<T> power(Vec<T> v, T n) { return ::power<T>(v, n); }
-  static FL_INLINE Vec<T> product(Vec<T> a, Vec<T> b) { return product_of_both<T>(a, b); }
   static FL_INLINE Vec<T> unless(Vec<T> zero, Vec<T> v) { return drop<T>(zero == T(0), v); }
   static FL_INLINE Vec<T> one_less_exponential(Vec<T> v) {
     constexpr int kTerms = sizeof(T) == 4 ? 8 : 15;  // of the series, to 1 ulp

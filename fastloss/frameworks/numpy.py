@@ -24,7 +24,7 @@ class NumpyAdapter(Adapter):
         return isinstance(array, np.ndarray)
 
     def borrow(self, array: Any, name: str, *, write: bool = False) -> Borrowed:
-        if type(array) is np.ndarray and not write:
+        if type(array) is np.ndarray and (not write or array.flags.writeable):
             known = _PLAIN.get(array.dtype)
             if known is not None:
                 return Borrowed(array, known)

@@ -47,6 +47,9 @@ _saved_tensors_hooks = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True
 )
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_is_tracing = torch._C._is_tracing  # looked up once, as are these
+_is_batched = torch._C._functorch.is_batchedtensor
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _OPERANDS = {torch.float32: "float32", torch.float64: "float64"}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -59,7 +62,7 @@ class TorchAdapter(Adapter):
         dtype = _NAMES.get(array.dtype)
         if dtype is None:
             raise TypeError(f"{name}: unsupported dtype {array.dtype}")
-        if torch._C._is_tracing():
+        if _is_tracing():
             raise RuntimeError(
                 f"{name}: torch.jit.trace would record the result of this call as a constant; call "
                 "the loss itself in what is traced, or use torch.export or torch.compile"
@@ -94,7 +97,7 @@ class TorchAdapter(Adapter):
     def kind(self, array: Any, name: str) -> Kind | None:
         if type(array) not in _PLAIN or not _is_on_gpu(array) or array.is_neg():
             return None
-        if torch._C._is_tracing():  # which `borrow` refuses
+        if _is_tracing():  # which `borrow` refuses
             return None
         if name != "logits" and array.requires_grad:
             return None
@@ -359,7 +362,7 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_traced(tensor: torch.Tensor) -> bool:
     """Whether there is no memory to see, or somebody watches operators: fake tensors, tracers."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or _is_tracing():
         return True
     kind = type(tensor)
     return (
@@ -484,7 +487,9 @@ class _Value(torch.autograd.Function):
             passes.backend = ctx.backend
 
         def of(upstream: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-            coefficients = ctx.pullback(passes.upstream(upstream.detach()))
+            if upstream.requires_grad:
+                upstream = upstream.detach()
+            coefficients = ctx.pullback(passes.upstream(upstream))
             if ctx.ranks is not None:
                 coefficients = ctx.ranks.own(coefficients, ctx.first, passes.rows)
             gradient, view = passes.output(out)
@@ -561,8 +566,7 @@ def _gradient(
 
 def is_batched(tensor: torch.Tensor) -> bool:
     """Whether this stands for a batch of tensors, as vmap has it."""
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
+    return _is_legacy_batched(tensor) or _is_batched(tensor)
 
 
 class _Once(torch.autograd.Function):

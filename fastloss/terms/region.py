@@ -19,6 +19,10 @@ from fastloss.terms.base import (
 )
 
 
+_SIZES = ("predicted", "reference")
+_SQUARED = ("predicted_squared", "reference_squared")
+
+
 class RegionTerm(Term):
     """A loss on overlap O = Σ p g, predicted size P = Σ p^k and reference size G = Σ g^k.
 
@@ -107,30 +111,27 @@ class RegionTerm(Term):
         return ((1 if self.batch else batch) * max(regions, 1), counted)
 
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
-        suffix = "_squared" if self.squared else ""
-        sums = [statistics["overlap"], statistics["predicted" + suffix]]
-        sums.append(statistics["reference" + suffix])
+        size, reference_size = _SQUARED if self.squared else _SIZES
+        sums = [statistics["overlap"], statistics[size], statistics[reference_size]]
         first = 0 if self.include_background else 1
         if first:
             sums = [s[:, first:] for s in sums]
         regions = statistics.regions
-        rows, there = (statistics.batch_size, sums[0].shape[1]), None
+        rows = sums[0].shape
         if self.batch:
             sums = [_over_samples(s, regions) for s in sums]
+        value, by_overlap, by_predicted = self.formula(*sums)
+        count: Any = max(value.size, 1)
         if regions:
             voxels = statistics.voxels[:, None]
             there = (_over_samples(voxels, regions) if self.batch else voxels) > 0
-        value, by_overlap, by_predicted = self.formula(*sums)
-        if there is not None:
             value, by_overlap, by_predicted = (
                 np.where(there, a, 0.0) for a in (value, by_overlap, by_predicted)
             )
+            count = np.maximum(there.sum() * value.shape[1], 1)
         weight: Any = 1.0 if self.weight is None or self.couples_classes else self.weight
         if not (isinstance(weight, float) and weight == 1.0):
             value = value * weight
-        count: Any = max(value.size, 1)
-        if there is not None:
-            count = np.maximum(there.sum() * value.shape[1], 1)
         scale = weight / count if self.reduction == "mean" else weight
         if self.reduction != "none":
             value = value.sum()
@@ -139,10 +140,7 @@ class RegionTerm(Term):
 
         def pullback(upstream: np.ndarray) -> Derivatives:
             factor = upstream * scale
-            derivatives = {
-                "overlap": factor * by_overlap,
-                "predicted" + suffix: factor * by_predicted,
-            }
+            derivatives = {"overlap": factor * by_overlap, size: factor * by_predicted}
             if regions and self.batch:
                 derivatives = {k: _to_samples(d, regions, rows) for k, d in derivatives.items()}
             if first:
