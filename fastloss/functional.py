@@ -40,6 +40,7 @@ and for arrays as `fastloss.Loss` does.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -504,6 +505,7 @@ def dice_focal(
 
 
 _LOSS_OPTIONS = ("activation", "ignore_index", "channel_axis", "validate")
+_PLAIN = frozenset({str, int, float, bool, type(None)})
 _Part = tuple[Any, type[Term], dict[str, Any]]
 """The factor of a term, its class and its options."""
 
@@ -537,14 +539,14 @@ def _value(
 ) -> Any:
     adapter = adapter_of(arrays[0], "logits")
     extras = Extras.of(None, *regions)
-    options = tuple(zip(_LOSS_OPTIONS, whole, strict=True))
-    if adapter.takes_numbers(arrays[0], [v for _, _, own in parts for v in own.values()]):
+    if any(adapter.takes_numbers(arrays[0], own.values()) for _, _, own in parts):
         for _, _, own in parts:
             for name, value in own.items():
                 _refuse_gradient(name, value)
         recipes = [recipe(kind, own, factor) for factor, kind, own in parts]
+        options = tuple(zip(_LOSS_OPTIONS, whole, strict=True))
         return adapter.evaluate(options, recipes, *arrays, extras)
-    return adapter.value(partial(_loss, options, parts), *arrays, extras=extras)
+    return adapter.value(partial(_loss, whole, parts), *arrays, extras=extras)
 
 
 def _refuse_gradient(name: str, value: Any) -> None:
@@ -552,13 +554,19 @@ def _refuse_gradient(name: str, value: Any) -> None:
         refuse_gradient(name, value)
 
 
-def _loss(options: tuple[tuple[str, Any], ...], parts: tuple[_Part, ...]) -> Loss:
+def _loss(whole: tuple[Any, ...], parts: tuple[_Part, ...]) -> Loss:
     """The loss of these terms and options, made once."""
     hashable = [
-        (_hashable("factor", f), kind, tuple([(k, _hashable(k, v)) for k, v in own.items()]))
-        for f, kind, own in parts
+        (_hashable("factor", factor), kind, tuple(own), _all_hashable(own, own.values()))
+        for factor, kind, own in parts
     ]
-    return _made(options, *hashable)
+    return _made(_all_hashable(_LOSS_OPTIONS, whole), *hashable)
+
+
+def _all_hashable(names: Iterable[str], values: Iterable[Any]) -> tuple[Any, ...]:
+    if _PLAIN.issuperset(map(type, values)):
+        return tuple(values)
+    return tuple(_hashable(name, value) for name, value in zip(names, values, strict=True))
 
 
 def _hashable(name: str, value: Any) -> Any:
@@ -577,7 +585,8 @@ def _hashable(name: str, value: Any) -> Any:
 
 @lru_cache(maxsize=256)
 def _made(
-    options: tuple[tuple[str, Any], ...],
-    *parts: tuple[Any, type[Term], tuple[tuple[str, Any], ...]],
+    whole: tuple[Any, ...],
+    *parts: tuple[Any, type[Term], tuple[str, ...], tuple[Any, ...]],
 ) -> Loss:
-    return Loss(*(factor * kind(**dict(own)) for factor, kind, own in parts), **dict(options))
+    terms = [f * kind(**dict(zip(names, v, strict=True))) for f, kind, names, v in parts]
+    return Loss(*terms, **dict(zip(_LOSS_OPTIONS, whole, strict=True)))

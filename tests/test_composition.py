@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -197,6 +199,13 @@ def test_options_that_contradict_each_other(name: str, one: Any, other: Any) -> 
         (fl.tversky_loss, {"alpha": 0.3, "beta": 0.7, "gamma": 0.75},
          fl.Tversky(alpha=0.3, beta=0.7, gamma=0.75)),
         (fl.generalized_dice_loss, {"weighting": "simple"}, fl.GeneralizedDice(weighting="simple")),
+        (fl.brier_loss, {"weight": [1, 2, 3]}, fl.Brier(weight=[1, 2, 3])),
+        (fl.mean_absolute_error_loss, {"reduction": "none"},
+         fl.MeanAbsoluteError(reduction="none")),
+        (fl.poly_cross_entropy_loss, {"epsilon": 2, "weight": 0.5},
+         fl.PolyCrossEntropy(epsilon=2, weight=0.5)),
+        (fl.generalized_cross_entropy_loss, {"q": 0.5, "reduction": "sum"},
+         fl.GeneralizedCrossEntropy(q=0.5, reduction="sum")),
         (fl.dice_ce_loss, {}, fl.Dice() + fl.CrossEntropy()),
         (
             fl.dice_ce_loss,
@@ -225,6 +234,57 @@ def test_functions_are_the_classes(backend: str, function: Any, options: Any, lo
     np.testing.assert_allclose(
         function(last, Y, channel_axis=-1, **options), loss(X, Y), rtol=1e-12
     )
+
+
+OWN: dict[Any, dict[type[fl.Term], dict[str, str]]] = {
+    fl.brier_loss: {fl.Brier: {}},
+    fl.cross_entropy_loss: {fl.CrossEntropy: {}},
+    fl.dice_ce_loss: {fl.Dice: {}, fl.CrossEntropy: {"weight": "ce_weight"}},
+    fl.dice_focal_loss: {fl.Dice: {}, fl.Focal: {}},
+    fl.dice_loss: {fl.Dice: {}},
+    fl.focal_loss: {fl.Focal: {}},
+    fl.generalized_cross_entropy_loss: {fl.GeneralizedCrossEntropy: {}},
+    fl.generalized_dice_loss: {fl.GeneralizedDice: {}},
+    fl.jaccard_loss: {fl.Jaccard: {}},
+    fl.mean_absolute_error_loss: {fl.MeanAbsoluteError: {}},
+    fl.poly_cross_entropy_loss: {fl.PolyCrossEntropy: {}},
+    fl.top_k_cross_entropy_loss: {fl.TopKCrossEntropy: {}},
+    fl.tversky_loss: {fl.Tversky: {}},
+}
+"""The terms of each function, with what it calls their options where they do not."""
+
+
+def named_options(what: Any) -> dict[str, Any]:
+    """The options that a function takes by name, and their defaults."""
+    parameters = inspect.signature(what).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_every_function_is_listed() -> None:
+    assert set(OWN) == {getattr(fl, name) for name in fl.__all__ if name.endswith("_loss")}
+
+
+@pytest.mark.parametrize("function", OWN, ids=lambda function: function.__name__)
+def test_functions_have_the_defaults_of_the_classes(function: Any) -> None:
+    given = named_options(function)
+    expected = named_options(fl.Loss) | named_options(fl.Loss.__call__)
+    del expected["fields"]  # which none of these terms reads
+    for kind, names in OWN[function].items():
+        term = kind()
+        for option in re.findall(r"(\w+)=", repr(term)):
+            expected[names.get(option, option)] = getattr(term, option)
+    if len(OWN[function]) > 1:
+        expected |= {name: 1.0 for name in given if name.endswith("_factor")}
+    assert given == expected
+    np.testing.assert_array_equal(function(X, Y), sum(kind() for kind in OWN[function])(X, Y))
+
+
+def test_functions_read_what_changes_in_place() -> None:
+    factor, weight = np.array(0.5), np.array([1.0, 2.0, 3.0])
+    first = fl.dice_ce_loss(X, Y, ce_factor=factor, ce_weight=weight)
+    factor[()], weight[0] = 2.0, 5.0
+    expected = fl.Dice() + 2.0 * fl.CrossEntropy(weight=[5, 2, 3])
+    assert fl.dice_ce_loss(X, Y, ce_factor=factor, ce_weight=weight) == expected(X, Y) != first
 
 
 def test_functions_do_not_confuse_equal_options() -> None:

@@ -159,6 +159,8 @@ def test_every_way_of_calling() -> None:
         lambda x: fl.dice_ce_loss(x, y, w, ce_factor=0.5, ce_weight=[1, 2, 3], label_smoothing=0.1),
         lambda x: fl.dice_focal_loss(x, y, gamma=1.5) + fl.dice_loss(x, y, batch=True),
         lambda x: fl.generalized_dice_loss(x, y, reduction="none"),
+        lambda x: fl.tversky_loss(x, y) + fl.tversky_loss(x, y, beta=0.3, activation="sigmoid"),
+        lambda x: fl.brier_loss(x, y) + fl.poly_cross_entropy_loss(x, y, w, epsilon=2),
         lambda x: LOSS(x, y) * term(x, y),
     ):
         got = value_and_gradient(compiled(function), x)
