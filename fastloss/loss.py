@@ -655,6 +655,7 @@ class Passes:
         self.voxel_weight = None if voxel_weight is None else borrow(voxel_weight, "voxel_weight")
         self.device: DevicePasses | None = None
         self.more: dict[str, Borrowed] = {}  # fields and regions, by what errors call them
+        places: tuple[Place | None, ...]
         places = (self.logits.place, self.target.place, self.voxel_weight and self.voxel_weight[2])
         given: dict[str, Any] = {}
         if extras is not None or loss.fields:

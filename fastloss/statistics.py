@@ -37,16 +37,17 @@ class Statistics:
 
     def __getitem__(self, key: str | Sum) -> np.ndarray:
         """One of the sums, (rows, C): by its name, for example ``"overlap"``, or by a `Sum`."""
-        return self.sums[self.request.index[key]]
+        found: np.ndarray = self.sums[self.request.index[key]]
+        return found
 
     @property
     def batch_size(self) -> int:
         """The number of rows."""
-        return self.sums.shape[1]
+        return int(self.sums.shape[1])
 
     @property
     def classes(self) -> int:
-        return self.sums.shape[2]
+        return int(self.sums.shape[2])
 
     def __add__(self, other: Statistics) -> Statistics:
         if not isinstance(other, Statistics):

@@ -47,7 +47,8 @@ from fastloss.frameworks.base import Extras
 from fastloss.frameworks.torch import ADAPTER, bytes_of, is_traced, refuse_gradient
 from fastloss.frameworks.torch_distributed import ranks
 from fastloss.functional import dice_ce, dice_focal
-from fastloss.terms.base import Term, check_class_weight, options_of
+from fastloss.structure import options_of
+from fastloss.terms.base import Term, check_class_weight
 
 __all__ = [
     "CrossEntropy",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import shutil
 import subprocess
 import sys
@@ -78,9 +80,29 @@ def test_package_has_the_cuda_sources_and_no_others(built: Path) -> None:
         assert (built / "fastloss" / "csrc" / name).read_bytes() == (own / name).read_bytes()
 
 
-def test_package_has_all_modules(built: Path) -> None:
-    own = {name for name in files_in(support.ROOT / "fastloss") if name.endswith(".py")}
+def test_package_has_all_modules_and_their_types(built: Path) -> None:
+    endings = (".py", ".pyi", "py.typed")
+    own = {name for name in files_in(support.ROOT / "fastloss") if name.endswith(endings)}
+    assert {"py.typed", "_cpu.pyi"} <= own
     assert own - files_in(built / "fastloss") == set()
+
+
+def test_types_of_the_kernels_name_all_that_they_offer() -> None:
+    support.need_backend("cpu")
+    kernels = importlib.import_module("fastloss._cpu")
+    stub = ast.parse((support.ROOT / "fastloss" / "_cpu.pyi").read_text(encoding="utf-8"))
+    named, of_passes = defined(stub), set[str]()
+    for node in stub.body:
+        if isinstance(node, ast.ClassDef):
+            of_passes = defined(node)
+    assert named == {name for name in vars(kernels) if not name.startswith("_")}
+    assert of_passes == {name for name in vars(kernels.Passes) if not name.startswith("_")}
+
+
+def defined(parent: ast.Module | ast.ClassDef) -> set[str]:
+    """The public classes and functions in it."""
+    nodes = (n for n in parent.body if isinstance(n, (ast.ClassDef, ast.FunctionDef)))
+    return {node.name for node in nodes if not node.name.startswith("_")}
 
 
 def test_installed_package_finds_its_cuda_sources(built: Path, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def trace(
     derivatives: list[Node] = [_node(graph, coefficients[slot]) for slot in range(shape[0])]
     types = tuple(where for where in layout if where in ("float32", "float64"))
     host = sum(len(o) for o, where in zip(loss.operands, layout, strict=True) if where == HOST)
-    return Program(value, derivatives, value_dtype, batch * classes, host, types)  # type: ignore[arg-type]
+    return Program(value, derivatives, value_dtype, batch * classes, host, types)
 
 
 def _numbers(graph: Graph, loss: Loss, layout: Layout) -> tuple[list[Any], list[tuple[Any, float]]]:

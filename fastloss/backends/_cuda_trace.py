@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
@@ -363,8 +363,11 @@ def _reduce(
     return Traced(graph, result)
 
 
-def _function(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(ours: Callable[..., Any]) -> Callable[..., Any]:
+_Result = TypeVar("_Result")
+
+
+def _function(*functions: Any) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
+    def register(ours: Callable[..., _Result]) -> Callable[..., _Result]:
         _FUNCTIONS.update(dict.fromkeys(functions, ours))
         return ours
 

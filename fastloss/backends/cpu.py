@@ -21,7 +21,7 @@ class CpuBackend(Backend):
     @property
     def isa(self) -> str:
         """The instruction set that computes."""
-        return str(_cpu.isa())
+        return _cpu.isa()
 
     @property
     def isas(self) -> tuple[str, ...]:
@@ -81,18 +81,18 @@ class CpuBackend(Backend):
             _raise(faults, request, arrays)
 
     def get_num_threads(self) -> int:
-        return int(_cpu.get_num_threads())
+        return _cpu.get_num_threads()
 
     def set_num_threads(self, number: int) -> None:
         _cpu.set_num_threads(number)
 
     def copy_bandwidth(self, nbytes: int) -> float:
         """Bytes read plus written per second by a copy past the caches on the same threads."""
-        return float(_cpu.copy_bandwidth(nbytes))
+        return _cpu.copy_bandwidth(nbytes)
 
     def read_bandwidth(self, nbytes: int) -> float:
         """Bytes read per second on the same threads."""
-        return float(_cpu.read_bandwidth(nbytes))
+        return _cpu.read_bandwidth(nbytes)
 
 
 def _raise(faults: tuple[int, float, int, float], request: Request, arrays: Arrays) -> None:
@@ -120,7 +120,7 @@ _FUNCTIONS = tuple(FUNCTIONS)
 
 
 @lru_cache(maxsize=1024)
-def _passes(request: Request) -> Any:
+def _passes(request: Request) -> _cpu.Passes:
     def place(field: str) -> int:
         return request.fields.index(field) if field else -1
 

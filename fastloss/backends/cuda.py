@@ -307,7 +307,10 @@ class DevicePasses:
             with _stream(self.place.stream, self.place.ordinal):
                 numbers = raw.get()
         address: int = view.__array_interface__["data"][0]
-        return np.ndarray(view.shape, view.dtype, numbers, address - low, view.strides)
+        copied: np.ndarray = np.ndarray(
+            view.shape, view.dtype, numbers, address - low, view.strides
+        )
+        return copied
 
     def combine(
         self, loss: Loss, statistics: Statistics

@@ -152,12 +152,13 @@ def _by_row(summands: np.ndarray, sample: _Sample, rows: int) -> np.ndarray:
 
 def _mapped(request: Request, voxel_map: Map, v: Probability, sample: _Sample) -> np.ndarray:
     """One sample of a map."""
+    values: np.ndarray
     if voxel_map.kind == "label":
-        if len(sample.x) == 1:
-            return v.p[0] > 0.5
-        return sample.x.argmax(axis=0)
+        values = v.p[0] > 0.5 if len(sample.x) == 1 else sample.x.argmax(axis=0)
+        return values
     if voxel_map.kind == "error":
-        return sample.m * np.abs(sample.g - v.p)
+        values = sample.m * np.abs(sample.g - v.p)
+        return values
     assert voxel_map.coefficients is not None
     each = np.zeros_like(sample.x)
     for total, k in zip(request.sums, voxel_map.coefficients, strict=True):
@@ -174,6 +175,7 @@ def _gradient(request: Request, k: np.ndarray, sample: _Sample) -> np.ndarray:
         weight = coefficient * _weights(total, sample)
         by[function.by] += _product(weight, function.slope(v, total.parameter))
     p, q, by_p, by_log_p, by_log_q = v.p, v.q, by["p"], by["log_p"], by["log_q"]
+    gradient: np.ndarray
     if request.activation == "softmax":
         t = by_p * p + by_log_p  # by log p
         # t − p Σ t; where p is near 1 this cancels, and is t (1−p) − p Σ of the others.
@@ -186,11 +188,12 @@ def _gradient(request: Request, k: np.ndarray, sample: _Sample) -> np.ndarray:
             change = np.where(p == 0, 0.0, by * (p / q[c]))
             change[c] = -by
             gradient += change
-        return gradient
-    if request.activation == "sigmoid":
-        return by_p * p * q + by_log_p * q - by_log_q * p
-    of_logs = np.where(by_log_p == 0, 0.0, by_log_p / p)
-    return by_p + of_logs - np.where(by_log_q == 0, 0.0, by_log_q / q)
+    elif request.activation == "sigmoid":
+        gradient = by_p * p * q + by_log_p * q - by_log_q * p
+    else:
+        of_logs = np.where(by_log_p == 0, 0.0, by_log_p / p)
+        gradient = by_p + of_logs - np.where(by_log_q == 0, 0.0, by_log_q / q)
+    return gradient
 
 
 def _focal_slope(p: np.ndarray, log_p: np.ndarray, q: np.ndarray, gamma: float) -> np.ndarray:
@@ -227,7 +230,8 @@ def _activate(activation: str, x: np.ndarray) -> Probability:
 
 def _is_largest(x: np.ndarray) -> np.ndarray:
     """Whether a class is the first of the largest logit, (C, N)."""
-    return x.argmax(axis=0) == np.arange(len(x))[:, None]
+    largest: np.ndarray = x.argmax(axis=0) == np.arange(len(x))[:, None]
+    return largest
 
 
 def _sample(request: Request, arrays: Arrays, b: int) -> _Sample:

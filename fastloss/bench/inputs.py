@@ -61,7 +61,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         raise BadArgument(
             "--dtype", "bfloat16 arrays need the ml_dtypes package: pip install ml_dtypes"
         ) from None
-    return np.dtype(bfloat16)
+    dtype: np.dtype[Any] = np.dtype(bfloat16)
+    return dtype
 
 
 def make_case(volume: Volume, *, batch: int = 1, dtype: str = "float32", seed: int = 0) -> Case:

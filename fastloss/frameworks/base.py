@@ -101,7 +101,8 @@ def device_view(
     below, above = _reach(shape, strides)
     memory: Any = (ctypes.c_char * (above + item.itemsize - below)).from_address(address + below)
     memory.owner = owner
-    return np.ndarray(shape, item, memory, -below, strides)
+    view: np.ndarray = np.ndarray(shape, item, memory, -below, strides)
+    return view
 
 
 def byte_bounds(array: np.ndarray) -> tuple[int, int]:

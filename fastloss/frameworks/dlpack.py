@@ -143,7 +143,7 @@ def view_of(capsule: Any, name: str, write: bool) -> Borrowed:
         strides = np.empty((0, *shape[1:]), item).strides if shape else ()
     span = item.itemsize + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     memory = (ctypes.c_char * span).from_address(tensor.data + tensor.byte_offset)
-    memory.capsule = capsule  # type: ignore[attr-defined]
+    memory.capsule = capsule
     view = np.ndarray(shape, item, memory, 0, strides)
     view.flags.writeable = write
     return Borrowed(view, dtype)

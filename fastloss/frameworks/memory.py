@@ -107,4 +107,6 @@ def empty_like(array: np.ndarray) -> np.ndarray:
         return np.empty_like(array, subok=False)
     order = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
     memory = large(array.nbytes).view(array.dtype)
-    return memory.reshape([array.shape[axis] for axis in order]).transpose(np.argsort(order))
+    shape = [array.shape[axis] for axis in order]
+    new: np.ndarray = memory.reshape(shape).transpose(np.argsort(order))
+    return new

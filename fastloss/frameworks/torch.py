@@ -260,7 +260,8 @@ def _as_tensor(number: Any, logits: torch.Tensor) -> torch.Tensor:
         return number.detach().to(logits.device, torch.float64, non_blocking=True).reshape(-1)
     if isinstance(number, tuple):
         return torch.tensor(number, dtype=torch.float64)
-    return torch.ones(1, dtype=torch.float64) * number
+    operand: torch.Tensor = torch.ones(1, dtype=torch.float64) * number
+    return operand
 
 
 def _of_ones(recipe: Recipe, traced: bool) -> Recipe:

@@ -87,7 +87,7 @@ class DiceCELoss(Module):
         to_onehot_y: bool = False,
         sigmoid: bool = False,
         softmax: bool = False,
-        other_act: Callable | None = None,
+        other_act: Callable[..., Any] | None = None,
         squared_pred: bool = False,
         jaccard: bool = False,
         reduction: str = "mean",
@@ -146,7 +146,9 @@ class DiceCELoss(Module):
             ce = evaluate((1.0, entropy))
         else:
             ce = self.ce(input, target) if input.shape[1] != 1 else self.bce(input, target)
-        return times(self.factor("lambda_dice"), dice) + times(self.factor("lambda_ce"), ce)
+        dice = times(self.factor("lambda_dice"), dice)
+        total: Tensor = dice + times(self.factor("lambda_ce"), ce)
+        return total
 
     def ce(self, input: Tensor, target: Tensor) -> Tensor:
         """The cross-entropy of several channels alone, by PyTorch."""
@@ -254,7 +256,7 @@ class DiceFocalLoss(Module):
         to_onehot_y: bool = False,
         sigmoid: bool = False,
         softmax: bool = False,
-        other_act: Callable | None = None,
+        other_act: Callable[..., Any] | None = None,
         squared_pred: bool = False,
         jaccard: bool = False,
         reduction: str = "mean",
@@ -335,7 +337,7 @@ class GeneralizedDiceFocalLoss(Module):
         to_onehot_y: bool = False,
         sigmoid: bool = False,
         softmax: bool = False,
-        other_act: Callable | None = None,
+        other_act: Callable[..., Any] | None = None,
         w_type: str = "square",
         reduction: str = "mean",
         smooth_nr: float = 1e-5,
@@ -408,7 +410,8 @@ def _with_focal(
         target = one_hot(target, input.shape[1], torch.float32)
     first = region(input, target) if of_region is None else region._value(of_region, part)
     second = focal(input, target) if of_focal is None else focal._value(of_focal, other)
-    return times(loss.factor(a), first) + times(loss.factor(b), second)
+    total: Tensor = times(loss.factor(a), first) + times(loss.factor(b), second)
+    return total
 
 
 def _remember(module: Any, _: Any = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ def ignored_for_one_channel(option: str) -> None:
     warnings.warn(f"the prediction has a single channel: {option} is ignored", stacklevel=4)
 
 
-def check_activation(sigmoid: bool, softmax: bool, other_act: Callable | None) -> None:
+def check_activation(sigmoid: bool, softmax: bool, other_act: Callable[..., Any] | None) -> None:
     if other_act is not None and not callable(other_act):
         raise TypeError(f"other_act: expected None or a callable, got {type(other_act).__name__}")
     if int(sigmoid) + int(softmax) + int(other_act is not None) > 1:

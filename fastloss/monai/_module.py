@@ -101,7 +101,7 @@ class Activated(Component):
         to_onehot_y: bool,
         sigmoid: bool,
         softmax: bool,
-        other_act: Callable | None,
+        other_act: Callable[..., Any] | None,
         reduction: str,
         ignore_index: int | None = None,
     ) -> None:
@@ -118,7 +118,7 @@ class Activated(Component):
 
 
 def activated(
-    input: Tensor, sigmoid: bool, softmax: bool, other_act: Callable | None
+    input: Tensor, sigmoid: bool, softmax: bool, other_act: Callable[..., Any] | None
 ) -> tuple[Tensor, str]:
     """What the kernels are to read, and the activation that is left for them to apply.
 

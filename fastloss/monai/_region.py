@@ -140,7 +140,7 @@ class DiceLoss(Region):
         to_onehot_y: bool = False,
         sigmoid: bool = False,
         softmax: bool = False,
-        other_act: Callable | None = None,
+        other_act: Callable[..., Any] | None = None,
         squared_pred: bool = False,
         jaccard: bool = False,
         reduction: str = "mean",
@@ -220,7 +220,7 @@ class MaskedDiceLoss(DiceLoss):
         to_onehot_y: bool = False,
         sigmoid: bool = False,
         softmax: bool = False,
-        other_act: Callable | None = None,
+        other_act: Callable[..., Any] | None = None,
         squared_pred: bool = False,
         jaccard: bool = False,
         reduction: str = "mean",
@@ -335,7 +335,7 @@ class TverskyLoss(Region):
         to_onehot_y: bool = False,
         sigmoid: bool = False,
         softmax: bool = False,
-        other_act: Callable | None = None,
+        other_act: Callable[..., Any] | None = None,
         alpha: float = 0.5,
         beta: float = 0.5,
         reduction: str = "mean",
@@ -372,7 +372,8 @@ class TverskyLoss(Region):
     ) -> Tensor:
         alpha, beta = self.factor("alpha"), self.factor("beta")
         wrong = times(alpha, predicted - overlap) + times(beta, reference - overlap)
-        return 1 - (overlap + self.smooth_nr) / (overlap + wrong + self.smooth_dr)
+        loss: Tensor = 1 - (overlap + self.smooth_nr) / (overlap + wrong + self.smooth_dr)
+        return loss
 
 
 class GeneralizedDiceLoss(Region):
@@ -396,7 +397,7 @@ class GeneralizedDiceLoss(Region):
         to_onehot_y: bool = False,
         sigmoid: bool = False,
         softmax: bool = False,
-        other_act: Callable | None = None,
+        other_act: Callable[..., Any] | None = None,
         w_type: str = "square",
         reduction: str = "mean",
         smooth_nr: float = 1e-5,

@@ -308,7 +308,8 @@ class DC_and_BCE_loss(Compound):
             entropy = self.ce(logits, target)
             if mask is not None:
                 entropy = (entropy * mask).sum() / mask.sum().clip(min=1)
-        return self._sum(entropy, dice)
+        total: Tensor = self._sum(entropy, dice)
+        return total
 
     def _fused_entropy(self, logits: Tensor, target: Tensor, mask: Tensor | None) -> Fused | None:
         reductions = ("mean", "sum") if mask is None else ("none",)

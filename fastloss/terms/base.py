@@ -264,27 +264,27 @@ class Term:
         """As `fastloss.Loss.value`."""
         return self._loss.value(statistics)
 
-    def __add__(self, other: Any) -> Loss:
+    def __add__(self, other: object) -> Loss:
         return self._as_loss() + other
 
-    def __radd__(self, other: Any) -> Loss:
+    def __radd__(self, other: object) -> Loss:
         return self._as_loss().__radd__(other)
 
-    def __sub__(self, other: Any) -> Loss:
+    def __sub__(self, other: object) -> Loss:
         return self._as_loss() - other
 
-    def __rsub__(self, other: Any) -> Loss:
+    def __rsub__(self, other: object) -> Loss:
         return self._as_loss().__rsub__(other)
 
     def __neg__(self) -> Loss:
         return -self._as_loss()
 
-    def __mul__(self, factor: Any) -> Loss:
+    def __mul__(self, factor: object) -> Loss:
         return self._as_loss() * factor
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: Any) -> Loss:
+    def __truediv__(self, divisor: object) -> Loss:
         return self._as_loss() / divisor
 
     __array_ufunc__ = None  # so that NumPy's numbers leave their product to the term

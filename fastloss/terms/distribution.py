@@ -247,7 +247,7 @@ class TopKCrossEntropy(Term):
     def class_weight(self, classes: int) -> np.ndarray:
         """The weight of every class, (C,)."""
         weight = 1.0 if self.weight is None else self.weight
-        return np.broadcast_to(np.asarray(weight, np.float64), (classes,)).copy()
+        return np.array(np.broadcast_to(weight, (classes,)), np.float64)
 
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         weight = np.ones(statistics.classes) * (1.0 if self.weight is None else self.weight)

@@ -151,9 +151,12 @@ class RegionTerm(Term):
 
 def _over_samples(sums: np.ndarray, regions: int) -> np.ndarray:
     """(rows, C) summed over the samples: (1, C), or one row for every number of a region."""
-    if not regions:
-        return sums.sum(axis=0, keepdims=True)
-    return sums.reshape(-1, regions, sums.shape[1]).sum(axis=0)
+    joined: np.ndarray
+    if regions:
+        joined = sums.reshape(-1, regions, sums.shape[1]).sum(axis=0)
+    else:
+        joined = sums.sum(axis=0, keepdims=True)
+    return joined
 
 
 def _to_samples(derivative: np.ndarray, regions: int, shape: tuple[int, int]) -> np.ndarray:

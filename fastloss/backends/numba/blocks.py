@@ -60,7 +60,8 @@ class Order(NamedTuple):
 
     def arrange(self, array: np.ndarray) -> np.ndarray:
         """The view (B, K, *spatial) with its spatial axes in this order, none backwards."""
-        return np.flip(array, self.backwards).transpose(0, 1, *self.axes)
+        view: np.ndarray = np.flip(array, self.backwards).transpose(0, 1, *self.axes)
+        return view
 
 
 class Operand:
@@ -80,7 +81,7 @@ class Operand:
 
     def rows(self, sample: int) -> np.ndarray:
         """Of a direct operand the rows of a sample, (K, voxels)."""
-        array = self.array[sample]
+        array: np.ndarray = self.array[sample]
         return array.reshape(len(array), prod(array.shape[1:]))
 
 

@@ -1,0 +1,69 @@
+"""What csrc/cpu/module.cpp offers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_Faults = tuple[int, float, int, float]
+"""How many labels are bad, and the first; how many voxel weights are, and the first."""
+_VoxelMap = tuple[int, np.ndarray, str, np.ndarray | None]
+"""Its kind, where it is written to, the dtype of that, and coefficients."""
+_More = tuple[tuple[tuple[np.ndarray, str, int], ...], np.ndarray | None, str, int]
+"""Fields, each an array, its dtype and its kind; regions, their dtype, and rows of a sample."""
+
+class Passes:
+    def __init__(
+        self,
+        activation: int,
+        dense: bool,
+        ignore_index: int | None,
+        sums: Sequence[tuple[int, int, float, int]],
+        /,
+    ) -> None: ...
+    def reduce(
+        self,
+        logits: np.ndarray,
+        logits_dtype: str,
+        target: np.ndarray,
+        target_dtype: str,
+        weight: np.ndarray | None,
+        weight_dtype: str,
+        sums: np.ndarray,
+        voxels: np.ndarray,
+        voxel_map: _VoxelMap | None,
+        more: _More | None,
+        /,
+    ) -> _Faults | None: ...
+    def apply(
+        self,
+        logits: np.ndarray,
+        logits_dtype: str,
+        target: np.ndarray,
+        target_dtype: str,
+        weight: np.ndarray | None,
+        weight_dtype: str,
+        coefficients: np.ndarray,
+        out: np.ndarray,
+        more: _More | None,
+        /,
+    ) -> None: ...
+    def write_map(
+        self,
+        logits: np.ndarray,
+        logits_dtype: str,
+        target: np.ndarray,
+        target_dtype: str,
+        weight: np.ndarray | None,
+        weight_dtype: str,
+        voxel_map: _VoxelMap,
+        more: _More | None,
+        /,
+    ) -> _Faults | None: ...
+
+def isa() -> str: ...
+def built_isas() -> list[str]: ...
+def available_isas() -> list[str]: ...
+def get_num_threads() -> int: ...
+def set_num_threads(number: int, /) -> None: ...
+def copy_bandwidth(nbytes: int, /) -> float: ...
+def read_bandwidth(nbytes: int, /) -> float: ...
