@@ -91,12 +91,9 @@ def test_types_of_the_kernels_name_all_that_they_offer() -> None:
     support.need_backend("cpu")
     kernels = importlib.import_module("fastloss._cpu")
     stub = ast.parse((support.ROOT / "fastloss" / "_cpu.pyi").read_text(encoding="utf-8"))
-    named, of_passes = defined(stub), set[str]()
-    for node in stub.body:
-        if isinstance(node, ast.ClassDef):
-            of_passes = defined(node)
-    assert named == {name for name in vars(kernels) if not name.startswith("_")}
-    assert of_passes == {name for name in vars(kernels.Passes) if not name.startswith("_")}
+    (passes,) = (node for node in stub.body if isinstance(node, ast.ClassDef))
+    for what, types in ((kernels, stub), (kernels.Passes, passes)):
+        assert defined(types) == {name for name in vars(what) if not name.startswith("_")}
 
 
 def defined(parent: ast.Module | ast.ClassDef) -> set[str]:
