@@ -12,6 +12,7 @@ import pytest
 from support import assert_agree, example, one_hot, reference
 
 import fastloss as fl
+from fastloss.sums import FUNCTIONS, WEIGHTS, Sum
 
 # Losses that ask for different sums, and so take different paths through the kernels; what terms
 # make of sums is in test_terms.py. Of "both" and its parts, two classes, few classes and dense
@@ -165,6 +166,36 @@ def test_no_sample(backend: str, name: str) -> None:
         assert value == pytest.approx(0, abs=1e-12)
         assert gradient.shape == x.shape
         assert loss(x, y, np.zeros((0, 4))) == value
+
+
+# ------------------------------------------------------------------ every sum by itself
+
+
+class OneSum(fl.VoxelwiseTerm):
+    """Any one sum, as a term."""
+
+    reduction = "mean"
+
+    def __init__(self, total: Sum) -> None:
+        self.requires = frozenset({total})
+
+    def linear(self, statistics: Any) -> tuple[dict[Any, Any], np.ndarray]:
+        return dict.fromkeys(self.requires, np.array([1.0, 2.0, 0.5])[: statistics.classes]), (
+            statistics.voxels
+        )
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_no_path_leaves_out_a_sum_that_it_does_not_know(
+    backend: str, classes: int, dense: bool
+) -> None:
+    x, y = arrays("softmax", 2, classes, (300,))
+    g = np.random.default_rng(3).uniform(size=x.shape)
+    for weight, function in itertools.product(WEIGHTS, FUNCTIONS):
+        term = OneSum(Sum(weight, function, 1.5 if FUNCTIONS[function] else 0.0))
+        agree(fl.Loss(term), x, g if dense else y)
+        agree(LOSS + term, x, g if dense else y)
 
 
 # ------------------------------------------------------------------ far out of range
