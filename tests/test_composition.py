@@ -43,13 +43,13 @@ def test_a_sum_is_the_weighted_sum_of_its_parts(backend: str, activation: str) -
 
 
 @pytest.mark.parametrize("one", range(len(TERMS)))
-@pytest.mark.parametrize("other", [0, 1, 5, 8])
-def test_pairs(backend: str, one: int, other: int) -> None:
-    a, b = TERMS[one], TERMS[other]
-    value, gradient = (a + 0.5 * b).value_and_grad(X, Y)
-    (va, ga), (vb, gb) = a.value_and_grad(X, Y), b.value_and_grad(X, Y)
-    assert value == pytest.approx(va + 0.5 * vb, rel=1e-12)
-    np.testing.assert_allclose(gradient, ga + 0.5 * gb, rtol=1e-9, atol=1e-14)
+def test_pairs(backend: str, one: int) -> None:
+    for other in (0, 1, 5, 8):
+        a, b = TERMS[one], TERMS[other]
+        value, gradient = (a + 0.5 * b).value_and_grad(X, Y)
+        (va, ga), (vb, gb) = a.value_and_grad(X, Y), b.value_and_grad(X, Y)
+        assert value == pytest.approx(va + 0.5 * vb, rel=1e-12)
+        np.testing.assert_allclose(gradient, ga + 0.5 * gb, rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -223,7 +223,7 @@ def test_options_that_contradict_each_other(name: str, one: Any, other: Any) -> 
         ),
     ],
 )  # fmt: skip
-def test_functions_are_the_classes(backend: str, function: Any, options: Any, loss: Any) -> None:
+def test_functions_are_the_classes(function: Any, options: Any, loss: Any) -> None:
     w = np.random.default_rng(0).uniform(size=Y.shape)
     for whole in ({}, {"activation": "sigmoid"}, {"ignore_index": 1}):
         expected = fl.Loss(loss, **whole)
@@ -319,7 +319,7 @@ def test_repr_shows_what_would_make_it_again() -> None:
 
 @pytest.mark.parametrize("term", [*TERMS, fl.Dice() + 0.5 * fl.CrossEntropy(weight=[1, 2, 3])])
 @pytest.mark.parametrize("used", [False, True])
-def test_copies_and_pickles(backend: str, term: Any, used: bool) -> None:
+def test_copies_and_pickles(term: Any, used: bool) -> None:
     term = copy.deepcopy(term)
     expected = fl.Loss(term)(X, Y)
     if used:

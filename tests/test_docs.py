@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ MODULES = ["fastloss"] + [
     for m in pkgutil.walk_packages(fastloss.__path__, "fastloss.")
     if not m.name.startswith(("fastloss._", "fastloss.bench", "fastloss.__main__"))
 ]
+FOLDER = Path(fastloss.__file__).parent.parent
 NEEDED = {
     "fastloss.frameworks.cupy": "cupy",
     "fastloss.frameworks.torch": "torch",
@@ -32,19 +34,35 @@ NEEDED = {
 """What the modules whose names begin so import."""
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_docstrings(backend: str, name: str) -> None:
+def has_examples(name: str) -> bool:
+    path = FOLDER / name.replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ">>>" in path.read_text(encoding="utf-8")
+
+
+def imported(name: str) -> Any:
+    """The module, or a skip that names what it needs."""
     for prefix, package in NEEDED.items():
         if name.startswith(prefix):
             need(package)
     try:
-        module = importlib.import_module(name)
+        return importlib.import_module(name)
     except ImportError:
         # Only a backend may be absent; `need_backend` skips, or fails where it is required.
         need_backend(name.rpartition(".")[2])
         raise
-    failed, _ = doctest.testmod(module)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_can_be_imported(name: str) -> None:
+    assert imported(name).__name__ == name
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if has_examples(name)])
+def test_docstrings(backend: str, name: str) -> None:
+    failed, tried = doctest.testmod(imported(name))
     assert failed == 0
+    assert tried > 0
 
 
 def test_there_are_examples() -> None:

@@ -81,17 +81,17 @@ def test_upstream_multiplies_the_gradient_not_the_value(backend: str, upstream: 
     )
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
 @pytest.mark.parametrize("classes", [1, 3, 40])
-def test_in_place(backend: str, dtype: str, activation: str, classes: int) -> None:
-    loss = fl.Loss(LOSS, activation=activation)
-    x, y = example(2, classes, (5, 130), dtype=dtype, activation=activation)
-    value, gradient = loss.value_and_grad(x, y)
-    value_again, out = loss.value_and_grad(x, y, out=x)
-    assert out is x
-    assert value_again == value
-    np.testing.assert_array_equal(x, gradient)
+def test_in_place(backend: str, activation: str, classes: int) -> None:
+    for dtype in ("float16", "float32", "float64"):
+        loss = fl.Loss(LOSS, activation=activation)
+        x, y = example(2, classes, (5, 130), dtype=dtype, activation=activation)
+        value, gradient = loss.value_and_grad(x, y)
+        value_again, out = loss.value_and_grad(x, y, out=x)
+        assert out is x
+        assert value_again == value
+        np.testing.assert_array_equal(x, gradient)
 
 
 def test_in_place_through_another_view_of_the_logits(backend: str) -> None:
