@@ -1,6 +1,6 @@
 """The figures that the library is held to, all from one run, as a table.
 
-    python benchmarks/targets.py [--out DIR] [--sizes LIST] [--peers LIST] [--repeats N]
+    python benchmarks/targets.py [--out FILE.csv] [--sizes LIST] [--peers LIST] [--repeats N]
 
 Dice + cross-entropy on the phantom torso, labels in uint8, the gradient into a buffer that is
 used again. Implementations take turns; every figure is a median.
@@ -9,7 +9,6 @@ used again. Implementations take turns; every figure is a median.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import fastloss
-from fastloss.bench import table
+from fastloss.bench import results, table
 from fastloss.bench.bandwidth import Bandwidth
 from fastloss.bench.errors import BadArgument, Unavailable, reason
 from fastloss.bench.implementations import (
@@ -39,8 +38,26 @@ from fastloss.bench.inputs import (
 from fastloss.bench.machine import machine, threads
 from fastloss.bench.measure import Timed, forward, forward_backward, interleave
 from fastloss.bench.nnunet_peer import nnunet_source
+from fastloss.bench.results import Figure
 
 LOSS = "dice_ce"
+
+_SMALL = "B1C2-16"
+_UNITS = {
+    "ns_per_logit": "ns",
+    "speedup": "×",
+    "share_of_limit": "1",
+    "value_share_of_limit": "1",
+    "bfloat16_ratio": "×",
+    "float16_ratio": "×",
+    "channels_last_ratio": "×",
+    "dense_ratio_per_byte": "×",
+    "numba_ratio": "×",
+    "torch_speedup": "×",
+    "torch_over_new_gradient": "×",
+    "torch_bfloat16_ratio": "×",
+}
+"""Figures of one size beside its times, with their units."""
 
 
 def title(size: str) -> str:
@@ -190,7 +207,27 @@ class Run:
         return interleave(timed, max(self.repeats, 9))
 
 
-def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> str:
+def figures(sizes: list[dict[str, Any]], small: dict[str, float]) -> list[Figure]:
+    """What the table of results keeps of a run."""
+    found = []
+    for size in sizes:
+        row = size["size"]
+        for name in ("copy", "read"):
+            rate = size[f"{name}_bandwidth"] / 1e9
+            found.append(Figure(row, f"{name} bandwidth", rate, "GB/s"))
+        for name, seconds in size["seconds"].items():
+            found.append(Figure(row, f"time {name}", seconds * 1e3, "ms"))
+        for name, unit in _UNITS.items():
+            found.append(Figure(row, name, size.get(name), unit))
+    for name, seconds in small.items():
+        found.append(Figure(_SMALL, f"time {name}", seconds * 1e6, "µs"))
+    if "torch" in small:
+        over = small["torch"] - small["new_gradient"]
+        found.append(Figure(_SMALL, "torch_overhead", over * 1e6, "µs"))
+    return found
+
+
+def render(sizes: list[dict[str, Any]], small: dict[str, float], run: Run) -> str:
     """The report in Markdown."""
     made = machine()
     header = (
@@ -218,7 +255,7 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
             table.number(r["copy_bandwidth"] / 1e9),
             table.number(r["read_bandwidth"] / 1e9),
         )
-        for r in results
+        for r in sizes
     ]
     variants = {
         "bfloat16_ratio": "bfloat16, per logit",
@@ -227,7 +264,7 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
         "dense_ratio_per_byte": "dense float32 target, per byte read",
         "numba_ratio": "Numba backend",
     }
-    ratios = [(title, *(table.times(r[name]) for r in results)) for name, title in variants.items()]
+    ratios = [(title, *(table.times(r[name]) for r in sizes)) for name, title in variants.items()]
     torch_rows = [
         (
             title(r["size"]),
@@ -236,7 +273,7 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
             table.times(r["torch_over_new_gradient"]),
             table.times(r["torch_bfloat16_ratio"]),
         )
-        for r in results
+        for r in sizes
         if r["torch_seconds"] is not None
     ]
     torch_header = (
@@ -254,7 +291,7 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
         "Value and gradient, float32:",
         table.markdown_table(header, rows),
         "Time over that of fastloss on contiguous float32 logits and a label map:",
-        table.markdown_table(("", *(title(r["size"]) for r in results)), ratios),
+        table.markdown_table(("", *(title(r["size"]) for r in sizes)), ratios),
         f"One call on 16³ voxels, two classes: value {table.number(small['value'] * 1e6)} µs, "
         f"value and gradient {table.number(small['gradient'] * 1e6)} µs.",
     ]
@@ -297,7 +334,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="The library's target figures, measured in one run."
     )
-    parser.add_argument("--out", type=Path, help="folder for targets.md and targets.json")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="table to add rows to")
+    parser.add_argument("--run", default="", help="name of the run there; the time of day if none")
     parser.add_argument("--sizes", type=names(SIZES), default="all", help=", ".join(SIZES))
     parser.add_argument("--peers", type=names(PEERS), default="all", help=", ".join(PEERS))
     parser.add_argument("--repeats", type=int, default=9, help="samples of each time")
@@ -306,27 +344,17 @@ def main() -> int:
         parser.error("argument --sizes: expected at least one size")
     if options.repeats < 1:
         parser.error(f"argument --repeats: expected at least 1, got {options.repeats}")
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
+    if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
+        # Better said now than after minutes of measuring.
+        parser.error(f"argument --out: expected a CSV file in a folder there is: {options.out}")
 
     warnings.simplefilter("ignore")  # of the peers' own making
     run = Run(options.peers, options.repeats)
-    results = [run.measure(size) for size in options.sizes]
+    sizes = [run.measure(size) for size in options.sizes]
     small = run.small()
-    text = render(results, small, run)
-    print(text)
+    print(render(sizes, small, run))
     if options.out is not None:
-        (options.out / "targets.md").write_text(text, encoding="utf-8")
-        everything = {
-            "machine": machine(),
-            "backend": run.backend,
-            "sizes": results,
-            "small": small,
-            "missing": run.missing,
-        }
-        (options.out / "targets.json").write_text(
-            json.dumps(everything, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        results.Table(options.out, machine(), options.run).add(figures(sizes, small))
     return 0
 
 

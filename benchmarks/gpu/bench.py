@@ -1,6 +1,6 @@
-"""What the library takes on a GPU, beside MONAI and nnU-Net, in one run: a table and its JSON.
+"""What the library takes on a GPU, beside MONAI and nnU-Net, in one run.
 
-    python benchmarks/gpu/bench.py [--sizes LIST] [--peers all|eager|none] [--budget SECONDS]
+    python benchmarks/gpu/bench.py [--sizes LIST] [--peers all|eager|none] [--out FILE.csv]
 
 Dice + cross-entropy, value and gradient. README.md beside this file says what is measured and how.
 """
@@ -16,15 +16,14 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from datetime import date
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / "results"
+RESULTS = HERE.parent / "results.csv"
 PARTS = ("host", "graph", "startup", "times")
 
 try:
@@ -42,6 +41,7 @@ from inputs import MAIN, SIZES, Case, all_cases, make  # noqa: E402
 from truth import Truth, check_against_reference  # noqa: E402
 
 from fastloss.bench.errors import Unavailable, reason  # noqa: E402
+from fastloss.bench.results import Table  # noqa: E402
 
 LOSS = fl.Dice() + fl.CrossEntropy()
 _WRONG = 1e-4
@@ -83,13 +83,6 @@ class Report:
     missing: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
-        rows = [
-            asdict(row) | {"title": row.case.title, "logits_bytes": row.case.nbytes}
-            for row in self.rows
-        ]
-        return asdict(self) | {"rows": rows}
-
 
 class Run:
     """What the measurements share."""
@@ -101,6 +94,8 @@ class Run:
         self.smoke = self.device.type == "cpu"
         self.clock = Clock(self.device)
         self.report = Report(machine.describe(self.device), self.smoke)
+        self.kept = 0  # rows that are in the table of results
+        self.table = options.out and Table(options.out, self.report.machine, options.run)
         self.copied = (8 << 20) if self.smoke else (1 << 30)
         self._truth: dict[Case, Truth] = {}
 
@@ -160,7 +155,7 @@ class Run:
             logits = labels = None
             self._truth.clear()
             self.clear()
-            self.write()
+            self.keep()
 
     def one(self, case: Case, name: str, logits: Any, labels: Any) -> Row:
         row, start = Row(case, name), perf_counter()
@@ -356,27 +351,20 @@ class Run:
         for part in PARTS:
             if part in self.options.parts:
                 getattr(self, part)()
-                self.write()
-        text = self.write()
-        print(text)
+        self.report.machine["seconds"] = perf_counter() - self.start
+        if self.table:
+            self.table.add(report.other_figures(self.report))
+        print(report.render(self.report))
         for problem in self.report.problems:
             print(f"problem: {problem}", file=sys.stderr)
         return 1 if self.report.problems else 0
 
-    def write(self) -> str:
-        """What is known by now, so that a run that is ended leaves it."""
-        self.report.machine["seconds"] = perf_counter() - self.start
-        text = report.render(self.report)
-        if self.options.out is not None:
-            self.options.out.mkdir(parents=True, exist_ok=True)
-            name = f"{date.today().isoformat()}-{machine.short_name(self.device)}"
-            (self.options.out / f"{name}.md").write_text(text, encoding="utf-8")
-            (self.options.out / f"{name}.json").write_text(
-                json.dumps(report.finite(self.report.as_json()), indent=1, ensure_ascii=False)
-                + "\n",
-                encoding="utf-8",
-            )
-        return text
+    def keep(self) -> None:
+        """Add the new rows to the table of results, so that a run that is ended leaves them."""
+        if self.table:
+            for row in self.report.rows[self.kept :]:
+                self.table.add(report.row_figures(self.report, row))
+        self.kept = len(self.report.rows)
 
 
 def names(choices: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
@@ -404,8 +392,10 @@ def main() -> int:
                         metavar="LIST", help=", ".join(PARTS))  # fmt: skip
     parser.add_argument("--budget", type=float, default=270,
                         help="seconds after which no other case is begun")  # fmt: skip
-    parser.add_argument("--out", type=Path,
-                        help="folder of the report (default: benchmarks/results)")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE.csv",
+                        help="table to add rows to (default: benchmarks/results.csv)")  # fmt: skip
+    parser.add_argument("--run", default="",
+                        help="name of the run there (default: the time of day)")  # fmt: skip
     options = parser.parse_args()
     if not options.budget > 0:
         parser.error(f"argument --budget: expected more than 0, got {options.budget}")
@@ -426,7 +416,9 @@ def main() -> int:
         if options.out is None:
             options.out = RESULTS
     elif options.out is not None and options.out.resolve() == RESULTS:
-        parser.error("argument --out: a smoke run on a CPU does not go into benchmarks/results")
+        parser.error("argument --out: a smoke run on a CPU does not go into benchmarks/results.csv")
+    if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
+        parser.error(f"argument --out: expected a CSV file in a folder there is: {options.out}")
     warnings.simplefilter("ignore")  # of the peers' own making
     return Run(options).all()
 

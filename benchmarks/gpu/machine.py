@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -13,9 +12,9 @@ from typing import Any
 import torch
 
 import fastloss
-from fastloss.bench.machine import processor
+from fastloss.bench.machine import cores, instruction_sets, processor, threads
 
-_PACKAGES = ("torch", "triton", "monai", "nnunetv2", "numpy", "numba", "jax")
+_PACKAGES = ("torch", "triton", "monai", "nnunetv2", "numba", "jax")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -27,11 +26,16 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "fastloss": fastloss.__version__,
         "python": platform.python_version(),
+        "numpy": version("numpy"),
         "processor": processor(),
+        "cores": cores(),
+        "threads": threads(),
+        "instruction_set": instruction_sets()[0],
         "packages": {name: _version(name) for name in _PACKAGES},
         "cupy": None,
     }
     if device.type == "cuda":
+        found["gpu"] = found["device"]
         properties = torch.cuda.get_device_properties(device)
         found["memory"] = properties.total_memory
         found["multiprocessors"] = properties.multi_processor_count
@@ -42,12 +46,6 @@ def describe(device: torch.device) -> dict[str, Any]:
             found["cupy"] = cupy.__version__
             found["cupy_cuda_runtime"] = cupy.cuda.runtime.runtimeGetVersion()
     return found
-
-
-def short_name(device: torch.device) -> str:
-    """The device's name for a file: nvidia-h100-80gb-hbm3."""
-    name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _driver(device: torch.device) -> str | None:

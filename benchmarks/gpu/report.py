@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from implementations import COMPILED, OURS
 
 from fastloss.bench import table
+from fastloss.bench.results import Figure
 
 LARGE = 200_000_000
 """Bytes of logits from which the share of the limit is a target."""
@@ -16,15 +16,41 @@ TARGETS = {"share": 0.8, "eager": 10.0, "compiled": 4.0, "host": 60e-6, "spare":
 SMALL_CALL = "PyTorch, forward and backward"
 
 
-def finite(value: Any) -> Any:
-    """The same with null for numbers that JSON does not have."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return value
+def row_figures(report: Any, row: Any) -> list[Figure]:
+    """What the table of results keeps of one implementation on one input."""
+    found = [
+        ("forward", row.forward and row.forward * 1e3, "ms"),
+        ("with gradient", row.both and row.both * 1e3, "ms"),
+        ("with gradient, 10 % quantile", row.low and row.low * 1e3, "ms"),
+        ("with gradient, 90 % quantile", row.high and row.high * 1e3, "ms"),
+        ("share of limit", _share(report, row), "1"),
+        ("peak memory", None if row.memory is None else row.memory / 2**20, "MiB"),
+        ("value error", row.value_error, "1"),
+        ("gradient error", row.gradient_error, "1"),
+    ]
+    return [
+        Figure(row.case.title, f"{row.implementation}: {name}", value, unit)
+        for name, value, unit in found
+    ]
+
+
+def other_figures(report: Any) -> list[Figure]:
+    """… and of everything else."""
+    found = [Figure("", "copy bandwidth", report.bandwidth / 1e9, "GB/s")]
+    for title, memory in report.reuse_memory.items():
+        value = None if memory is None else memory / 2**20
+        found.append(Figure(title, "reuse_logits: peak memory", value, "MiB"))
+    for name, host in report.host.items():
+        found.append(Figure("1×2×32³", f"{name}: host", host["host"] * 1e6, "µs"))
+        with_device = host["with_device"] * 1e6
+        found.append(Figure("1×2×32³", f"{name}: host and device", with_device, "µs"))
+    for name in ("eager", "replay", "replay_host"):
+        if report.graph:
+            title = f"CUDA graph, {report.graph['input']}"
+            found.append(Figure(title, name, report.graph[name] * 1e6, "µs"))
+    for kernels, steps in report.startup.items():
+        found += [Figure(f"a first call, {kernels}", step, s, "s") for step, s in steps.items()]
+    return found
 
 
 def render(report: Any) -> str:
@@ -36,8 +62,8 @@ def render(report: Any) -> str:
     parts += [
         f"# {made['device']}, {made['date'][:10]}",
         f"Driver {made['driver'] or '-'}, CUDA {made['cuda'] or '-'}, CuPy {made['cupy'] or '-'}, "
-        f"{', '.join(packages)}; Python {made['python']}, fastloss {made['fastloss']}; "
-        f"{made['processor']}.",
+        f"{', '.join(packages)}; Python {made['python']}, NumPy {made['numpy']}, "
+        f"fastloss {made['fastloss']}; {made['processor']}.",
         f"Dice + cross-entropy. Copy bandwidth in this run, bytes read and written: "
         f"{table.number(report.bandwidth / 1e9)} GB/s. Limit: the logits read twice and the "
         f"gradient written once, at that bandwidth.",

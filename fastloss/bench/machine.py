@@ -15,7 +15,9 @@ from fastloss.backends import current_backend, load_backend
 
 _PACKAGES = (
     "torch",
+    "triton",
     "monai",
+    "nnunetv2",
     "jax",
     "jaxlib",
     "numba",
