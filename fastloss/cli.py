@@ -123,9 +123,10 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--backends",
         type=_subset(BACKENDS),
-        default=",".join(BACKENDS),
+        default=argparse.SUPPRESS,
         metavar="LIST",
-        help=f"comma-separated, of {', '.join(BACKENDS)}",
+        help=f"comma-separated, of {', '.join(BACKENDS)} (default: all, but without numba, which "
+        "compiles for half a minute, where there are the C++ kernels)",
     )
     add(
         "--frameworks",
@@ -142,7 +143,13 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help=f"comma-separated, of {', '.join(PEERS)}; 'all' or 'none'",
     )
-    add("--repeats", type=_at_least(1), default=7, metavar="N", help="samples of each time")
+    add(
+        "--repeats",
+        type=_at_least(1),
+        default=7,
+        metavar="N",
+        help="samples of each time; the reference is timed once",
+    )
     add("--json", type=Path, default=None, metavar="FILE", help="write all results here as well")
 
 
@@ -173,7 +180,7 @@ def _bench(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
                 batch=options.batch,
                 dtype=options.dtype,
                 losses=options.losses,
-                backends=options.backends,
+                backends=getattr(options, "backends", None),
                 frameworks=options.frameworks,
                 peers=options.peers,
                 repeats=options.repeats,

@@ -53,11 +53,11 @@ def test_a_smoke_run(tmp_path: Path) -> None:
     for dtype in exact:
         for layout in ("", ", channels-last"):
             title = f"B2 C2 8³, {dtype}{layout}"
-            assert values[title, "fastloss: with gradient"] > 0
-            assert values[title, "fastloss: value error"] < 1e-6
-            assert values[title, "fastloss: gradient error"] < exact[dtype]
+            assert values[title, "time torch"] > 0
+            assert values[title, "value error torch"] < 1e-6
+            assert values[title, "gradient error torch"] < exact[dtype]
     # The formula of nnU-Net needs nothing installed, and computes the same loss.
-    nnunet = [v for (_, figure), v in values.items() if figure == "nnU-Net: value error"]
+    nnunet = [v for (_, figure), v in values.items() if figure == "value error nnunet"]
     assert nnunet
     assert min(nnunet) < 1e-5
     assert (ROOT / "benchmarks" / "results.csv").read_bytes() == kept
@@ -100,20 +100,22 @@ def test_arguments_that_are_refused() -> None:
 def test_a_wrong_gradient_is_seen() -> None:
     """The formula that results are held against, against ones that are a little off."""
     out = run_python(
-        f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
-        "import torch, fastloss as fl\n"
-        "from inputs import Case, make\n"
-        "from truth import Truth\n"
-        "x, y = make(Case('B2C4-128', 8), torch.device('cpu'))\n"
+        "import fastloss as fl\n"
+        "from fastloss.bench.inputs import Spec, device_case\n"
+        "from fastloss.bench.truth import check_formula, formula_truth\n"
+        "case = device_case(Spec('phantom', (2, 4, 8, 8, 8)))\n"
+        "x, y = case.logits, case.target\n"
         "value, gradient = (fl.Dice() + fl.CrossEntropy()).value_and_grad(x, y)\n"
-        "truth = Truth(x, y)\n"
+        "truth, checked = formula_truth(x, y), check_formula(case)\n"
         "print(truth.value_error(float(value)), truth.gradient_error(gradient))\n"
+        "print(checked['value_error'], checked['gradient_error'])\n"
         "gradient[0, 1] *= 1.01\n"
         "print(truth.value_error(1.01 * float(value)), truth.gradient_error(gradient))\n"
-        "print(Truth(x, y.flip(1)).gradient_error(gradient))\n",
+        "print(formula_truth(x, y.flip(1)).gradient_error(gradient))\n",
         FASTLOSS_BACKEND="reference",
     )
-    right, off, other = ([float(v) for v in line.split()] for line in out.splitlines())
+    right, checked, off, other = ([float(v) for v in line.split()] for line in out.splitlines())
+    assert max(checked) < 1e-10
     assert max(right) < 1e-6
     assert off[0] == pytest.approx(0.01, rel=0.01)
     assert 1e-4 < off[1] < 0.02

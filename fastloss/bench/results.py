@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from fastloss.bench.machine import versions_text
+
 COLUMNS = (
     "date",
     "commit",
@@ -22,6 +24,9 @@ COLUMNS = (
     "value",
     "unit",
 )
+
+
+_PACKAGES = ("torch", "triton", "monai", "jax", "numba", "nnunetv2", "cupy", "cuda", "driver")
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Table:
             _commit(),
             f"{made['processor']}, {made['cores']} cores",
             device_text(made),
-            versions_text(made),
+            versions_text(made, _PACKAGES),
             run or now.strftime("%H:%M:%S"),
         )
 
@@ -74,13 +79,6 @@ def device_text(made: dict[str, Any]) -> str:
         return str(made["gpu"])
     parts = ("CPU", made["instruction_set"], f"{made['threads']} threads")
     return ", ".join(filter(None, parts))
-
-
-def versions_text(made: dict[str, Any]) -> str:
-    """The versions that a time can depend on."""
-    packages = {"fastloss": made["fastloss"], "Python": made["python"], "NumPy": made["numpy"]}
-    packages |= made["packages"]
-    return ", ".join(f"{name} {version}" for name, version in packages.items() if version)
 
 
 def _commit() -> str:
