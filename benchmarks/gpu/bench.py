@@ -34,6 +34,7 @@ except ImportError as error:
 from clock import Clock  # noqa: E402
 from report import GpuReport, other_figures, render  # noqa: E402
 
+from fastloss.bench.arguments import results_file, subset  # noqa: E402
 from fastloss.bench.errors import Unavailable, reason  # noqa: E402
 from fastloss.bench.implementations import TITLES, Call, make_call  # noqa: E402
 from fastloss.bench.inputs import Case, Spec, device_case  # noqa: E402
@@ -387,32 +388,17 @@ class Run:
         self.kept = len(self.report.rows)
 
 
-def names(choices: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
-    """A comma-separated choice of these."""
-
-    def convert(text: str) -> tuple[str, ...]:
-        chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-        for one in chosen:
-            if one not in choices:
-                raise argparse.ArgumentTypeError(
-                    f"expected some of {', '.join(choices)}, got {one!r}"
-                )
-        return chosen
-
-    return convert
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="The library on a GPU, measured in one run.")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, …; cpu: a smoke run")
-    parser.add_argument("--sizes", type=names(tuple(SIZES)), default=tuple(SIZES),
+    parser.add_argument("--sizes", type=subset(tuple(SIZES)), default=tuple(SIZES),
                         metavar="LIST", help=", ".join(SIZES))  # fmt: skip
     parser.add_argument("--peers", choices=("all", "eager", "none"), default="all")
-    parser.add_argument("--parts", type=names(PARTS), default=PARTS,
+    parser.add_argument("--parts", type=subset(PARTS), default=PARTS,
                         metavar="LIST", help=", ".join(PARTS))  # fmt: skip
     parser.add_argument("--budget", type=float, default=270,
                         help="seconds after which no other case is begun")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FILE.csv",
+    parser.add_argument("--out", type=results_file, metavar="FILE.csv",
                         help="table to add rows to (default: benchmarks/results.csv)")  # fmt: skip
     parser.add_argument("--run", default="",
                         help="name of the run there (default: the time of day)")  # fmt: skip
@@ -437,8 +423,6 @@ def main() -> int:
             options.out = RESULTS
     elif options.out is not None and options.out.resolve() == RESULTS:
         parser.error("argument --out: a smoke run on a CPU does not go into benchmarks/results.csv")
-    if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
-        parser.error(f"argument --out: expected a CSV file in a folder there is: {options.out}")
     warnings.simplefilter("ignore")  # of the peers' own making
     return Run(options).all()
 
