@@ -221,24 +221,21 @@ def render(found: Report) -> str:
 
 
 def _headline(found: Report, like: Row) -> list[str]:
-    """The library's time and memory, and its fastest peer's."""
+    """The library beside its fastest peer: ratio, time and memory."""
     own, peer = found.own(like), found.fastest(like)
+    ratio = "" if peer is None else table.times(found.ratio_to_fastloss(peer))
     lines = []
     for row in filter(None, (own, peer)):
-        memory = row.peak_memory
-        extra = "" if memory is None else f", {table.mebibytes(memory)} MiB of extra memory"
+        who, memory = TITLES[row.implementation], row.peak_memory
+        parts = [f"{table.milliseconds(row.forward_backward)} ms"]
+        if row is peer:
+            who = f"fastest peer, {who}"
+        elif peer is not None:
+            parts.insert(0, f"{ratio} as fast as the fastest peer")
         if memory is not None:
-            extra += f" ({table.times(memory / row.spec.nbytes)} the logits)"
-        who = TITLES[row.implementation]
-        if row is own:
-            share = f", {table.percent(found.share_of_limit(row))} of the limit"
-            lines.append(f"  {who}: {table.milliseconds(row.forward_backward)} ms{extra}{share}")
-            continue
-        ratio = found.ratio_to_fastloss(row)
-        versus = "" if ratio is None else f", {table.times(ratio)} as long"
-        lines.append(
-            f"  fastest peer, {who}: {table.milliseconds(row.forward_backward)} ms{versus}{extra}"
-        )
+            share = table.times(memory / row.spec.nbytes)
+            parts.append(f"{table.mebibytes(memory)} MiB of extra memory ({share} the logits)")
+        lines.append(f"  {who}: {', '.join(parts)}")
     if peer is None:
         lines.append(
             "  no peer was measured: pip install 'fastloss[peers]' brings MONAI, PyTorch and JAX"
