@@ -1,6 +1,6 @@
 """The figures that the library is held to, all from one run, as a table.
 
-    python benchmarks/targets.py [--out DIR] [--sizes LIST] [--peers LIST] [--repeats N]
+    python benchmarks/targets.py [--out FILE.csv] [--sizes LIST] [--peers LIST] [--repeats N]
 
 Dice + cross-entropy on the phantom torso, labels in uint8, the gradient into a buffer that is
 used again. Implementations take turns; every figure is a median.
@@ -9,16 +9,14 @@ used again. Implementations take turns; every figure is a median.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from statistics import median
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import fastloss
 from fastloss.bench import table
+from fastloss.bench.arguments import results_file, subset
 from fastloss.bench.bandwidth import Bandwidth
 from fastloss.bench.errors import BadArgument, Unavailable, reason
 from fastloss.bench.implementations import (
@@ -36,11 +34,35 @@ from fastloss.bench.inputs import (
     phantom_case,
     with_dtype,
 )
-from fastloss.bench.machine import machine, threads
+from fastloss.bench.machine import machine, machine_text, threads, versions_text
 from fastloss.bench.measure import Timed, forward, forward_backward, interleave
 from fastloss.bench.nnunet_peer import nnunet_source
+from fastloss.bench.report import Report, Row
+from fastloss.bench.results import Figure, Table
 
 LOSS = "dice_ce"
+
+_SMALL = "B1C2-16"
+
+
+@dataclass
+class Measured:
+    """One size, and its figures by the names that the table of results has for them."""
+
+    size: str
+    fastest_peer: str | None
+    figures: dict[str, float | None]
+
+    def kept(self) -> list[Figure]:
+        return [Figure(self.size, name, v, unit(name)) for name, v in self.figures.items()]
+
+
+def unit(name: str) -> str:
+    """The unit of a figure of one size."""
+    for part, found in {"time ": "ms", "bandwidth": "GB/s", "ns_": "ns", "share_": "1"}.items():
+        if part in name:
+            return found
+    return "×"
 
 
 def title(size: str) -> str:
@@ -70,6 +92,7 @@ class Run:
         self.peers, self.repeats = peers, repeats
         self.threads = threads()
         fastloss.set_num_threads(self.threads)  # for all backends alike
+        self.machine = machine()
         self.bandwidth = Bandwidth(self.threads)
         self.backends = backends_that_run()
         self.backend = self.backends[0]
@@ -95,7 +118,7 @@ class Run:
             self.missing.append(note)
         return None
 
-    def measure(self, size: str) -> dict[str, Any]:
+    def measure(self, size: str) -> Measured:
         """All the figures of one size."""
         say(f"{size}: making the input")
         batch, classes, edge = SIZES[size]
@@ -126,50 +149,55 @@ class Run:
             if variant == "fastloss":
                 timed["value"] = forward(prepared[1])
 
-        copies: list[float] = []
-        reads: list[float] = []
+        report = Report(self.machine)
 
         def measure_bandwidth() -> None:
-            copies.append(self.bandwidth.copy())
-            reads.append(self.bandwidth.read())
+            report.copies.append(self.bandwidth.copy())
+            report.reads.append(self.bandwidth.read())
 
         say(f"{size}: timing {', '.join(timed)}")
         seconds = interleave(timed, self.repeats, also=measure_bandwidth)
-        copy, read = median(copies), median(reads)
-        ours = seconds["fastloss"]
-        peers = {name: seconds[name] for name in self.peers if name in seconds}
-        fastest = min(peers, key=peers.__getitem__) if peers else None
+        report.rows = [
+            Row(plain.spec, LOSS, name, forward_backward=seconds[name])
+            for name in self.peers
+            if name in seconds
+        ]
+        ours = Row(
+            plain.spec,
+            LOSS,
+            self.backend,
+            forward=seconds["value"],
+            forward_backward=seconds["fastloss"],
+        )
+        fastest = report.fastest(ours)
+        peer = fastest and fastest.forward_backward
 
         def between(a: float | None, b: float | None) -> float | None:
             return a / b if a and b else None
 
         def ratio(name: str, factor: float = 1.0) -> float | None:
-            return seconds[name] / ours * factor if name in seconds else None
+            found = between(seconds.get(name), ours.forward_backward)
+            return found and found * factor
 
-        return {
-            "size": size,
-            "logits": plain.count,
-            "copy_bandwidth": copy,
-            "read_bandwidth": read,
-            "seconds": seconds,
-            "fastloss": ours,
-            "ns_per_logit": ours / plain.count * 1e9,
-            "fastest_peer": fastest,
-            "fastest_peer_seconds": None if fastest is None else peers[fastest],
-            "speedup": None if fastest is None else peers[fastest] / ours,
-            "share_of_limit": 3 * plain.nbytes / copy / ours,
-            "value_share_of_limit": plain.nbytes / read / seconds["value"],
+        figures: dict[str, float | None] = {
+            "copy bandwidth": report.copy_bandwidth / 1e9,
+            "read bandwidth": report.read_bandwidth / 1e9,
+            **{f"time {name}": one * 1e3 for name, one in seconds.items()},
+            "ns_per_logit": seconds["fastloss"] / plain.count * 1e9,
+            "speedup": between(peer, ours.forward_backward),
+            "share_of_limit": report.share_of_limit(ours),
+            "value_share_of_limit": report.forward_share_of_limit(ours),
             "bfloat16_ratio": ratio("bfloat16"),
             "float16_ratio": ratio("float16"),
             "channels_last_ratio": ratio("channels_last"),
             # Two passes read a dense float32 target as well: 16 bytes a logit in place of 8.
             "dense_ratio_per_byte": ratio("dense", 8 / 16),
             "numba_ratio": ratio("numba"),
-            "torch_seconds": seconds.get("torch"),
-            "torch_speedup": between(peers.get(fastest or ""), seconds.get("torch")),
+            "torch_speedup": between(peer, seconds.get("torch")),
             "torch_over_new_gradient": between(seconds.get("torch"), seconds.get("new_gradient")),
             "torch_bfloat16_ratio": between(seconds.get("torch_bfloat16"), seconds.get("torch")),
         }
+        return Measured(size, fastest.implementation if fastest else None, figures)
 
     def small(self) -> dict[str, float]:
         """Seconds of one call on 16³ voxels and two classes."""
@@ -190,9 +218,17 @@ class Run:
         return interleave(timed, max(self.repeats, 9))
 
 
-def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> str:
+def small_figures(small: dict[str, float]) -> list[Figure]:
+    """The same of the small calls."""
+    found = [Figure(_SMALL, f"time {name}", one * 1e6, "µs") for name, one in small.items()]
+    if "torch" in small:
+        over = small["torch"] - small["new_gradient"]
+        found.append(Figure(_SMALL, "torch_overhead", over * 1e6, "µs"))
+    return found
+
+
+def render(sizes: list[Measured], small: dict[str, float], run: Run) -> str:
     """The report in Markdown."""
-    made = machine()
     header = (
         "",
         "fastest peer",
@@ -207,18 +243,18 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
     )
     rows = [
         (
-            title(r["size"]),
-            "-" if r["fastest_peer"] is None else TITLES[r["fastest_peer"]],
-            table.number(r["fastest_peer_seconds"] and r["fastest_peer_seconds"] * 1e3),
-            table.milliseconds(r["fastloss"]),
-            table.times(r["speedup"]),
-            table.number(r["ns_per_logit"]),
-            table.percent(r["share_of_limit"]),
-            table.percent(r["value_share_of_limit"]),
-            table.number(r["copy_bandwidth"] / 1e9),
-            table.number(r["read_bandwidth"] / 1e9),
+            title(m.size),
+            "-" if m.fastest_peer is None else TITLES[m.fastest_peer],
+            table.number(m.figures.get(f"time {m.fastest_peer}")),
+            table.number(m.figures["time fastloss"]),
+            table.times(m.figures["speedup"]),
+            table.number(m.figures["ns_per_logit"]),
+            table.percent(m.figures["share_of_limit"]),
+            table.percent(m.figures["value_share_of_limit"]),
+            table.number(m.figures["copy bandwidth"]),
+            table.number(m.figures["read bandwidth"]),
         )
-        for r in results
+        for m in sizes
     ]
     variants = {
         "bfloat16_ratio": "bfloat16, per logit",
@@ -227,17 +263,19 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
         "dense_ratio_per_byte": "dense float32 target, per byte read",
         "numba_ratio": "Numba backend",
     }
-    ratios = [(title, *(table.times(r[name]) for r in results)) for name, title in variants.items()]
+    ratios = [
+        (text, *(table.times(m.figures[name]) for m in sizes)) for name, text in variants.items()
+    ]
     torch_rows = [
         (
-            title(r["size"]),
-            table.milliseconds(r["torch_seconds"]),
-            table.times(r["torch_speedup"]),
-            table.times(r["torch_over_new_gradient"]),
-            table.times(r["torch_bfloat16_ratio"]),
+            title(m.size),
+            table.number(m.figures["time torch"]),
+            table.times(m.figures["torch_speedup"]),
+            table.times(m.figures["torch_over_new_gradient"]),
+            table.times(m.figures["torch_bfloat16_ratio"]),
         )
-        for r in results
-        if r["torch_seconds"] is not None
+        for m in sizes
+        if "time torch" in m.figures
     ]
     torch_header = (
         "",
@@ -246,17 +284,15 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
         "over NumPy with a new gradient",
         "bfloat16 over float32",
     )
-    isa = f", {made['instruction_set']}" if made["instruction_set"] else ""
     parts = [
-        f"{made['processor']}, {made['cores']} cores, {made['threads']} threads{isa}; Python "
-        f"{made['python']}, NumPy {made['numpy']}; {TITLES[run.backend]}; bandwidth measured with "
-        f"{run.bandwidth.method}.",
+        f"{machine_text(run.machine)}; {versions_text(run.machine, ())}; {TITLES[run.backend]}; "
+        f"bandwidth measured with {run.bandwidth.method}.",
         "Value and gradient, float32:",
         table.markdown_table(header, rows),
         "Time over that of fastloss on contiguous float32 logits and a label map:",
-        table.markdown_table(("", *(title(r["size"]) for r in results)), ratios),
-        f"One call on 16³ voxels, two classes: value {table.number(small['value'] * 1e6)} µs, "
-        f"value and gradient {table.number(small['gradient'] * 1e6)} µs.",
+        table.markdown_table(("", *(title(m.size) for m in sizes)), ratios),
+        f"One call on 16³ voxels, two classes: value {table.microseconds(small['value'])} µs, "
+        f"value and gradient {table.microseconds(small['gradient'])} µs.",
     ]
     if torch_rows:
         parts += [
@@ -264,10 +300,10 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
             table.markdown_table(torch_header, torch_rows),
         ]
     if "torch" in small:
-        overhead = small["torch"] - small["new_gradient"]
         parts.append(
-            f"On 16³ voxels autograd takes {table.number(small['torch'] * 1e6)} µs, of which "
-            f"{table.number(overhead * 1e6)} are over NumPy with a new gradient."
+            f"On 16³ voxels autograd takes {table.microseconds(small['torch'])} µs, of which "
+            f"{table.microseconds(small['torch'] - small['new_gradient'])} are over NumPy with a "
+            "new gradient."
         )
     if any(name.startswith("nnunet") for name in run.peers):
         parts.append(nnunet_source() + ".")
@@ -276,57 +312,32 @@ def render(results: list[dict[str, Any]], small: dict[str, float], run: Run) -> 
     return "\n\n".join(parts) + "\n"
 
 
-def names(choices: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
-    """A comma-separated choice; "all" and "none" as well."""
-
-    def convert(text: str) -> tuple[str, ...]:
-        if text in ("all", "none"):
-            return tuple(choices) if text == "all" else ()
-        chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-        for one in chosen:
-            if one not in choices:
-                raise argparse.ArgumentTypeError(
-                    f"expected some of {', '.join(choices)}, got {one!r}"
-                )
-        return chosen
-
-    return convert
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="The library's target figures, measured in one run."
     )
-    parser.add_argument("--out", type=Path, help="folder for targets.md and targets.json")
-    parser.add_argument("--sizes", type=names(SIZES), default="all", help=", ".join(SIZES))
-    parser.add_argument("--peers", type=names(PEERS), default="all", help=", ".join(PEERS))
+    parser.add_argument("--out", type=results_file, metavar="FILE.csv", help="table to add rows to")
+    parser.add_argument("--run", default="", help="name of the run there; the time of day if none")
+    parser.add_argument(
+        "--sizes", type=subset(tuple(SIZES), everything=True), default="all", help=", ".join(SIZES)
+    )
+    parser.add_argument(
+        "--peers", type=subset(PEERS, everything=True), default="all", help=", ".join(PEERS)
+    )
     parser.add_argument("--repeats", type=int, default=9, help="samples of each time")
     options = parser.parse_args()
     if not options.sizes:
         parser.error("argument --sizes: expected at least one size")
     if options.repeats < 1:
         parser.error(f"argument --repeats: expected at least 1, got {options.repeats}")
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-
     warnings.simplefilter("ignore")  # of the peers' own making
     run = Run(options.peers, options.repeats)
-    results = [run.measure(size) for size in options.sizes]
+    sizes = [run.measure(size) for size in options.sizes]
     small = run.small()
-    text = render(results, small, run)
-    print(text)
+    print(render(sizes, small, run))
     if options.out is not None:
-        (options.out / "targets.md").write_text(text, encoding="utf-8")
-        everything = {
-            "machine": machine(),
-            "backend": run.backend,
-            "sizes": results,
-            "small": small,
-            "missing": run.missing,
-        }
-        (options.out / "targets.json").write_text(
-            json.dumps(everything, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        kept = Table(options.out, run.machine, options.run)
+        kept.add([figure for one in sizes for figure in one.kept()] + small_figures(small))
     return 0
 
 

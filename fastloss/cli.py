@@ -83,6 +83,7 @@ def info() -> str:
 
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    from fastloss.bench.arguments import subset
     from fastloss.bench.implementations import FRAMEWORKS, PEERS
     from fastloss.bench.inputs import DTYPES
     from fastloss.bench.losses import LOSSES
@@ -115,21 +116,22 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="float32", help="of the logits")
     add(
         "--losses",
-        type=_subset(LOSSES),
+        type=subset(LOSSES),
         default="dice_ce",
         metavar="LIST",
         help=f"comma-separated, of {', '.join(LOSSES)}",
     )
     add(
         "--backends",
-        type=_subset(BACKENDS),
-        default=",".join(BACKENDS),
+        type=subset(BACKENDS),
+        default=argparse.SUPPRESS,
         metavar="LIST",
-        help=f"comma-separated, of {', '.join(BACKENDS)}",
+        help=f"comma-separated, of {', '.join(BACKENDS)} (default: all, but without numba, which "
+        "compiles for half a minute, where there are the C++ kernels)",
     )
     add(
         "--frameworks",
-        type=_subset(FRAMEWORKS, everything=True),
+        type=subset(FRAMEWORKS, everything=True),
         default="all",
         metavar="LIST",
         help="fastloss through the automatic differentiation of a framework: comma-separated, of "
@@ -137,12 +139,18 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--peers",
-        type=_subset(PEERS, everything=True),
+        type=subset(PEERS, everything=True),
         default="all",
         metavar="LIST",
         help=f"comma-separated, of {', '.join(PEERS)}; 'all' or 'none'",
     )
-    add("--repeats", type=_at_least(1), default=7, metavar="N", help="samples of each time")
+    add(
+        "--repeats",
+        type=_at_least(1),
+        default=7,
+        metavar="N",
+        help="samples of each time; the reference is timed once",
+    )
     add("--json", type=Path, default=None, metavar="FILE", help="write all results here as well")
 
 
@@ -173,7 +181,7 @@ def _bench(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
                 batch=options.batch,
                 dtype=options.dtype,
                 losses=options.losses,
-                backends=options.backends,
+                backends=getattr(options, "backends", None),
                 frameworks=options.frameworks,
                 peers=options.peers,
                 repeats=options.repeats,
@@ -211,26 +219,3 @@ def _size(text: str) -> tuple[int, int, int]:
         edges = [int(p) for p in parts] * (3 if len(parts) == 1 else 1)
         return edges[0], edges[1], edges[2]
     raise argparse.ArgumentTypeError(f"expected voxels as 128 or as 128x128x96, got {text!r}")
-
-
-def _subset(
-    choices: Sequence[str], *, everything: bool = False
-) -> Callable[[str], tuple[str, ...]]:
-    """A comma-separated choice; with ``everything``, also "all" and "none"."""
-
-    def convert(text: str) -> tuple[str, ...]:
-        if everything and text in ("all", "none"):
-            return tuple(choices) if text == "all" else ()
-        names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-        for name in names:
-            if name not in choices:
-                raise argparse.ArgumentTypeError(
-                    f"expected some of {', '.join(choices)}"
-                    + (", or 'all' or 'none'" if everything else "")
-                    + f", got {name!r}"
-                )
-        if not names:
-            raise argparse.ArgumentTypeError("expected at least one name")
-        return names
-
-    return convert

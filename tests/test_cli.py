@@ -134,6 +134,22 @@ def test_a_missing_peer_is_a_line_not_an_error(tmp_path: Path) -> None:
     assert len(report["rows"]) == 1
 
 
+def test_bench_leaves_numba_out_and_says_so() -> None:
+    """Unless it is asked for: it compiles for half a minute. Time and memory come first."""
+    need_backend("cpu")
+    need_backend("numba")
+    result = command("bench", "--volume", "phantom", "--size", "8", "--repeats", "1",
+                     "--peers", "none", "--frameworks", "none")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert "fastloss (C++): " in lines[3]
+    assert "MiB of extra memory" in lines[3]
+    assert "no peer was measured" in lines[4]
+    assert any("timed once" in line for line in lines)
+    (numba,) = (line for line in lines if "Numba" in line)
+    assert "--backends cpu,numba,reference" in numba
+
+
 def test_a_missing_backend_is_a_line_too() -> None:
     result = bench(backends="cpu,reference", absent=("fastloss._cpu",))
     assert result.returncode == 0, result.stderr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import csv
 import subprocess
 from pathlib import Path
 
@@ -33,38 +33,34 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_smoke_run(tmp_path: Path) -> None:
-    """Table and JSON of a run on the CPU: every part of it, and a peer that is or is not there."""
-    before = sorted((ROOT / "benchmarks" / "results").iterdir())
-    result = bench("--device", "cpu", "--sizes", "B2C2-128", "--peers", "eager",
-                   "--out", str(tmp_path))  # fmt: skip
+    """Table and figures of a run on the CPU: every part, and a peer that is or is not there."""
+    kept = (ROOT / "benchmarks" / "results.csv").read_bytes()
+    file = tmp_path / "results.csv"
+    result = bench("--device", "cpu", "--sizes", "B2C2-128", "--peers", "eager", "--run", "first",
+                   "--out", str(file))  # fmt: skip
     assert result.returncode == 0, result.stderr
-    (table,), (data,) = tmp_path.glob("*.md"), tmp_path.glob("*.json")
-    assert table.read_text(encoding="utf-8").strip() == result.stdout.strip()
     assert result.stdout.startswith("**CPU smoke run, no figure means anything.**")
     for line in ("≥ 80% of the limit", "≥ 10× MONAI", "≥ 4× the fastest compiled peer",
                  "the gradient alone", "no memory with out=", "host < 60 µs"):  # fmt: skip
         assert line in result.stdout
-    found = json.loads(data.read_text(encoding="utf-8"))
-    assert found["smoke"] is True
-    assert found["problems"] == []
-    assert set(found["startup"]) == {"cold", "cached"}
-    assert found["truth"]["gradient_error"] < 1e-10
-    rows = [row for row in found["rows"] if row["both"] is not None]
-    ours = [row for row in rows if row["implementation"] == "fastloss"]
-    assert {(r["case"]["dtype"], r["case"]["layout"]) for r in ours} == {
-        (dtype, layout)
-        for dtype in ("float32", "float16", "bfloat16")
-        for layout in ("contiguous", "channels_last_3d")
-    }
-    for row in ours:
-        assert row["value_error"] < 1e-6
-        exact = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}[row["case"]["dtype"]]
-        assert row["gradient_error"] < exact
+    assert "**Problems:**" not in result.stdout
+    with file.open(encoding="utf-8", newline="") as lines:
+        figures = list(csv.DictReader(lines))
+    assert {one["run"] for one in figures} == {"first"}
+    assert {one["row"] for one in figures} >= {"a first call, cold", "a first call, cached"}
+    values = {(one["row"], one["figure"]): float(one["value"]) for one in figures}
+    exact = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
+    for dtype in exact:
+        for layout in ("", ", channels-last"):
+            title = f"B2 C2 8³, {dtype}{layout}"
+            assert values[title, "time torch"] > 0
+            assert values[title, "value error torch"] < 1e-6
+            assert values[title, "gradient error torch"] < exact[dtype]
     # The formula of nnU-Net needs nothing installed, and computes the same loss.
-    nnunet = [row for row in rows if row["implementation"] == "nnU-Net"]
+    nnunet = [v for (_, figure), v in values.items() if figure == "value error nnunet"]
     assert nnunet
-    assert min(row["value_error"] for row in nnunet) < 1e-5
-    assert sorted((ROOT / "benchmarks" / "results").iterdir()) == before
+    assert min(nnunet) < 1e-5
+    assert (ROOT / "benchmarks" / "results.csv").read_bytes() == kept
 
 
 def test_a_run_whose_time_is_up() -> None:
@@ -77,10 +73,11 @@ REFUSED = [
     (["--device", "cuda:99"], "argument --device: cuda:99 is not there"),
     (["--device", "tpu"], "argument --device: expected cuda, cuda:N or cpu, got 'tpu'"),
     (["--device", "cpu", "--sizes", "B9"], "argument --sizes: expected some of B2C2-128"),
+    (["--device", "cpu", "--out", "no/such/folder/results.csv"], "argument --out: expected a CSV"),
     (["--device", "cpu", "--budget", "0"], "argument --budget: expected more than 0"),
     (
-        ["--device", "cpu", "--out", str(ROOT / "benchmarks" / "results")],
-        "argument --out: a smoke run on a CPU does not go into benchmarks/results",
+        ["--device", "cpu", "--out", str(ROOT / "benchmarks" / "results.csv")],
+        "argument --out: a smoke run on a CPU does not go into benchmarks/results.csv",
     ),
 ]
 
@@ -103,20 +100,22 @@ def test_arguments_that_are_refused() -> None:
 def test_a_wrong_gradient_is_seen() -> None:
     """The formula that results are held against, against ones that are a little off."""
     out = run_python(
-        f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
-        "import torch, fastloss as fl\n"
-        "from inputs import Case, make\n"
-        "from truth import Truth\n"
-        "x, y = make(Case('B2C4-128', 8), torch.device('cpu'))\n"
+        "import fastloss as fl\n"
+        "from fastloss.bench.inputs import Spec, device_case\n"
+        "from fastloss.bench.truth import check_formula, formula_truth\n"
+        "case = device_case(Spec('phantom', (2, 4, 8, 8, 8)))\n"
+        "x, y = case.logits, case.target\n"
         "value, gradient = (fl.Dice() + fl.CrossEntropy()).value_and_grad(x, y)\n"
-        "truth = Truth(x, y)\n"
+        "truth, checked = formula_truth(x, y), check_formula(case)\n"
         "print(truth.value_error(float(value)), truth.gradient_error(gradient))\n"
+        "print(checked['value_error'], checked['gradient_error'])\n"
         "gradient[0, 1] *= 1.01\n"
         "print(truth.value_error(1.01 * float(value)), truth.gradient_error(gradient))\n"
-        "print(Truth(x, y.flip(1)).gradient_error(gradient))\n",
+        "print(formula_truth(x, y.flip(1)).gradient_error(gradient))\n",
         FASTLOSS_BACKEND="reference",
     )
-    right, off, other = ([float(v) for v in line.split()] for line in out.splitlines())
+    right, checked, off, other = ([float(v) for v in line.split()] for line in out.splitlines())
+    assert max(checked) < 1e-10
     assert max(right) < 1e-6
     assert off[0] == pytest.approx(0.01, rel=0.01)
     assert 1e-4 < off[1] < 0.02

@@ -1,6 +1,6 @@
-"""What the library takes on a GPU, beside MONAI and nnU-Net, in one run: a table and its JSON.
+"""What the library takes on a GPU, beside MONAI and nnU-Net, in one run.
 
-    python benchmarks/gpu/bench.py [--sizes LIST] [--peers all|eager|none] [--budget SECONDS]
+    python benchmarks/gpu/bench.py [--sizes LIST] [--peers all|eager|none] [--out FILE.csv]
 
 Dice + cross-entropy, value and gradient. README.md beside this file says what is measured and how.
 """
@@ -16,15 +16,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from datetime import date
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / "results"
+RESULTS = HERE.parent / "results.csv"
 PARTS = ("host", "graph", "startup", "times")
 
 try:
@@ -34,61 +31,79 @@ try:
 except ImportError as error:
     raise SystemExit(f"bench.py: {error}; run it by benchmarks/gpu/run.sh bench") from None
 
-import machine  # noqa: E402
-import report  # noqa: E402
 from clock import Clock  # noqa: E402
-from implementations import COMPILED, EAGER, OURS, Call, Output  # noqa: E402
-from inputs import MAIN, SIZES, Case, all_cases, make  # noqa: E402
-from truth import Truth, check_against_reference  # noqa: E402
+from report import GpuReport, other_figures, render  # noqa: E402
 
+from fastloss.bench.arguments import results_file, subset  # noqa: E402
 from fastloss.bench.errors import Unavailable, reason  # noqa: E402
+from fastloss.bench.implementations import TITLES, Call, make_call  # noqa: E402
+from fastloss.bench.inputs import Case, Spec, device_case  # noqa: E402
+from fastloss.bench.machine import machine, threads  # noqa: E402
+from fastloss.bench.nnunet_peer import nnunet_source  # noqa: E402
+from fastloss.bench.report import Missing, Row  # noqa: E402
+from fastloss.bench.results import Table  # noqa: E402
+from fastloss.bench.truth import Truth, check_formula, find_truth  # noqa: E402
 
+SIZES: dict[str, tuple[int, int, int]] = {
+    "B2C2-128": (2, 2, 128),
+    "B2C4-128": (2, 4, 128),
+    "B2C14-128": (2, 14, 128),
+    "B2C105-128": (2, 105, 128),
+    "B1C14-256": (1, 14, 256),
+}
+"""Batch, classes and edge of the volume."""
+MAIN = "B2C14-128"
+"""The size on which int64 labels are measured, and compiled peers in every dtype and layout."""
+OURS = ("torch", "torch-out", "torch-compile")
+EAGER = ("monai", "nnunet")
+COMPILED = ("monai-compile", "nnunet-compile")
+
+LOSS_NAME = "dice_ce"
 LOSS = fl.Dice() + fl.CrossEntropy()
 _WRONG = 1e-4
 """A relative error of the value beyond which our own row makes the run fail."""
 
 
-@dataclass
-class Row:
-    """One implementation on one input. Times are medians in seconds; memory is in bytes."""
-
-    case: Case
-    implementation: str
-    forward: float | None = None
-    both: float | None = None
-    low: float | None = None
-    high: float | None = None
-    samples: int = 0
-    memory: int | None = None
-    value_error: float | None = None
-    gradient_error: float | None = None
-    note: str = ""
-    took: float = 0.0
-    """Seconds to prepare, compile, check and measure all this."""
+def spec_of(size: str, device: str, edge: int | None = None, **options: str) -> Spec:
+    """One input of this size, or of its batch and classes with another edge."""
+    batch, classes, own = SIZES[size]
+    edges = (edge or own,) * 3
+    return Spec("phantom", (batch, classes, *edges), device=device, **options)
 
 
-@dataclass
-class Report:
-    machine: dict[str, Any]
-    smoke: bool
-    bandwidth: float = 0.0
-    bandwidths: list[float] = field(default_factory=list)
-    truth: dict[str, Any] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    reuse_memory: dict[str, int | None] = field(default_factory=dict)
-    host: dict[str, dict[str, Any]] = field(default_factory=dict)
-    graph: dict[str, Any] = field(default_factory=dict)
-    startup: dict[str, dict[str, float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        rows = [
-            asdict(row) | {"title": row.case.title, "logits_bytes": row.case.nbytes}
-            for row in self.rows
+def all_specs(sizes: tuple[str, ...], device: str, smoke: bool) -> list[Spec]:
+    """Every input of these sizes, float32 and contiguous before the others."""
+    specs = []
+    for size in sizes:
+        edge = max(8, SIZES[size][2] // 16) if smoke else SIZES[size][2]
+        specs += [
+            spec_of(size, device, edge, dtype=dtype, layout=layout)
+            for layout in ("contiguous", "channels_last")
+            for dtype in ("float32", "float16", "bfloat16")
         ]
-        return asdict(self) | {"rows": rows}
+        if size == MAIN:
+            specs.append(spec_of(size, device, edge, target="int64"))
+    return specs
+
+
+def is_plain(spec: Spec) -> bool:
+    return (spec.dtype, spec.layout, spec.target) == ("float32", "contiguous", "uint8")
+
+
+def is_main(spec: Spec) -> bool:
+    return spec.shape[:2] == SIZES[MAIN][:2]
+
+
+class Output(torch.autograd.Function):
+    """Gives logits the place of a network's output in a graph, without memory of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
+        return None, None
 
 
 class Run:
@@ -100,9 +115,12 @@ class Run:
         self.device = torch.device(options.device)
         self.smoke = self.device.type == "cpu"
         self.clock = Clock(self.device)
-        self.report = Report(machine.describe(self.device), self.smoke)
+        self.threads = threads()
+        self.report = GpuReport(machine(self.device), smoke=self.smoke)
+        self.kept = 0  # rows that are in the table of results
+        self.table = options.out and Table(options.out, self.report.machine, options.run)
         self.copied = (8 << 20) if self.smoke else (1 << 30)
-        self._truth: dict[Case, Truth] = {}
+        self._truth: Truth | None = None
 
     def say(self, message: str) -> None:
         print(f"[{perf_counter() - self.start:6.1f} s] {message}", file=sys.stderr, flush=True)
@@ -111,8 +129,7 @@ class Run:
         return float(self.options.budget - (perf_counter() - self.start))
 
     def bandwidth(self) -> None:
-        self.report.bandwidths.append(self.clock.copy_bandwidth(self.copied))
-        self.report.bandwidth = median(self.report.bandwidths)
+        self.report.copies.append(self.clock.copy_bandwidth(self.copied))
         self.clear()
 
     def clear(self) -> None:
@@ -123,60 +140,62 @@ class Run:
 
     # ------------------------------------------------------------------ times
 
-    def stages(self) -> Iterator[tuple[Case, tuple[str, ...]]]:
+    def stages(self) -> Iterator[tuple[Spec, tuple[str, ...]]]:
         """What is measured, the most telling first: it may be cut where the time runs out."""
-        cases = all_cases(self.options.sizes, self.smoke)
-        plain = [c for c in cases if c == Case(c.size, c.edge)]
-        others = [c for c in cases if c not in plain]
-        fair = [c for c in others if c.labels == "uint8"]  # peers have their own dtype in any case
+        specs = all_specs(self.options.sizes, self.options.device, self.smoke)
+        plain = [spec for spec in specs if is_plain(spec)]
+        others = [spec for spec in specs if not is_plain(spec)]
+        fair = [s for s in others if s.target == "uint8"]  # peers have their own in any case
         mine, peers = OURS[:2], self.options.peers
         eager = EAGER if peers != "none" else ()
         compiled = COMPILED if peers == "all" else ()  # which takes seconds for every input
-        main_first = sorted(plain, key=lambda c: c.size != MAIN)
-        yield from ((case, mine + eager) for case in plain)
-        yield from ((case, compiled) for case in main_first[:1])
-        yield from ((case, mine) for case in others)
-        yield from ((case, compiled) for case in main_first[1:])
-        yield from ((case, OURS[2:] if compiled else ()) for case in plain)
-        yield from ((case, eager) for case in fair)
-        yield from ((case, compiled) for case in fair if case.size == MAIN)
+        main_first = sorted(plain, key=lambda spec: not (is_main(spec)))
+        yield from ((spec, mine + eager) for spec in plain)
+        yield from ((spec, compiled) for spec in main_first[:1])
+        yield from ((spec, mine) for spec in others)
+        yield from ((spec, compiled) for spec in main_first[1:])
+        yield from ((spec, OURS[2:] if compiled else ()) for spec in plain)
+        yield from ((spec, eager) for spec in fair)
+        yield from ((spec, compiled) for spec in fair if is_main(spec))
 
     def times(self) -> None:
-        for case, names in self.stages():
-            if not names:
-                continue
-            logits = labels = None
+        for spec, names in self.stages():
+            case = None
             for name in names:
                 if self.left() <= 0:
-                    self.report.rows.append(Row(case, name, note="left out: the time was up"))
+                    note = "left out: the time was up"
+                    self.report.rows.append(Row(spec, LOSS_NAME, name, note=note))
                     continue
-                if logits is None:
-                    logits, labels = make(case, self.device)
-                self.report.rows.append(self.one(case, name, logits, labels))
+                if case is None:
+                    case = device_case(spec)
+                self.report.rows.append(self.one(case, name))
                 self.clear()
-            if logits is not None and case == Case(case.size, case.edge) and names[0] == OURS[0]:
-                self.reuse(case, logits, labels)
+            if case is not None and is_plain(spec) and names[0] == OURS[0]:
+                self.reuse(case)
                 self.bandwidth()
-            logits = labels = None
-            self._truth.clear()
+            case = self._truth = None
             self.clear()
-            self.write()
+            self.keep()
 
-    def one(self, case: Case, name: str, logits: Any, labels: Any) -> Row:
-        row, start = Row(case, name), perf_counter()
+    def call(self, name: str, case: Case) -> Call:
+        return make_call(name, case, LOSS_NAME, self.threads)
+
+    def one(self, case: Case, name: str) -> Row:
+        row, start = Row(case.spec, LOSS_NAME, name), perf_counter()
+        title = f"{case.spec.title}, {TITLES[name]}"
         call = None
         try:
-            call = Call(name, logits, labels)
-            if call.note and call.note not in self.report.notes:
-                self.report.notes.append(call.note)
-            value = float(call.forward_backward()) + call.offset
-            truth = self.truth(case, logits, labels)
-            row.value_error = truth.value_error(value)
-            row.gradient_error = truth.gradient_error(call.gradient)
-            row.memory = self.clock.peak_memory(call.forward_backward, call.reset)
+            call = self.call(name, case)
+            row.value, gradient = call.result()
+            if self._truth is None:
+                self._truth = find_truth(case, LOSS_NAME)
+            row.value_error = self._truth.value_error(row.value)
+            row.gradient_error = self._truth.gradient_error(gradient)
+            del gradient
+            row.peak_memory = self.clock.peak_memory(call.forward_backward, call.reset)
             both = self.clock.time(call.forward_backward, call.reset)
-            row.both, row.low, row.high, row.samples = both.median, both.low, both.high, both.count
-            if "compiled" not in name and "out=" not in name:
+            row.forward_backward, row.low, row.high = both.median, both.low, both.high
+            if not name.endswith(("-compile", "-out")):
                 # Without the graph's memory; compiled, it would be compiled once more.
                 row.forward = self.clock.time(call.forward, call.reset).median
         except Unavailable as error:
@@ -186,49 +205,45 @@ class Run:
         except Exception as error:  # a peer may fail in any way, which must not end the run
             row.note = f"failed: {reason(error)}"
             if name in OURS:
-                self.report.problems.append(f"{case.title}, {name}: {row.note}")
+                self.report.problems.append(f"{title}: {row.note}")
         finally:
             if call is not None:
                 call.reset()
         if name in OURS and row.value_error is not None and not row.value_error < _WRONG:
-            self.report.problems.append(f"{case.title}, {name}: value off by {row.value_error:.1e}")
-        row.took = perf_counter() - start
-        times = f"{row.both * 1e3:.3f} ms" if row.both is not None else row.note
-        self.say(f"{case.title}, {name}: {times} (took {row.took:.1f} s)")
+            self.report.problems.append(f"{title}: value off by {row.value_error:.1e}")
+        both_text = row.note
+        if row.forward_backward is not None:
+            both_text = f"{row.forward_backward * 1e3:.3f} ms"
+        self.say(f"{title}: {both_text} (took {perf_counter() - start:.1f} s)")
         return row
 
-    def truth(self, case: Case, logits: Any, labels: Any) -> Truth:
-        if case not in self._truth:
-            self._truth[case] = Truth(logits, labels)
-        return self._truth[case]
-
-    def reuse(self, case: Case, logits: Any, labels: Any) -> None:
+    def reuse(self, case: Case) -> None:
         """The memory of a backward pass that writes over the logits."""
         import fastloss.torch
 
-        module = fastloss.torch.DiceCE(reuse_logits=True)
+        module, logits, labels = fastloss.torch.DiceCE(reuse_logits=True), case.logits, case.target
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         try:
-            self.report.reuse_memory[case.title] = self.clock.peak_memory(
+            self.report.reuse_memory[case.spec.title] = self.clock.peak_memory(
                 lambda: module(Output.apply(anchor, logits), labels).backward(), lambda: None
             )
         except Exception as error:
-            self.report.problems.append(f"reuse_logits, {case.title}: {reason(error)}")
+            self.report.problems.append(f"reuse_logits, {case.spec.title}: {reason(error)}")
 
     # ------------------------------------------------------------------ small calls
 
     def host(self) -> None:
         """The host's time per call on 32³ voxels of two classes."""
         edge = 8 if self.smoke else 32
-        logits, labels = make(Case("B2C2-128", edge), self.device)
-        logits, labels = logits[:1].contiguous(), labels[:1].contiguous()
+        case = device_case(Spec("phantom", (1, 2, edge, edge, edge), device=self.options.device))
+        logits, labels = case.logits, case.target
         calls = 20 if self.smoke else 1000
 
         def measure(name: str, prepare: Callable[[], Callable[[], object]], calls: int) -> None:
             try:
                 result = self.clock.host_time(prepare(), calls)
             except (Unavailable, ImportError) as error:
-                self.report.missing.append(f"host time of {name}: {error}")
+                self.report.missing.append(Missing("", f"host time of {name}", str(error)))
                 return
             except Exception as error:
                 self.report.problems.append(f"host time of {name}: {reason(error)}")
@@ -237,7 +252,7 @@ class Run:
             self.say(f"host, {name}: {result['host'] * 1e6:.1f} µs")
 
         def through(name: str) -> Callable[[], object]:
-            call = Call(name, logits, labels)
+            call = self.call(name, case)
 
             def run() -> None:
                 call.reset()
@@ -246,7 +261,7 @@ class Run:
             return run
 
         def value() -> Callable[[], object]:
-            return Call("fastloss", logits, labels).forward
+            return self.call("torch", case).forward
 
         def cupy_call(with_out: bool) -> Callable[[], object]:
             if self.smoke:
@@ -257,22 +272,23 @@ class Run:
             out = cupy.empty_like(x) if with_out else None
             return lambda: LOSS.value_and_grad(x, y, out=out)
 
-        measure("PyTorch, forward and backward", lambda: through("fastloss"), calls)
+        measure("PyTorch, forward and backward", lambda: through("torch"), calls)
         measure("PyTorch, value alone", value, calls)
-        measure("PyTorch, value_and_grad(out=)", lambda: through("fastloss out="), calls)
+        measure("PyTorch, value_and_grad(out=)", lambda: through("torch-out"), calls)
         measure("CuPy, value_and_grad", lambda: cupy_call(False), calls)
         measure("CuPy, value_and_grad(out=)", lambda: cupy_call(True), calls)
         if self.options.peers != "none":
             for name in EAGER:
-                measure(name, lambda name=name: through(name), calls // 5)  # type: ignore[misc]
+                measure(TITLES[name], lambda name=name: through(name), calls // 5)  # type: ignore[misc]
 
     def graph(self) -> None:
         """Forward and backward captured once, replayed on new data, and compared with eager."""
         if self.smoke:
-            self.report.missing.append("CUDA graph: needs a GPU")
+            self.report.missing.append(Missing("", "CUDA graph", "needs a GPU"))
             return
-        case = Case("B2C4-128", 32)
-        x, labels = make(case, self.device)
+        spec = spec_of("B2C4-128", self.options.device, 32)
+        case = device_case(spec)
+        x, labels = case.logits, case.target
         leaf = x.detach().clone().requires_grad_()
 
         def step() -> Any:
@@ -294,10 +310,10 @@ class Run:
                 value = LOSS(leaf, labels)
                 value.backward()
             gradient = leaf.grad
-            new, new_labels = make(case, self.device, seed=1)
+            new = device_case(spec, seed=1)
             with torch.no_grad():
-                leaf.copy_(new)
-            labels.copy_(new_labels.flip(1))
+                leaf.copy_(new.logits)
+            labels.copy_(new.target.flip(1))
             graph.replay()
             replayed = value.detach().clone(), gradient.clone()
             expected = step(), leaf.grad
@@ -309,7 +325,7 @@ class Run:
             self.report.problems.append(f"CUDA graph: {reason(error)}")
             return
         self.report.graph = {
-            "input": case.title,
+            "input": spec.title,
             "same_bits_as_eager": same,
             "eager": eager,
             "replay": seconds,
@@ -343,69 +359,49 @@ class Run:
     # ------------------------------------------------------------------ all of it
 
     def all(self) -> int:
-        self.say(f"{self.report.machine['device']}; budget {self.options.budget:.0f} s")
+        made = self.report.machine
+        self.say(f"{made.get('gpu', made['processor'])}; budget {self.options.budget:.0f} s")
         self.bandwidth()
-        self.say(f"copy: {self.report.bandwidth / 1e9:.0f} GB/s")
-        logits, labels = make(Case("B2C4-128", 8 if self.smoke else 128), self.device)
-        self.report.truth = check_against_reference(logits, labels)
-        if not max(self.report.truth[k] for k in ("value_error", "gradient_error")) < 1e-6:
-            self.report.problems.append(
-                f"the float64 formula and the reference differ: {self.report.truth}"
-            )
-        del logits, labels
+        self.say(f"copy: {self.report.copy_bandwidth / 1e9:.0f} GB/s")
+        edge = 8 if self.smoke else 128
+        truth = check_formula(device_case(spec_of("B2C4-128", self.options.device, edge)))
+        if not max(truth[k] for k in ("value_error", "gradient_error")) < 1e-6:
+            self.report.problems.append(f"the float64 formula and the reference differ: {truth}")
+        if self.options.peers != "none":
+            self.report.notes.append(nnunet_source() + ".")
         for part in PARTS:
             if part in self.options.parts:
                 getattr(self, part)()
-                self.write()
-        text = self.write()
-        print(text)
+        self.report.machine["seconds"] = perf_counter() - self.start
+        if self.table:
+            self.table.add(other_figures(self.report))
+        print(render(self.report))
         for problem in self.report.problems:
             print(f"problem: {problem}", file=sys.stderr)
         return 1 if self.report.problems else 0
 
-    def write(self) -> str:
-        """What is known by now, so that a run that is ended leaves it."""
-        self.report.machine["seconds"] = perf_counter() - self.start
-        text = report.render(self.report)
-        if self.options.out is not None:
-            self.options.out.mkdir(parents=True, exist_ok=True)
-            name = f"{date.today().isoformat()}-{machine.short_name(self.device)}"
-            (self.options.out / f"{name}.md").write_text(text, encoding="utf-8")
-            (self.options.out / f"{name}.json").write_text(
-                json.dumps(report.finite(self.report.as_json()), indent=1, ensure_ascii=False)
-                + "\n",
-                encoding="utf-8",
-            )
-        return text
-
-
-def names(choices: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
-    """A comma-separated choice of these."""
-
-    def convert(text: str) -> tuple[str, ...]:
-        chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-        for one in chosen:
-            if one not in choices:
-                raise argparse.ArgumentTypeError(
-                    f"expected some of {', '.join(choices)}, got {one!r}"
-                )
-        return chosen
-
-    return convert
+    def keep(self) -> None:
+        """Add the new rows to the table of results, so that a run that is ended leaves them."""
+        if self.table:
+            for row in self.report.rows[self.kept :]:
+                self.table.add(self.report.figures(row))
+        self.kept = len(self.report.rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="The library on a GPU, measured in one run.")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, …; cpu: a smoke run")
-    parser.add_argument("--sizes", type=names(tuple(SIZES)), default=tuple(SIZES),
+    parser.add_argument("--sizes", type=subset(tuple(SIZES)), default=tuple(SIZES),
                         metavar="LIST", help=", ".join(SIZES))  # fmt: skip
     parser.add_argument("--peers", choices=("all", "eager", "none"), default="all")
-    parser.add_argument("--parts", type=names(PARTS), default=PARTS,
+    parser.add_argument("--parts", type=subset(PARTS), default=PARTS,
                         metavar="LIST", help=", ".join(PARTS))  # fmt: skip
     parser.add_argument("--budget", type=float, default=270,
                         help="seconds after which no other case is begun")  # fmt: skip
-    parser.add_argument("--out", type=Path,
-                        help="folder of the report (default: benchmarks/results)")  # fmt: skip
+    parser.add_argument("--out", type=results_file, metavar="FILE.csv",
+                        help="table to add rows to (default: benchmarks/results.csv)")  # fmt: skip
+    parser.add_argument("--run", default="",
+                        help="name of the run there (default: the time of day)")  # fmt: skip
     options = parser.parse_args()
     if not options.budget > 0:
         parser.error(f"argument --budget: expected more than 0, got {options.budget}")
@@ -426,7 +422,7 @@ def main() -> int:
         if options.out is None:
             options.out = RESULTS
     elif options.out is not None and options.out.resolve() == RESULTS:
-        parser.error("argument --out: a smoke run on a CPU does not go into benchmarks/results")
+        parser.error("argument --out: a smoke run on a CPU does not go into benchmarks/results.csv")
     warnings.simplefilter("ignore")  # of the peers' own making
     return Run(options).all()
 

@@ -1,60 +1,74 @@
-"""The report in Markdown: against the targets first, then every figure."""
+"""The report of a GPU in Markdown: against the targets first, then every figure."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-from implementations import COMPILED, OURS
-
 from fastloss.bench import table
+from fastloss.bench.implementations import TITLES
+from fastloss.bench.machine import machine_text, versions_text
+from fastloss.bench.report import EXPLANATION, HEADER, Report, missing_lines
+from fastloss.bench.results import Figure
 
 LARGE = 200_000_000
 """Bytes of logits from which the share of the limit is a target."""
 TARGETS = {"share": 0.8, "eager": 10.0, "compiled": 4.0, "host": 60e-6, "spare": 1 << 20}
 SMALL_CALL = "PyTorch, forward and backward"
+COMPILED = ("monai-compile", "nnunet-compile")
 
 
-def finite(value: Any) -> Any:
-    """The same with null for numbers that JSON does not have."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return value
+@dataclass
+class GpuReport(Report):
+    """… with what is measured on a GPU alone."""
+
+    smoke: bool = False
+    reuse_memory: dict[str, int | None] = field(default_factory=dict)
+    host: dict[str, dict[str, Any]] = field(default_factory=dict)
+    graph: dict[str, Any] = field(default_factory=dict)
+    startup: dict[str, dict[str, float]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
 
-def render(report: Any) -> str:
+def other_figures(report: GpuReport) -> list[Figure]:
+    """What the table of results keeps beside the rows."""
+    found = [Figure("", "copy bandwidth", report.copy_bandwidth / 1e9, "GB/s")]
+    for title, memory in report.reuse_memory.items():
+        value = None if memory is None else memory / 2**20
+        found.append(Figure(title, "reuse_logits: peak memory", value, "MiB"))
+    for name, host in report.host.items():
+        found.append(Figure("1×2×32³", f"{name}: host", host["host"] * 1e6, "µs"))
+        with_device = host["with_device"] * 1e6
+        found.append(Figure("1×2×32³", f"{name}: host and device", with_device, "µs"))
+    for name in ("eager", "replay", "replay_host"):
+        if report.graph:
+            title = f"CUDA graph, {report.graph['input']}"
+            found.append(Figure(title, name, report.graph[name] * 1e6, "µs"))
+    for kernels, steps in report.startup.items():
+        found += [Figure(f"a first call, {kernels}", step, s, "s") for step, s in steps.items()]
+    return found
+
+
+def render(report: GpuReport) -> str:
     made = report.machine
-    parts = []
-    if report.smoke:
-        parts.append("**CPU smoke run, no figure means anything.**")
-    packages = [f"{k} {v}" for k, v in made["packages"].items() if v]
+    order = {row.spec: i for i, row in reversed(list(enumerate(report.rows)))}
+    rows = [
+        (row.spec.title, TITLES[row.implementation], *report.cells(row))
+        for row in sorted(report.rows, key=lambda row: order[row.spec])
+    ]
+    parts = ["**CPU smoke run, no figure means anything.**"] if report.smoke else []
     parts += [
-        f"# {made['device']}, {made['date'][:10]}",
-        f"Driver {made['driver'] or '-'}, CUDA {made['cuda'] or '-'}, CuPy {made['cupy'] or '-'}, "
-        f"{', '.join(packages)}; Python {made['python']}, fastloss {made['fastloss']}; "
-        f"{made['processor']}.",
+        f"# {made.get('gpu', made['processor'])}, {made['date'][:10]}",
+        f"{machine_text(made)}; {versions_text(made, made['packages'])}.",
         f"Dice + cross-entropy. Copy bandwidth in this run, bytes read and written: "
-        f"{table.number(report.bandwidth / 1e9)} GB/s. Limit: the logits read twice and the "
-        f"gradient written once, at that bandwidth.",
+        f"{table.number(report.copy_bandwidth / 1e9)} GB/s.",
         "## Against the targets",
         table.markdown_table(("target", "worst seen", "where", "met"), _targets(report)),
         "## Every input",
-        "ms: medians of forward and backward. Errors are relative, against float64. Memory is what "
-        "a step holds beside its input at the peak, over the size of the logits; the gradient "
-        "alone is 1.",
-        table.markdown_table(
-            (
-                "input", "implementation", "forward ms", "with gradient ms", "of limit",
-                "over fastloss", "memory", "value error", "gradient error", "note",
-            ),
-            _rows(report),
-        ),
-    ]  # fmt: skip
+        EXPLANATION.replace("\n", " "),
+        table.markdown_table(("input", "implementation", *HEADER), rows),
+    ]
     parts += report.notes
     if report.host:
         parts += [
@@ -64,18 +78,24 @@ def render(report: Any) -> str:
             table.markdown_table(
                 ("", "host µs", "with the device µs"),
                 [
-                    (name, _micro(found["host"]), _micro(found["with_device"]))
+                    (
+                        name,
+                        table.microseconds(found["host"]),
+                        table.microseconds(found["with_device"]),
+                    )
                     for name, found in report.host.items()
                 ],
             ),
         ]
     if report.graph:
         g = report.graph
+        same = "the same bits as" if g["same_bits_as_eager"] else "**other results than**"
+        replay, eager, host = (
+            table.microseconds(g[name]) for name in ("replay", "eager", "replay_host")
+        )
         parts.append(
-            f"CUDA graph of forward and backward ({g['input']}): replayed on new data "
-            f"{'the same bits as' if g['same_bits_as_eager'] else '**other results than**'} eager; "
-            f"{_micro(g['replay'])} µs on the device (eager {_micro(g['eager'])} µs), "
-            f"{_micro(g['replay_host'])} µs of the host."
+            f"CUDA graph of forward and backward ({g['input']}): replayed on new data {same} "
+            f"eager; {replay} µs on the device (eager {eager} µs), {host} µs of the host."
         )
     if report.startup:
         steps = list(next(iter(report.startup.values())))
@@ -91,56 +111,18 @@ def render(report: Any) -> str:
             ),
         ]
     if report.missing:
-        parts.append("Not measured:\n\n" + "\n".join(f"- {note}" for note in report.missing))
+        lines = [line.strip() for _, line in missing_lines(report.missing, 1)]
+        parts.append("Not measured:\n\n" + "\n".join(lines))
     if report.problems:
         parts.append("**Problems:**\n\n" + "\n".join(f"- {note}" for note in report.problems))
     parts.append(f"The run took {made.get('seconds', 0):.0f} s.")
     return "\n\n".join(parts) + "\n"
 
 
-def _micro(seconds: float | None) -> str:
-    return "-" if seconds is None else table.number(seconds * 1e6)
-
-
-def _share(report: Any, row: Any) -> float | None:
-    if row.both is None or not report.bandwidth:
-        return None
-    return float(3 * row.case.nbytes / report.bandwidth / row.both)
-
-
-def _ours(report: Any) -> dict[Any, Any]:
-    """The plain calls of the library, by input."""
-    return {r.case: r for r in report.rows if r.implementation == OURS[0] and r.both is not None}
-
-
-def _rows(report: Any) -> list[tuple[str, ...]]:
-    ours = _ours(report)
-    rows = []
-    order = {row.case: i for i, row in reversed(list(enumerate(report.rows)))}
-    for row in sorted(report.rows, key=lambda row: order[row.case]):
-        own = ours.get(row.case)
-        ratio = row.both / own.both if row.both is not None and own is not None else None
-        memory = None if row.memory is None else row.memory / row.case.nbytes
-        rows.append(
-            (
-                row.case.title,
-                row.implementation,
-                "-" if row.forward is None else table.milliseconds(row.forward),
-                "-" if row.both is None else table.milliseconds(row.both),
-                table.percent(_share(report, row)),
-                table.times(ratio),
-                table.number(memory),
-                "-" if row.value_error is None else f"{row.value_error:.0e}",
-                "-" if row.gradient_error is None else f"{row.gradient_error:.0e}",
-                row.note,
-            )
-        )
-    return rows
-
-
-def _targets(report: Any) -> list[tuple[str, str, str, str]]:
+def _targets(report: GpuReport) -> list[tuple[str, str, str, str]]:
     """One line for each: the worst that was seen, and where."""
-    ours = _ours(report)
+    rows = [row for row in report.rows if row.forward_backward is not None]
+    ours = {row.spec: row for row in rows if row.implementation == "torch"}
     lines = []
 
     def line(
@@ -156,13 +138,13 @@ def _targets(report: Any) -> list[tuple[str, str, str, str]]:
         value, where = worst(found, key=lambda pair: pair[0])
         lines.append((target, show(value), where, "yes" if met(value) else "**no**"))
 
-    for layout, text in (("contiguous", ""), ("channels_last_3d", ", channels-last")):
+    for layout, text in (("contiguous", ""), ("channels_last", ", channels-last")):
         line(
             f"≥ {TARGETS['share']:.0%} of the limit from 0.2 GB{text}",
             [
-                (_share(report, row) or 0.0, case.title)
-                for case, row in ours.items()
-                if case.nbytes >= LARGE and case.layout == layout
+                (report.share_of_limit(row) or 0.0, spec.title)
+                for spec, row in ours.items()
+                if spec.nbytes >= LARGE and spec.layout == layout
             ],
             lambda share: share >= TARGETS["share"],
             table.percent,
@@ -170,23 +152,28 @@ def _targets(report: Any) -> list[tuple[str, str, str, str]]:
     line(
         f"≥ {TARGETS['eager']:.0f}× MONAI, eager",
         [
-            (row.both / ours[row.case].both, row.case.title)
-            for row in report.rows
-            if row.implementation == "MONAI" and row.both is not None and row.case in ours
+            (report.ratio_to_fastloss(row) or 0.0, row.spec.title)
+            for row in rows
+            if row.implementation == "monai" and row.spec in ours
         ],
         lambda ratio: ratio >= TARGETS["eager"],
         table.times,
     )
-    fastest: dict[Any, Any] = {}
-    for row in report.rows:
-        if row.implementation in COMPILED and row.both is not None and row.case in ours:
-            known = fastest.get(row.case)
-            fastest[row.case] = row if known is None or row.both < known.both else known
+    fastest = [
+        row
+        for row in rows
+        if row.implementation in COMPILED
+        and row.spec in ours
+        and row is report.fastest(row, COMPILED)
+    ]
     line(
         f"≥ {TARGETS['compiled']:.0f}× the fastest compiled peer",
         [
-            (row.both / ours[case].both, f"{case.title}: {row.implementation}")
-            for case, row in fastest.items()
+            (
+                report.ratio_to_fastloss(row) or 0.0,
+                f"{row.spec.title}: {TITLES[row.implementation]}",
+            )
+            for row in fastest
         ],
         lambda ratio: ratio >= TARGETS["compiled"],
         table.times,
@@ -195,18 +182,18 @@ def _targets(report: Any) -> list[tuple[str, str, str, str]]:
     line(
         "memory: the gradient alone (beyond it, within 1 MiB)",
         [
-            (row.memory - case.nbytes, case.title)
-            for case, row in ours.items()
-            if row.memory is not None
+            (row.peak_memory - spec.nbytes, spec.title)
+            for spec, row in ours.items()
+            if row.peak_memory is not None
         ],
         lambda beyond: beyond <= spare,
         lambda beyond: f"{table.mebibytes(beyond)} MiB",
         max,
     )
     without = [
-        (row.memory, f"{row.case.title}, out=")
-        for row in report.rows
-        if row.implementation == OURS[1] and row.memory is not None
+        (row.peak_memory, f"{row.spec.title}, out=")
+        for row in rows
+        if row.implementation == "torch-out" and row.peak_memory is not None
     ]
     without += [
         (memory, f"{title}, reuse_logits")
@@ -225,7 +212,7 @@ def _targets(report: Any) -> list[tuple[str, str, str, str]]:
         f"host < {TARGETS['host'] * 1e6:.0f} µs, forward and backward on 1×2×32³",
         [(small["host"], SMALL_CALL)] if small else [],
         lambda seconds: seconds < TARGETS["host"],
-        lambda seconds: f"{_micro(seconds)} µs",
+        lambda seconds: f"{table.microseconds(seconds)} µs",
         max,
     )
     return lines

@@ -12,7 +12,7 @@
 #   --quick       fewer sizes, no compiled peers, a shorter budget
 #   --keep-going  go on after a step that failed; the exit status still tells
 #   --python CMD  the interpreter (default: python3)
-# The output folder (default: build/gpu) gets a log of each step, and the benchmark's table and JSON.
+# The output folder (default: build/gpu) gets a log of each step, and results.csv.
 # All steps together take at most about FASTLOSS_LIMIT seconds (540). Seconds of single ones:
 # FASTLOSS_TESTS_LIMIT (130), FASTLOSS_MATRIX_LIMIT (120), FASTLOSS_SANITIZER_LIMIT (45, for each
 # tool) and FASTLOSS_BENCH_BUDGET (up to 240: what is left). FASTLOSS_TEST_PROCESSES: 8.
@@ -203,7 +203,7 @@ bench() {
   local options=(--budget "${FASTLOSS_BENCH_BUDGET:-$((left < 60 ? 60 : left > 240 ? 240 : left))}")
   have monai || notes+=("bench: MONAI is not there; the target against it is not measured")
   [[ -n $quick ]] && options=(--budget 60 --peers eager --sizes B2C2-128,B2C14-128)
-  logged bench 330 60 "$python" benchmarks/gpu/bench.py --out "$out" "${options[@]}"
+  logged bench 330 60 "$python" benchmarks/gpu/bench.py --out "$out/results.csv" "${options[@]}"
 }
 
 failed_step() {

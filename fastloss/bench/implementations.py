@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,8 @@ TITLES = {
     "numba": "fastloss (Numba)",
     "reference": "fastloss (reference)",
     "torch": "fastloss in PyTorch",
+    "torch-out": "fastloss in PyTorch, out=",
+    "torch-compile": "fastloss in PyTorch, compiled",
     "monai": "MONAI",
     "monai-compile": "MONAI, compiled",
     "nnunet": "nnU-Net",
@@ -31,7 +34,7 @@ TITLES = {
 
 
 class Call:
-    """An implementation with its inputs in the form that it wants them."""
+    """An implementation with its inputs in the form that it wants them, on their device."""
 
     def forward(self) -> object:
         """Compute the value alone."""
@@ -48,8 +51,8 @@ class Call:
         """Surrounds the calls; not timed."""
         raise NotImplementedError
 
-    def result(self) -> tuple[float, np.ndarray]:
-        """Value and gradient; the gradient in any floating dtype."""
+    def result(self) -> tuple[float, Any]:
+        """Value and gradient: an array or a tensor as the case has, in any floating dtype."""
         raise NotImplementedError
 
     def with_new_gradient(self) -> object:
@@ -103,8 +106,7 @@ def make_call(name: str, case: Case, loss: str, threads: int) -> Call:
         return JaxCall(case, loss, threads)
     from fastloss.bench.torch_peers import TorchCall
 
-    kind, _, compiled = name.partition("-")
-    return TorchCall(kind, case, loss, threads, compiled=bool(compiled))
+    return TorchCall(name, case, loss, threads)
 
 
 def backend_remedy(name: str, error: ImportError) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.bench.errors import BadArgument
+from fastloss.bench.phantom import phantom
 from fastloss.bench.volumes import Volume, load_volume
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -23,32 +26,71 @@ SIZES: dict[str, tuple[int, int, int]] = {
 """Batch, classes and edge of the volumes that the library is compared on."""
 
 
+@dataclass(frozen=True)
+class Spec:
+    """What a case is of, without its arrays: for lists of cases and rows of reports.
+
+    The shape is (B, C, D, H, W), the layout "contiguous" or "channels_last". The target is the
+    dtype of a label map, or that of dense targets after "dense ".
+    """
+
+    volume: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    layout: str = "contiguous"
+    target: str = "uint8"
+    device: str = "cpu"
+
+    @property
+    def count(self) -> int:
+        """The number of logits."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the logits."""
+        return self.count * {"float64": 8, "float32": 4}.get(self.dtype, 2)
+
+    @property
+    def title(self) -> str:
+        batch, classes, *size = self.shape
+        parts = [f"B{batch} C{classes} {size_text(tuple(size))}", self.dtype]
+        if self.layout != "contiguous":
+            parts.append("channels-last")
+        if self.target != "uint8":
+            parts.append(self.target if " " in self.target else f"{self.target} labels")
+        return ", ".join(parts)
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Logits (B, C, D, H, W) of the named dtype, and a target for them.
+    """Logits, and a target for them: NumPy arrays, or tensors on the spec's device.
 
     The target is a label map (B, D, H, W) in the smallest unsigned dtype, or dense (B, C, D, H,
     W); the peers take label maps alone.
     """
 
-    volume: str
-    logits: np.ndarray
-    target: np.ndarray
-    dtype: str
+    spec: Spec
+    logits: Any
+    target: Any
+
+    @property
+    def dtype(self) -> str:
+        return self.spec.dtype
 
     @property
     def classes(self) -> int:
-        return int(self.logits.shape[1])
+        return self.spec.shape[1]
 
     @property
     def count(self) -> int:
         """The number of logits."""
-        return int(self.logits.size)
+        return self.spec.count
 
     @property
     def nbytes(self) -> int:
         """The bytes of the logits."""
-        return int(self.logits.nbytes)
+        return self.spec.nbytes
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -85,7 +127,8 @@ def make_case(volume: Volume, *, batch: int = 1, dtype: str = "float32", seed: i
             score += 0.5 * rng.standard_normal(size, np.float32)
             score += 7 * _blur((labels[b] == c).astype(np.float32)) - 2
             logits[b, c] = score
-    return Case(volume.name, logits, labels, dtype)
+    spec = Spec(volume.name, logits.shape, dtype, target=labels.dtype.name)
+    return Case(spec, logits, labels)
 
 
 def phantom_case(
@@ -102,20 +145,58 @@ def phantom_case(
     return make_case(volume, batch=batch, dtype=dtype, seed=seed)
 
 
+def device_case(spec: Spec, seed: int = 0) -> Case:
+    """Tensors of this spec, of the phantom, made on its device.
+
+    Logits favour the label, with noise: plainer ones than those of `make_case`, which would take
+    minutes for what a GPU holds.
+    """
+    import torch
+
+    batch, classes, *spatial = spec.shape
+    device = torch.device(spec.device)
+    one = _phantom_labels(tuple(spatial), classes).to(device)
+    labels = torch.stack([one if b % 2 == 0 else one.flip(0) for b in range(batch)])
+    generator = torch.Generator(device).manual_seed(seed)
+    last = spec.layout == "channels_last"
+    logits = torch.empty(
+        spec.shape,
+        dtype=getattr(torch, spec.dtype),
+        device=device,
+        memory_format=torch.channels_last_3d if last else torch.contiguous_format,
+    )
+    for b in range(batch):  # a sample at a time, for the sake of memory
+        sample = torch.randn((classes, *spatial), generator=generator, device=device)
+        favoured = torch.full((1, *spatial), 4.0, device=device)
+        sample.scatter_add_(0, labels[b].long()[None], favoured)
+        logits[b] = sample
+    return Case(spec, logits, labels.to(getattr(torch, spec.target)))
+
+
+@lru_cache(maxsize=4)
+def _phantom_labels(size: tuple[int, int, int], classes: int) -> Any:
+    import torch
+
+    return torch.from_numpy(phantom(size, classes).astype("uint8"))
+
+
 def with_dtype(case: Case, dtype: str) -> Case:
     """The same logits in another dtype."""
-    return replace(case, logits=case.logits.astype(numpy_dtype(dtype)), dtype=dtype)
+    spec = replace(case.spec, dtype=dtype)
+    return replace(case, spec=spec, logits=case.logits.astype(numpy_dtype(dtype)))
 
 
 def with_label_dtype(case: Case, dtype: str) -> Case:
     """The same label map in another dtype."""
-    return replace(case, target=case.target.astype(dtype))
+    spec = replace(case.spec, target=dtype)
+    return replace(case, spec=spec, target=case.target.astype(dtype))
 
 
 def channels_last(case: Case) -> Case:
     """The same logits, with the classes of a voxel side by side in memory."""
     memory = np.ascontiguousarray(np.moveaxis(case.logits, 1, -1))
-    return replace(case, logits=np.moveaxis(memory, -1, 1))
+    spec = replace(case.spec, layout="channels_last")
+    return replace(case, spec=spec, logits=np.moveaxis(memory, -1, 1))
 
 
 def dense(case: Case, dtype: str = "float32") -> Case:
@@ -123,7 +204,7 @@ def dense(case: Case, dtype: str = "float32") -> Case:
     target = np.empty(case.logits.shape, numpy_dtype(dtype))
     for c in range(case.classes):
         target[:, c] = case.target == c
-    return replace(case, target=target)
+    return replace(case, spec=replace(case.spec, target=f"dense {dtype}"), target=target)
 
 
 def save_case(case: Case, folder: Path) -> None:
@@ -131,15 +212,16 @@ def save_case(case: Case, folder: Path) -> None:
     logits = case.logits.view(np.uint16) if case.dtype == "bfloat16" else case.logits
     np.save(folder / "logits.npy", logits)
     np.save(folder / "target.npy", case.target)
-    (folder / "case.txt").write_text(f"{case.dtype}\n{case.volume}", encoding="utf-8")
+    (folder / "spec.json").write_text(json.dumps(asdict(case.spec)), encoding="utf-8")
 
 
 def load_case(folder: Path) -> Case:
-    dtype, volume = (folder / "case.txt").read_text(encoding="utf-8").split("\n", 1)
+    found = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
+    spec = Spec(**found | {"shape": tuple(found["shape"])})
     logits = np.load(folder / "logits.npy")
-    if dtype == "bfloat16":
-        logits = logits.view(numpy_dtype(dtype))
-    return Case(volume, logits, np.load(folder / "target.npy"), dtype)
+    if spec.dtype == "bfloat16":
+        logits = logits.view(numpy_dtype(spec.dtype))
+    return Case(spec, logits, np.load(folder / "target.npy"))
 
 
 def size_text(size: tuple[int, ...]) -> str:

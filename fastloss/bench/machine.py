@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import warnings
+from collections.abc import Iterable
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -15,7 +19,9 @@ from fastloss.backends import current_backend, load_backend
 
 _PACKAGES = (
     "torch",
+    "triton",
     "monai",
+    "nnunetv2",
     "jax",
     "jaxlib",
     "numba",
@@ -74,15 +80,14 @@ def instruction_sets() -> tuple[str, tuple[str, ...]]:
     return str(getattr(backend, "isa", "")), tuple(getattr(backend, "isas", ()))
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, threads, instruction set and versions, ready for JSON."""
-    packages: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    return {
+def machine(device: Any = None) -> dict[str, Any]:
+    """Processor, cores, threads, instruction set and versions, ready for JSON.
+
+    Args:
+        device: a torch.device; of a GPU, what it is and what drives it are there as well.
+    """
+    made: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "processor": processor(),
         "cores": cores(),
         "threads": threads(),
@@ -91,5 +96,63 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "fastloss": fastloss.__version__,
-        "packages": packages,
+        "packages": {name: _version(name) for name in _PACKAGES},
     }
+    if device is not None and device.type == "cuda":
+        made |= _gpu(device, made["packages"])
+    return made
+
+
+def _gpu(device: Any, packages: dict[str, str | None]) -> dict[str, Any]:
+    import torch
+
+    packages |= {"cuda": torch.version.cuda, "driver": _driver()}
+    properties: Any = torch.cuda.get_device_properties(device)
+    found = {
+        "gpu": torch.cuda.get_device_name(device),
+        "memory": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_cache": getattr(properties, "L2_cache_size", None),
+    }
+    if find_spec("cupy") is not None:
+        import cupy
+
+        packages["cupy"] = cupy.__version__
+        found["cupy_cuda_runtime"] = cupy.cuda.runtime.runtimeGetVersion()
+    return found
+
+
+def _driver() -> str | None:
+    try:
+        result = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = result.stdout.split()
+    return found[0] if found and result.returncode == 0 else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def machine_text(made: dict[str, Any]) -> str:
+    """The machine in a line."""
+    isa = f", {made['instruction_set']}" if made["instruction_set"] else ""
+    text = f"{made['processor']}, {made['cores']} cores, {made['threads']} threads{isa}"
+    return f"{made['gpu']}; {text}" if made.get("gpu") else text
+
+
+def versions_text(made: dict[str, Any], packages: Iterable[str]) -> str:
+    """The versions of these in a line, those that are there."""
+    found = {"fastloss": made["fastloss"], "Python": made["python"], "NumPy": made["numpy"]}
+    found |= {name: made["packages"].get(name) for name in packages}
+    return ", ".join(f"{name} {number}" for name, number in found.items() if number)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from statistics import median
-from typing import Any
+from dataclasses import dataclass
+from time import perf_counter
 
 import fastloss
 from fastloss.backends import BACKENDS
-from fastloss.bench import table
+from fastloss.bench import report, table
 from fastloss.bench.apart import peak_memory, saved
 from fastloss.bench.bandwidth import Bandwidth
 from fastloss.bench.errors import Unavailable, reason
-from fastloss.bench.implementations import FRAMEWORKS, TITLES, Call, make_call
+from fastloss.bench.implementations import (
+    FRAMEWORKS,
+    TITLES,
+    Call,
+    backends_that_run,
+    make_call,
+)
 from fastloss.bench.inputs import Case, make_case, size_text
-from fastloss.bench.machine import available_memory, machine
+from fastloss.bench.machine import available_memory, machine, machine_text
 from fastloss.bench.machine import threads as count_threads
 from fastloss.bench.measure import Timed, forward, forward_backward, interleave
 from fastloss.bench.nnunet_peer import nnunet_source
+from fastloss.bench.report import Missing, Row
 from fastloss.bench.truth import Truth, find_truth
 from fastloss.bench.volumes import load_volume
 
@@ -30,6 +35,10 @@ Progress = Callable[[str], None]
 # What a call takes at its peak, roughly, in arrays of the size of the logits. The reference
 # computes a sample at a time, in float64.
 _ARRAYS = {"monai": 6, "nnunet": 6, "jax": 9, "reference": 14}
+
+_WITHOUT_NUMBA = (
+    "left out, as its kernels compile for half a minute; --backends cpu,numba,reference has it"
+)
 
 
 @dataclass(frozen=True)
@@ -42,56 +51,20 @@ class Options:
     batch: int = 1
     dtype: str = "float32"
     losses: tuple[str, ...] = ("dice_ce",)
-    backends: tuple[str, ...] = BACKENDS
+    backends: tuple[str, ...] | None = None
+    """None: all, but for Numba where there are the C++ kernels."""
     frameworks: tuple[str, ...] = FRAMEWORKS
     peers: tuple[str, ...] = ()
     repeats: int = 7
 
 
 @dataclass
-class Row:
-    """One implementation of one loss. Times are medians in seconds, memory in bytes."""
+class Report(report.Report):
+    """… of one input."""
 
-    loss: str
-    implementation: str
-    value: float
-    value_error: float
-    gradient_error: float
-    forward: float
-    forward_backward: float
-    ns_per_logit: float
-    forward_share_of_limit: float
-    share_of_limit: float
-    peak_memory: int | None
-    speedup_over_slowest: float = math.nan
-    ratio_to_fastloss: float | None = None
-
-
-@dataclass
-class Missing:
-    """An implementation that was not measured, or not in full."""
-
-    loss: str
-    implementation: str
-    reason: str
-
-
-@dataclass
-class Report:
-    options: Options
-    machine: dict[str, Any]
-    logits_shape: tuple[int, ...]
-    logits: int
-    copy_bandwidth: float
-    read_bandwidth: float
-    bandwidth_method: str
-    rows: list[Row] = field(default_factory=list)
-    missing: list[Missing] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything; numbers that are not finite, which JSON lacks, are null."""
-        finite: dict[str, Any] = _finite(asdict(self))
-        return finite
+    options: Options = Options("phantom")
+    logits_shape: tuple[int, ...] = ()
+    bandwidth_method: str = ""
 
 
 def run(options: Options, progress: Progress) -> Report:
@@ -104,86 +77,101 @@ def run(options: Options, progress: Progress) -> Report:
     threads = count_threads()
     fastloss.set_num_threads(threads)  # for all backends alike
     bandwidth = Bandwidth(threads)
-    report = Report(options, machine(), case.logits.shape, case.count, 0.0, 0.0, bandwidth.method)
-    copies: list[float] = []
-    reads: list[float] = []
+    found = Report(
+        machine(),
+        options=options,
+        logits_shape=case.logits.shape,
+        bandwidth_method=bandwidth.method,
+    )
+    backends = options.backends
+    if backends is None:
+        there = backends_that_run()
+        backends = BACKENDS
+        if "cpu" in there and "numba" in there:
+            backends = tuple(name for name in BACKENDS if name != "numba")
+            found.missing += [Missing(loss, "numba", _WITHOUT_NUMBA) for loss in options.losses]
+    names = (*backends, *options.frameworks, *options.peers)
 
     def measure_bandwidth() -> None:
-        copies.append(bandwidth.copy())
-        reads.append(bandwidth.read())
+        found.copies.append(bandwidth.copy())
+        found.reads.append(bandwidth.read())
 
     with ExitStack() as stack:
         progress("writing the input for the memory measurements")
         folder = stack.enter_context(saved(case))
         for loss in options.losses:
-            calls, accuracy = _prepare(case, loss, options, threads, report, progress)
-            if not calls:
-                continue
-            progress(f"{loss}: timing {len(calls)} implementations, {options.repeats} rounds")
+            calls, rows = _prepare(case, loss, names, threads, found, progress)
             timed: dict[tuple[str, str], Timed] = {}
             for name, call in calls.items():
                 timed[name, "forward"] = forward(call)
                 timed[name, "both"] = forward_backward(call)
+            if calls:
+                progress(f"{loss}: timing {len(calls)} implementations, {options.repeats} rounds")
             seconds = interleave(timed, options.repeats, also=measure_bandwidth)
             calls.clear()
             timed.clear()
-            rows = []
-            for name, (value, value_error, gradient_error) in accuracy.items():
-                progress(f"{loss}: memory of {name}, in a process of its own")
-                memory = None
-                try:
-                    memory = peak_memory(name, folder, loss, threads)
-                except Unavailable as error:
-                    report.missing.append(Missing(loss, name, f"memory not measured: {error}"))
-                once, both = seconds[name, "forward"], seconds[name, "both"]
-                rows.append(
-                    Row(
-                        loss,
-                        name,
-                        value,
-                        value_error,
-                        gradient_error,
-                        once,
-                        both,
-                        both / case.count * 1e9,
-                        0.0,
-                        0.0,
-                        memory,
+            for row in rows:
+                name = row.implementation
+                if (name, "both") in seconds:
+                    row.forward, row.forward_backward = (
+                        seconds[name, what] for what in ("forward", "both")
                     )
-                )
-            _compare(rows)
-            report.rows += rows
-    if not copies:
-        measure_bandwidth()
-    report.copy_bandwidth, report.read_bandwidth = median(copies), median(reads)
-    for row in report.rows:
-        row.forward_share_of_limit = case.nbytes / report.read_bandwidth / row.forward
-        row.share_of_limit = 3 * case.nbytes / report.copy_bandwidth / row.forward_backward
-    return report
+                progress(f"{loss}: memory of {name}, in a process of its own")
+                try:
+                    row.peak_memory = peak_memory(name, folder, loss, threads)
+                except Unavailable as error:
+                    found.missing.append(Missing(loss, name, f"memory not measured: {error}"))
+            found.rows += rows
+    return found
 
 
 def _prepare(
-    case: Case, loss: str, options: Options, threads: int, report: Report, progress: Progress
-) -> tuple[dict[str, Call], dict[str, tuple[float, float, float]]]:
-    """The calls that run, compiled where they are, and value, value error and gradient error."""
+    case: Case, loss: str, names: tuple[str, ...], threads: int, found: Report, progress: Progress
+) -> tuple[dict[str, Call], list[Row]]:
+    """The calls to be timed, compiled where they are, and a row with its errors for each that runs.
+
+    The reference is there for its numbers: the calls that give them are all that is timed of it.
+    """
     progress(f"{loss}: the float64 reference")
     truth = find_truth(case, loss)
     calls: dict[str, Call] = {}
-    accuracy = {}
-    for name in (*options.backends, *options.frameworks, *options.peers):
+    rows = []
+    for name in names:
         progress(f"{loss}: preparing {name}")
+        row = Row(case.spec, loss, name)
         try:
             _check_memory(name, case)
             call = make_call(name, case, loss, threads)
-            accuracy[name] = _accuracy(call, truth)
+            _first_calls(call, truth, row)
         except Unavailable as error:
-            report.missing.append(Missing(loss, name, str(error)))
+            found.missing.append(Missing(loss, name, str(error)))
             continue
         except Exception as error:  # a peer may fail in any way, which must not end the run
-            report.missing.append(Missing(loss, name, f"failed: {reason(error)}"))
+            found.missing.append(Missing(loss, name, f"failed: {reason(error)}"))
             continue
-        calls[name] = call
-    return calls, accuracy
+        rows.append(row)
+        if name == "reference":
+            row.note = "timed once"
+        else:
+            calls[name] = call
+    return calls, rows
+
+
+def _first_calls(call: Call, truth: Truth, row: Row) -> None:
+    """Value, gradient and what they are off by; the times are those of first calls."""
+    start = perf_counter()
+    row.value, gradient = call.result()
+    row.forward_backward = perf_counter() - start
+    row.value_error, row.gradient_error = (
+        truth.value_error(row.value),
+        truth.gradient_error(gradient),
+    )
+    del gradient
+    call.reset()
+    with call.active():
+        start = perf_counter()
+        call.forward()  # which some compile on its own
+        row.forward = perf_counter() - start
 
 
 def _check_memory(name: str, case: Case) -> None:
@@ -199,112 +187,57 @@ def _check_memory(name: str, case: Case) -> None:
         )
 
 
-def _accuracy(call: Call, truth: Truth) -> tuple[float, float, float]:
-    value, gradient = call.result()
-    errors = truth.value_error(value), truth.gradient_error(gradient)
-    call.reset()
-    with call.active():
-        call.forward()  # which some compile on its own
-    return value, *errors
-
-
-def _compare(rows: list[Row]) -> None:
-    """Fill in the ratios. The reference backend, made to be read, is no yardstick for speed."""
-    others = [row for row in rows if row.implementation != "reference"] or rows
-    slowest = max(row.forward_backward for row in others)
-    ours = next((row for row in rows if row.implementation in ("cpu", "numba")), None)
-    for row in rows:
-        row.speedup_over_slowest = slowest / row.forward_backward
-        if ours is not None:
-            row.ratio_to_fastloss = row.forward_backward / ours.forward_backward
-
-
-def render(report: Report) -> str:
-    """The report for people."""
-    made, options = report.machine, report.options
-    batch, classes = report.logits_shape[:2]
-    size = size_text(report.logits_shape[2:])
+def render(found: Report) -> str:
+    """The report for people: what matters first."""
+    options = found.options
+    batch, classes = found.logits_shape[:2]
     lines = [
-        f"{made['processor']}, {made['cores']} cores, {made['threads']} threads"
-        + (f", {made['instruction_set']}" if made["instruction_set"] else ""),
-        f"volume {options.volume}: batch {batch}, {classes} classes, {size} voxels, "
-        f"{options.dtype}, {report.logits:,} logits",
-        f"memory ({report.bandwidth_method}): copy {report.copy_bandwidth / 1e9:.1f} GB/s, read "
-        f"{report.read_bandwidth / 1e9:.1f} GB/s",
+        f"{options.volume}: batch {batch}, {classes} classes, "
+        f"{size_text(found.logits_shape[2:])} voxels, {options.dtype}",
     ]
-    header = (
-        "",
-        "value",
-        "value\nerror",
-        "gradient\nerror",
-        "forward\nms",
-        "of\nlimit",
-        "with\ngradient ms",
-        "of\nlimit",
-        "ns per\nlogit",
-        "peak extra\nMiB",
-        "speed-up\nvs slowest",
-        "time vs\nfastloss",
-    )
-    notes = _notes(report)
+    notes = report.missing_lines(found.missing, len(options.losses))
     for loss in options.losses:
-        rows = [
-            (
-                TITLES[row.implementation],
-                f"{row.value:.6f}",
-                f"{row.value_error:.0e}",
-                f"{row.gradient_error:.0e}",
-                table.milliseconds(row.forward),
-                table.percent(row.forward_share_of_limit),
-                table.milliseconds(row.forward_backward),
-                table.percent(row.share_of_limit),
-                table.number(row.ns_per_logit),
-                table.mebibytes(row.peak_memory),
-                table.times(row.speedup_over_slowest),
-                table.times(row.ratio_to_fastloss),
-            )
-            for row in report.rows
-            if row.loss == loss
-        ]
+        rows = [row for row in found.rows if row.loss == loss]
         own = [line for where, line in notes if where == loss]
         if rows or own:
-            lines += ["", f"{loss}:"]
+            lines += ["", f"{loss}, value and gradient:"]
         if rows:
-            lines.append(table.text_table(header, rows))
+            cells = [(TITLES[row.implementation], *found.cells(row)) for row in rows]
+            lines += [*_headline(found, rows[0]), ""]
+            lines.append(table.text_table(("", *report.HEADER), cells))
         lines += own
     everywhere = [line for where, line in notes if not where]
     lines += ["", "not measured:", *everywhere] if everywhere else []
-    lines += [
-        "",
-        "Errors are relative to the float64 reference on the same logits. The limit reads the",
-        "logits once (forward), or reads them twice and writes the gradient once, at this run's",
-        "bandwidth; a volume that fits in the caches can pass 100%. Peak extra is the resident",
-        "memory that one call adds to its inputs, gradient included. The slowest is without the",
-        "reference backend.",
-    ]
-    if any(row.implementation.startswith("nnunet") for row in report.rows):
+    lines += ["", machine_text(found.machine)]
+    if found.copies:
+        lines.append(
+            f"memory ({found.bandwidth_method}): copy {found.copy_bandwidth / 1e9:.1f} GB/s, read "
+            f"{found.read_bandwidth / 1e9:.1f} GB/s"
+        )
+    lines += ["", report.EXPLANATION]
+    if any(row.implementation.startswith("nnunet") for row in found.rows):
         lines.append(nnunet_source() + ".")
     return "\n".join(lines)
 
 
-def _notes(report: Report) -> list[tuple[str, str]]:
-    """What is missing: the loss it is missing for, empty if for all of several, and a line."""
-    notes: dict[tuple[str, str], list[str]] = {}
-    for one in report.missing:
-        notes.setdefault((one.implementation, one.reason), []).append(one.loss)
-    several = len(report.options.losses)
+def _headline(found: Report, like: Row) -> list[str]:
+    """The library beside its fastest peer: ratio, time and memory."""
+    own, peer = found.own(like), found.fastest(like)
+    ratio = "" if peer is None else table.times(found.ratio_to_fastloss(peer))
     lines = []
-    for (name, why), losses in notes.items():
-        line = f"  - {TITLES[name]}: {why}"
-        lines += [("", line)] if len(losses) == several else [(loss, line) for loss in losses]
+    for row in filter(None, (own, peer)):
+        who, memory = TITLES[row.implementation], row.peak_memory
+        parts = [f"{table.milliseconds(row.forward_backward)} ms"]
+        if row is peer:
+            who = f"fastest peer, {who}"
+        elif peer is not None:
+            parts.insert(0, f"{ratio} as fast as the fastest peer")
+        if memory is not None:
+            share = table.times(memory / row.spec.nbytes)
+            parts.append(f"{table.mebibytes(memory)} MiB of extra memory ({share} the logits)")
+        lines.append(f"  {who}: {', '.join(parts)}")
+    if peer is None:
+        lines.append(
+            "  no peer was measured: pip install 'fastloss[peers]' brings MONAI, PyTorch and JAX"
+        )
     return lines
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -45,8 +45,16 @@ def number(value: float | None, digits: int = 3) -> str:
     return text.rstrip(".")
 
 
-def milliseconds(seconds: float) -> str:
-    return number(seconds * 1e3)
+def milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else number(seconds * 1e3)
+
+
+def microseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else number(seconds * 1e6)
+
+
+def error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0e}"
 
 
 def percent(share: float | None) -> str:

@@ -20,47 +20,65 @@ Function = Callable[[Any, Any], Any]
 
 
 class TorchCall(Call):
-    """A loss module: forward under no_grad, or forward and .backward() into a new .grad."""
+    """A loss module: forward under no_grad, or forward and .backward() into a new .grad.
 
-    def __init__(self, kind: str, case: Case, loss: str, threads: int, *, compiled: bool) -> None:
+    Peers get labels with a channel axis, in the dtype that their pipelines have; and for half
+    precision logits autocast, under which they are used, and without which their sums overflow.
+    "torch-out" writes the gradient into a buffer that is used again.
+    """
+
+    def __init__(self, name: str, case: Case, loss: str, threads: int) -> None:
         try:
             import torch
         except ImportError as error:
             raise Unavailable(f"PyTorch is not there ({error}); {INSTALL}") from None
         self.torch = torch
         self.offset = 0.0
+        kind, _, how = name.partition("-")
         if kind == "nnunet":
             function, self.offset = nnunet(loss)
         else:
             function = (_monai if kind == "monai" else _fastloss)(loss, case.classes)
         torch.set_num_threads(threads)
-        if compiled:
+        if how == "compile":
             # One process may measure more shapes than the limit, past which calls run uncompiled.
             for limit in ("recompile_limit", "cache_size_limit"):
                 if hasattr(torch._dynamo.config, limit):
                     setattr(torch._dynamo.config, limit, 256)
-            function = torch.compile(function, dynamic=False)
+            inner = function  # which may be an object that torch.compile does not take
+            function = torch.compile(lambda x, y: inner(x, y), dynamic=False)
         self.function: Function = function
-        memory = case.logits
-        if case.dtype == "bfloat16":
-            self.logits = torch.from_numpy(memory.view(np.int16)).view(torch.bfloat16)
+        self.is_numpy = isinstance(case.logits, np.ndarray)
+        logits, target = case.logits, case.target
+        if self.is_numpy and case.dtype == "bfloat16":
+            logits = torch.from_numpy(logits.view(np.int16)).view(torch.bfloat16)
+        self.logits = torch.as_tensor(logits).detach().requires_grad_(True)
+        if kind == "torch":
+            self.target = torch.as_tensor(target)
         else:
-            self.logits = torch.from_numpy(memory)
-        self.logits.requires_grad_(True)
-        # As each library's own pipeline hands them over; nnU-Net's is faster by this, compiled.
-        labels: Any = {"torch": case.target.dtype, "monai": np.int64, "nnunet": np.int16}[kind]
-        self.target = torch.from_numpy(case.target.astype(labels, copy=False))
-        if kind != "torch":
-            self.target = self.target[:, None]
+            # As each library's own pipeline hands them over; nnU-Net's is faster by this, compiled.
+            labels = "int16" if kind == "nnunet" else "int64"
+            if self.is_numpy:
+                target = torch.from_numpy(target.astype(labels, copy=False))
+            self.target = target.to(getattr(torch, labels))[:, None]
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if kind != "torch" and self.logits.dtype in (torch.float16, torch.bfloat16):
+            device, dtype = self.logits.device.type, self.logits.dtype
+            self.autocast = lambda: torch.autocast(device, dtype)
+        self.out = torch.empty_like(self.logits) if how == "out" else None
+        self.loss = make_loss(loss)
 
     def forward(self) -> object:
-        with self.torch.no_grad():
+        with self.torch.no_grad(), self.autocast():
             return self.function(self.logits, self.target)
 
     def forward_backward(self) -> object:
-        value = self.function(self.logits, self.target)
+        if self.out is not None:
+            return self.loss.value_and_grad(self.logits, self.target, out=self.out)[0]
+        with self.autocast():
+            value = self.function(self.logits, self.target)
         value.backward()
-        return value
+        return value.detach()
 
     def reset(self) -> None:
         self.logits.grad = None
@@ -68,14 +86,15 @@ class TorchCall(Call):
     def active(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def result(self) -> tuple[float, np.ndarray]:
+    def result(self) -> tuple[float, Any]:
         self.reset()
         value: Any = self.forward_backward()
-        gradient = self.logits.grad
+        gradient: Any = self.logits.grad if self.out is None else self.out
         assert gradient is not None
-        if gradient.dtype == self.torch.bfloat16:
-            gradient = gradient.float()  # exact, and NumPy has no bfloat16 of its own
-        return float(value.detach()) + self.offset, gradient.numpy()
+        if self.is_numpy:
+            # Exact, and NumPy has no bfloat16 of its own.
+            gradient = (gradient.float() if self.logits.itemsize == 2 else gradient).numpy()
+        return float(value) + self.offset, gradient
 
 
 def _fastloss(loss: str, classes: int) -> Function:

@@ -25,17 +25,23 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
     case = load_case(Path(order["folder"]))
     fastloss.set_num_threads(order["threads"])
     if order["task"] == "memory":
-        call = make_call(order["implementation"], case, order["loss"], order["threads"])
-        return {"peak": _peak(call, compiles=order["implementation"].endswith(("compile", "jax")))}
+        name = order["implementation"]
+        call = make_call(name, case, order["loss"], order["threads"])
+        compiles = name == "numba" or name.endswith(("compile", "jax"))
+        return {"peak": _peak(call, compiles=compiles, warm=name != "reference")}
     return {"seconds": _time(case, order)}
 
 
-def _peak(call: Call, *, compiles: bool) -> int | None:
-    """The highest resident memory during one call, over that before it."""
+def _peak(call: Call, *, compiles: bool, warm: bool) -> int | None:
+    """The highest resident memory during one call, over that before it.
+
+    Without ``warm`` it is that of a first call, for what takes seconds and keeps nothing.
+    """
     with call.active():
         if _reset_peak():
-            call.with_new_gradient()  # what is made once, compiled code for one, does not count
-            call.reset()
+            if warm:  # what is made once, compiled code for one, does not count
+                call.with_new_gradient()
+                call.reset()
             gc.collect()
             _trim()
             before = _status("VmRSS")
