@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastloss.frameworks.base import fixed as fixed
-from fastloss.frameworks.torch import ADAPTER, is_exporting, is_readable, plain
+from fastloss.frameworks.torch.adapter import ADAPTER, is_exporting, is_readable, plain
 from fastloss.structure import Recipe
 from fastloss.structure import recipe as _recipe
 from fastloss.terms.base import Term

@@ -85,7 +85,7 @@ def test_package_has_all_modules(built: Path) -> None:
 
 def test_installed_package_finds_its_cuda_sources(built: Path, tmp_path: Path) -> None:
     code = (
-        "from fastloss.backends import _cuda_source as s; print(s.folder());"
+        "from fastloss.backends.cuda import source as s; print(s.folder());"
         "print(s.source('passes.cu') + s.source('top_k.cu'), end='')"
     )
     result = subprocess.run(

@@ -18,7 +18,6 @@ from fastloss.terms.base import (
     check_number,
 )
 
-
 _SIZES = ("predicted", "reference")
 _SQUARED = ("predicted_squared", "reference_squared")
 
