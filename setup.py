@@ -45,7 +45,7 @@ def instruction_sets() -> dict[str, list[str]]:
 
 
 class CopyCudaSources(build_py):
-    """Puts the CUDA sources into the package, where `fastloss.backends._cuda_source` finds them."""
+    """Puts the CUDA sources into the package, where `fastloss.backends.cuda.source` finds them."""
 
     def run(self) -> None:
         super().run()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from fastloss.frameworks import Borrowed
+from fastloss.borrowed import Borrowed
 
 FLOATS = frozenset({"float32", "float16", "bfloat16", "float64"})
 INTEGERS = frozenset(

@@ -73,7 +73,7 @@ def info() -> str:
             state = f"missing: {backend_remedy(name, error)}"
         lines.append(f"  {name:<14} {state}")
     try:
-        from fastloss.backends.cuda import describe_devices
+        from fastloss.backends.cuda.backend import describe_devices
 
         state = f"available: {describe_devices()}"
     except ImportError as error:

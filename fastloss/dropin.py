@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastloss.frameworks.base import fixed as fixed
-from fastloss.frameworks.torch import ADAPTER, is_exporting, is_readable, plain
+from fastloss.frameworks.torch.adapter import ADAPTER, is_exporting, is_readable, plain
 from fastloss.structure import Recipe as Recipe
 from fastloss.structure import recipe as _recipe
 from fastloss.terms.base import Term
+from fastloss.tracing import fixed as fixed
 
 Values = tuple[float, ...] | Tensor
 """One number, or one per class: a tensor where they cannot be read without waiting for a device, or

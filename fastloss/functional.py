@@ -46,8 +46,8 @@ from typing import Any
 
 import numpy as np
 
+from fastloss.borrowed import Extras
 from fastloss.frameworks import adapter_of
-from fastloss.frameworks.base import Extras
 from fastloss.loss import Loss
 from fastloss.structure import recipe
 from fastloss.terms import (

@@ -12,19 +12,20 @@ import numpy as np
 
 from fastloss.arrays import Arrays, Field, arrange, channels_second, check_out
 from fastloss.backends import Backend, current_backend
-from fastloss.frameworks import Adapter, Borrowed, adapter_of, borrow
-from fastloss.frameworks.base import Extras, constant, fixed
+from fastloss.borrowed import Borrowed, Extras
+from fastloss.frameworks import Adapter, adapter_of, borrow
 from fastloss.maps import Map
 from fastloss.request import ACTIVATIONS, Request, make_request
 from fastloss.statistics import Statistics
 from fastloss.structure import Recipe, text_of_loss, text_of_options
 from fastloss.sums import Sum
 from fastloss.terms.base import Term, check_choice, factor_of
+from fastloss.tracing import constant, fixed
 
 if TYPE_CHECKING:
-    from fastloss.backends._cuda_prepared import Prepared
-    from fastloss.backends.cuda import DevicePasses
-    from fastloss.frameworks.base import Place
+    from fastloss.backends.cuda.backend import DevicePasses
+    from fastloss.backends.cuda.prepared import Prepared
+    from fastloss.borrowed import Place
 
 
 class Loss:
@@ -337,7 +338,7 @@ class Loss:
         kind = adapter.kind(logits, "logits")
         if kind is None:
             return None
-        from fastloss.backends._cuda_prepared import find
+        from fastloss.backends.cuda.prepared import find
 
         return find(self, adapter, kind, logits, target, voxel_weight)
 
@@ -908,7 +909,7 @@ def _times(weight: Any, value: Any) -> Any:
 
 def _on_device(logits: Borrowed, *others: Borrowed | None, **more: Borrowed) -> DevicePasses:
     """For arrays on a GPU. ValueError, naming the argument, if they do not all lie there."""
-    from fastloss.backends.cuda import DevicePasses, check_places
+    from fastloss.backends.cuda.backend import DevicePasses, check_places
 
     check_places(logits, *others, **more)
     assert logits.place is not None

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastloss.frameworks.base import as_loss, constant
+from fastloss.frameworks.base import as_loss
 from fastloss.loss import Loss
 from fastloss.structure import placeholders
 from fastloss.terms.base import Term
+from fastloss.tracing import constant
 
 if TYPE_CHECKING:
     from fastloss.frameworks.base import LossLike

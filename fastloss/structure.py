@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from fastloss.frameworks.base import constant
+from fastloss.tracing import constant
 
 _FLOAT64 = np.dtype(np.float64)
 _Items = tuple[tuple[str, Any], ...]

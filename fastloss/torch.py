@@ -41,11 +41,11 @@ import numpy as np
 import torch
 
 import fastloss
+from fastloss.borrowed import Extras
 from fastloss.dropin import Scheduled, times
-from fastloss.frameworks import torch_operators  # noqa: F401  registers what exported graphs call
-from fastloss.frameworks.base import Extras
-from fastloss.frameworks.torch import ADAPTER, bytes_of, is_traced, refuse_gradient
-from fastloss.frameworks.torch_distributed import ranks
+from fastloss.frameworks.torch import operators as torch_operators  # noqa: F401  registers what exported graphs call
+from fastloss.frameworks.torch.adapter import ADAPTER, bytes_of, is_traced, refuse_gradient
+from fastloss.frameworks.torch.distributed import ranks
 from fastloss.functional import dice_ce, dice_focal
 from fastloss.structure import options_of
 from fastloss.terms.base import Term, check_class_weight

@@ -24,8 +24,9 @@ from cuda_emulation import Library
 from device_backend import Allocated, EmulatedDevice
 
 from fastloss.arrays import Arrays, Field
-from fastloss.backends import _cuda_call, _cuda_engine, _cuda_top_k
-from fastloss.backends._cuda_source import PASSES, source
+from fastloss.backends.cuda import call as cuda_call
+from fastloss.backends.cuda import engine, top_k
+from fastloss.backends.cuda.source import PASSES, source
 from fastloss.backends.reference import BACKEND as REFERENCE
 from fastloss.maps import Map
 from fastloss.request import Request
@@ -53,7 +54,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], int]] = {
 }
 """The kinds of the fields, and how many regions a sample has."""
 FACTORS: dict[str, tuple[Any, ...]] = {
-    "logits": _cuda_call.TYPES[:4],
+    "logits": cuda_call.TYPES[:4],
     "classes": (1, 2, 3, 4, 5, 14, 16, 17, 33, 40, 105, 300),
     # "cropped": axes that do not merge. "shifted": one number behind an aligned address.
     "layout": ("contiguous", "channels last", "cropped", "reversed", "shifted", "in place"),
@@ -408,18 +409,18 @@ def run(case: Case, device: EmulatedDevice) -> list[np.ndarray]:
         expected_sums[...], expected_voxels[...] = _without_ranking(case, request, arrays)
     elif case.map_kind == "voxel":
         own, right = _maps(case, request, arrays, rng)
-        _cuda_engine.reduce(device, request, arrays, *addresses, own)
+        engine.reduce(device, request, arrays, *addresses, own)
         REFERENCE.reduce(request, arrays, expected_sums, expected_voxels, right)
         np.testing.assert_allclose(own.out, right.out, rtol=fine, atol=10 * fine)
         made.append(own.out)
     else:
-        _cuda_engine.reduce(device, request, arrays, *addresses)
+        engine.reduce(device, request, arrays, *addresses)
         REFERENCE.reduce(request, arrays, expected_sums, expected_voxels)
     np.testing.assert_allclose(voxels, expected_voxels, rtol=1e-12)
     np.testing.assert_allclose(sums, expected_sums, rtol=fine, atol=10 * fine)
     if case.map_kind:
         own, right = _maps(case, request, arrays, rng)
-        _cuda_engine.write_map(device, request, arrays, own)
+        engine.write_map(device, request, arrays, own)
         REFERENCE.write_map(request, arrays, right)
         np.testing.assert_allclose(own.out, right.out, rtol=fine, atol=10 * fine)
         made.append(own.out)
@@ -433,7 +434,7 @@ def run(case: Case, device: EmulatedDevice) -> list[np.ndarray]:
     if case.layout != "in place":
         out = placed(np.zeros_like(out), case.layout, True)
     beside = gaps(out)
-    _cuda_engine.apply(
+    engine.apply(
         device,
         request,
         arrays,
@@ -442,7 +443,7 @@ def run(case: Case, device: EmulatedDevice) -> list[np.ndarray]:
         slot_stride=rows * case.classes,
         row_stride=case.classes,
         upstream=0 if none else upstream.ctypes.data,
-        upstream_type=_cuda_call.NO_TYPE if none else _cuda_call.TYPES.index(upstream.dtype.name),
+        upstream_type=cuda_call.NO_TYPE if none else cuda_call.TYPES.index(upstream.dtype.name),
         scale=1.0 if none else 2.0,
     )
     np.testing.assert_array_equal(gaps(out), beside)
@@ -483,7 +484,7 @@ def _with_shares(
     k = np.zeros((len(request.sums), case.classes))
     k[request.index[CROSS_ENTROPY]] = rng.uniform(0.5, 2, case.classes)
     voxel_map = Map("voxel", losses, k)
-    _cuda_engine.reduce(device, request, arrays, *addresses, voxel_map, "top_k")
+    engine.reduce(device, request, arrays, *addresses, voxel_map, "top_k")
     expected = np.zeros(losses.shape)
     others = _others(request)
     k = k[[request.index[total] for total in others.sums]]
@@ -492,7 +493,7 @@ def _with_shares(
     np.testing.assert_allclose(losses, expected, rtol=fine, atol=fine)
     mean = exactly((1,), np.float64)
     assert TOP_K.kept_percent is not None
-    _cuda_top_k.keep_largest(
+    top_k.keep_largest(
         device, losses.ctypes.data, losses.size, losses.dtype, TOP_K.kept_percent, mean.ctypes.data
     )
     np.testing.assert_allclose(mean[0], TOP_K.choose(expected), rtol=fine, atol=fine)
@@ -537,7 +538,7 @@ def _in_process(case: Case, device: SanitizedDevice) -> tuple[int, str]:
         if child == 0:
             os.dup2(said.fileno(), 2)
             try:
-                _cuda_call._BLOCKS = case.blocks  # before any plan is made
+                cuda_call._BLOCKS = case.blocks  # before any plan is made
                 run(case, device)
             except BaseException as error:
                 os.write(2, f"{type(error).__name__}: {error}".encode())

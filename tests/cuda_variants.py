@@ -1,7 +1,7 @@
 """Kinds of calls of the CUDA passes, and the kernels that they are compiled to.
 
 The arrays have the shapes and strides of a real call and are never read: a device that only
-remembers takes the place of a GPU, so the kernels are those that `fastloss.backends._cuda_engine`
+remembers takes the place of a GPU, so the kernels are those that `fastloss.backends.cuda.engine`
 asks for.
 """
 
@@ -20,11 +20,11 @@ from numpy.lib.stride_tricks import as_strided
 
 import fastloss as fl
 from fastloss.arrays import Arrays, Field
-from fastloss.backends import _cuda_engine as engine
-from fastloss.backends._cuda_call import GENERAL, NO_TYPE
-from fastloss.backends._cuda_combine import trace
-from fastloss.backends._cuda_source import PASSES, source, specialised
-from fastloss.backends._cuda_top_k import KERNELS as TOP_K_KERNELS
+from fastloss.backends.cuda import engine
+from fastloss.backends.cuda.call import GENERAL, NO_TYPE
+from fastloss.backends.cuda.combine.program import trace
+from fastloss.backends.cuda.source import PASSES, source, specialised
+from fastloss.backends.cuda.top_k import KERNELS as TOP_K_KERNELS
 from fastloss.maps import Map
 from fastloss.request import ACTIVATIONS, Request, make_request
 from fastloss.sums import CROSS_ENTROPY, Sum

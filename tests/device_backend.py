@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastloss.arrays import Arrays
-from fastloss.backends import _cuda_engine as engine
-from fastloss.backends._cuda_call import CALL, LOGITS, OUT, TARGET, TYPES, WEIGHT
-from fastloss.backends._cuda_general import MAX_SUMS
-from fastloss.backends._cuda_operands import KERNELS as OPERAND_KERNELS
-from fastloss.backends._cuda_source import PASSES, source, source_of, specialised
-from fastloss.backends._cuda_top_k import KERNELS
 from fastloss.backends.base import Backend
+from fastloss.backends.cuda import engine
+from fastloss.backends.cuda.call import CALL, LOGITS, OUT, TARGET, TYPES, WEIGHT
+from fastloss.backends.cuda.general import MAX_SUMS
+from fastloss.backends.cuda.operands import KERNELS as OPERAND_KERNELS
+from fastloss.backends.cuda.source import PASSES, source, source_of, specialised
+from fastloss.backends.cuda.top_k import KERNELS
 from fastloss.backends.reference import check_targets
-from fastloss.frameworks.base import byte_bounds, device_view
+from fastloss.borrowed import byte_bounds, device_view
 from fastloss.maps import Map
 from fastloss.request import Request
 
@@ -163,7 +163,7 @@ class CudaTestBackend(Backend):
     """
 
     def __init__(self, name: str) -> None:
-        from fastloss.backends.cuda import CudaDevice, why_absent
+        from fastloss.backends.cuda.backend import CudaDevice, why_absent
 
         absent = why_absent()
         if absent:

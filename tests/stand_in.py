@@ -13,8 +13,10 @@ import pytest
 from device_backend import EmulatedDevice
 
 from fastloss import frameworks
-from fastloss.backends import _cuda_prepared, cuda
-from fastloss.frameworks.base import Adapter, Borrowed, Kind, Place, device_view
+from fastloss.backends.cuda import backend as cuda
+from fastloss.backends.cuda import prepared
+from fastloss.borrowed import Borrowed, Kind, Place, device_view
+from fastloss.frameworks.base import Adapter
 
 
 class OnDevice:
@@ -108,14 +110,14 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(RecordingDevice, "launched", launched, raising=False)
     monkeypatch.setattr(cuda, "CudaDevice", RecordingDevice)
     monkeypatch.setattr(cuda, "_programs", {})
-    monkeypatch.setattr(_cuda_prepared, "_calls", {})
+    monkeypatch.setattr(prepared, "_calls", {})
     monkeypatch.setitem(frameworks._SPECIAL, OnDevice.__module__, StandInAdapter)
     return launched
 
 
 def install_for_torch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Take PyTorch's tensors in CPU memory for tensors on a device."""
-    from fastloss.frameworks import torch as adapter
+    from fastloss.frameworks.torch import adapter
 
     class TensorPlace(adapter.TorchPlace):
         stream = 7

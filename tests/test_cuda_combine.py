@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastloss as fl
-from fastloss.backends._cuda_code import ELEMENTWISE
-from fastloss.backends._cuda_combine import Program, trace
-from fastloss.backends._cuda_operands import HOST, MOST
+from fastloss.backends.cuda.combine.code import ELEMENTWISE
+from fastloss.backends.cuda.combine.program import Program, trace
+from fastloss.backends.cuda.operands import HOST, MOST
 from fastloss.request import make_request
 from fastloss.statistics import Statistics
 from fastloss.sums import OVERLAP, PREDICTED, PREDICTED_SQUARED, REFERENCE, REFERENCE_SQUARED

@@ -13,9 +13,9 @@ from stand_in import OnDevice
 from support import assert_agree, example, one_hot, reference
 
 import fastloss as fl
-from fastloss.backends import cuda
-from fastloss.backends._cuda_source import source
-from fastloss.backends.cuda import DevicePasses
+from fastloss.backends.cuda import backend as cuda
+from fastloss.backends.cuda.backend import DevicePasses
+from fastloss.backends.cuda.source import source
 from fastloss.sums import Sum
 
 

@@ -16,8 +16,9 @@ from support import EMULATED, assert_agree, example, need_backend, one_hot, refe
 
 import fastloss as fl
 from fastloss.arrays import Arrays
-from fastloss.backends import _cuda_call, load_backend
-from fastloss.backends import _cuda_engine as engine
+from fastloss.backends import load_backend
+from fastloss.backends.cuda import call as cuda_call
+from fastloss.backends.cuda import engine
 from fastloss.backends.reference import BACKEND as REFERENCE
 from fastloss.request import Request
 from fastloss.sums import NAMED, Sum, as_sum
@@ -102,7 +103,7 @@ def test_infinite_logits_of_two_classes() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_many_equal_logits_of_two_classes(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each voxel doubles a product, of which a logarithm is taken now and then."""
-    monkeypatch.setattr(_cuda_call, "_BLOCKS", 1)  # which has all tiles
+    monkeypatch.setattr(cuda_call, "_BLOCKS", 1)  # which has all tiles
     x = np.zeros((1, 2, 40, 32, 32), dtype)
     y = np.ones((1, 40, 32, 32), np.uint8)
     value, gradient = fl.CrossEntropy().value_and_grad(x, y)

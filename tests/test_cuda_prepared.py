@@ -15,7 +15,7 @@ from stand_in import OnDevice
 from support import assert_agree, example, need, one_hot, reference
 
 import fastloss as fl
-from fastloss.backends import cuda
+from fastloss.backends.cuda import backend as cuda
 from fastloss.loss import Passes
 
 

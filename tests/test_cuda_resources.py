@@ -28,8 +28,8 @@ import pytest
 import support
 from cuda_variants import Kind
 
-from fastloss.backends._cuda_call import DENSE, GENERAL, LABELS, TWO_CLASSES
-from fastloss.backends.cuda import _OPTIONS
+from fastloss.backends.cuda.backend import _OPTIONS
+from fastloss.backends.cuda.call import DENSE, GENERAL, LABELS, TWO_CLASSES
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100")
 MAIN = "sm_90"

@@ -226,7 +226,7 @@ def losses_with_weights() -> dict[str, Any]:
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Notes what waits for a device to hand out numbers."""
-    from fastloss.frameworks import torch as adapter
+    from fastloss.frameworks.torch import adapter
 
     calls: list[str] = []
 
@@ -250,7 +250,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 )
 def test_class_weights_on_the_device(launched: list[str], read: list[str], name: str) -> None:
     """They are looked at where they lie, in every call, and nothing is made anew for others."""
-    from fastloss.backends import cuda
+    from fastloss.backends.cuda import backend as cuda
 
     module, loss_of = losses_with_weights()[name]
     logits, labels, x, y = tensors()
@@ -330,7 +330,7 @@ def test_operators_take_numbers_on_the_device(
     launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As what `torch.compile` makes hands them over."""
-    from fastloss.frameworks import torch_operators as operators
+    from fastloss.frameworks.torch import operators
 
     monkeypatch.setattr(
         operators,

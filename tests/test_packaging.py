@@ -104,7 +104,7 @@ def defined(parent: ast.Module | ast.ClassDef) -> set[str]:
 
 def test_installed_package_finds_its_cuda_sources(built: Path, tmp_path: Path) -> None:
     code = (
-        "from fastloss.backends import _cuda_source as s; print(s.folder());"
+        "from fastloss.backends.cuda import source as s; print(s.folder());"
         "print(s.source('passes.cu') + s.source('top_k.cu'), end='')"
     )
     result = subprocess.run(

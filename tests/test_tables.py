@@ -16,7 +16,7 @@ from fastloss.arrays import Arrays, arrange
 from fastloss.backends import load_backend
 from fastloss.backends.base import Backend
 from fastloss.backends.reference import ReferenceBackend
-from fastloss.frameworks.base import Borrowed
+from fastloss.borrowed import Borrowed
 from fastloss.maps import Map
 from fastloss.request import Request
 from fastloss.sums import FUNCTIONS, WEIGHTS, Sum

@@ -38,7 +38,7 @@ enum Operand { kLogits, kTarget, kWeight, kOut, kOperands };
 enum Type { kF32, kF16, kBF16, kF64, kU8, kI8, kU16, kI16, kU32, kI32, kU64, kI64, kNoType };
 enum Activation { kSoftmax, kSigmoid, kNone };
 enum Ignore { kNothing, kValue, kClass };
-// What computes a tile; fastloss/backends/_cuda_call.py says which sums each of them takes.
+// What computes a tile; fastloss/backends/cuda/call.py says which sums each of them takes.
 enum Path { kGeneral, kTwoClasses, kLabels, kDense };
 
 // The number of a voxel, of a sample or of a block's end.
@@ -48,7 +48,7 @@ using Index = unsigned;
 using Index = long long;
 #endif
 
-// Mirrored field by field in fastloss/backends/_cuda_call.py.
+// Mirrored field by field in fastloss/backends/cuda/call.py.
 struct Call {
   // The arrays: (B, C, *spatial) or (B, *spatial), strides in bytes. The spatial axes are merged
   // where all arrays step evenly.

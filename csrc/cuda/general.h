@@ -37,7 +37,7 @@ constexpr int kFields = FL_fields, kSums = FL_slots;
 constexpr int kFields = kMaxFields, kSums = kMaxSums;
 #endif
 
-// Mirrored field by field in fastloss/backends/_cuda_general.py. A map is written where `data` of
+// Mirrored field by field in fastloss/backends/cuda/general.py. A map is written where `data` of
 // kOut says.
 struct GeneralCall : Call {
   // The arrays beside the operands of every call: the regions, then the fields.

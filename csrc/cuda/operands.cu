@@ -1,7 +1,7 @@
 // Numbers in the memory of the device. Those that the processor knows travel with the launch: no
 // copy waits for the stream, and a launch that is captured keeps them.
 
-// Mirrored in fastloss/backends/_cuda_operands.py.
+// Mirrored in fastloss/backends/cuda/operands.py.
 constexpr int kMost = 384;
 
 struct OperandCall {

@@ -5,7 +5,7 @@
 constexpr int kDigits = 256;
 constexpr int kThreads = 256;
 
-// Mirrored in fastloss/backends/_cuda_top_k.py.
+// Mirrored in fastloss/backends/cuda/top_k.py.
 struct TopKCall {
   void* losses;  // (count,), of the working type: losses, then shares in their mean
   double* mean;  // the mean of the largest

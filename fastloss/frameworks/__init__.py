@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastloss.frameworks.base import Adapter, Borrowed
+from fastloss.borrowed import Borrowed
+from fastloss.frameworks.base import Adapter
 from fastloss.frameworks.dlpack import DlpackAdapter
 from fastloss.frameworks.numpy import NumpyAdapter
 
-__all__ = ["Adapter", "Borrowed", "adapter_of", "borrow"]
+__all__ = ["Adapter", "adapter_of", "borrow"]
 
 _NUMPY = NumpyAdapter()
 _DLPACK = DlpackAdapter()
@@ -17,7 +18,7 @@ _DLPACK = DlpackAdapter()
 
 def _torch() -> Adapter:
     # A statement: torch.compile follows it, as it does not follow `import_module`.
-    from fastloss.frameworks.torch import ADAPTER
+    from fastloss.frameworks.torch.adapter import ADAPTER
 
     return ADAPTER
 

@@ -7,7 +7,8 @@ from typing import Any
 import cupy
 import numpy as np
 
-from fastloss.frameworks.base import Adapter, Borrowed, Kind, Place, device_view
+from fastloss.borrowed import Borrowed, Kind, Place, device_view
+from fastloss.frameworks.base import Adapter
 from fastloss.frameworks.dlpack import device_of, export, view_of
 
 _LEGACY_STREAM = 1  # what DLPack calls the default stream, whose address is 0

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fastloss.frameworks.base import Adapter, Borrowed
+from fastloss.borrowed import Borrowed
+from fastloss.frameworks.base import Adapter
 
 _CPU_DEVICES = (1, 3)  # kDLCPU, kDLCUDAHost: memory the processor reads
 _CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fastloss.frameworks.base import Adapter, Borrowed
+from fastloss.borrowed import Borrowed
+from fastloss.frameworks.base import Adapter
 
 # The name of a dtype takes NumPy longer to spell than a small volume takes to read. Of the dtypes
 # that compare equal only native ones are here.

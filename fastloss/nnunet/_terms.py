@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from fastloss.frameworks.torch_distributed import WORLD, Ranks
+from fastloss.frameworks.torch.distributed import WORLD, Ranks
 from fastloss.statistics import Statistics
 from fastloss.terms.base import Derivatives, Pullback, check_class_count, check_class_weight
 from fastloss.terms.distribution import VoxelwiseTerm

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from fastloss.borrowed import Extras
 from fastloss.frameworks import adapter_of
-from fastloss.frameworks.base import Extras, constant, fixed, torch_compiles, torch_traces
 from fastloss.request import Request
 from fastloss.statistics import Statistics
 from fastloss.structure import Described, describe, options_of, text_of_loss, text_of_options
 from fastloss.sums import Sum
+from fastloss.tracing import constant, fixed, torch_compiles, torch_traces
 
 if TYPE_CHECKING:
     from fastloss.loss import Loss

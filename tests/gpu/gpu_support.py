@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import REQUIRED, assert_agree, example, need, reference
 
-from fastloss.backends.cuda import why_absent
+from fastloss.backends.cuda.backend import why_absent
 
 try:
     import torch

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fastloss.backends._cuda_code import Store, generate
-from fastloss.backends._cuda_graph import Graph, Node, evaluate
-from fastloss.backends._cuda_operands import HOST, MOST, Layout, recorded_of
-from fastloss.backends._cuda_trace import Traced
+from fastloss.backends.cuda.combine.code import Store, generate
+from fastloss.backends.cuda.combine.graph import Graph, Node, evaluate
+from fastloss.backends.cuda.combine.traced import Traced
+from fastloss.backends.cuda.operands import HOST, MOST, Layout, recorded_of
 from fastloss.loss import Loss
 from fastloss.request import Request
 from fastloss.statistics import Statistics

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastloss.backends._cuda_engine import Device, Memory
-from fastloss.backends._cuda_source import source
+from fastloss.backends.cuda.engine import Device, Memory
+from fastloss.backends.cuda.source import source
 
 if TYPE_CHECKING:
-    from fastloss.frameworks.base import Place
+    from fastloss.borrowed import Place
     from fastloss.loss import Loss
 
 MOST = 384

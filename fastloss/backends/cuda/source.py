@@ -6,9 +6,9 @@ import re
 from functools import cache
 from pathlib import Path
 
-from fastloss.backends._cuda_call import GENERAL, TYPES
+from fastloss.backends.cuda.call import GENERAL, TYPES
 
-_PACKAGE = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parents[2]
 _COMMENT = re.compile(r"[ \t]*//.*$", re.MULTILINE)
 _INCLUDE = re.compile(r'^#include "([\w./]+)"\n', re.MULTILINE)
 

@@ -11,15 +11,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from fastloss.frameworks.base import (
-    Adapter,
-    Borrowed,
-    Extras,
-    Kind,
-    Place,
-    as_loss,
-    device_view,
-)
+from fastloss.borrowed import Borrowed, Extras, Kind, Place, device_view
+from fastloss.frameworks.base import Adapter, as_loss
 from fastloss.frameworks.memory import LEAST, large
 from fastloss.loss import made
 from fastloss.naming import structure_of
@@ -27,9 +20,9 @@ from fastloss.naming import structure_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from fastloss.backends._cuda_prepared import Prepared
+    from fastloss.backends.cuda.prepared import Prepared
     from fastloss.frameworks.base import LossLike
-    from fastloss.frameworks.torch_distributed import Ranks
+    from fastloss.frameworks.torch.distributed import Ranks
     from fastloss.loss import Loss
     from fastloss.structure import Recipe
 
@@ -142,7 +135,7 @@ class TorchAdapter(Adapter):
             for name, field in extras.fields:
                 refuse_gradient(field, f"fields[{name!r}]")
         if is_traced(logits):
-            from fastloss.frameworks import torch_operators
+            from fastloss.frameworks.torch import operators as torch_operators
 
             structure: str
             operands: Sequence[Any]
@@ -552,7 +545,7 @@ def _gradient(
 ) -> torch.Tensor:
     """The gradient as a function makes it of the upstream gradient, or of a batch of such."""
     if is_batched(upstream):
-        from fastloss.frameworks.torch_batched import each
+        from fastloss.frameworks.torch.batched import each
 
         return each(of, upstream, logits)  # of which none can take the logits' place
     if ctx.reuse_logits:

@@ -16,7 +16,7 @@ from math import prod
 
 import numpy as np
 
-from fastloss.backends._cuda_graph import BOOL, Node, Shape, reachable
+from fastloss.backends.cuda.combine.graph import BOOL, Node, Shape, reachable
 
 THREADS = 256
 WARPS = THREADS // 32

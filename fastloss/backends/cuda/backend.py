@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastloss.arrays import Arrays, Field
-from fastloss.backends import _cuda_engine as engine
-from fastloss.backends._cuda_call import NO_TYPE
-from fastloss.backends._cuda_combine import Program, trace
-from fastloss.backends._cuda_operands import Operands, on_device, operands_of, repeat
-from fastloss.backends._cuda_source import PASSES, describe, specialised
-from fastloss.backends._cuda_top_k import keep_largest
+from fastloss.backends.cuda import engine
+from fastloss.backends.cuda.call import NO_TYPE
+from fastloss.backends.cuda.combine.program import Program, trace
+from fastloss.backends.cuda.operands import Operands, on_device, operands_of, repeat
+from fastloss.backends.cuda.source import PASSES, describe, specialised
+from fastloss.backends.cuda.top_k import keep_largest
 from fastloss.backends.reference import check_targets
-from fastloss.frameworks.base import byte_bounds, device_view
+from fastloss.borrowed import byte_bounds, device_view
 from fastloss.maps import Map
 from fastloss.request import Request
 from fastloss.statistics import Statistics
@@ -34,8 +34,7 @@ from fastloss.statistics import Statistics
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastloss.frameworks import Borrowed
-    from fastloss.frameworks.base import Place
+    from fastloss.borrowed import Borrowed, Place
     from fastloss.loss import Loss
 
 _LOG = logging.getLogger("fastloss")
@@ -50,7 +49,7 @@ class _Allocated(NamedTuple):
 
 
 class CudaDevice:
-    """A device and a stream of the caller, as `fastloss.backends._cuda_engine` sees them."""
+    """A device and a stream of the caller, as `fastloss.backends.cuda.engine` sees them."""
 
     def __init__(self, place: Place) -> None:
         self._place = place

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastloss.arrays import Arrays
-from fastloss.backends._cuda_call import (
+from fastloss.backends.cuda.call import (
     CALL,
     FLOAT32,
     FLOAT64,
@@ -23,7 +23,7 @@ from fastloss.backends._cuda_call import (
     operand,
     plan_fast,
 )
-from fastloss.backends._cuda_general import GENERAL_CALL, plan_general
+from fastloss.backends.cuda.general import GENERAL_CALL, plan_general
 from fastloss.maps import Map
 from fastloss.request import Request
 from fastloss.sums import CROSS_ENTROPY

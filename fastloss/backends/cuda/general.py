@@ -6,8 +6,8 @@ from math import prod
 
 import numpy as np
 
-from fastloss.backends import _cuda_call
-from fastloss.backends._cuda_call import (
+from fastloss.backends.cuda import call as cuda_call
+from fastloss.backends.cuda.call import (
     CALL,
     GENERAL,
     LANES,
@@ -84,7 +84,7 @@ def plan_general(
     # The first place is that of the regions.
     more = [regions or operands.nothing, *(o for _, o in operands.fields)]
     offsets, axes = walk(operands, more)
-    computed = 8 if operands.logits.type == _cuda_call.FLOAT64 else 4
+    computed = 8 if operands.logits.type == cuda_call.FLOAT64 else 4
 
     reduce, width = work.kernel == "reduce", rows * (count + 1) + 1
     if width >= 1 << 31:
@@ -106,9 +106,9 @@ def plan_general(
         batch,
         voxels,
         warps * LANES,
-        min(_cuda_call._BLOCKS, max(1, _MOST_PARTIAL // (8 * width)))
+        min(cuda_call._BLOCKS, max(1, _MOST_PARTIAL // (8 * width)))
         if reduce
-        else _cuda_call._BLOCKS,
+        else cuda_call._BLOCKS,
     )
     fields: dict[str, object] = {
         "path": GENERAL,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastloss.backends._axes import merge_axes
+from fastloss.backends.cuda.axes import merge_axes
 from fastloss.request import ACTIVATIONS, Request
 from fastloss.sums import NAMED, Sum
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastloss.backends._cuda_engine import Device
-from fastloss.backends._cuda_source import source
+from fastloss.backends.cuda.engine import Device
+from fastloss.backends.cuda.source import source
 
 # Mirrors `struct TopKCall` in csrc/cuda/top_k.cu.
 TOP_K_CALL = np.dtype(

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastloss.backends import _cuda_engine as engine
-from fastloss.backends import cuda
-from fastloss.backends._cuda_call import NO_TYPE, TYPES, Work
-from fastloss.backends._cuda_operands import operands_of
-from fastloss.frameworks.base import byte_bounds
+from fastloss.backends.cuda import backend as cuda
+from fastloss.backends.cuda import engine
+from fastloss.backends.cuda.call import NO_TYPE, TYPES, Work
+from fastloss.backends.cuda.operands import operands_of
+from fastloss.borrowed import byte_bounds
 
 if TYPE_CHECKING:
-    from fastloss.backends._cuda_call import Plan
-    from fastloss.backends._cuda_combine import Program
-    from fastloss.frameworks.base import Adapter, Kind
+    from fastloss.backends.cuda.call import Plan
+    from fastloss.backends.cuda.combine.program import Program
+    from fastloss.borrowed import Kind
+    from fastloss.frameworks.base import Adapter
     from fastloss.loss import Loss
 
 _MOST_KINDS = 256

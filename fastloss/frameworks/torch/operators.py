@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from fastloss.frameworks.base import Extras
-from fastloss.frameworks.torch import ADAPTER, is_batched
-from fastloss.frameworks.torch_batched import each
-from fastloss.frameworks.torch_distributed import Ranks
+from fastloss.borrowed import Extras
+from fastloss.frameworks.torch.adapter import ADAPTER, is_batched
+from fastloss.frameworks.torch.batched import each
+from fastloss.frameworks.torch.distributed import Ranks
 from fastloss.loss import Loss
 from fastloss.naming import loss_of, split
 from fastloss.request import make_request

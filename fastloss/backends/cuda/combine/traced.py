@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from fastloss.backends._cuda_code import ELEMENTWISE
-from fastloss.backends._cuda_graph import BOOL, FLOAT, Graph, Node, Shape
+from fastloss.backends.cuda.combine.code import ELEMENTWISE
+from fastloss.backends.cuda.combine.graph import BOOL, FLOAT, Graph, Node, Shape
 
 INSTEAD = (
     "use arithmetic, comparisons, NumPy's functions of single elements (exp, log, maximum, ...), "

@@ -1,0 +1,1 @@
+"""A small compiler: records the step between the passes and writes it as one CUDA kernel."""

@@ -1,0 +1,1 @@
+"""PyTorch: tensors, autograd, operators for graphs, and process groups."""
