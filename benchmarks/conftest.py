@@ -12,8 +12,9 @@ import pytest
 import fastloss
 from fastloss.bench import machine
 from fastloss.bench.bandwidth import Bandwidth
+from fastloss.bench.call import Call
 from fastloss.bench.errors import Unavailable
-from fastloss.bench.implementations import Call, backends_that_run, make_call
+from fastloss.bench.implementations import backends_that_run, make_call
 from fastloss.bench.inputs import Case, phantom_case
 
 BACKEND = backends_that_run()[0]

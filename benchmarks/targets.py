@@ -18,14 +18,9 @@ import fastloss
 from fastloss.bench import table
 from fastloss.bench.arguments import results_file, subset
 from fastloss.bench.bandwidth import Bandwidth
+from fastloss.bench.call import Call
 from fastloss.bench.errors import BadArgument, Unavailable, reason
-from fastloss.bench.implementations import (
-    PEERS,
-    TITLES,
-    Call,
-    backends_that_run,
-    make_call,
-)
+from fastloss.bench.implementations import PEERS, TITLES, backends_that_run, make_call
 from fastloss.bench.inputs import (
     SIZES,
     Case,

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastloss.frameworks.torch.adapter import ADAPTER, is_exporting, is_readable, plain
+from fastloss.frameworks.torch.adapter import ADAPTER
+from fastloss.frameworks.torch.tensors import is_exporting, is_readable, plain
+from fastloss.loss import Term
 from fastloss.structure import Recipe as Recipe
 from fastloss.structure import recipe as _recipe
-from fastloss.terms.base import Term
 from fastloss.tracing import fixed as fixed
 
 Values = tuple[float, ...] | Tensor

@@ -48,7 +48,8 @@ import numpy as np
 
 from fastloss.borrowed import Extras
 from fastloss.frameworks import adapter_of
-from fastloss.loss import Loss
+from fastloss.loss import Loss, Term
+from fastloss.options import readable, refuse_gradient
 from fastloss.structure import recipe
 from fastloss.terms import (
     Brier,
@@ -63,7 +64,6 @@ from fastloss.terms import (
     TopKCrossEntropy,
     Tversky,
 )
-from fastloss.terms.base import Term, readable, refuse_gradient
 
 
 def cross_entropy_loss(

@@ -2,30 +2,329 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import lru_cache, partial
-from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache, wraps
+from typing import Any, ClassVar
 
 import numpy as np
 
-from fastloss.arrays import Arrays, Field, arrange, channels_second, check_out
-from fastloss.backends import Backend, current_backend
-from fastloss.borrowed import Borrowed, Extras
-from fastloss.frameworks import Adapter, adapter_of, borrow
-from fastloss.maps import Map
+from fastloss.arrays import Arrays
+from fastloss.borrowed import Extras
+from fastloss.calls import Passes, on_device, value_and_grad
+from fastloss.frameworks import adapter_of, borrow
+from fastloss.naming import keep, register
+from fastloss.options import check_choice, check_class_weight, factor_of
 from fastloss.request import ACTIVATIONS, Request, make_request
 from fastloss.statistics import Statistics
-from fastloss.structure import Recipe, text_of_loss, text_of_options
+from fastloss.structure import (
+    Described,
+    describe,
+    options_of,
+    text_of_loss,
+    text_of_options,
+)
 from fastloss.sums import Sum
-from fastloss.terms.base import Term, check_choice, factor_of
-from fastloss.tracing import constant, fixed
+from fastloss.tracing import constant, fixed, torch_compiles
 
-if TYPE_CHECKING:
-    from fastloss.backends.cuda.backend import DevicePasses
-    from fastloss.backends.cuda.prepared import Prepared
-    from fastloss.borrowed import Place
+Derivatives = Mapping[Any, np.ndarray]
+"""Per sum, or the name of one, the derivative of the loss by it: what broadcasts to (rows, C)."""
+Pullback = Callable[[np.ndarray], Derivatives]
+"""From the gradient of the term's value to the derivative by each sum."""
+
+_DEFAULTS = text_of_options(())
+_ONE = np.ones(1)
+
+
+class Term:
+    """One loss, defined on the sums over voxels; terms add and scale into a `fastloss.Loss`."""
+
+    requires: frozenset[str | Sum] = frozenset()
+    """The sums that the term reads, or the names of families of them: `fastloss.sums.family`."""
+
+    ranking: Sum | None = None
+    """For a term that chooses voxels by a map of their losses: the sum whose field it so makes."""
+
+    kept_percent: float | None = None
+    """For such a term that takes the mean of the largest losses: of how many percent of all voxels.
+
+    A GPU chooses so and in no other way.
+    """
+
+    number_options: ClassVar[tuple[str, ...]] = ()
+    """Options that are None, one number or (C,), non-negative and finite, and may be others in
+    every call: nothing is compiled anew for them. A class that names them itself treats them in
+    `combine` as it does the sums, for on a GPU they are arrays that record what is done."""
+
+    signed = False
+    """Whether these numbers may be negative."""
+
+    _described: Described | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = _describing(cls.__init__)  # type: ignore[method-assign]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = self.__dict__.get("_described")
+        if known is not None and name in self.number_options and not self.signed:
+            value = check_class_weight(name, value)
+        super().__setattr__(name, value)
+        if known is not None and (
+            not known.identity or name in known.names or name in self.number_options
+        ):
+            self._describe()
+
+    def __setstate__(self, state: Any) -> None:
+        state, slots = state if isinstance(state, tuple) else (state, None)
+        # What the term was called may be understood by another process alone, and the loss that it
+        # is by itself was made again before it was whole.
+        skipped = ("_described", "_loss")
+        vars(self).update((k, v) for k, v in (state or {}).items() if k not in skipped)
+        for name, value in (slots or {}).items():
+            super().__setattr__(name, value)
+        self._describe()
+
+    @constant
+    def _describe(self) -> None:
+        """Take the term apart, while nothing is being compiled."""
+        if vars(self) or not (_is_ours(type(self)) or torch_compiles()):
+            known = self._described
+            identity = "" if known is None else known.identity
+            vars(self)["_described"] = describe(self, self.number_options, identity)
+        # Else it is being made in compiled code, which knows nothing of it yet.
+
+    @property
+    def described(self) -> Described:
+        """The term, taken apart."""
+        if self._described is None:
+            self._describe()
+        assert self._described is not None
+        return self._described
+
+    def with_numbers(self, values: Sequence[Any]) -> Term:
+        """The same term with other numbers, as many as `described` names: arrays (1,) or (C,).
+
+        None stands for what is there.
+        """
+        known = self.described
+        changed = {}
+        for name, old, new in zip(known.names, known.arrays, values, strict=True):
+            if new is None or (isinstance(new, np.ndarray) and np.array_equal(new, old)):
+                continue
+            changed[name] = new if isinstance(vars(self)[name], np.ndarray) else new[0]
+            if isinstance(new, np.ndarray) and name in self.number_options and not self.signed:
+                changed[name] = check_class_weight(name, changed[name])
+        return self.with_options(changed) if changed else self
+
+    def with_options(self, changed: dict[str, Any]) -> Term:
+        """The same term with other options, unchecked."""
+        term = copy.copy(self)
+        vars(term).pop("_loss", None)
+        vars(term).update(changed)
+        # Or they are arrays that record what is done with them.
+        if all(v is None or isinstance(v, (float, np.ndarray)) for v in changed.values()):
+            identity = self.described.identity
+            vars(term)["_described"] = describe(term, self.number_options, identity)
+        return term
+
+    @classmethod
+    def recordable(cls) -> tuple[str, ...]:
+        """The numbers that `combine` takes as arrays that record what is done with them."""
+        whose = next(kind for kind in cls.__mro__ if "number_options" in vars(kind))
+        return cls.number_options if _is_ours(cls) or not _is_ours(whose) else ()
+
+    def largest(self, name: str, activation: str) -> float:
+        """The largest that a number may be with this activation."""
+        return np.inf
+
+    def check(self, activation: str, classes: int) -> None:
+        """Raise ValueError if the term has no meaning for this activation and class count."""
+
+    def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
+        """The term's value and its pullback, from the sums alone."""
+        raise NotImplementedError(f"{type(self).__name__} must define combine")
+
+    def ranks_by(self, request: Request, classes: int) -> np.ndarray:
+        """The coefficients, (S, C), of the map by which a term with a `ranking` chooses voxels."""
+        raise NotImplementedError(f"{type(self).__name__} must define ranks_by")
+
+    def choose(self, losses: np.ndarray) -> float:
+        """Turn that map, (B, voxels), into the field, in place; return the sum over all voxels."""
+        raise NotImplementedError(f"{type(self).__name__} must define choose")
+
+    @property
+    def maps_voxels(self) -> bool:
+        """Whether the value is a map: one number per voxel, of a sigmoid per voxel and channel."""
+        return False
+
+    def map_coefficients(self, request: Request, classes: int) -> Mapping[Any, Any]:
+        """Per sum, its coefficient in the map of a term that is `maps_voxels`: what fits (C,)."""
+        raise NotImplementedError(f"{type(self).__name__} must define map_coefficients")
+
+    @property
+    def sums_over_batch(self) -> bool:
+        """Whether `combine` sums over the samples first, and so needs no sums of each."""
+        return False
+
+    @property
+    def joins_ranks(self) -> bool:
+        """Whether `combine` reads ``statistics.joined``."""
+        return False
+
+    def join_ranks(self, statistics: Statistics) -> Statistics:
+        """The sums over all ranks and samples, for terms that join them by themselves."""
+        raise NotImplementedError(f"{type(self).__name__} must define join_ranks")
+
+    def value_shape(self, batch: int, classes: int, regions: int = 0) -> tuple[int, ...]:
+        """The shape of the value that `combine` returns: (), if it is not defined anew.
+
+        ``regions``: how many regions a sample has; 0 where a call names none.
+        """
+        return ()
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v!r}" for k, v in options_of(self).items())
+        return f"{type(self).__name__}({shown})"
+
+    # A term alone is a loss too.
+
+    @property
+    def structure(self) -> str:
+        """As `fastloss.Loss.structure`, with the default options."""
+        assert self._described is not None
+        return text_of_loss([self._described.text], _DEFAULTS)
+
+    @property
+    def operands(self) -> tuple[np.ndarray, ...]:
+        """As `fastloss.Loss.operands`."""
+        assert self._described is not None
+        return (_ONE, *self._described.arrays)
+
+    @constant
+    def numbers(self) -> tuple[tuple[float, ...], ...]:
+        """As `fastloss.Loss.numbers`."""
+        return self._loss.numbers()
+
+    @constant
+    def keep_terms(self) -> bool:
+        """As `fastloss.Loss.keep_terms`."""
+        if not vars(self) and (_is_ours(type(self)) or torch_compiles()):
+            return False
+        return self._loss.keep_terms()
+
+    def described_inside(self) -> tuple[str, list[Any]]:
+        """As `fastloss.Loss.described_inside`."""
+        return self._as_loss().described_inside()
+
+    def part_inside(self) -> tuple[str, list[Any]]:
+        """The term's part of that: its text and numbers."""
+        if self.keep_terms():
+            assert self._described is not None
+            return self._described.text, list(self._described.arrays)
+        options = options_of(self).items()
+        made = tuple([(k, fixed(v) if isinstance(v, float) else v) for k, v in options])
+        text, numbers = _described_inside(type(self), made)
+        return text, list(numbers)
+
+    @cached_property
+    def _loss(self) -> Loss:
+        return self._as_loss()
+
+    def _as_loss(self) -> Loss:
+        return Loss(self)
+
+    def __call__(
+        self,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any = None,
+        *,
+        fields: Any = None,
+        regions: Any = None,
+        region_count: int | None = None,
+    ) -> Any:
+        """As `fastloss.Loss.__call__`, with the default options."""
+        extras = Extras.of(fields, regions, region_count)
+        return adapter_of(logits, "logits").value(self, logits, target, voxel_weight, extras=extras)
+
+    def value_and_grad(
+        self, logits: Any, target: Any, voxel_weight: Any = None, **options: Any
+    ) -> tuple[Any, Any]:
+        """As `fastloss.Loss.value_and_grad`, with the default options."""
+        return self._loss.value_and_grad(logits, target, voxel_weight, **options)
+
+    def gradient(self, logits: Any, target: Any, voxel_weight: Any = None, **options: Any) -> Any:
+        """As `fastloss.Loss.gradient`, with the default options."""
+        return self._loss.gradient(logits, target, voxel_weight, **options)
+
+    def statistics(
+        self, logits: Any, target: Any, voxel_weight: Any = None, **options: Any
+    ) -> Statistics:
+        """As `fastloss.Loss.statistics`, with the default options."""
+        return self._loss.statistics(logits, target, voxel_weight, **options)
+
+    def value(self, statistics: Statistics) -> Any:
+        """As `fastloss.Loss.value`."""
+        return self._loss.value(statistics)
+
+    def __add__(self, other: object) -> Loss:
+        return self._as_loss() + other
+
+    def __radd__(self, other: object) -> Loss:
+        return self._as_loss().__radd__(other)
+
+    def __sub__(self, other: object) -> Loss:
+        return self._as_loss() - other
+
+    def __rsub__(self, other: object) -> Loss:
+        return self._as_loss().__rsub__(other)
+
+    def __neg__(self) -> Loss:
+        return -self._as_loss()
+
+    def __mul__(self, factor: object) -> Loss:
+        return self._as_loss() * factor
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: object) -> Loss:
+        return self._as_loss() / divisor
+
+    __array_ufunc__ = None  # so that NumPy's numbers leave their product to the term
+
+
+@constant
+def _described_inside(kind: type[Term], options: tuple[tuple[str, Any], ...]) -> Any:
+    """The text of a term of this class and options, and its numbers."""
+    described = _made_inside(kind, options).described  # type: ignore[arg-type]
+    return described.text, tuple(tuple(numbers.tolist()) for numbers in described.arrays)
+
+
+@lru_cache(maxsize=256)
+def _made_inside(kind: type[Term], options: tuple[tuple[str, Any], ...]) -> Term:
+    term = kind(**dict(options))
+    term.keep_terms()
+    return term
+
+
+def _is_ours(what: Any) -> bool:
+    """Whether a class or function is the library's."""
+    package: str = what.__module__.partition(".")[0]
+    return package == "fastloss"
+
+
+def _describing(init: Callable[..., None]) -> Callable[..., None]:
+    """A term's ``__init__`` after which it is taken apart, once it is made as a whole."""
+
+    @wraps(init)
+    def __init__(self: Term, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        if type(self).__init__ is __init__:
+            self._describe()
+
+    return __init__
 
 
 class Loss:
@@ -234,21 +533,7 @@ class Loss:
             ValueError: ``out`` is read-only, or overlaps an input other than as the logits.
         """
         extras = Extras.of(fields, regions, region_count)
-        if upstream is None and extras is None:
-            adapter = adapter_of(logits, "logits")
-            ready = self.prepared(adapter, logits, target, voxel_weight)
-            arrays = (logits, target, voxel_weight)
-            if ready is not None and (
-                out is None or ready[0].takes(self, adapter, arrays, ready[1], out)
-            ):
-                call, addresses = ready
-                value, kept = call.value(self, addresses)
-                return value, call.gradient(self, adapter, arrays, addresses, kept, out=out)
-        passes = self.passes(logits, target, voxel_weight, extras)
-        out, view = passes.output(out)
-        value, pullback = passes.forward()
-        passes.apply(pullback(passes.upstream(upstream)), view)
-        return passes.adapter.result(value), out
+        return value_and_grad(self, logits, target, voxel_weight, extras, out, upstream)
 
     def statistics(
         self,
@@ -280,7 +565,7 @@ class Loss:
         self._check_statistics(statistics)
         if isinstance(statistics.sums, np.ndarray):
             return self.combine(statistics)[0]
-        return _on_device(borrow(statistics.sums, "statistics")).combine(self, statistics)[0]
+        return on_device(borrow(statistics.sums, "statistics")).combine(self, statistics)[0]
 
     def gradient(
         self,
@@ -331,18 +616,7 @@ class Loss:
         """The two passes over these arrays, for the adapters of frameworks."""
         return Passes(self, logits, target, voxel_weight, extras)
 
-    def prepared(
-        self, adapter: Adapter, logits: Any, target: Any, voxel_weight: Any
-    ) -> tuple[Prepared, tuple[int, ...]] | None:
-        """What is kept of such calls on a GPU, and the addresses of these arrays; or None."""
-        kind = adapter.kind(logits, "logits")
-        if kind is None:
-            return None
-        from fastloss.backends.cuda.prepared import find
-
-        return find(self, adapter, kind, logits, target, voxel_weight)
-
-    def _request(self, arrays: Arrays) -> Request:
+    def request(self, arrays: Arrays) -> Request:
         classes = arrays.logits.shape[1]
         if classes not in self._checked:
             for _, term in self.terms:
@@ -473,8 +747,6 @@ class Loss:
         False for a loss that is made in what is being traced: all that is known of it is that there
         will be one.
         """
-        from fastloss.naming import keep  # which makes losses
-
         if not vars(self):
             return False
         keep(self)
@@ -599,321 +871,12 @@ class Loss:
         return f"Loss({', '.join(parts)})"
 
 
-def made(*arguments: Any) -> Loss:
-    """The loss of some options and recipes, which is made once."""
-    return _made(*arguments)
-
-
-@lru_cache(maxsize=256)
-def _made(options: tuple[tuple[str, Any], ...], *recipes: Recipe) -> Loss:
-    terms = [r.factor * r.kind(**dict(r.options), **dict(r.numbers)) for r in recipes]
-    return Loss(*terms, **dict(options))
-
-
-UPSTREAM = "upstream"
-"""The field by which the gradient of a loss of every voxel is multiplied."""
-
-
-class PerVoxel(NamedTuple):
-    """The derivative of a loss of every voxel: k, (S, C), times its upstream gradient."""
-
-    coefficients: np.ndarray
-    upstream: Borrowed
-
-
-def _pull_map(
-    shape: tuple[int, ...], coefficients: np.ndarray, place: Place | None, upstream: Any
-) -> PerVoxel:
-    """The derivative of a map of this shape, given its upstream gradient; None: 1."""
-    if upstream is None:
-        one = np.broadcast_to(np.ones((), np.float32), shape)
-        upstream = one if place is None else place.ones(shape, "float32")
-    elif tuple(np.shape(upstream)) != shape:
-        raise ValueError(
-            f"upstream: expected the value's shape {shape}, got {tuple(np.shape(upstream))}"
-        )
-    elif place is not None and isinstance(upstream, np.ndarray):
-        upstream = place.array(upstream, "float32")
-    return PerVoxel(coefficients, borrow(upstream, "upstream"))
-
-
-class Passes:
-    """One call's arrays, and the two passes over them."""
-
-    def __init__(
-        self,
-        loss: Loss,
-        logits: Any,
-        target: Any,
-        voxel_weight: Any,
-        extras: Extras | None = None,
-    ) -> None:
-        self.loss = loss
-        self.adapter = adapter_of(logits, "logits")
-        self.caller_logits = logits
-        self.logits = self.adapter.borrow(logits, "logits")
-        self.target = borrow(target, "target")
-        self.voxel_weight = None if voxel_weight is None else borrow(voxel_weight, "voxel_weight")
-        self.device: DevicePasses | None = None
-        self.more: dict[str, Borrowed] = {}  # fields and regions, by what errors call them
-        places: tuple[Place | None, ...]
-        places = (self.logits.place, self.target.place, self.voxel_weight and self.voxel_weight[2])
-        given: dict[str, Any] = {}
-        if extras is not None or loss.fields:
-            given = self._borrow(extras or Extras())
-            places += tuple(b.place for b in self.more.values())
-        if any(places):
-            self.device = _on_device(self.logits, self.target, self.voxel_weight, **self.more)
-        self.arrays = arrange(
-            self.logits,
-            self.target,
-            self.voxel_weight,
-            activation=loss.activation,
-            channel_axis=loss.channel_axis,
-            **given,
-        )
-        self.request = loss._request(self.arrays)
-        # Which backend computes is a choice for arrays in CPU memory.
-        self.backend: Backend | None = current_backend() if self.device is None else None
-        self._whole: Arrays | None = None
-        """The arrays with the field that the ranking term made."""
-        if self.arrays.regions is not None and self.device is None:
-            self._check_regions()
-
-    def _borrow(self, extras: Extras) -> dict[str, Any]:
-        """Borrow fields and regions: what `arrange` takes beside the usual arrays."""
-        names = tuple(name for name, _ in extras.fields)
-        if names != self.loss.fields:
-            wanted = ", ".join(map(repr, self.loss.fields)) or "none"
-            got = ", ".join(map(repr, names)) or "none"
-            raise ValueError(f"fields: the terms of this loss read {wanted}, got {got}")
-        fields = {name: borrow(array, f"fields[{name!r}]") for name, array in extras.fields}
-        self.more.update((f"fields[{name!r}]", field) for name, field in fields.items())
-        if extras.regions is None:
-            return {"fields": fields}
-        regions = self.more["regions"] = borrow(extras.regions, "regions")
-        rows = extras.region_count
-        if rows is None and regions.place is not None:
-            raise ValueError(
-                "region_count: expected how many regions a sample has at most, as to look for it "
-                "would wait for the GPU, got None"
-            )
-        if rows is None:
-            integers = regions.array.dtype.kind in "iu" and regions.array.size
-            rows = max(int(regions.array.max()) + 1, 1) if integers else 1
-        return {"fields": fields, "regions": regions, "rows": rows}
-
-    def _check_regions(self) -> None:
-        """Raise ValueError for numbers that are no region."""
-        regions, rows = self.arrays.regions, self.arrays.rows
-        assert regions is not None
-        if regions.size:
-            least, most = int(regions.min()), int(regions.max())
-            if least < -1 or most >= rows:
-                wrong = least if least < -1 else most
-                raise ValueError(f"regions: expected numbers in [-1, {rows}), got {wrong}")
-
-    def _check_holes(self, voxels: np.ndarray) -> None:
-        """Raise ValueError for a number without voxels below another one of the same sample."""
-        regions, rows = self.arrays.regions, self.arrays.rows
-        assert regions is not None
-        for b, of_sample in enumerate(voxels.reshape(-1, rows)):
-            if of_sample.all() or not regions.size:
-                continue
-            present = np.zeros(rows + 1, bool)
-            present[regions[b]] = True  # -1 is behind all
-            count = int(np.flatnonzero(present[:-1])[-1]) + 1 if present[:-1].any() else 0
-            if not present[:count].all():
-                hole = int(np.flatnonzero(~present[:count])[0])
-                raise ValueError(
-                    f"regions: expected voxels of every region in [0, {count}), but sample {b} has "
-                    f"none of region {hole}"
-                )
-
-    def reduce(self, whole: bool = True) -> Statistics:
-        """The sums; not ``whole``: of a chunk, which may lack regions."""
-        if self.device is not None:
-            return self.device.reduce(self.loss, self.request, self.arrays)
-        statistics = self._reduce()
-        if whole and self.arrays.regions is not None:
-            self._check_holes(statistics.voxels)
-        return statistics
-
-    def _reduce(self) -> Statistics:
-        assert self.backend is not None
-        request, arrays = self.request, self.arrays
-        classes, batch = arrays.logits.shape[1], arrays.logits.shape[0] * arrays.rows
-        regions = 0 if arrays.regions is None else arrays.rows
-        voxels = np.empty(batch)
-        term = self.loss.ranking
-        if term is None:
-            sums = np.empty((len(request.sums), batch, classes))
-            self.backend.reduce(request, arrays, sums, voxels)
-            return Statistics(request, sums, voxels, arrays.value_dtype, None, regions)
-        assert term.ranking is not None
-        # The field is made of the map that the pass over the other sums writes.
-        others = make_request(
-            request.activation, request.dense, request.ignore_index, request.needs - {term.ranking}
-        )
-        losses = np.empty(
-            (arrays.target.shape[0], prod(arrays.target.shape[1:])), arrays.value_dtype
-        )
-        found = np.empty((len(others.sums), batch, classes))
-        voxel_map = Map("voxel", losses, term.ranks_by(others, classes))
-        self.backend.reduce(others, arrays, found, voxels, voxel_map)
-        sums = np.zeros((len(request.sums), batch, classes))
-        sums[[request.index[total] for total in others.sums]] = found
-        total = term.choose(losses)
-        if sums.size:
-            sums[request.index[term.ranking], 0, 0] = total
-        field = Field(losses.reshape(arrays.target.shape), arrays.value_dtype.name, "voxel")
-        known = dict(zip(others.fields, arrays.fields, strict=True))
-        known[term.ranking.field] = field
-        self._whole = replace(arrays, fields=tuple(known[name] for name in request.fields))
-        return Statistics(request, sums, voxels, arrays.value_dtype, None, regions)
-
-    def forward(self) -> tuple[Any, Callable[[Any], Any]]:
-        """The value of these arrays, and from its upstream gradient what `apply` takes."""
-        return self._map() if self.loss.maps_voxels else self.combine(self.reduce())
-
-    def upstream(self, gradient: Any) -> Any:
-        """The upstream gradient, as the pullback takes it."""
-        return gradient if self.loss.maps_voxels else self.adapter.upstream(gradient)
-
-    def _map(self) -> tuple[Any, Callable[[Any], PerVoxel]]:
-        """The loss of every voxel."""
-        loss, request, arrays = self.loss, self.request, self.arrays
-        batch, classes, *spatial = arrays.logits.shape
-        coefficients = self._map_coefficients()
-        by_class = request.activation == "sigmoid"
-        shape = (batch, *[classes] * by_class, *spatial)
-        flat = (*shape[: 1 + by_class], prod(spatial))
-        out = self._new(flat, arrays.value_dtype)
-        view = out if self.device is None else borrow(out, "out").array
-        voxel_map = Map("class" if by_class else "voxel", view, coefficients)
-        if self.device is not None:
-            self.device.write_map(request, arrays, voxel_map, loss.validate)
-        else:
-            assert self.backend is not None
-            self.backend.write_map(request, arrays, voxel_map)
-        value = out.reshape(shape)
-        if by_class and loss.channel_axis != 1:
-            move = getattr(value, "movedim", None)  # a tensor's, which NumPy does not know
-            axis = loss.channel_axis
-            value = move(1, axis) if move is not None else np.moveaxis(value, 1, axis)
-        pull = partial(_pull_map, tuple(value.shape), coefficients, self._place)
-        return value, pull
-
-    def pull_map(self, upstream: Any) -> PerVoxel:
-        """For `apply`, of a loss of every voxel."""
-        return _pull_map(tuple(upstream.shape), self._map_coefficients(), self._place, upstream)
-
-    def _map_coefficients(self) -> np.ndarray:
-        loss = self.loss if self.device is None else self.device.with_numbers(self.loss)
-        return loss.map_coefficients(self.request, self.arrays.logits.shape[1])
-
-    @property
-    def _place(self) -> Place | None:
-        return None if self.device is None else self.device.place
-
-    @property
-    def rows(self) -> int:
-        """The number of rows of the statistics."""
-        return int(self.arrays.logits.shape[0] * self.arrays.rows)
-
-    def _new(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        """A new array in C order, where the logits are."""
-        if self.device is None:
-            return np.empty(shape, dtype)
-        return self.device.place.empty(shape, dtype.name)
-
-    def _apply_per_voxel(self, by: PerVoxel, out: np.ndarray) -> None:
-        """The gradient of the loss of every voxel: the upstream gradient is one more field."""
-        loss, arrays = self.loss, self.arrays
-        upstream = by.upstream.array
-        by_class = self.request.activation == "sigmoid"
-        if by_class and loss.channel_axis != 1:
-            upstream = channels_second(upstream, loss.channel_axis, "upstream")
-        whole = self.request
-        weighted = {s: s._replace(field=UPSTREAM) for s in whole.sums}
-        request = make_request(
-            whole.activation, whole.dense, whole.ignore_index, frozenset(weighted.values())
-        )
-        rows, classes = arrays.logits.shape[0] * arrays.rows, arrays.logits.shape[1]
-        coefficients = np.zeros((len(request.sums), rows, classes))
-        for s, k in zip(whole.sums, by.coefficients, strict=True):
-            coefficients[request.index[weighted[s]]] = k
-        field = Field(upstream, by.upstream.dtype, "class" if by_class else "voxel")
-        arrays = replace(arrays, fields=(field,))
-        if self.device is not None:
-            self.device.apply_sums(request, arrays, coefficients, out)
-            return
-        assert self.backend is not None
-        self.backend.apply(request, arrays, coefficients, out)
-
-    def combine(self, statistics: Statistics) -> tuple[Any, Callable[[Any], Any]]:
-        """The value, and from its upstream gradient what `apply` takes."""
-        if self.device is not None:
-            return self.device.combine(self.loss, statistics)
-        return self.loss.combine(statistics)
-
-    def output(self, out: Any) -> tuple[Any, Borrowed]:
-        """The array that takes the gradient, as the caller sees it, and its view."""
-        if out is None:
-            return self.adapter.empty_like(self.caller_logits, self.logits)
-        return out, self.borrow_output(out, write=True)
-
-    def borrow_output(self, out: Any, *, write: bool = False) -> Borrowed:
-        """The view of an array that can take the gradient."""
-        view = borrow(out, "out", write=write)
-        if self.device is not None or view.place is not None:
-            _on_device(self.logits, None, None, view)
-        self.check_output(view)
-        return view
-
-    def gradient_view(self, out: Borrowed) -> np.ndarray:
-        """The gradient's array with the channel axis where kernels look for it."""
-        axis = self.loss.channel_axis
-        return out.array if axis == 1 else channels_second(out.array, axis, "out")
-
-    def check_output(self, view: Borrowed) -> None:
-        """Raise ValueError or TypeError if the gradient cannot be written here."""
-        others = [("target", self.target)]
-        if self.voxel_weight is not None:
-            others.append(("voxel_weight", self.voxel_weight))
-        others += self.more.items()
-        check_out(view, self.logits, others)
-
-    def apply(self, coefficients: Any, out: Borrowed) -> None:
-        """Write the gradient, given what `combine` returns for the upstream gradient."""
-        view = self.gradient_view(out)
-        if isinstance(coefficients, PerVoxel):
-            self._apply_per_voxel(coefficients, view)
-            return
-        if self.device is not None:
-            self.device.apply(self.loss, self.request, self.arrays, coefficients, view)
-            return
-        if self.loss.ranking is not None and self._whole is None:
-            self._reduce()  # in another call than the first
-        assert self.backend is not None
-        self.backend.apply(self.request, self._whole or self.arrays, coefficients, view)
-
-
 def _times(weight: Any, value: Any) -> Any:
     """weight · value; of a weight of 0 and an infinite value NaN, without a warning."""
     if not isinstance(weight, float) or weight:
         return value if isinstance(weight, float) and weight == 1.0 else weight * value
     with np.errstate(invalid="ignore"):
         return weight * value
-
-
-def _on_device(logits: Borrowed, *others: Borrowed | None, **more: Borrowed) -> DevicePasses:
-    """For arrays on a GPU. ValueError, naming the argument, if they do not all lie there."""
-    from fastloss.backends.cuda.backend import DevicePasses, check_places
-
-    check_places(logits, *others, **more)
-    assert logits.place is not None
-    return DevicePasses(logits.place)
 
 
 def _is_per_voxel(terms: list[Term]) -> bool:
@@ -951,3 +914,6 @@ def _reduce_to(upstream: Any, shape: tuple[int, ...], own: tuple[int, ...]) -> A
     axes = tuple(range(len(shape) - len(own)))
     axes += tuple(i + len(axes) for i, n in enumerate(own) if n == 1 and shape[i + len(axes)] != 1)
     return upstream.sum(axis=axes, keepdims=True).reshape(own)
+
+
+register(Loss, Term)

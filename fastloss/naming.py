@@ -5,23 +5,37 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from fastloss.frameworks.base import as_loss
-from fastloss.loss import Loss
-from fastloss.structure import placeholders
-from fastloss.terms.base import Term
+from fastloss.protocol import FusedLoss, LossLike, as_loss
+from fastloss.structure import Recipe, placeholders
 from fastloss.tracing import constant
 
-if TYPE_CHECKING:
-    from fastloss.frameworks.base import LossLike
-
-_losses: dict[str, Loss] = {}
-_foreign: dict[str, Term] = {}
+_Loss: Any = None
+_Term: Any = None
+_losses: dict[str, FusedLoss] = {}
+_foreign: dict[str, Any] = {}
 """Terms that only this process can name, by their identities. They are held for as long as it
 runs, as the graphs that name them may run at any time."""
+
+
+def register(loss: type, term: type) -> None:
+    """Tell the classes from which losses are made, which import this module."""
+    global _Loss, _Term
+    _Loss, _Term = loss, term
+
+
+def made(*arguments: Any) -> Any:
+    """The loss of some options and recipes, which is made once."""
+    return _made(*arguments)
+
+
+@lru_cache(maxsize=256)
+def _made(options: tuple[tuple[str, Any], ...], *recipes: Recipe) -> Any:
+    terms = [r.factor * r.kind(**dict(r.options), **dict(r.numbers)) for r in recipes]
+    return _Loss(*terms, **dict(options))
 
 
 @constant
@@ -29,17 +43,17 @@ def structure_of(loss: LossLike) -> str:
     """The `fastloss.Loss.structure` of what a function makes."""
     made = as_loss(loss)
     keep(made)
-    return made.structure
+    return str(made.structure)
 
 
-def keep(loss: Loss) -> None:
+def keep(loss: Any) -> None:
     """Hold what the structure of a loss names by an identity alone."""
     for _, term in loss.terms:
         if term.described.identity:
             _foreign.setdefault(term.described.identity, term)
 
 
-def loss_of(structure: str, numbers: np.ndarray | None = None) -> Loss:
+def loss_of(structure: str, numbers: np.ndarray | None = None) -> FusedLoss:
     """A loss of this structure, with these numbers: its operands one after another.
 
     Raises:
@@ -55,13 +69,13 @@ def loss_of(structure: str, numbers: np.ndarray | None = None) -> Loss:
     return _of_numbers(structure, flat)
 
 
-def _of_structure(structure: str) -> Loss:
+def _of_structure(structure: str) -> FusedLoss:
     loss = _losses.get(structure)
     if loss is None:
         try:
             parts = json.loads(structure)
             terms = [_term(*name) for name in parts["terms"]]
-            loss = Loss(*terms, **parts["options"])
+            loss = _Loss(*terms, **parts["options"])
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"loss: {structure!r} names no loss: {error}") from error
         _losses[structure] = loss
@@ -69,16 +83,16 @@ def _of_structure(structure: str) -> Loss:
 
 
 @lru_cache(maxsize=256)
-def _of_numbers(structure: str, numbers: bytes) -> Loss:
+def _of_numbers(structure: str, numbers: bytes) -> FusedLoss:
     return _with_numbers(_of_structure(structure), numbers)
 
 
-def _with_numbers(loss: Loss, numbers: bytes) -> Loss:
+def _with_numbers(loss: FusedLoss, numbers: bytes) -> FusedLoss:
     flat = np.frombuffer(numbers)
     return loss.with_operands(split(loss, flat, flat.size))
 
 
-def split(loss: Loss, flat: Any, count: int) -> list[Any]:
+def split(loss: FusedLoss, flat: Any, count: int) -> list[Any]:
     """The numbers of a loss, one after another, as its operands."""
     sizes = [len(operand) for operand in loss.operands]
     if count != sum(sizes):
@@ -87,7 +101,7 @@ def split(loss: Loss, flat: Any, count: int) -> list[Any]:
     return [flat[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
 
-def _term(name: str, options: dict[str, Any] | str, shapes: dict[str, int | None]) -> Term:
+def _term(name: str, options: dict[str, Any] | str, shapes: dict[str, int | None]) -> Any:
     module, _, qualified = name.partition(":")
     if isinstance(options, str):
         if options not in _foreign:
@@ -100,6 +114,6 @@ def _term(name: str, options: dict[str, Any] | str, shapes: dict[str, int | None
     for part in qualified.split("."):
         kind = getattr(kind, part)
     # A file that was exported elsewhere names terms, and may not name anything else to be called.
-    if not (isinstance(kind, type) and issubclass(kind, Term)):
+    if not (isinstance(kind, type) and issubclass(kind, _Term)):
         raise TypeError(f"{name} is no term")
     return kind(**options, **placeholders(shapes))

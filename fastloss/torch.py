@@ -44,11 +44,13 @@ import fastloss
 from fastloss.borrowed import Extras
 from fastloss.dropin import Scheduled, times
 from fastloss.frameworks.torch import operators as torch_operators  # noqa: F401  registers what exported graphs call
-from fastloss.frameworks.torch.adapter import ADAPTER, bytes_of, is_traced, refuse_gradient
+from fastloss.frameworks.torch.adapter import ADAPTER
 from fastloss.frameworks.torch.distributed import ranks
+from fastloss.frameworks.torch.tensors import bytes_of, is_traced, refuse_gradient
 from fastloss.functional import dice_ce, dice_focal
+from fastloss.loss import Term
+from fastloss.options import check_class_weight
 from fastloss.structure import options_of
-from fastloss.terms.base import Term, check_class_weight
 
 __all__ = [
     "CrossEntropy",

@@ -117,9 +117,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def install_for_torch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Take PyTorch's tensors in CPU memory for tensors on a device."""
-    from fastloss.frameworks.torch import adapter
+    from fastloss.frameworks.torch import adapter, tensors
 
-    class TensorPlace(adapter.TorchPlace):
+    class TensorPlace(tensors.TorchPlace):
         stream = 7
 
         def __init__(self) -> None:
@@ -127,13 +127,14 @@ def install_for_torch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
             self.device, self.ordinal = torch.device("cpu"), 0
 
-    borrow = adapter.TorchAdapter.borrow
+    borrow = tensors.TensorAdapter.borrow
 
     def borrow_on_device(self: Any, array: Any, name: str, *, write: bool = False) -> Borrowed:
         return borrow(self, array, name, write=write)._replace(place=TensorPlace())
 
-    monkeypatch.setattr(adapter.TorchAdapter, "borrow", borrow_on_device)
-    monkeypatch.setattr(adapter, "_is_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(tensors.TensorAdapter, "borrow", borrow_on_device)
+    for module in (adapter, tensors):
+        monkeypatch.setattr(module, "is_on_gpu", lambda tensor: True)
     # What autograd hands on stays on a device.
-    monkeypatch.setattr(adapter.TorchAdapter, "upstream", lambda self, gradient: gradient)
+    monkeypatch.setattr(tensors.TensorAdapter, "upstream", lambda self, gradient: gradient)
     return install(monkeypatch)

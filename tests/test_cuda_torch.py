@@ -226,7 +226,7 @@ def losses_with_weights() -> dict[str, Any]:
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Notes what waits for a device to hand out numbers."""
-    from fastloss.frameworks.torch import adapter
+    from fastloss.frameworks.torch import tensors as on_device
 
     calls: list[str] = []
 
@@ -241,7 +241,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in ("item", "tolist", "cpu", "__bool__", "__float__"):
         watch(torch.Tensor, name)
-    watch(adapter.TorchPlace, "numpy")
+    watch(on_device.TorchPlace, "numpy")
     return calls
 
 

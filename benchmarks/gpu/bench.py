@@ -35,8 +35,9 @@ from clock import Clock  # noqa: E402
 from report import GpuReport, other_figures, render  # noqa: E402
 
 from fastloss.bench.arguments import results_file, subset  # noqa: E402
+from fastloss.bench.call import Call  # noqa: E402
 from fastloss.bench.errors import Unavailable, reason  # noqa: E402
-from fastloss.bench.implementations import TITLES, Call, make_call  # noqa: E402
+from fastloss.bench.implementations import TITLES, make_call  # noqa: E402
 from fastloss.bench.inputs import Case, Spec, device_case  # noqa: E402
 from fastloss.bench.machine import machine, threads  # noqa: E402
 from fastloss.bench.nnunet_peer import nnunet_source  # noqa: E402

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 
 import fastloss as fl
 from fastloss.backends import BACKENDS, REMEDIES, load_backend
+from fastloss.bench.call import Call
 from fastloss.bench.errors import Unavailable
 from fastloss.bench.inputs import Case
 from fastloss.bench.losses import make_loss
@@ -31,33 +31,6 @@ TITLES = {
     "nnunet-compile": "nnU-Net, compiled",
     "jax": "JAX, jit",
 }
-
-
-class Call:
-    """An implementation with its inputs in the form that it wants them, on their device."""
-
-    def forward(self) -> object:
-        """Compute the value alone."""
-        raise NotImplementedError
-
-    def forward_backward(self) -> object:
-        """Compute value and gradient, as a training loop would."""
-        raise NotImplementedError
-
-    def reset(self) -> None:
-        """Drop what the last call left behind; not timed."""
-
-    def active(self) -> AbstractContextManager[None]:
-        """Surrounds the calls; not timed."""
-        raise NotImplementedError
-
-    def result(self) -> tuple[float, Any]:
-        """Value and gradient: an array or a tensor as the case has, in any floating dtype."""
-        raise NotImplementedError
-
-    def with_new_gradient(self) -> object:
-        """As `forward_backward`, where the gradient is a new array."""
-        return self.forward_backward()
 
 
 class FastlossCall(Call):

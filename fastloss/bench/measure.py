@@ -10,7 +10,7 @@ from statistics import median
 from time import perf_counter, sleep
 from typing import TypeVar
 
-from fastloss.bench.implementations import Call
+from fastloss.bench.call import Call
 
 K = TypeVar("K", bound=Hashable)
 

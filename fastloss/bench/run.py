@@ -12,14 +12,9 @@ from fastloss.backends import BACKENDS
 from fastloss.bench import report, table
 from fastloss.bench.apart import peak_memory, saved
 from fastloss.bench.bandwidth import Bandwidth
+from fastloss.bench.call import Call
 from fastloss.bench.errors import Unavailable, reason
-from fastloss.bench.implementations import (
-    FRAMEWORKS,
-    TITLES,
-    Call,
-    backends_that_run,
-    make_call,
-)
+from fastloss.bench.implementations import FRAMEWORKS, TITLES, backends_that_run, make_call
 from fastloss.bench.inputs import Case, make_case, size_text
 from fastloss.bench.machine import available_memory, machine, machine_text
 from fastloss.bench.machine import threads as count_threads

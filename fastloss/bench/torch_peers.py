@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fastloss.bench.call import Call
 from fastloss.bench.errors import Unavailable
-from fastloss.bench.implementations import Call
 from fastloss.bench.inputs import Case
 from fastloss.bench.losses import GAMMA, SMOOTH, TVERSKY_ALPHA, TVERSKY_BETA, make_loss
 from fastloss.bench.nnunet_peer import nnunet

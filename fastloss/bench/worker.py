@@ -12,7 +12,8 @@ from statistics import median
 from typing import Any
 
 import fastloss
-from fastloss.bench.implementations import Call, make_call
+from fastloss.bench.call import Call
+from fastloss.bench.implementations import make_call
 from fastloss.bench.inputs import Case, load_case
 from fastloss.bench.measure import forward_backward
 from fastloss.frameworks.memory import forget

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastloss.borrowed import Borrowed, Extras, Kind
 from fastloss.frameworks.memory import empty_like
+from fastloss.protocol import FusedLoss, LossLike, as_loss
+from fastloss.structure import Recipe
 
 if TYPE_CHECKING:
-    from fastloss.loss import Loss
-    from fastloss.structure import Recipe
-    from fastloss.terms import Term
-
-    LossLike: TypeAlias = Loss | Term | partial[Loss]
-    """A loss, a term, which is one alone, or a function that makes one."""
+    from fastloss.backends.cuda.prepared import Prepared
 
 
 class Adapter:
@@ -64,6 +60,17 @@ class Adapter:
         """
         return None
 
+    def prepared(
+        self, loss: FusedLoss, logits: Any, target: Any, voxel_weight: Any
+    ) -> tuple[Prepared, tuple[int, ...]] | None:
+        """The launch plan of such a call on a GPU and the addresses of these arrays; or None."""
+        kind = self.kind(logits, "logits")
+        if kind is None:
+            return None
+        from fastloss.backends.cuda.prepared import find
+
+        return find(loss, self, kind, logits, target, voxel_weight)
+
     def like(self, array: Any) -> Any:
         """The new array of `empty_like`, for one that has a `kind`."""
         raise NotImplementedError(f"{type(self).__name__} must define like")
@@ -97,7 +104,7 @@ class Adapter:
         between.
         """
         loss = as_loss(loss)
-        ready = loss.prepared(self, logits, target, voxel_weight) if extras is None else None
+        ready = self.prepared(loss, logits, target, voxel_weight) if extras is None else None
         if ready is not None:
             call, addresses = ready
             return call.value(loss, addresses)[0]
@@ -119,10 +126,3 @@ class Adapter:
     ) -> Any:
         """As `value`, of a loss that is not made yet, if the adapter `takes_numbers`."""
         raise NotImplementedError(f"{type(self).__name__} must define evaluate")
-
-
-def as_loss(loss: LossLike) -> Loss:
-    """The loss itself, the one that a term is, or the one that a function makes."""
-    if type(loss) is partial:
-        return loss()
-    return getattr(loss, "_loss", loss)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastloss.borrowed import Borrowed, Kind, Place, device_view
 from fastloss.frameworks.base import Adapter
-from fastloss.frameworks.dlpack import device_of, export, view_of
+from fastloss.frameworks.capsules import device_of, export, view_of
 
 _LEGACY_STREAM = 1  # what DLPack calls the default stream, whose address is 0
 

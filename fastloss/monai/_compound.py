@@ -20,7 +20,7 @@ from fastloss.dropin import (
     recipe,
     times,
 )
-from fastloss.frameworks.torch.adapter import refuse_gradient
+from fastloss.frameworks.torch.tensors import refuse_gradient
 from fastloss.monai._focal import FocalLoss
 from fastloss.monai._fused import fuse
 from fastloss.monai._inputs import (

@@ -7,16 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from fastloss.loss import Derivatives, Pullback, Term
+from fastloss.options import check_choice, check_class_weight, check_number
 from fastloss.statistics import Statistics
 from fastloss.sums import NAMED
-from fastloss.terms.base import (
-    Derivatives,
-    Pullback,
-    Term,
-    check_choice,
-    check_class_weight,
-    check_number,
-)
 from fastloss.terms.distribution import VoxelwiseTerm, inverse
 from fastloss.terms.region import RegionTerm
 

@@ -19,7 +19,7 @@ from fastloss.dropin import (
     numbers_of,
     recipe,
 )
-from fastloss.frameworks.torch.adapter import refuse_gradient
+from fastloss.frameworks.torch.tensors import refuse_gradient
 from fastloss.terms import CrossEntropy, TopKCrossEntropy
 
 

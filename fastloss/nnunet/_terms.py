@@ -8,8 +8,9 @@ import numpy as np
 import torch.distributed as dist
 
 from fastloss.frameworks.torch.distributed import WORLD, Ranks
+from fastloss.loss import Derivatives, Pullback
+from fastloss.options import check_class_count, check_class_weight
 from fastloss.statistics import Statistics
-from fastloss.terms.base import Derivatives, Pullback, check_class_count, check_class_weight
 from fastloss.terms.distribution import VoxelwiseTerm
 from fastloss.terms.region import RegionTerm
 

@@ -1,6 +1,6 @@
 """What each loss means, on sums over voxels."""
 
-from fastloss.terms.base import Term
+from fastloss.loss import Term
 from fastloss.terms.distribution import CrossEntropy, Focal, TopKCrossEntropy, VoxelwiseTerm
 from fastloss.terms.linear import (
     Brier,

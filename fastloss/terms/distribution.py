@@ -7,19 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from fastloss.request import Request
-from fastloss.statistics import Statistics
-from fastloss.sums import CROSS_ENTROPY, Sum
-from fastloss.terms.base import (
+from fastloss.loss import Derivatives, Pullback, Term
+from fastloss.options import (
     REDUCTIONS,
-    Derivatives,
-    Pullback,
-    Term,
     check_choice,
     check_class_count,
     check_class_weight,
     check_number,
 )
+from fastloss.request import Request
+from fastloss.statistics import Statistics
+from fastloss.sums import CROSS_ENTROPY, Sum
 
 VOXEL_REDUCTIONS = (*REDUCTIONS, "voxel")
 

@@ -6,14 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from fastloss.options import check_choice, check_class_count, check_class_weight, check_number
 from fastloss.statistics import Statistics
 from fastloss.sums import Sum
-from fastloss.terms.base import (
-    check_choice,
-    check_class_count,
-    check_class_weight,
-    check_number,
-)
 from fastloss.terms.distribution import VOXEL_REDUCTIONS, VoxelwiseTerm
 
 

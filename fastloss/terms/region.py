@@ -6,17 +6,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastloss.statistics import Statistics
-from fastloss.terms.base import (
+from fastloss.loss import Derivatives, Pullback, Term
+from fastloss.options import (
     REDUCTIONS,
-    Derivatives,
-    Pullback,
-    Term,
     check_choice,
     check_class_count,
     check_class_weight,
     check_number,
 )
+from fastloss.statistics import Statistics
 
 _SIZES = ("predicted", "reference")
 _SQUARED = ("predicted_squared", "reference_squared")

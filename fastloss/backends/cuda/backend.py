@@ -28,6 +28,7 @@ from fastloss.backends.cuda.top_k import keep_largest
 from fastloss.backends.reference import check_targets
 from fastloss.borrowed import byte_bounds, device_view
 from fastloss.maps import Map
+from fastloss.protocol import FusedLoss
 from fastloss.request import Request
 from fastloss.statistics import Statistics
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fastloss.borrowed import Borrowed, Place
-    from fastloss.loss import Loss
 
 _LOG = logging.getLogger("fastloss")
 _OPTIONS = ("-std=c++17", "--fmad=true")
@@ -183,7 +183,7 @@ class DevicePasses:
         self.device: engine.Device = CudaDevice(place) if device is None else device
         self._ranked: Field | None = None
 
-    def reduce(self, loss: Loss, request: Request, arrays: Arrays) -> Statistics:
+    def reduce(self, loss: FusedLoss, request: Request, arrays: Arrays) -> Statistics:
         batch, classes = arrays.logits.shape[:2]
         rows = batch * arrays.rows
         sums = self.place.empty((len(request.sums), rows, classes), "float64")
@@ -197,7 +197,7 @@ class DevicePasses:
         return Statistics(request, sums, voxels, arrays.value_dtype, None, regions)
 
     def reduce_to(
-        self, loss: Loss, request: Request, arrays: Arrays, sums: int, voxels: int
+        self, loss: FusedLoss, request: Request, arrays: Arrays, sums: int, voxels: int
     ) -> None:
         term = loss.ranking
         if term is None:
@@ -233,7 +233,7 @@ class DevicePasses:
             self._check(request, arrays)
         engine.write_map(self.device, request, arrays, voxel_map)
 
-    def _weights_of(self, loss: Loss, term: Any, classes: int) -> Callable[[int], None] | None:
+    def _weights_of(self, loss: FusedLoss, term: Any, classes: int) -> Callable[[int], None] | None:
         """What writes a ranking term's class weights there, if they lie on the device."""
         array = loss.given_to(term, "weight")
         if array is None:
@@ -246,7 +246,7 @@ class DevicePasses:
 
         return overwrite
 
-    def with_numbers(self, loss: Loss) -> Loss:
+    def with_numbers(self, loss: FusedLoss) -> FusedLoss:
         """The loss with the numbers that it has on the device, once all that is queued is done."""
         if not loss.given:
             return loss
@@ -256,7 +256,7 @@ class DevicePasses:
         ]
         return loss.with_operands(numbers)
 
-    def _check_numbers(self, loss: Loss, classes: int) -> None:
+    def _check_numbers(self, loss: FusedLoss, classes: int) -> None:
         """Raise ValueError for class weights in the memory of the device that are none."""
         if loss.given:
             for _, term in self.with_numbers(loss).terms:
@@ -312,7 +312,7 @@ class DevicePasses:
         return copied
 
     def combine(
-        self, loss: Loss, statistics: Statistics
+        self, loss: FusedLoss, statistics: Statistics
     ) -> tuple[Any, Callable[[Any], DeviceCoefficients]]:
         """The value, on the device, and from its upstream gradient the derivative by every sum."""
         shape = slots, batch, classes = tuple(statistics.sums.shape)
@@ -366,7 +366,7 @@ class DevicePasses:
 
         return value, pullback
 
-    def _joined(self, loss: Loss, statistics: Statistics) -> Any:
+    def _joined(self, loss: FusedLoss, statistics: Statistics) -> Any:
         """(S · C + 1): the sums over all ranks, for the terms that ask for them."""
         terms = [term for _, term in loss.terms if term.joins_ranks]
         if not terms:
@@ -379,7 +379,7 @@ class DevicePasses:
 
     def apply(
         self,
-        loss: Loss,
+        loss: FusedLoss,
         request: Request,
         arrays: Arrays,
         coefficients: DeviceCoefficients,
@@ -438,7 +438,7 @@ _MOST_PROGRAMS = 1024
 
 
 def program_of(
-    loss: Loss,
+    loss: FusedLoss,
     request: Request,
     shape: tuple[int, int, int],
     dtype: np.dtype,

@@ -9,10 +9,10 @@ import numpy as np
 
 from fastloss.backends.cuda.engine import Device, Memory
 from fastloss.backends.cuda.source import source
+from fastloss.protocol import FusedLoss
 
 if TYPE_CHECKING:
     from fastloss.borrowed import Place
-    from fastloss.loss import Loss
 
 MOST = 384
 """How many numbers a launch takes along: 3 of the 4 KiB that its arguments may have."""
@@ -53,7 +53,7 @@ class Operands(NamedTuple):
     kept: Any
 
 
-def operands_of(loss: Loss, place: Place) -> Operands:
+def operands_of(loss: FusedLoss, place: Place) -> Operands:
     """The numbers of a loss, where they are now."""
     layout: list[str | bytes] = []
     host: list[bytes] = []
@@ -76,7 +76,7 @@ def operands_of(loss: Loss, place: Place) -> Operands:
     return Operands(tuple(layout), b"".join(host), tuple(addresses), kept)
 
 
-def recorded_of(loss: Loss) -> list[bool]:
+def recorded_of(loss: FusedLoss) -> list[bool]:
     """Per operand of a loss, whether its formulas take an array that records what is done."""
     found = [True]
     for _, term in loss.terms:

@@ -17,13 +17,12 @@ from fastloss.backends.cuda import engine
 from fastloss.backends.cuda.call import NO_TYPE, TYPES, Work
 from fastloss.backends.cuda.operands import operands_of
 from fastloss.borrowed import byte_bounds
+from fastloss.protocol import FusedLoss, GpuAdapter
 
 if TYPE_CHECKING:
     from fastloss.backends.cuda.call import Plan
     from fastloss.backends.cuda.combine.program import Program
     from fastloss.borrowed import Kind
-    from fastloss.frameworks.base import Adapter
-    from fastloss.loss import Loss
 
 _MOST_KINDS = 256
 _MOST_LOSSES = 256
@@ -42,7 +41,7 @@ class Kept(NamedTuple):
 class Prepared:
     """Calls of losses that differ in numbers alone, with arrays of one kind."""
 
-    def __init__(self, loss: Loss, logits: Any, target: Any, voxel_weight: Any) -> None:
+    def __init__(self, loss: FusedLoss, logits: Any, target: Any, voxel_weight: Any) -> None:
         passes = loss.passes(logits, target, voxel_weight)  # raises what there is to raise
         request, arrays = passes.request, passes.arrays
         assert passes.logits.place is not None
@@ -82,7 +81,7 @@ class Prepared:
     def _device(self) -> engine.Device:
         return cuda.CudaDevice(self.place)
 
-    def value(self, loss: Loss, at: tuple[int, ...]) -> tuple[Any, Kept]:
+    def value(self, loss: FusedLoss, at: tuple[int, ...]) -> tuple[Any, Kept]:
         """Queue the reduce pass and the step behind it, of arrays at these addresses.
 
         Of the ``loss`` the numbers may be others than before.
@@ -115,8 +114,8 @@ class Prepared:
 
     def takes(
         self,
-        loss: Loss,
-        adapter: Adapter,
+        loss: FusedLoss,
+        adapter: GpuAdapter,
         arrays: tuple[Any, Any, Any],
         at: tuple[int, ...],
         out: Any,
@@ -146,8 +145,8 @@ class Prepared:
 
     def gradient(
         self,
-        loss: Loss,
-        adapter: Adapter,
+        loss: FusedLoss,
+        adapter: GpuAdapter,
         arrays: tuple[Any, Any, Any],
         at: tuple[int, ...],
         kept: Kept,
@@ -189,7 +188,12 @@ class Prepared:
         return new
 
     def _plan_apply(
-        self, loss: Loss, adapter: Adapter, arrays: tuple[Any, Any, Any], new: Any, upstream: int
+        self,
+        loss: FusedLoss,
+        adapter: GpuAdapter,
+        arrays: tuple[Any, Any, Any],
+        new: Any,
+        upstream: int,
     ) -> tuple[Plan, Any]:
         passes = loss.passes(*arrays)
         view = passes.gradient_view(adapter.borrow(new, "out"))
@@ -221,7 +225,7 @@ def _span(view: np.ndarray) -> tuple[int, int]:
 
 
 def find(
-    loss: Loss, adapter: Adapter, kind: Kind, logits: Any, target: Any, voxel_weight: Any
+    loss: FusedLoss, adapter: GpuAdapter, kind: Kind, logits: Any, target: Any, voxel_weight: Any
 ) -> tuple[Prepared, tuple[int, ...]] | None:
     """What is kept of calls like this one, and the addresses of its arrays; None: the long way.
 

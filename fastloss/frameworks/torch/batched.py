@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.frameworks.torch.adapter import no_second_derivative
+from fastloss.frameworks.torch.tensors import no_second_derivative
 
 Function = Callable[[Tensor], Tensor]
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from fastloss.loss import Loss
+    from fastloss.protocol import FusedLoss
     from fastloss.statistics import Statistics
 
 SHARDS = ("batch", "volume")
@@ -28,7 +28,7 @@ class Ranks(NamedTuple):
     shard: str
     """"batch": each rank holds other samples. "volume": each holds parts of the same samples."""
 
-    def join(self, loss: Loss, statistics: Statistics) -> tuple[Statistics, int]:
+    def join(self, loss: FusedLoss, statistics: Statistics) -> tuple[Statistics, int]:
         """The sums over all ranks, and the place of this rank's first sample among them."""
         loss.check_additive("process_group")
         on_device = isinstance(statistics.sums, torch.Tensor)

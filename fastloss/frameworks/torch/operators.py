@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from fastloss.borrowed import Extras
-from fastloss.frameworks.torch.adapter import ADAPTER, is_batched
 from fastloss.frameworks.torch.batched import each
 from fastloss.frameworks.torch.distributed import Ranks
-from fastloss.loss import Loss
+from fastloss.frameworks.torch.tensors import TENSORS, is_batched
 from fastloss.naming import loss_of, split
+from fastloss.protocol import FusedLoss
 from fastloss.request import make_request
 from fastloss.statistics import Statistics
 
@@ -92,7 +92,7 @@ def _extras(
     return Extras(named, regions, count if regions is not None else None)
 
 
-def _loss_of(structure: str, numbers: torch.Tensor, logits: torch.Tensor) -> Loss:
+def _loss_of(structure: str, numbers: torch.Tensor, logits: torch.Tensor) -> FusedLoss:
     if numbers.is_cpu:
         return loss_of(structure, numbers.numpy())
     if logits.is_cpu:
@@ -100,7 +100,7 @@ def _loss_of(structure: str, numbers: torch.Tensor, logits: torch.Tensor) -> Los
     return on_device(structure, numbers)
 
 
-def on_device(structure: str, numbers: torch.Tensor) -> Loss:
+def on_device(structure: str, numbers: torch.Tensor) -> FusedLoss:
     """The loss whose numbers lie on a device."""
     loss = loss_of(structure)
     return loss.with_given(split(loss, numbers, numbers.numel()))
@@ -126,14 +126,14 @@ def _loss(
         logits, target, voxel_weight, _extras(fields, names, regions, region_count)
     )
     if loss.maps_voxels:
-        value = ADAPTER.result(passes.forward()[0])
+        value = TENSORS.result(passes.forward()[0])
         return value, logits.new_empty((0,)), logits.new_empty((0,))
     statistics = passes.reduce(whole=not group)
     if group:
         _check_ranks(loss, shard, regions)
         statistics, _ = Ranks(group, shard).join(loss, statistics)
-    value = ADAPTER.result(passes.combine(statistics)[0])
-    sums, voxels = ADAPTER.result(statistics.sums), ADAPTER.result(statistics.voxels)
+    value = TENSORS.result(passes.combine(statistics)[0])
+    sums, voxels = TENSORS.result(statistics.sums), TENSORS.result(statistics.voxels)
     if group and not len(logits) and not loss.sums_over_batch:
         if value.ndim:
             raise RuntimeError(
@@ -180,7 +180,7 @@ def _gradient(
         statistics = Statistics(
             passes.request, _plain(sums), _plain(voxels), dtype, None, region_count
         )
-        coefficients = passes.combine(statistics)[1](ADAPTER.upstream(upstream))
+        coefficients = passes.combine(statistics)[1](TENSORS.upstream(upstream))
     if group:
         coefficients = Ranks(group, shard).own(coefficients, 0, passes.rows)
     gradient, view = passes.output(None)
@@ -210,7 +210,7 @@ def _plain(sums: torch.Tensor) -> Any:
     return sums if sums.is_cuda else sums.numpy()
 
 
-def _check_ranks(loss: Loss, shard: str, regions: torch.Tensor | None) -> None:
+def _check_ranks(loss: FusedLoss, shard: str, regions: torch.Tensor | None) -> None:
     if regions is not None:
         raise RuntimeError(
             "regions: under torch.compile those of several ranks cannot be joined; compile the "
@@ -269,7 +269,7 @@ def _fake_plain_loss(logits: Any, target: Any, voxel_weight: Any, numbers: Any, 
     return _fake_loss(logits, target, voxel_weight, numbers, [], None, 0, "", *names)
 
 
-def _count_of_sums(loss: Loss) -> int:
+def _count_of_sums(loss: FusedLoss) -> int:
     """How many sums there are, which does not depend on the kind of target."""
     return len(make_request(loss.activation, False, loss.ignore_index, loss.needs).sums)
 

@@ -12,7 +12,7 @@ from fastloss.backends.cuda.combine.code import Store, generate
 from fastloss.backends.cuda.combine.graph import Graph, Node, evaluate
 from fastloss.backends.cuda.combine.traced import Traced
 from fastloss.backends.cuda.operands import HOST, MOST, Layout, recorded_of
-from fastloss.loss import Loss
+from fastloss.protocol import FusedLoss
 from fastloss.request import Request
 from fastloss.statistics import Statistics
 
@@ -114,7 +114,7 @@ class Program:
 
 
 def trace(
-    loss: Loss,
+    loss: FusedLoss,
     request: Request,
     batch: int,
     classes: int,
@@ -172,7 +172,9 @@ def trace(
     return Program(value, derivatives, value_dtype, batch * classes, host, types)
 
 
-def _numbers(graph: Graph, loss: Loss, layout: Layout) -> tuple[list[Any], list[tuple[Any, float]]]:
+def _numbers(
+    graph: Graph, loss: FusedLoss, layout: Layout
+) -> tuple[list[Any], list[tuple[Any, float]]]:
     """The operands of the loss; and those that come unchecked, with the largest they may be."""
     operands: list[Any] = []
     unchecked: list[tuple[Any, float | None]] = []

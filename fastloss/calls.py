@@ -1,0 +1,347 @@
+"""One call of a loss: its arrays, the two passes over them and the step between, once for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fastloss.arrays import Arrays, Field, arrange, channels_second, check_out
+from fastloss.backends import Backend, current_backend
+from fastloss.borrowed import Borrowed, Extras, Place
+from fastloss.frameworks import adapter_of, borrow
+from fastloss.maps import Map
+from fastloss.protocol import FusedLoss
+from fastloss.request import make_request
+from fastloss.statistics import Statistics
+
+if TYPE_CHECKING:
+    from fastloss.backends.cuda.backend import DevicePasses
+
+UPSTREAM = "upstream"
+"""The field by which the gradient of a loss of every voxel is multiplied."""
+
+
+class PerVoxel(NamedTuple):
+    """The derivative of a loss of every voxel: k, (S, C), times its upstream gradient."""
+
+    coefficients: np.ndarray
+    upstream: Borrowed
+
+
+def _pull_map(
+    shape: tuple[int, ...], coefficients: np.ndarray, place: Place | None, upstream: Any
+) -> PerVoxel:
+    """The derivative of a map of this shape, given its upstream gradient; None: 1."""
+    if upstream is None:
+        one = np.broadcast_to(np.ones((), np.float32), shape)
+        upstream = one if place is None else place.ones(shape, "float32")
+    elif tuple(np.shape(upstream)) != shape:
+        raise ValueError(
+            f"upstream: expected the value's shape {shape}, got {tuple(np.shape(upstream))}"
+        )
+    elif place is not None and isinstance(upstream, np.ndarray):
+        upstream = place.array(upstream, "float32")
+    return PerVoxel(coefficients, borrow(upstream, "upstream"))
+
+
+def value_and_grad(
+    loss: FusedLoss,
+    logits: Any,
+    target: Any,
+    voxel_weight: Any,
+    extras: Extras | None = None,
+    out: Any = None,
+    upstream: Any = None,
+) -> tuple[Any, Any]:
+    """The value and the gradient, as `fastloss.Loss.value_and_grad` says."""
+    if upstream is None and extras is None:
+        adapter = adapter_of(logits, "logits")
+        ready = adapter.prepared(loss, logits, target, voxel_weight)
+        arrays = (logits, target, voxel_weight)
+        if ready is not None and (
+            out is None or ready[0].takes(loss, adapter, arrays, ready[1], out)
+        ):
+            call, addresses = ready
+            value, kept = call.value(loss, addresses)
+            return value, call.gradient(loss, adapter, arrays, addresses, kept, out=out)
+    passes = loss.passes(logits, target, voxel_weight, extras)
+    out, view = passes.output(out)
+    value, pullback = passes.forward()
+    passes.apply(pullback(passes.upstream(upstream)), view)
+    return passes.adapter.result(value), out
+
+
+class Passes:
+    """One call's arrays, and the two passes over them."""
+
+    def __init__(
+        self,
+        loss: FusedLoss,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any,
+        extras: Extras | None = None,
+    ) -> None:
+        self.loss = loss
+        self.adapter = adapter_of(logits, "logits")
+        self.caller_logits = logits
+        self.logits = self.adapter.borrow(logits, "logits")
+        self.target = borrow(target, "target")
+        self.voxel_weight = None if voxel_weight is None else borrow(voxel_weight, "voxel_weight")
+        self.device: DevicePasses | None = None
+        self.more: dict[str, Borrowed] = {}  # fields and regions, by what errors call them
+        places: tuple[Place | None, ...]
+        places = (self.logits.place, self.target.place, self.voxel_weight and self.voxel_weight[2])
+        given: dict[str, Any] = {}
+        if extras is not None or loss.fields:
+            given = self._borrow(extras or Extras())
+            places += tuple(b.place for b in self.more.values())
+        if any(places):
+            self.device = on_device(self.logits, self.target, self.voxel_weight, **self.more)
+        self.arrays = arrange(
+            self.logits,
+            self.target,
+            self.voxel_weight,
+            activation=loss.activation,
+            channel_axis=loss.channel_axis,
+            **given,
+        )
+        self.request = loss.request(self.arrays)
+        # Which backend computes is a choice for arrays in CPU memory.
+        self.backend: Backend | None = current_backend() if self.device is None else None
+        self._whole: Arrays | None = None
+        """The arrays with the field that the ranking term made."""
+        if self.arrays.regions is not None and self.device is None:
+            self._check_regions()
+
+    def _borrow(self, extras: Extras) -> dict[str, Any]:
+        """Borrow fields and regions: what `arrange` takes beside the usual arrays."""
+        names = tuple(name for name, _ in extras.fields)
+        if names != self.loss.fields:
+            wanted = ", ".join(map(repr, self.loss.fields)) or "none"
+            got = ", ".join(map(repr, names)) or "none"
+            raise ValueError(f"fields: the terms of this loss read {wanted}, got {got}")
+        fields = {name: borrow(array, f"fields[{name!r}]") for name, array in extras.fields}
+        self.more.update((f"fields[{name!r}]", field) for name, field in fields.items())
+        if extras.regions is None:
+            return {"fields": fields}
+        regions = self.more["regions"] = borrow(extras.regions, "regions")
+        rows = extras.region_count
+        if rows is None and regions.place is not None:
+            raise ValueError(
+                "region_count: expected how many regions a sample has at most, as to look for it "
+                "would wait for the GPU, got None"
+            )
+        if rows is None:
+            integers = regions.array.dtype.kind in "iu" and regions.array.size
+            rows = max(int(regions.array.max()) + 1, 1) if integers else 1
+        return {"fields": fields, "regions": regions, "rows": rows}
+
+    def _check_regions(self) -> None:
+        """Raise ValueError for numbers that are no region."""
+        regions, rows = self.arrays.regions, self.arrays.rows
+        assert regions is not None
+        if regions.size:
+            least, most = int(regions.min()), int(regions.max())
+            if least < -1 or most >= rows:
+                wrong = least if least < -1 else most
+                raise ValueError(f"regions: expected numbers in [-1, {rows}), got {wrong}")
+
+    def _check_holes(self, voxels: np.ndarray) -> None:
+        """Raise ValueError for a number without voxels below another one of the same sample."""
+        regions, rows = self.arrays.regions, self.arrays.rows
+        assert regions is not None
+        for b, of_sample in enumerate(voxels.reshape(-1, rows)):
+            if of_sample.all() or not regions.size:
+                continue
+            present = np.zeros(rows + 1, bool)
+            present[regions[b]] = True  # -1 is behind all
+            count = int(np.flatnonzero(present[:-1])[-1]) + 1 if present[:-1].any() else 0
+            if not present[:count].all():
+                hole = int(np.flatnonzero(~present[:count])[0])
+                raise ValueError(
+                    f"regions: expected voxels of every region in [0, {count}), but sample {b} has "
+                    f"none of region {hole}"
+                )
+
+    def reduce(self, whole: bool = True) -> Statistics:
+        """The sums; not ``whole``: of a chunk, which may lack regions."""
+        if self.device is not None:
+            return self.device.reduce(self.loss, self.request, self.arrays)
+        statistics = self._reduce()
+        if whole and self.arrays.regions is not None:
+            self._check_holes(statistics.voxels)
+        return statistics
+
+    def _reduce(self) -> Statistics:
+        assert self.backend is not None
+        request, arrays = self.request, self.arrays
+        classes, batch = arrays.logits.shape[1], arrays.logits.shape[0] * arrays.rows
+        regions = 0 if arrays.regions is None else arrays.rows
+        voxels = np.empty(batch)
+        term = self.loss.ranking
+        if term is None:
+            sums = np.empty((len(request.sums), batch, classes))
+            self.backend.reduce(request, arrays, sums, voxels)
+            return Statistics(request, sums, voxels, arrays.value_dtype, None, regions)
+        assert term.ranking is not None
+        # The field is made of the map that the pass over the other sums writes.
+        others = make_request(
+            request.activation, request.dense, request.ignore_index, request.needs - {term.ranking}
+        )
+        losses = np.empty(
+            (arrays.target.shape[0], prod(arrays.target.shape[1:])), arrays.value_dtype
+        )
+        found = np.empty((len(others.sums), batch, classes))
+        voxel_map = Map("voxel", losses, term.ranks_by(others, classes))
+        self.backend.reduce(others, arrays, found, voxels, voxel_map)
+        sums = np.zeros((len(request.sums), batch, classes))
+        sums[[request.index[total] for total in others.sums]] = found
+        total = term.choose(losses)
+        if sums.size:
+            sums[request.index[term.ranking], 0, 0] = total
+        field = Field(losses.reshape(arrays.target.shape), arrays.value_dtype.name, "voxel")
+        known = dict(zip(others.fields, arrays.fields, strict=True))
+        known[term.ranking.field] = field
+        self._whole = replace(arrays, fields=tuple(known[name] for name in request.fields))
+        return Statistics(request, sums, voxels, arrays.value_dtype, None, regions)
+
+    def forward(self) -> tuple[Any, Callable[[Any], Any]]:
+        """The value of these arrays, and from its upstream gradient what `apply` takes."""
+        return self._map() if self.loss.maps_voxels else self.combine(self.reduce())
+
+    def upstream(self, gradient: Any) -> Any:
+        """The upstream gradient, as the pullback takes it."""
+        return gradient if self.loss.maps_voxels else self.adapter.upstream(gradient)
+
+    def _map(self) -> tuple[Any, Callable[[Any], PerVoxel]]:
+        """The loss of every voxel."""
+        loss, request, arrays = self.loss, self.request, self.arrays
+        batch, classes, *spatial = arrays.logits.shape
+        coefficients = self._map_coefficients()
+        by_class = request.activation == "sigmoid"
+        shape = (batch, *[classes] * by_class, *spatial)
+        flat = (*shape[: 1 + by_class], prod(spatial))
+        out = self._new(flat, arrays.value_dtype)
+        view = out if self.device is None else borrow(out, "out").array
+        voxel_map = Map("class" if by_class else "voxel", view, coefficients)
+        if self.device is not None:
+            self.device.write_map(request, arrays, voxel_map, loss.validate)
+        else:
+            assert self.backend is not None
+            self.backend.write_map(request, arrays, voxel_map)
+        value = out.reshape(shape)
+        if by_class and loss.channel_axis != 1:
+            move = getattr(value, "movedim", None)  # a tensor's, which NumPy does not know
+            axis = loss.channel_axis
+            value = move(1, axis) if move is not None else np.moveaxis(value, 1, axis)
+        pull = partial(_pull_map, tuple(value.shape), coefficients, self._place)
+        return value, pull
+
+    def pull_map(self, upstream: Any) -> PerVoxel:
+        """For `apply`, of a loss of every voxel."""
+        return _pull_map(tuple(upstream.shape), self._map_coefficients(), self._place, upstream)
+
+    def _map_coefficients(self) -> np.ndarray:
+        loss = self.loss if self.device is None else self.device.with_numbers(self.loss)
+        return loss.map_coefficients(self.request, self.arrays.logits.shape[1])
+
+    @property
+    def _place(self) -> Place | None:
+        return None if self.device is None else self.device.place
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of the statistics."""
+        return int(self.arrays.logits.shape[0] * self.arrays.rows)
+
+    def _new(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """A new array in C order, where the logits are."""
+        if self.device is None:
+            return np.empty(shape, dtype)
+        return self.device.place.empty(shape, dtype.name)
+
+    def _apply_per_voxel(self, by: PerVoxel, out: np.ndarray) -> None:
+        """The gradient of the loss of every voxel: the upstream gradient is one more field."""
+        loss, arrays = self.loss, self.arrays
+        upstream = by.upstream.array
+        by_class = self.request.activation == "sigmoid"
+        if by_class and loss.channel_axis != 1:
+            upstream = channels_second(upstream, loss.channel_axis, "upstream")
+        whole = self.request
+        weighted = {s: s._replace(field=UPSTREAM) for s in whole.sums}
+        request = make_request(
+            whole.activation, whole.dense, whole.ignore_index, frozenset(weighted.values())
+        )
+        rows, classes = arrays.logits.shape[0] * arrays.rows, arrays.logits.shape[1]
+        coefficients = np.zeros((len(request.sums), rows, classes))
+        for s, k in zip(whole.sums, by.coefficients, strict=True):
+            coefficients[request.index[weighted[s]]] = k
+        field = Field(upstream, by.upstream.dtype, "class" if by_class else "voxel")
+        arrays = replace(arrays, fields=(field,))
+        if self.device is not None:
+            self.device.apply_sums(request, arrays, coefficients, out)
+            return
+        assert self.backend is not None
+        self.backend.apply(request, arrays, coefficients, out)
+
+    def combine(self, statistics: Statistics) -> tuple[Any, Callable[[Any], Any]]:
+        """The value, and from its upstream gradient what `apply` takes."""
+        if self.device is not None:
+            return self.device.combine(self.loss, statistics)
+        return self.loss.combine(statistics)
+
+    def output(self, out: Any) -> tuple[Any, Borrowed]:
+        """The array that takes the gradient, as the caller sees it, and its view."""
+        if out is None:
+            return self.adapter.empty_like(self.caller_logits, self.logits)
+        return out, self.borrow_output(out, write=True)
+
+    def borrow_output(self, out: Any, *, write: bool = False) -> Borrowed:
+        """The view of an array that can take the gradient."""
+        view = borrow(out, "out", write=write)
+        if self.device is not None or view.place is not None:
+            on_device(self.logits, None, None, view)
+        self.check_output(view)
+        return view
+
+    def gradient_view(self, out: Borrowed) -> np.ndarray:
+        """The gradient's array with the channel axis where kernels look for it."""
+        axis = self.loss.channel_axis
+        return out.array if axis == 1 else channels_second(out.array, axis, "out")
+
+    def check_output(self, view: Borrowed) -> None:
+        """Raise ValueError or TypeError if the gradient cannot be written here."""
+        others = [("target", self.target)]
+        if self.voxel_weight is not None:
+            others.append(("voxel_weight", self.voxel_weight))
+        others += self.more.items()
+        check_out(view, self.logits, others)
+
+    def apply(self, coefficients: Any, out: Borrowed) -> None:
+        """Write the gradient, given what `combine` returns for the upstream gradient."""
+        view = self.gradient_view(out)
+        if isinstance(coefficients, PerVoxel):
+            self._apply_per_voxel(coefficients, view)
+            return
+        if self.device is not None:
+            self.device.apply(self.loss, self.request, self.arrays, coefficients, view)
+            return
+        if self.loss.ranking is not None and self._whole is None:
+            self._reduce()  # in another call than the first
+        assert self.backend is not None
+        self.backend.apply(self.request, self._whole or self.arrays, coefficients, view)
+
+
+def on_device(logits: Borrowed, *others: Borrowed | None, **more: Borrowed) -> DevicePasses:
+    """For arrays on a GPU. ValueError, naming the argument, if they do not all lie there."""
+    from fastloss.backends.cuda.backend import DevicePasses, check_places
+
+    check_places(logits, *others, **more)
+    assert logits.place is not None
+    return DevicePasses(logits.place)
