@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastloss import _cpu
+import fastloss._cpu as _cpu
 from fastloss.arrays import Arrays
 from fastloss.backends.base import Backend, bad_labels, bad_weights
 from fastloss.maps import KINDS, Map
