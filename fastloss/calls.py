@@ -6,21 +6,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastloss.arrays import Arrays, Field, arrange, channels_second, check_out
+from fastloss.arrays import Field, arrange, channels_second, check_out
 from fastloss.backends import Backend, current_backend
+from fastloss.backends.base import with_ranked
 from fastloss.borrowed import Borrowed, Extras, Place
 from fastloss.frameworks import adapter_of, borrow
 from fastloss.maps import Map
 from fastloss.protocol import FusedLoss
 from fastloss.request import make_request
 from fastloss.statistics import Statistics
-
-if TYPE_CHECKING:
-    from fastloss.backends.cuda.backend import DevicePasses
 
 UPSTREAM = "upstream"
 """The field by which the gradient of a loss of every voxel is multiplied."""
@@ -93,7 +91,6 @@ class Passes:
         self.logits = self.adapter.borrow(logits, "logits")
         self.target = borrow(target, "target")
         self.voxel_weight = None if voxel_weight is None else borrow(voxel_weight, "voxel_weight")
-        self.device: DevicePasses | None = None
         self.more: dict[str, Borrowed] = {}  # fields and regions, by what errors call them
         places: tuple[Place | None, ...]
         places = (self.logits.place, self.target.place, self.voxel_weight and self.voxel_weight[2])
@@ -101,8 +98,12 @@ class Passes:
         if extras is not None or loss.fields:
             given = self._borrow(extras or Extras())
             places += tuple(b.place for b in self.more.values())
+        # Which backend computes is a choice for arrays in CPU memory.
+        self.backend: Backend
         if any(places):
-            self.device = on_device(self.logits, self.target, self.voxel_weight, **self.more)
+            self.backend = on_device(self.logits, self.target, self.voxel_weight, **self.more)
+        else:
+            self.backend = current_backend()
         self.arrays = arrange(
             self.logits,
             self.target,
@@ -112,11 +113,9 @@ class Passes:
             **given,
         )
         self.request = loss.request(self.arrays)
-        # Which backend computes is a choice for arrays in CPU memory.
-        self.backend: Backend | None = current_backend() if self.device is None else None
-        self._whole: Arrays | None = None
-        """The arrays with the field that the ranking term made."""
-        if self.arrays.regions is not None and self.device is None:
+        self._ranked: Field | None = None
+        """The field that the ranking term made."""
+        if self.arrays.regions is not None and self.backend.place is None:
             self._check_regions()
 
     def _borrow(self, extras: Extras) -> dict[str, Any]:
@@ -171,45 +170,10 @@ class Passes:
 
     def reduce(self, whole: bool = True) -> Statistics:
         """The sums; not ``whole``: of a chunk, which may lack regions."""
-        if self.device is not None:
-            return self.device.reduce(self.loss, self.request, self.arrays)
-        statistics = self._reduce()
-        if whole and self.arrays.regions is not None:
+        statistics, self._ranked = self.backend.statistics(self.loss, self.request, self.arrays)
+        if whole and self.arrays.regions is not None and self.backend.place is None:
             self._check_holes(statistics.voxels)
         return statistics
-
-    def _reduce(self) -> Statistics:
-        assert self.backend is not None
-        request, arrays = self.request, self.arrays
-        classes, batch = arrays.logits.shape[1], arrays.logits.shape[0] * arrays.rows
-        regions = 0 if arrays.regions is None else arrays.rows
-        voxels = np.empty(batch)
-        term = self.loss.ranking
-        if term is None:
-            sums = np.empty((len(request.sums), batch, classes))
-            self.backend.reduce(request, arrays, sums, voxels)
-            return Statistics(request, sums, voxels, arrays.value_dtype, None, regions)
-        assert term.ranking is not None
-        # The field is made of the map that the pass over the other sums writes.
-        others = make_request(
-            request.activation, request.dense, request.ignore_index, request.needs - {term.ranking}
-        )
-        losses = np.empty(
-            (arrays.target.shape[0], prod(arrays.target.shape[1:])), arrays.value_dtype
-        )
-        found = np.empty((len(others.sums), batch, classes))
-        voxel_map = Map("voxel", losses, term.ranks_by(others, classes))
-        self.backend.reduce(others, arrays, found, voxels, voxel_map)
-        sums = np.zeros((len(request.sums), batch, classes))
-        sums[[request.index[total] for total in others.sums]] = found
-        total = term.choose(losses)
-        if sums.size:
-            sums[request.index[term.ranking], 0, 0] = total
-        field = Field(losses.reshape(arrays.target.shape), arrays.value_dtype.name, "voxel")
-        known = dict(zip(others.fields, arrays.fields, strict=True))
-        known[term.ranking.field] = field
-        self._whole = replace(arrays, fields=tuple(known[name] for name in request.fields))
-        return Statistics(request, sums, voxels, arrays.value_dtype, None, regions)
 
     def forward(self) -> tuple[Any, Callable[[Any], Any]]:
         """The value of these arrays, and from its upstream gradient what `apply` takes."""
@@ -227,44 +191,33 @@ class Passes:
         by_class = request.activation == "sigmoid"
         shape = (batch, *[classes] * by_class, *spatial)
         flat = (*shape[: 1 + by_class], prod(spatial))
-        out = self._new(flat, arrays.value_dtype)
-        view = out if self.device is None else borrow(out, "out").array
+        out = self.backend.empty(flat, arrays.value_dtype)
+        view = borrow(out, "out").array
         voxel_map = Map("class" if by_class else "voxel", view, coefficients)
-        if self.device is not None:
-            self.device.write_map(request, arrays, voxel_map, loss.validate)
-        else:
-            assert self.backend is not None
-            self.backend.write_map(request, arrays, voxel_map)
+        if loss.validate:
+            self.backend.check(request, arrays)
+        self.backend.write_map(request, arrays, voxel_map)
         value = out.reshape(shape)
         if by_class and loss.channel_axis != 1:
             move = getattr(value, "movedim", None)  # a tensor's, which NumPy does not know
             axis = loss.channel_axis
             value = move(1, axis) if move is not None else np.moveaxis(value, 1, axis)
-        pull = partial(_pull_map, tuple(value.shape), coefficients, self._place)
+        pull = partial(_pull_map, tuple(value.shape), coefficients, self.backend.place)
         return value, pull
 
     def pull_map(self, upstream: Any) -> PerVoxel:
         """For `apply`, of a loss of every voxel."""
-        return _pull_map(tuple(upstream.shape), self._map_coefficients(), self._place, upstream)
+        place, shape = self.backend.place, tuple(upstream.shape)
+        return _pull_map(shape, self._map_coefficients(), place, upstream)
 
     def _map_coefficients(self) -> np.ndarray:
-        loss = self.loss if self.device is None else self.device.with_numbers(self.loss)
+        loss = self.backend.with_numbers(self.loss)
         return loss.map_coefficients(self.request, self.arrays.logits.shape[1])
-
-    @property
-    def _place(self) -> Place | None:
-        return None if self.device is None else self.device.place
 
     @property
     def rows(self) -> int:
         """The number of rows of the statistics."""
         return int(self.arrays.logits.shape[0] * self.arrays.rows)
-
-    def _new(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        """A new array in C order, where the logits are."""
-        if self.device is None:
-            return np.empty(shape, dtype)
-        return self.device.place.empty(shape, dtype.name)
 
     def _apply_per_voxel(self, by: PerVoxel, out: np.ndarray) -> None:
         """The gradient of the loss of every voxel: the upstream gradient is one more field."""
@@ -283,18 +236,11 @@ class Passes:
         for s, k in zip(whole.sums, by.coefficients, strict=True):
             coefficients[request.index[weighted[s]]] = k
         field = Field(upstream, by.upstream.dtype, "class" if by_class else "voxel")
-        arrays = replace(arrays, fields=(field,))
-        if self.device is not None:
-            self.device.apply_sums(request, arrays, coefficients, out)
-            return
-        assert self.backend is not None
-        self.backend.apply(request, arrays, coefficients, out)
+        self.backend.apply(request, replace(arrays, fields=(field,)), coefficients, out)
 
     def combine(self, statistics: Statistics) -> tuple[Any, Callable[[Any], Any]]:
         """The value, and from its upstream gradient what `apply` takes."""
-        if self.device is not None:
-            return self.device.combine(self.loss, statistics)
-        return self.loss.combine(statistics)
+        return self.backend.combine(self.loss, statistics)
 
     def output(self, out: Any) -> tuple[Any, Borrowed]:
         """The array that takes the gradient, as the caller sees it, and its view."""
@@ -305,7 +251,7 @@ class Passes:
     def borrow_output(self, out: Any, *, write: bool = False) -> Borrowed:
         """The view of an array that can take the gradient."""
         view = borrow(out, "out", write=write)
-        if self.device is not None or view.place is not None:
+        if self.backend.place is not None or view.place is not None:
             on_device(self.logits, None, None, view)
         self.check_output(view)
         return view
@@ -329,19 +275,19 @@ class Passes:
         if isinstance(coefficients, PerVoxel):
             self._apply_per_voxel(coefficients, view)
             return
-        if self.device is not None:
-            self.device.apply(self.loss, self.request, self.arrays, coefficients, view)
-            return
-        if self.loss.ranking is not None and self._whole is None:
-            self._reduce()  # in another call than the first
-        assert self.backend is not None
-        self.backend.apply(self.request, self._whole or self.arrays, coefficients, view)
+        arrays, term = self.arrays, self.loss.ranking
+        if term is not None:
+            if self._ranked is None:
+                self.reduce(whole=False)  # in another call than the first
+            assert self._ranked is not None
+            arrays = with_ranked(self.request, arrays, term, self._ranked)
+        self.backend.gradient(self.request, arrays, coefficients, view)
 
 
-def on_device(logits: Borrowed, *others: Borrowed | None, **more: Borrowed) -> DevicePasses:
+def on_device(logits: Borrowed, *others: Borrowed | None, **more: Borrowed) -> Backend:
     """For arrays on a GPU. ValueError, naming the argument, if they do not all lie there."""
-    from fastloss.backends.cuda.backend import DevicePasses, check_places
+    from fastloss.backends.cuda.backend import CudaBackend, check_places
 
     check_places(logits, *others, **more)
     assert logits.place is not None
-    return DevicePasses(logits.place)
+    return CudaBackend(logits.place)

@@ -14,7 +14,7 @@ from support import assert_agree, example, one_hot, reference
 
 import fastloss as fl
 from fastloss.backends.cuda import backend as cuda
-from fastloss.backends.cuda.backend import DevicePasses
+from fastloss.backends.cuda.backend import CudaBackend
 from fastloss.backends.cuda.source import source
 from fastloss.sums import Sum
 
@@ -181,7 +181,7 @@ def test_regions(launched: list[str], loss: fl.Loss) -> None:
 def test_losses_of_every_voxel(
     launched: list[str], activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DevicePasses, "to_numpy", lambda self, view: view.copy())
+    monkeypatch.setattr(CudaBackend, "to_numpy", lambda self, view: view.copy())
     loss = fl.Loss(
         fl.CrossEntropy(reduction="voxel", label_smoothing=0.1),
         fl.Focal(reduction="voxel"),
@@ -337,7 +337,7 @@ def test_many_classes_and_many_sums(launched: list[str]) -> None:
 def test_validate_asks_for_the_exact_error(
     launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DevicePasses, "to_numpy", lambda self, view: view.copy())
+    monkeypatch.setattr(CudaBackend, "to_numpy", lambda self, view: view.copy())
     loss = fl.Loss(fl.Dice(), validate=True)
     x, y = example(2, 3, (40,), dtype=np.float32)
     assert np.isfinite(loss(OnDevice(x), OnDevice(y)).values)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from fastloss.arrays import Arrays
+from fastloss.arrays import Arrays, Field
+from fastloss.borrowed import Place
 from fastloss.maps import Map
-from fastloss.request import Request
+from fastloss.protocol import FusedLoss
+from fastloss.request import Request, make_request
+from fastloss.statistics import Statistics
 
 
 class Backend:
     """The passes over the voxels. It knows the request, never a framework or a term.
+
+    A backend defines `reduce`, `apply` and `write_map`. The steps of a loss are built on them.
 
     A row is a sample, or, where there are regions, one of `Arrays.rows` regions of a sample; the
     rows of a sample follow each other. Voxels of weight 0, of the ignored label or of no region
@@ -20,6 +28,9 @@ class Backend:
     """
 
     name = ""
+
+    place: Place | None = None
+    """The GPU in whose memory it computes; None: the processor's."""
 
     def reduce(
         self,
@@ -57,12 +68,74 @@ class Backend:
         """
         raise NotImplementedError(f"{type(self).__name__} must define write_map")
 
+    # ------------------------------------------------------------------ the steps of a loss
+
+    def statistics(
+        self, loss: FusedLoss, request: Request, arrays: Arrays
+    ) -> tuple[Statistics, Field | None]:
+        """The sums of a loss, and the field that its ranking term makes, if it has one.
+
+        Raises:
+            ValueError: as `reduce`.
+        """
+        classes, batch = arrays.logits.shape[1], arrays.logits.shape[0] * arrays.rows
+        regions = 0 if arrays.regions is None else arrays.rows
+        voxels = np.empty(batch)
+        term = loss.ranking
+        if term is None:
+            sums = np.empty((len(request.sums), batch, classes))
+            self.reduce(request, arrays, sums, voxels)
+            return Statistics(request, sums, voxels, arrays.value_dtype, None, regions), None
+        # The field is made of the map that the pass over the other sums writes.
+        others = make_request(
+            request.activation, request.dense, request.ignore_index, request.needs - {term.ranking}
+        )
+        losses = np.empty(
+            (arrays.target.shape[0], prod(arrays.target.shape[1:])), arrays.value_dtype
+        )
+        found = np.empty((len(others.sums), batch, classes))
+        voxel_map = Map("voxel", losses, term.ranks_by(others, classes))
+        self.reduce(others, arrays, found, voxels, voxel_map)
+        sums = np.zeros((len(request.sums), batch, classes))
+        sums[[request.index[total] for total in others.sums]] = found
+        total = term.choose(losses)
+        if sums.size:
+            sums[request.index[term.ranking], 0, 0] = total
+        field = Field(losses.reshape(arrays.target.shape), arrays.value_dtype.name, "voxel")
+        return Statistics(request, sums, voxels, arrays.value_dtype, None, regions), field
+
+    def combine(self, loss: FusedLoss, statistics: Statistics) -> tuple[Any, Callable[[Any], Any]]:
+        """The value, and from its upstream gradient the derivatives that `gradient` takes."""
+        return loss.combine(statistics)
+
+    def gradient(self, request: Request, arrays: Arrays, derivatives: Any, out: np.ndarray) -> None:
+        """As `apply`, given what the pullback of `combine` returns."""
+        self.apply(request, arrays, derivatives, out)
+
+    def check(self, request: Request, arrays: Arrays) -> None:
+        """Raise what `write_map` would not, where that does not wait for the numbers."""
+
+    def with_numbers(self, loss: FusedLoss) -> FusedLoss:
+        """The loss with its numbers in the processor's memory."""
+        return loss
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """A new array in C order in the memory that it computes in."""
+        return np.empty(shape, dtype)
+
     def get_num_threads(self) -> int:
         """The number of threads that compute."""
         return 1
 
     def set_num_threads(self, number: int) -> None:
         """Let at most this many threads compute, where the backend has threads."""
+
+
+def with_ranked(request: Request, arrays: Arrays, term: Any, ranked: Field) -> Arrays:
+    """The arrays with the field that a ranking term made, in the order of the request."""
+    given = iter(arrays.fields)
+    fields = (ranked if name == term.ranking.field else next(given) for name in request.fields)
+    return replace(arrays, fields=tuple(fields))
 
 
 def bad_labels(count: int, first: Any, request: Request, classes: int) -> ValueError:

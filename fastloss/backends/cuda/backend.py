@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastloss.arrays import Arrays, Field
+from fastloss.backends.base import Backend
 from fastloss.backends.cuda import engine
 from fastloss.backends.cuda.call import NO_TYPE
 from fastloss.backends.cuda.combine.program import Program, trace
@@ -175,35 +176,47 @@ class DeviceCoefficients(NamedTuple):
         return self._replace(first=self.first + first, scale=self.scale * factor)
 
 
-class DevicePasses:
-    """The two passes over arrays on a device, and the step between them."""
+class CudaBackend(Backend):
+    """The passes over arrays on a device, and the step between them.
+
+    It is made for one call, as the stream may be another in the next.
+    """
+
+    name = "cuda"
 
     def __init__(self, place: Place, device: engine.Device | None = None) -> None:
-        self.place = place
+        self.place: Place = place
         self.device: engine.Device = CudaDevice(place) if device is None else device
-        self._ranked: Field | None = None
 
-    def reduce(self, loss: FusedLoss, request: Request, arrays: Arrays) -> Statistics:
+    def statistics(
+        self, loss: FusedLoss, request: Request, arrays: Arrays
+    ) -> tuple[Statistics, Field | None]:
         batch, classes = arrays.logits.shape[:2]
         rows = batch * arrays.rows
         sums = self.place.empty((len(request.sums), rows, classes), "float64")
         voxels = self.place.empty((rows,), "float64")
-        self.reduce_to(loss, request, arrays, self.place.address(sums), self.place.address(voxels))
+        at = (self.place.address(sums), self.place.address(voxels))
+        ranked = None
+        if loss.ranking is None:
+            engine.reduce(self.device, request, arrays, *at)
+        else:
+            ranked = self._rank(loss, request, arrays, *at)
         if loss.validate:
             if np.isnan(self.place.numpy(voxels)).any():
-                self._raise_faults(request, arrays)
+                self.check(request, arrays)
+                raise ValueError(
+                    "voxel_weight: expected numbers of at least 0 that are finite in "
+                    f"{arrays.value_dtype}"
+                )
             self._check_numbers(loss, classes)
         regions = 0 if arrays.regions is None else arrays.rows
-        return Statistics(request, sums, voxels, arrays.value_dtype, None, regions)
+        return Statistics(request, sums, voxels, arrays.value_dtype, None, regions), ranked
 
-    def reduce_to(
+    def _rank(
         self, loss: FusedLoss, request: Request, arrays: Arrays, sums: int, voxels: int
-    ) -> None:
+    ) -> Field:
+        """Write the sums of a loss that chooses voxels; the field that says which."""
         term = loss.ranking
-        if term is None:
-            engine.reduce(self.device, request, arrays, sums, voxels)
-            return
-        assert term.ranking is not None
         if term.kept_percent is None:
             raise TypeError(
                 f"terms: on a GPU a term that chooses voxels can keep the largest losses alone, "
@@ -220,18 +233,17 @@ class DevicePasses:
         place = request.index[term.ranking] * batch * arrays.rows * classes
         mean = sums + 8 * place
         keep_largest(self.device, losses.address, count, dtype, term.kept_percent, mean)
-        self._ranked = Field(_view_of(losses, (batch, *spatial), dtype), dtype.name, "voxel")
+        return Field(_view_of(losses, (batch, *spatial), dtype), dtype.name, "voxel")
 
-    def write_map(
-        self, request: Request, arrays: Arrays, voxel_map: Map, validate: bool = False
-    ) -> None:
+    def write_map(self, request: Request, arrays: Arrays, voxel_map: Map) -> None:
         """Write a map into an array on the device, known by its view.
 
-        Voxels with a bad label or weight get NaN; with ``validate`` there is an error instead.
+        Voxels with a bad label or weight get NaN: `check` raises the error.
         """
-        if validate:
-            self._check(request, arrays)
         engine.write_map(self.device, request, arrays, voxel_map)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        return self.place.empty(shape, dtype.name)
 
     def _weights_of(self, loss: FusedLoss, term: Any, classes: int) -> Callable[[int], None] | None:
         """What writes a ranking term's class weights there, if they lie on the device."""
@@ -262,7 +274,7 @@ class DevicePasses:
             for _, term in self.with_numbers(loss).terms:
                 term.check(loss.activation, classes)
 
-    def apply_sums(
+    def apply(
         self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
     ) -> None:
         """Write the gradient, given the derivative by every sum, (S, rows, C), in CPU memory."""
@@ -278,13 +290,7 @@ class DevicePasses:
             row_stride=classes,
         )
 
-    def _raise_faults(self, request: Request, arrays: Arrays) -> None:
-        self._check(request, arrays)
-        raise ValueError(
-            f"voxel_weight: expected numbers of at least 0 that are finite in {arrays.value_dtype}"
-        )
-
-    def _check(self, request: Request, arrays: Arrays) -> None:
+    def check(self, request: Request, arrays: Arrays) -> None:
         """Raise ValueError for bad labels and weights, once all that is queued is done."""
         weight = arrays.voxel_weight
         check_targets(
@@ -377,28 +383,14 @@ class DevicePasses:
         both[:-1], both[-1:] = joined.sums.reshape(-1), joined.voxels
         return both
 
-    def apply(
+    def gradient(
         self,
-        loss: FusedLoss,
         request: Request,
         arrays: Arrays,
-        coefficients: DeviceCoefficients,
+        derivatives: DeviceCoefficients,
         out: np.ndarray,
     ) -> None:
-        term = loss.ranking
-        if term is not None:
-            assert term.ranking is not None
-            if self._ranked is None:  # in another call than the first
-                rows, classes = arrays.logits.shape[0] * arrays.rows, arrays.logits.shape[1]
-                count = len(request.sums) * rows * classes
-                scratch = self.device.empty(8 * (count + rows))
-                voxels = scratch.address + 8 * count
-                self.reduce_to(loss, request, arrays, scratch.address, voxels)
-            assert self._ranked is not None
-            given = iter(arrays.fields)
-            names = request.fields
-            fields = (self._ranked if n == term.ranking.field else next(given) for n in names)
-            arrays = replace(arrays, fields=tuple(fields))
+        coefficients = derivatives
         summed = coefficients.rows == 1
         engine.apply(
             self.device,

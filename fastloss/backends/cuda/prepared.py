@@ -203,7 +203,7 @@ class Prepared:
         return plan, device.passes(plan.constants, "apply")
 
     def coefficients(self, kept: Kept, upstream: Any) -> cuda.DeviceCoefficients:
-        """For `DevicePasses.apply`, as `DevicePasses.combine` makes them."""
+        """For `CudaBackend.gradient`, as `CudaBackend.combine` makes them."""
         _, batch, classes = self.shape
         upstream = self.place.scalar(upstream, self.dtype)
         return cuda.DeviceCoefficients(

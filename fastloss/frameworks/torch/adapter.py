@@ -274,7 +274,8 @@ class _Value(torch.autograd.Function):
         if passes is None:
             extras = None if ctx.extras is None else ctx.extras.with_arrays(others)
             passes = ctx.loss.passes(logits, target, voxel_weight, extras)
-            passes.backend = ctx.backend
+            if passes.backend.place is None:  # the choice that the forward pass met
+                passes.backend = ctx.backend
 
         def of(upstream: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
             if upstream.requires_grad:
