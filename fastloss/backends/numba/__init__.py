@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,6 @@ from fastloss.arrays import Arrays
 from fastloss.backends.base import Backend
 from fastloss.backends.numba.blocks import Block
 from fastloss.backends.numba.call import Call, Worker
-from fastloss.backends.numba.pool import Pool
 from fastloss.backends.reference import check_dense, check_targets
 from fastloss.maps import Map
 from fastloss.request import Request
@@ -33,9 +34,7 @@ class NumbaBackend(Backend):
 
     name = "numba"
 
-    def __init__(self) -> None:
-        self._pool = Pool()
-        self._threads: int | None = None
+    _threads: int | None = None
 
     def set_num_threads(self, number: int) -> None:
         """Compute with this many threads, at least 1 and at most ``NUMBA_NUM_THREADS``."""
@@ -81,7 +80,7 @@ class NumbaBackend(Backend):
         self._run(Call(request, arrays, voxel_map=voxel_map), work)
 
     def _run(self, call: Call, work: Callable[[Worker, int, Block], Any]) -> list[Any]:
-        """What the work returns for every block, in their order.
+        """Do the work on every block; the results, in the order of the blocks.
 
         Raises:
             ValueError: a kernel has found labels or voxel weights that are none.
@@ -100,11 +99,41 @@ class NumbaBackend(Backend):
                     results[i] = work(worker, sample, block)
 
         few = call.arrays.logits.size <= _FEW_LOGITS
-        self._pool.run(compute, 1 if few else min(len(call.turns), self.get_num_threads()))
+        _run_on(compute, 1 if few else min(len(call.turns), self.get_num_threads()))
         if any(part and part.bad for part in results):
             check_targets(call.request, call.arrays)
             raise AssertionError("a kernel found labels or weights bad that are not")
         return results
+
+
+def _run_on(function: Callable[[], None], threads: int) -> None:
+    """Call the function from so many threads, one of them the caller's.
+
+    Numba's own threading layers do not serve here: one aborts when two Python threads use it at
+    once, another when a process forked from one that used it does. The kernels release the GIL, so
+    plain threads will do.
+    """
+    errors: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    others = []
+    with suppress(RuntimeError):  # no more threads start, as at the end of the process
+        for _ in range(threads - 1):
+            thread = Thread(target=guarded)
+            thread.start()
+            others.append(thread)
+    try:
+        function()
+    finally:
+        for thread in others:
+            thread.join()
+    if errors:
+        raise errors[0]
 
 
 BACKEND = NumbaBackend()
