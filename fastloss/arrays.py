@@ -167,7 +167,7 @@ def _field(field: Borrowed, name: str, shape: tuple[int, ...], channel_axis: int
         if a.shape == shape:
             return Field(a, field.dtype, "class")
     a = _of_voxels(field.array, called, shape, channel_axis, or_classes=True)
-    # Of one class a map of integers is that class's mask, as a target is.
+    # With one class a map of integers is that class's mask, as a target is.
     labels = field.dtype in INTEGERS and field.dtype != "bool" and shape[1] > 1
     return Field(a, field.dtype, "labels" if labels else "voxel")
 

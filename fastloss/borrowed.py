@@ -77,7 +77,7 @@ class Borrowed(NamedTuple):
 def device_view(
     owner: Any, address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str
 ) -> np.ndarray:
-    """What stands for an array in a GPU's memory in `Borrowed`; strides in bytes.
+    """A stand-in, for `Borrowed`, of an array in a GPU's memory; strides in bytes.
 
     The ``owner`` of the memory lives as long as the view.
     """

@@ -1,4 +1,4 @@
-"""What drop-ins for the losses of other projects share: from options and tensors to one loss."""
+"""Code that all drop-ins share: from options and tensors to one loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ are to be an operand of what is being compiled."""
 
 
 class Fused(NamedTuple):
-    """What the kernels are asked, and what the value is then divided by."""
+    """A request to the kernels, and the divisor of the value."""
 
     recipe: Recipe
     activation: str
@@ -259,4 +259,4 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 class Numbers:
-    """What pickles of older versions hold, and nothing reads."""
+    """Held by pickles of older versions; nothing reads it."""

@@ -713,7 +713,7 @@ class Loss:
 
     @property
     def structure(self) -> str:
-        """What the loss is apart from its numbers, as JSON: what compiled code is made for.
+        """The loss without its numbers, as JSON: compiled code is made for it.
 
         Equal for losses whose terms have the same classes and options but for numbers: the terms'
         factors and class weights, of which it says the shapes alone.

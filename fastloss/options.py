@@ -99,7 +99,7 @@ def refuse_gradient(name: str, value: Any) -> None:
 
 
 def readable(name: str, value: Any) -> Any:
-    """What NumPy can read, for a framework's array; else the value itself."""
+    """A framework's array as one that NumPy reads; any other value itself."""
     if isinstance(value, (list, tuple)):
         return [readable(name, one) for one in value]
     if isinstance(value, (int, float, np.ndarray)):

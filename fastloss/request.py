@@ -1,4 +1,4 @@
-"""What a kernel is asked to compute: one small frozen record."""
+"""The request to a kernel: one small frozen record."""
 
 from __future__ import annotations
 

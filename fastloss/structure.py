@@ -1,4 +1,4 @@
-"""What a loss is apart from its numbers, as text; and these numbers, as arrays.
+"""The structure of a loss as text, and its numbers as arrays.
 
 Losses of equal text differ in their numbers alone, which whatever is compiled for one of them takes
 as operands.

@@ -94,7 +94,7 @@ class Loss(torch.nn.Module):
             channel_axis=channel_axis,
             validate=validate,
         )
-        """What is computed."""
+        """The loss that the module computes."""
         self.reuse_logits = bool(reuse_logits)
         self._ranks = ranks(process_group, shard)
         self._hold_numbers()

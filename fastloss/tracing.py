@@ -1,4 +1,4 @@
-"""What the library says to `torch.compile`, without an import of torch."""
+"""Marks and questions for `torch.compile` that need no import of torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// What one call of a pass is given. Plain data: compiled alike for every instruction set.
+// The arguments of one call of a pass. Plain data: compiled alike for every instruction set.
 #pragma once
 
 #include <cstddef>
@@ -157,7 +157,7 @@ struct Job {
   }
 };
 
-// What was wrong in the caller's data, in voxel order.
+// Faults in the caller's data, in voxel order.
 struct Faults {
   int64_t labels = 0;  // or, in a dense target, integers other than 0 and 1
   double first_label = 0;

@@ -23,7 +23,7 @@ T* other_slopes(Tile<T>& t) {
   return t.row(kA);
 }
 
-// What loops over exponentials do: make them of the logits, add them up for each voxel, or both.
+// Steps of loops over exponentials: compute them from the logits, sum them per voxel, or both.
 enum class Exponentials { made, added, both };
 
 // Of R classes from c on: x becomes e^x; the exponentials are added to `rest` of their voxels, or,
@@ -190,10 +190,11 @@ FL_INLINE void with_source(const Tile<T>& t, const F& f) {
   else f(T{});
 }
 
-// What the label decides of a voxel's gradient, but for its weight: all of it at the label's class,
-// and of another class, whose gradient is e_c (inverse · derivative by p_c − inverse · turn), the
+// The label's part of a voxel's gradient, but for its weight: all of it at the label's class, and
+// of another class, whose gradient is e_c (inverse · derivative by p_c − inverse · turn), the
 // latter. `own` is e of the label, `rest` the sum of the others', `rests` Σ p_c · (derivative by
-// p_c) over them. Which products are rounded does not depend on the code around.
+// p_c) over them. `once` blocks FMA contraction, so that results are bit-identical across call
+// sites.
 template <class T>
 struct LabelGradient {
   Vec<T> at_label, turn;

@@ -220,7 +220,7 @@ inline void write_few_classes(Tile<float>& t) {
   });
 }
 
-// What became of a tile.
+// The outcome of a tile.
 enum class Few { done, too_large, unsuited };
 
 // Calls run(S{}, count, one, only) for a tile whose logits are where they can be read.

@@ -489,7 +489,7 @@ void label_gradients(Tile<T>& t, const ByLabel<T, kVectors>& overlap,
   }
 }
 
-// What the labels decide of a tile's gradients.
+// The part of a tile's gradients that its labels decide.
 template <class T>
 LabelGradients<T> apply_voxels(Tile<T>& t) {
   constexpr int L = lanes<T>;

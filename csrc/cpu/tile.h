@@ -102,10 +102,10 @@ struct Tile {
   bool ones = false;   // the row of m holds ones
   bool holes = false;  // some voxel has m = 0
   bool binary = true;  // the integers of a dense target, so far as loaded, are 0, 1 or ignored
-  // Of softmax with a label map.
+  // For softmax with a label map.
   bool direct = false;  // the logits are used where they lie
   bool near = false;    // they are so small that no maximum need be taken off
-  // Of softmax of two classes.
+  // For softmax of two classes.
   bool keeps_bytes = false;              // labels that are bytes may stay where they lie
   const uint8_t* label_bytes = nullptr;  // they do: all are 0 or 1, `y` is not filled
   int ones_among = 0;                    // how many of them are 1
@@ -117,7 +117,7 @@ struct Tile {
   static size_t bytes(const Job& job) {
     size_t tile = size_t(fastloss::tile_voxels(job.classes) + kPad) * size_t(job.classes);
     size_t numbers = tile * 2 + kRows * kMaxTile + size_t(job.slots.count) * size_t(job.classes);
-    // Of fields and regions.
+    // For fields and regions.
     size_t more = size_t(job.field_count) * kMaxTile * (sizeof(T) + sizeof(int32_t));
     if (job.regions) more += kMaxTile * sizeof(int32_t);
     return numbers * sizeof(T) + kMaxTile * sizeof(int32_t) + size_t(job.classes) + more + 320;
@@ -445,7 +445,7 @@ struct Tile {
     }
   }
 
-  // What a voxel that does not count holds is no matter, NaN included.
+  // A voxel that does not count may hold anything, NaN included.
   void clear_holes(T* r) {
     const T* m = row(kWeight);
     for (int64_t v = 0, end = padded; v < end; v += lanes<T>)

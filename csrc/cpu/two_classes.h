@@ -189,7 +189,7 @@ bool reduce_two_labels(Tile<T>& t, const S* x0, const S* x1, const Labels& label
   const T* m = t.row(kWeight);
   const IVec<T> sign = bits<T>(splat<T>(T(-0.0)));
   const NearExponential<T> exponential;
-  // Of the voxels of each label: their number, Σ p of the label, Σ p of the other class, Σ loss.
+  // For the voxels of each label: their number, Σ p of the label, Σ p of the other class, Σ loss.
   Vec<T> n0{}, n1{}, own0{}, own1{}, other0{}, other1{}, loss0{}, loss1{};
   // Σ log(1+e) = log Π(1+e), of which the product less 1 is exact where the e are small.
   Vec<T> product0{}, product1{};

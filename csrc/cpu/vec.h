@@ -187,7 +187,7 @@ template <class T>
 struct Pair {
   Vec<T> first, second;
 };
-// Of numbers that lie in pairs in two vectors: the first ones of all pairs, and the second ones.
+// Deinterleave two vectors of pairs: the first number of every pair, and the second.
 FL_INLINE Pair<float> unzip(Vec<float> u, Vec<float> v) {
 #if defined(__AVX512F__)
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);

@@ -38,7 +38,7 @@ struct Coefficients {
   FL_DEVICE bool holds() const {
     return CONST(warps) > 1 && CONST(rounds) == 1 && !CONST(global_table) && sizeof(T) == 4;
   }
-  // Of the k-th class of this thread in a round, which is class c.
+  // For the k-th class of this thread in a round, which is class c.
   FL_DEVICE T predicted(int c, int k) const {
     return holds() ? held[k] : (*this)(CONST(slot_predicted), c);
   }
@@ -130,7 +130,7 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
   if (block.stores_rows()) block.store_rows(v, x);
 }
 
-// Of one class of a voxel: the derivative by the logit itself, or for softmax by log p.
+// For one class of a voxel: the derivative by the logit itself, or for softmax by log p.
 template <class T, class By>
 FL_DEVICE T turn_of(const Call& call, const By& by, int c, const Probability<T>& f, T m, T g) {
   const bool sigmoid = CONST(activation) == kSigmoid;

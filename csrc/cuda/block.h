@@ -81,8 +81,8 @@ struct Block {
     return k < CONST(classes) - before_last || first_class(round) + k < CONST(classes);
   }
 
-  // What each warp of a group says of its voxels, `exchanged` numbers of every one, all warps get
-  // to hear: hear(numbers of a warp) is called for all in order.
+  // All-to-all exchange in a group: each warp publishes `exchanged` numbers per voxel; `hear` runs
+  // once per warp, in order.
   template <int N, class Hear>
   FL_DEVICE void exchange(const T (&said)[N][V], const Hear& hear) {
     Pack<T, V>* half = exchanged + (group * 2 + turn) * (CONST(warps) * CONST(exchanged) * kLanes);
@@ -149,7 +149,7 @@ struct Block {
     if (CONST(staged_bytes) != 16) {
 #pragma unroll 4
       for (int i = thread; i < count; i += threads) move_one<kInto>(i, memory);
-    } else if (FL_SELDOM(count != full)) {
+    } else if (FL_UNLIKELY(count != full)) {
 #pragma unroll 1
       for (int i = thread; i < count; i += threads) move_one<kInto>(i, memory);
     } else {

@@ -1,4 +1,4 @@
-// What one launch of a pass is given, and how a kernel asks for it.
+// The arguments of one launch of a pass, and how a kernel reads them.
 //
 // A kernel is compiled for one kind of call: FL_SPECIAL is then defined, and FL_name for every
 // field that CONST(name) asks for, so that branches, loops and array sizes are decided by the
@@ -19,12 +19,11 @@
 #define CONST(name) (call.name)
 #endif
 
-// A condition that holds seldom. Without what it leads to, FL_USUAL, the instructions are those
-// that mostly run, to be counted.
+// Marks a cold branch; -DFL_USUAL compiles it out, so that instruction counts cover the hot path.
 #ifdef FL_USUAL
-#define FL_SELDOM(condition) (false)
+#define FL_UNLIKELY(condition) (false)
 #else
-#define FL_SELDOM(condition) (condition)
+#define FL_UNLIKELY(condition) (condition)
 #endif
 
 constexpr int kMaxAxes = 16;
@@ -38,7 +37,7 @@ enum Operand { kLogits, kTarget, kWeight, kOut, kOperands };
 enum Type { kF32, kF16, kBF16, kF64, kU8, kI8, kU16, kI16, kU32, kI32, kU64, kI64, kNoType };
 enum Activation { kSoftmax, kSigmoid, kNone };
 enum Ignore { kNothing, kValue, kClass };
-// What computes a tile; fastloss/backends/cuda/call.py says which sums each of them takes.
+// The paths that compute a tile; fastloss/backends/cuda/call.py says which sums each of them takes.
 enum Path { kGeneral, kTwoClasses, kLabels, kDense };
 
 // The number of a voxel, of a sample or of a block's end.

@@ -54,7 +54,7 @@ struct GeneralCall : Call {
   int regions_type;
   int fields;
   int field_kind[kMaxFields], field_type[kMaxFields];
-  // Of every sum; the field −1: none, −2: one that is not there, and the sum is 0.
+  // For every sum; the field −1: none, −2: one that is not there, and the sum is 0.
   int sum_weight[kMaxSums], sum_function[kMaxSums], sum_field[kMaxSums];
 };
 
@@ -318,7 +318,7 @@ FL_DEVICE T summand(const Spot<In>& spot, int s, int c, T g, const Probability<T
   return Careful::product(w, value);
 }
 
-// What a map of the kinds "voxel" and "class" has for a class.
+// The value of a map of kind "voxel" or "class" for one class.
 template <class In, class T>
 FL_DEVICE T mapped(const Spot<In>& spot, int c, T g, const Probability<T>& v) {
   const GeneralCall& call = spot.call;
@@ -563,7 +563,7 @@ FL_DEVICE void apply_softmax(const Spot<In>& spot, const Derivatives<T>& by) {
   const GeneralCall& call = spot.call;
   const Softmax<T> whole(spot);
   const bool rests = has_rests(call);
-  // Of the top class, and the sums A and B over the others.
+  // For the top class, and the sums A and B over the others.
   T p_top = T(0), q_top = T(0), a_top = T(0), b_top = T(0), a_others = T(0), b_others = T(0);
 #pragma unroll 1
   for (int c = 0; c < CONST(classes); ++c) {

@@ -66,7 +66,7 @@ FL_DEVICE BFloat from_number<BFloat>(float x) {
   return b;
 }
 
-// What numbers of a type are in memory.
+// The storage type of numbers of a type.
 template <int type>
 struct InMemory;
 template <>

@@ -101,7 +101,7 @@ struct Sums {
     return kept[place_of(slot) * CONST(per_thread) + k];
   }
 
-  // Of a round. All lanes call.
+  // For one round. All lanes call.
   FL_DEVICE void take(int slot, int round, int k, T value) {
     if (slot < 0) return;
     if (CONST(keep_sums)) {
@@ -127,7 +127,7 @@ struct Sums {
     bool alike = one >= 0;
 #pragma unroll
     for (int j = 0; j < V; ++j) alike = alike && y[j] == one;
-    if (FL_SELDOM(!__all_sync(kAllLanes, alike))) return add_one_by_one(slots, y, values);
+    if (FL_UNLIKELY(!__all_sync(kAllLanes, alike))) return add_one_by_one(slots, y, values);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       if (slots[n] < 0) continue;
@@ -332,7 +332,7 @@ FL_DEVICE void add_voxels(const Block<In, V>& block, const Voxels<T, V>& v, T (&
     bool infinite = false;
 #pragma unroll
     for (int j = 0; j < V; ++j) infinite |= size_of(x[j]) == infinity<T>();
-    if (FL_SELDOM(infinite)) {
+    if (FL_UNLIKELY(infinite)) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         if (!is_infinite(x[j])) continue;
@@ -438,11 +438,11 @@ FL_DEVICE void reduce_block(const Call& call) {
     if (is_of_two_classes(call)) {
       reduce_two_classes<In, V, K>(block, voxels, sums);
       // A product of 64 factors of at most 2 is far from overflow.
-      if (FL_SELDOM(kFlushEvery * V > 64 && (tiles + 1) % (64 / V) == 0)) sums.take_products();
+      if (FL_UNLIKELY(kFlushEvery * V > 64 && (tiles + 1) % (64 / V) == 0)) sums.take_products();
     } else if (CONST(path) == kLabels) reduce_labels<In, V, K>(block, voxels, sums, tiles);
     else reduce_dense<In, V, K>(block, voxels, sums);
     ++tiles;
-    if (FL_SELDOM(tiles % kFlushEvery == 0)) sums.flush();
+    if (FL_UNLIKELY(tiles % kFlushEvery == 0)) sums.flush();
     if (CONST(staged)) __syncthreads();
   }
   sums.finish();

@@ -92,7 +92,7 @@ FL_DEVICE T scaled_below(T x, T largest) {
 // Whether a thread holds all classes of its voxels, the label's among them.
 FL_DEVICE bool holds_label(const Call& call) { return CONST(warps) == 1 && CONST(rounds) == 1; }
 
-// What a label map says of a voxel, once all its classes are seen.
+// The label of a voxel, once all its classes are seen.
 template <class T>
 struct Label {
   T own;      // e of the label
@@ -145,7 +145,7 @@ FL_DEVICE void label_round(const Block<In, V>& block,
     here[j] = {center[j], T(0), T(0), T(0)};
     any_far = any_far || is_far(center[j]);
   }
-  if (FL_SELDOM(any_far)) {
+  if (FL_UNLIKELY(any_far)) {
     // The classes at an infinite maximum share the probability.
 #pragma unroll
     for (int j = 0; j < V; ++j) {
@@ -198,7 +198,7 @@ FL_DEVICE void label_parts(Block<In, V>& block, const Voxels<typename ComputedIn
   using T = typename ComputedIn<In>::type;
   const Call& call = block.call;
   if (holds_label(call)) {
-    // What does not count has no label, and a loss that must be finite.
+    // A voxel that does not count has no label, and its loss must be finite.
 #pragma unroll
     for (int j = 0; j < V; ++j) own[j] = T(0);
   } else {
@@ -219,7 +219,7 @@ FL_DEVICE void label_parts(Block<In, V>& block, const Voxels<typename ComputedIn
     factor[j] = CONST(rounds) == 1 && CONST(warps) > 1 ? rescale(factor[j], part[j].largest) : T(1);
 }
 
-// Of any voxel.
+// For any voxel.
 template <class T>
 struct Part {
   T largest;
@@ -243,7 +243,7 @@ FL_DEVICE void merge(Part<T>& a, const Part<T>& b) {
   a.largest = largest;
 }
 
-// What softmax needs of a whole voxel, from its Part.
+// Softmax of a whole voxel, from its Part.
 template <class T>
 struct Whole {
   T largest, rest, inverse, log_sum;  // rest: the sum without one of the largest

@@ -1,4 +1,4 @@
-"""Who computes the two passes: C++, Numba or NumPy; for arrays on a GPU, CUDA."""
+"""The backends: C++, Numba or NumPy; for arrays on a GPU, CUDA."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REMEDIES = {
     "cpu": "install a C++ compiler and then fastloss again",
     "numba": "pip install 'fastloss[numba]'",
 }
-"""What makes a backend that is absent available."""
+"""How to install a backend that is absent."""
 
 _loaded: dict[str, Backend] = {}
 _threads = 0  # set by limit_threads; 0: not set

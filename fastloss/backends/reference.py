@@ -115,7 +115,7 @@ class ReferenceBackend(Backend):
             sample = _sample(request, arrays, b)
             rows = coefficients[:, b * arrays.rows : (b + 1) * arrays.rows]
             with np.errstate(all="ignore"):
-                # Of every voxel the coefficients of its row, (S, C, N).
+                # Every voxel's coefficients, those of its row: (S, C, N).
                 k = rows.transpose(0, 2, 1)[:, :, np.maximum(sample.row, 0)]
                 gradient = _gradient(request, k, sample)
                 out[b] = _store(gradient.reshape(out[b].shape), arrays.logits_dtype)

@@ -1,4 +1,4 @@
-"""What can go wrong before or during a measurement."""
+"""Errors before or during a measurement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: one call of one implementation, ready to run, and where to get one."""
+"""The implementations that are measured, and how to make a call of one."""
 
 from __future__ import annotations
 

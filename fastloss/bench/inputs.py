@@ -28,7 +28,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What a case is of, without its arrays: for lists of cases and rows of reports.
+    """The description of a case without its arrays, for lists of cases and rows of reports.
 
     The shape is (B, C, D, H, W), the layout "contiguous" or "channels_last". The target is the
     dtype of a label map, or that of dense targets after "dense ".

@@ -1,4 +1,4 @@
-"""What a run finds, on a CPU or a GPU, and what is said of it."""
+"""The results of a run, on a CPU or a GPU, and their report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastloss.bench.inputs import Spec
 from fastloss.bench.results import Figure
 
 OWN = ("cpu", "numba", "torch")
-"""What the others are compared with: the first of these that was measured."""
+"""The baseline of ratios: the first of these that was measured."""
 
 HEADER = (
     "with\ngradient ms",
@@ -52,7 +52,7 @@ class Row:
     forward_backward: float | None = None
     low: float | None = None
     high: float | None = None
-    """What 10 and 90 % of the samples of ``forward_backward`` are below."""
+    """The 10 % and 90 % quantiles of ``forward_backward``."""
     peak_memory: int | None = None
     note: str = ""
 
@@ -141,7 +141,7 @@ class Report:
         )
 
     def figures(self, row: Row) -> list[Figure]:
-        """What the table of results keeps of a row."""
+        """The figures of a row for the table of results."""
         memory = row.peak_memory
         name = row.implementation
         found = (

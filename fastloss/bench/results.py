@@ -74,7 +74,7 @@ class Table:
 
 
 def device_text(made: dict[str, Any]) -> str:
-    """What computed: the GPU's name, or the instruction set and threads of the CPU."""
+    """The GPU's name, or the instruction set and threads of the CPU."""
     if made.get("gpu"):
         return str(made["gpu"])
     parts = ("CPU", made["instruction_set"], f"{made['threads']} threads")

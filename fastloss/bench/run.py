@@ -38,7 +38,7 @@ _WITHOUT_NUMBA = (
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure; the names are those of the command line."""
+    """The options of a measurement, named as on the command line."""
 
     volume: str
     size: tuple[int, int, int] = (128, 128, 128)

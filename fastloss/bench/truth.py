@@ -1,4 +1,4 @@
-"""What is right, in float64, and how far from it a result is."""
+"""The right result, in float64, and the error of another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose arrays: an adapter per framework, not imported before an array of its own arrives."""
+"""An adapter per framework, imported when an array of that framework first arrives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter for a framework's arrays offers."""
+"""The interface of an adapter for a framework's arrays."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Adapter:
         return new.view(bfloat16), Borrowed(new, "bfloat16")
 
     def kind(self, array: Any, name: str) -> Kind | None:
-        """What `borrow` would find out, without a view; None for all but plain arrays on a GPU.
+        """Cache key and address of a plain GPU array; None if it needs the full checks.
 
         None also for what `borrow` might refuse.
         """
@@ -76,7 +76,7 @@ class Adapter:
         raise NotImplementedError(f"{type(self).__name__} must define like")
 
     def written(self, array: Any) -> None:
-        """What `borrow` does to an array that will be written to, for one that has a `kind`."""
+        """Mark an array that has a `kind` as written, as `borrow` with ``write`` does."""
 
     def result(self, value: Any) -> Any:
         """The value of a loss as the caller knows numbers."""

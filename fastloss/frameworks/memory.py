@@ -24,7 +24,7 @@ _PAGE = 1 << 21
 _HUGE = getattr(mmap, "MADV_HUGEPAGE", None)
 _FREE = getattr(mmap, "MADV_FREE", None)
 _kept: deque[_Region] = deque(maxlen=4)
-"""What arrays lay in that are gone, the latest last."""
+"""Memory of arrays that are gone, the latest last."""
 
 
 class _Region:

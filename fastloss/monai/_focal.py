@@ -112,7 +112,7 @@ class FocalLoss(Component):
         return self.alpha if isinstance(self.alpha, float) else None
 
     def _alpha_factors(self, channels: int) -> tuple[Values | None, Values | None]:
-        """What the positives and the negatives of each channel are multiplied by for α; None: 1."""
+        """The factors of positives and negatives of each channel that α stands for; None: 1."""
         alpha = self._one_alpha()
         if alpha is not None:
             if self.use_softmax and not self.include_background:

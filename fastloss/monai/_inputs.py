@@ -122,7 +122,7 @@ def check_shapes(
 
 
 def check_pair(input: Tensor, target: Tensor) -> None:
-    """What the compound losses ask of their tensors before all else."""
+    """Checks that the compound losses make first."""
     if input.dim() != target.dim():
         raise ValueError(
             "target: expected as many axes as the input, (B, 1, *spatial) for a label map; got "

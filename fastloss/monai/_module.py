@@ -1,4 +1,4 @@
-"""What all the losses are: modules with MONAI's options."""
+"""The base class of all drop-ins: modules with MONAI's options."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Activated(Component):
 def activated(
     input: Tensor, sigmoid: bool, softmax: bool, other_act: Callable[..., Any] | None
 ) -> tuple[Tensor, str]:
-    """What the kernels are to read, and the activation that is left for them to apply.
+    """The tensor that the kernels read, and the activation that they still apply.
 
     More than one can be set after the loss was made. They are applied in this order, as in MONAI.
     """

@@ -18,7 +18,7 @@ def softmax_helper_dim1(x: Tensor) -> Tensor:
 
 
 class Dice(nn.Module):
-    """What both Dice losses are."""
+    """The base class of both Dice losses."""
 
     clip_tp: float | None = None
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class FusedLoss:
-    """What makes a trainer's loss ours, whichever of nnU-Net's it builds; name it first.
+    """A mixin that replaces a trainer's loss by ours, whichever it builds; name it first.
 
     Raises:
         TypeError: when the loss is built, one that has no counterpart in `fastloss.nnunet`.

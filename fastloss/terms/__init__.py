@@ -1,4 +1,4 @@
-"""What each loss means, on sums over voxels."""
+"""The losses, as formulas on sums over voxels."""
 
 from fastloss.loss import Term
 from fastloss.terms.distribution import CrossEntropy, Focal, TopKCrossEntropy, VoxelwiseTerm

@@ -45,7 +45,7 @@ class VoxelwiseTerm(Term):
         return self.reduction == "voxel"
 
     def map_coefficients(self, request: Request, classes: int) -> Mapping[Any, Any]:
-        # Of any sums, as the coefficients do not depend on them.
+        # Any sums will do, as the coefficients do not depend on them.
         sums, voxels = np.zeros((len(request.sums), 1, classes)), np.zeros(1)
         return self.linear(Statistics(request, sums, voxels, np.dtype(np.float64)))[0]
 

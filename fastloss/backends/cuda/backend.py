@@ -246,7 +246,7 @@ class CudaBackend(Backend):
         return self.place.empty(shape, dtype.name)
 
     def _weights_of(self, loss: FusedLoss, term: Any, classes: int) -> Callable[[int], None] | None:
-        """What writes a ranking term's class weights there, if they lie on the device."""
+        """A function that writes a ranking term's class weights, if they lie on the device."""
         array = loss.given_to(term, "weight")
         if array is None:
             return None
@@ -407,7 +407,7 @@ class CudaBackend(Backend):
 
 
 def _view_of(memory: engine.Memory, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """What stands for an array in C order in a device's memory, which lives as long."""
+    """A stand-in for an array in C order in a device's memory, which it keeps alive."""
     strides = tuple(prod(shape[i + 1 :]) * dtype.itemsize for i in range(len(shape)))
     return device_view(memory, memory.address, shape, strides, dtype.name)
 
@@ -418,7 +418,7 @@ _COMBINE = ("fastloss_combine", "fastloss_pullback")
 def arguments(
     program: Program, device: engine.Device, operands: Operands
 ) -> tuple[tuple[int, ...], bytes, Any]:
-    """What `Program.call` takes of the numbers of a loss, and what holds them meanwhile."""
+    """The numbers of a loss as `Program.call` takes them, and the owner of their memory."""
     if program.takes_along:
         return operands.addresses, operands.host, None
     memory = on_device(device, operands.host)

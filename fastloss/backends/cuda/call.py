@@ -91,7 +91,7 @@ CALL = np.dtype(
 
 
 class Work(NamedTuple):
-    """What a launch is to do.
+    """The work of a launch.
 
     Attributes:
         kernel: "reduce", "apply", or "map".
@@ -114,7 +114,7 @@ class Operand(NamedTuple):
     type: int
     strides: tuple[int, ...]
     address: int
-    """Of the first number, modulo 16."""
+    """The address of the first number, modulo 16."""
 
     def alignment(self, offset: int = 0) -> int:
         """The largest power of two, at most 16, that an address at this distance divides by."""
@@ -126,7 +126,7 @@ class Operands(NamedTuple):
     """The arrays of a call. ``out`` takes the gradient, or a map."""
 
     shape: tuple[int, ...]
-    """Of the logits."""
+    """The dtype of the logits."""
     logits: Operand
     target: Operand
     weight: Operand | None = None
@@ -156,7 +156,7 @@ class Plan:
     offsets: tuple[int, ...]
     """Per array, in bytes, where its first voxel lies: logits, target, weight, out; then others."""
     constants: tuple[tuple[str, object], ...]
-    """What the kernel is compiled for."""
+    """The constants that the kernel is compiled with."""
     grid: int
     threads: int
     shared: int

@@ -1,8 +1,8 @@
-"""Calls on a GPU of a kind that came before: all is known but where the arrays lie.
+"""Cached launch plans: for repeated shapes and dtypes only pointers change.
 
-To check arrays, plan launches and look up kernels takes the host several times as long as to queue
-them. In training all calls are alike, so what the first one finds out is kept, for all losses that
-differ in numbers alone.
+Checking arrays, planning launches and looking up kernels takes the host several times as long as
+queueing them. In training all calls are alike, so the first one's plan is cached, for all losses
+that differ in numbers alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _calls: dict[tuple[str, ...], dict[Hashable, Prepared]] = {}
 
 
 class Kept(NamedTuple):
-    """What the value leaves for the gradient."""
+    """Results of the forward pass that the backward pass reads."""
 
     memory: Any
     """(S · B · C + …) float64 on the device, the derivatives by the sums first."""
@@ -227,7 +227,7 @@ def _span(view: np.ndarray) -> tuple[int, int]:
 def find(
     loss: FusedLoss, adapter: GpuAdapter, kind: Kind, logits: Any, target: Any, voxel_weight: Any
 ) -> tuple[Prepared, tuple[int, ...]] | None:
-    """What is kept of calls like this one, and the addresses of its arrays; None: the long way.
+    """The cached plan of calls like this one, and the addresses of its arrays; None: the full path.
 
     ``kind`` is that of the logits. Raises what the arrays are to blame for.
     """

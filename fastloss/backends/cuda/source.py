@@ -74,7 +74,7 @@ def specialised(constants: tuple[tuple[str, object], ...], kernel: str) -> str:
 
 
 def describe(constants: tuple[tuple[str, object], ...]) -> str:
-    """What a kernel is compiled for, for a person."""
+    """The constants of a kernel, in words."""
     c = dict(constants)
     activation = ("softmax", "sigmoid", "probabilities")[int(str(c["activation"]))]
     logits = TYPES[int(str(c["logits_type"]))]

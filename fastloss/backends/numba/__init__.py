@@ -26,7 +26,7 @@ from fastloss.request import Request
 
 _config: Any = _untyped_config  # its attributes are made at run time
 
-_FEW_LOGITS = 1 << 17  # with no more a second thread takes longer to wake than to help
+_FEW_LOGITS = 1 << 17  # below this, starting a second thread costs more than it saves
 
 
 class NumbaBackend(Backend):

@@ -80,7 +80,7 @@ class Operand:
         return self.array[place]
 
     def rows(self, sample: int) -> np.ndarray:
-        """Of a direct operand the rows of a sample, (K, voxels)."""
+        """The rows of a sample of a direct operand, (K, voxels)."""
         array: np.ndarray = self.array[sample]
         return array.reshape(len(array), prod(array.shape[1:]))
 

@@ -74,7 +74,7 @@ class Call:
         order = Order.of(x)
 
         def operand(array: np.ndarray | None, name: str, dtype: np.dtype) -> Operand | None:
-            """Of an array (B, *spatial) one with an axis of classes."""
+            """An array (B, *spatial) with an axis of classes added."""
             if array is None:
                 return None
             return Operand(array if array.ndim == x.ndim else array[:, None], name, dtype, order)

@@ -13,7 +13,7 @@ from fastloss.backends.numba.kernels import inner
 
 
 class Voxel(NamedTuple):
-    """What a formula is given of one voxel and class: with q = 1−p, powers of a parameter γ."""
+    """The inputs of a formula for one voxel and class: with q = 1−p, powers of a parameter γ."""
 
     p: float
     q: float
@@ -33,7 +33,7 @@ class Function(NamedTuple):
 
     @property
     def reads(self) -> int:
-        """What the formulas read that is not always there: a sum of values of `READS`."""
+        """The optional inputs that the formulas read: a sum of values of `READS`."""
         names = {*self.value.__code__.co_names, *self.slope.__code__.co_names}
         return sum(flag for name, flag in READS.items() if name in names)
 
@@ -77,7 +77,7 @@ FUNCTIONS = {
     ),
 }
 
-# Of the voxel weight m and the target g.
+# Functions of the voxel weight m and the target g.
 WEIGHTS = {
     "one": lambda m, g: m,
     "target": lambda m, g: m * g,

@@ -158,7 +158,7 @@ def _group(c, classes, r, row, wide, size):
 
 @inner
 def add_slopes(slopes, size, scratch):
-    """Of the derivatives by log p, in the rows ``slopes``, the sums that the gradient takes.
+    """Sum the derivatives by log p, in the rows ``slopes``, as the gradient takes them.
 
     Those over all classes, and over all but the one of the largest logit: at OF_ALL, OF_OTHERS.
     """

@@ -206,7 +206,7 @@ def _check_reuse(logits: torch.Tensor) -> None:
 
 @contextmanager
 def _about_reuse() -> Iterator[None]:
-    """Let what is wrong with an output be said of the logits."""
+    """Re-raise errors about ``out`` as errors about ``logits``."""
     try:
         yield
     except ValueError as error:

@@ -201,7 +201,7 @@ class _Loop:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the index along each axis; the counter itself where there is one axis."""
+        """The names of the indices along the axes; the counter itself where there is one axis."""
         if sum(n > 1 for n in self.shape) == 1:
             return (self.name,) * len(self.shape)
         return tuple(f"{self.name}{axis}" for axis in range(len(self.shape)))
@@ -218,7 +218,7 @@ class _Loop:
         return {name: stride for name, n, stride in each if n > 1}
 
     def definitions(self, body: str) -> list[str]:
-        """Of the indices that the body names."""
+        """Definitions of the indices that the body names."""
         lines = []
         whole = prod(self.shape)
         for name, stride in self.strides.items():
@@ -295,7 +295,7 @@ class _Text:
 
 @dataclass
 class _Nest:
-    """What is computed inside of one or two loops, and in front of them."""
+    """The statements inside one or two loops, and those before them."""
 
     kernel: _Kernel
     loops: tuple[_Loop, ...]

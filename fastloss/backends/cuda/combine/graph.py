@@ -123,7 +123,7 @@ class Graph:
     def elementwise(self, name: str, *args: Node) -> Node:
         """A ufunc by its name in NumPy."""
         if all(a.dtype == BOOL for a in args):
-            # What NumPy makes of arithmetic on truths.
+            # The dtype of arithmetic on booleans in NumPy.
             name = {
                 "add": "logical_or",
                 "maximum": "logical_or",

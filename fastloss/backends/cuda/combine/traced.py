@@ -297,7 +297,7 @@ class Traced(NDArrayOperatorsMixin):
 
 def _in_place(ufunc: np.ufunc) -> Callable[[Traced, Any], Any]:
     def operate(self: Traced, other: Any) -> Any:
-        # What NumPy gives where no axis is left is a number, and those do not change.
+        # Where no axis is left NumPy returns a number, which is immutable.
         return ufunc(self, other, out=(self,)) if self.ndim else ufunc(self, other)
 
     return operate
