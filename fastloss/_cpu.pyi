@@ -1,4 +1,4 @@
-"""What csrc/cpu/module.cpp offers."""
+"""The compiled module of csrc/cpu/module.cpp."""
 
 from collections.abc import Sequence
 

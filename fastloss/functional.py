@@ -40,14 +40,13 @@ and for arrays as `fastloss.Loss` does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from fastloss.borrowed import Extras
-from fastloss.frameworks import adapter_of
+from fastloss.frameworks import Adapter, adapter_of
 from fastloss.loss import Loss, Term
 from fastloss.options import readable, refuse_gradient
 from fastloss.structure import recipe
@@ -89,10 +88,10 @@ def cross_entropy_loss(
     >>> print(round(float(fl.cross_entropy_loss(p, g, activation="none")), 3))
     0.223
     """
-    own = {"weight": weight, "label_smoothing": label_smoothing, "reduction": reduction}
+    own = ("weight", "label_smoothing", "reduction"), (weight, label_smoothing, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, CrossEntropy, own))
+    return _value(arrays, whole, (regions, region_count), (1.0, CrossEntropy, *own))
 
 
 def focal_loss(
@@ -119,10 +118,10 @@ def focal_loss(
     >>> print(round(float(fl.focal_loss(p, g, activation="none", gamma=1)), 3))
     0.045
     """
-    own = {"gamma": gamma, "alpha": alpha, "reduction": reduction}
+    own = ("gamma", "alpha", "reduction"), (gamma, alpha, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, Focal, own))
+    return _value(arrays, whole, (regions, region_count), (1.0, Focal, *own))
 
 
 def brier_loss(
@@ -145,10 +144,10 @@ def brier_loss(
     >>> print(round(float(fl.brier_loss(p, g, activation="none")), 3))
     0.08
     """
-    own = {"weight": weight, "reduction": reduction}
+    own = ("weight", "reduction"), (weight, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, Brier, own))
+    return _value(arrays, whole, (regions, region_count), (1.0, Brier, *own))
 
 
 def mean_absolute_error_loss(
@@ -173,10 +172,10 @@ def mean_absolute_error_loss(
     >>> print(round(float(fl.mean_absolute_error_loss(p, g, activation="none")), 3))
     0.4
     """
-    own = {"weight": weight, "reduction": reduction}
+    own = ("weight", "reduction"), (weight, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, MeanAbsoluteError, own))
+    return _value(arrays, whole, (regions, region_count), (1.0, MeanAbsoluteError, *own))
 
 
 def poly_cross_entropy_loss(
@@ -203,10 +202,10 @@ def poly_cross_entropy_loss(
     >>> print(round(float(fl.poly_cross_entropy_loss(p, g, activation="none", epsilon=2)), 3))
     0.623
     """
-    own = {"epsilon": epsilon, "weight": weight, "reduction": reduction}
+    own = ("epsilon", "weight", "reduction"), (epsilon, weight, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, PolyCrossEntropy, own))
+    return _value(arrays, whole, (regions, region_count), (1.0, PolyCrossEntropy, *own))
 
 
 def generalized_cross_entropy_loss(
@@ -233,10 +232,10 @@ def generalized_cross_entropy_loss(
     >>> print(round(float(fl.generalized_cross_entropy_loss(p, g, activation="none", q=1)), 3))
     0.2
     """
-    own = {"q": q, "weight": weight, "reduction": reduction}
+    own = ("q", "weight", "reduction"), (q, weight, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, GeneralizedCrossEntropy, own))
+    return _value(arrays, whole, (regions, region_count), (1.0, GeneralizedCrossEntropy, *own))
 
 
 def top_k_cross_entropy_loss(
@@ -262,10 +261,10 @@ def top_k_cross_entropy_loss(
     >>> print(round(float(fl.top_k_cross_entropy_loss(logits, np.zeros((1, 4), int), k=25)), 3))
     0.693
     """
-    own = {"k": k, "weight": weight}
+    own = ("k", "weight"), (k, weight)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, TopKCrossEntropy, own))
+    return _value(arrays, whole, (regions, region_count), (1.0, TopKCrossEntropy, *own))
 
 
 def dice_loss(
@@ -292,7 +291,7 @@ def dice_loss(
     own = _region(include_background, batch, smooth_nr, smooth_dr, weight, reduction, squared)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, Dice, own))
+    return _value(arrays, whole, (regions, region_count), (1.0, Dice, *own))
 
 
 def jaccard_loss(
@@ -321,7 +320,7 @@ def jaccard_loss(
     own = _region(include_background, batch, smooth_nr, smooth_dr, weight, reduction, squared)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, Jaccard, own))
+    return _value(arrays, whole, (regions, region_count), (1.0, Jaccard, *own))
 
 
 def tversky_loss(
@@ -353,10 +352,10 @@ def tversky_loss(
     0.63
     """
     region = _region(include_background, batch, smooth_nr, smooth_dr, weight, reduction, squared)
-    own = {**region, "alpha": alpha, "beta": beta, "gamma": gamma}
+    own = (*region[0], "alpha", "beta", "gamma"), (*region[1], alpha, beta, gamma)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, Tversky, own))
+    return _value(arrays, whole, (regions, region_count), (1.0, Tversky, *own))
 
 
 def generalized_dice_loss(
@@ -386,10 +385,10 @@ def generalized_dice_loss(
     0.312
     """
     region = _region(include_background, batch, smooth_nr, smooth_dr, weight, reduction, squared)
-    own = {**region, "weighting": weighting}
+    own = (*region[0], "weighting"), (*region[1], weighting)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, GeneralizedDice, own))
+    return _value(arrays, whole, (regions, region_count), (1.0, GeneralizedDice, *own))
 
 
 def dice_ce_loss(
@@ -422,15 +421,15 @@ def dice_ce_loss(
     """
     _refuse_gradient("ce_weight", ce_weight)
     dice = _region(include_background, batch, smooth_nr, smooth_dr, weight, reduction, squared)
-    other = {"weight": ce_weight, "label_smoothing": label_smoothing, "reduction": reduction}
+    other = ("weight", "label_smoothing", "reduction"), (ce_weight, label_smoothing, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
     return _value(
         arrays,
         whole,
         (regions, region_count),
-        (dice_factor, Dice, dice),
-        (ce_factor, CrossEntropy, other),
+        (dice_factor, Dice, *dice),
+        (ce_factor, CrossEntropy, *other),
     )
 
 
@@ -463,15 +462,15 @@ def dice_focal_loss(
     0.847
     """
     dice = _region(include_background, batch, smooth_nr, smooth_dr, weight, reduction, squared)
-    other = {"gamma": gamma, "alpha": alpha, "reduction": reduction}
+    other = ("gamma", "alpha", "reduction"), (gamma, alpha, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
     return _value(
         arrays,
         whole,
         (regions, region_count),
-        (dice_factor, Dice, dice),
-        (focal_factor, Focal, other),
+        (dice_factor, Dice, *dice),
+        (focal_factor, Focal, *other),
     )
 
 
@@ -506,29 +505,16 @@ def dice_focal(
 
 _LOSS_OPTIONS = ("activation", "ignore_index", "channel_axis", "validate")
 _PLAIN = frozenset({str, int, float, bool, type(None)})
-_Part = tuple[Any, type[Term], dict[str, Any]]
-"""The factor of a term, its class and its options."""
+_Part = tuple[Any, type[Term], tuple[str, ...], tuple[Any, ...]]
+"""The factor of a term, its class, and names and values of its options."""
+_REGION = (
+    "include_background", "batch", "smooth_nr", "smooth_dr", "weight", "reduction", "squared",
+)  # fmt: skip
 
 
-def _region(
-    include_background: bool,
-    batch: bool,
-    smooth_nr: float,
-    smooth_dr: float,
-    weight: Any,
-    reduction: str,
-    squared: bool,
-) -> dict[str, Any]:
+def _region(*values: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     """The options of `fastloss.RegionTerm`."""
-    return {
-        "include_background": include_background,
-        "batch": batch,
-        "smooth_nr": smooth_nr,
-        "smooth_dr": smooth_dr,
-        "weight": weight,
-        "reduction": reduction,
-        "squared": squared,
-    }
+    return _REGION, values
 
 
 def _value(
@@ -539,14 +525,39 @@ def _value(
 ) -> Any:
     adapter = adapter_of(arrays[0], "logits")
     extras = Extras.of(None, *regions)
-    if any(adapter.takes_numbers(arrays[0], own.values()) for _, _, own in parts):
-        for _, _, own in parts:
-            for name, value in own.items():
-                _refuse_gradient(name, value)
-        recipes = [recipe(kind, own, factor) for factor, kind, own in parts]
-        options = tuple(zip(_LOSS_OPTIONS, whole, strict=True))
-        return adapter.evaluate(options, recipes, *arrays, extras)
-    return adapter.value(partial(_loss, whole, parts), *arrays, extras=extras)
+    if adapter.takes_numbers(arrays[0], ()):
+        return _evaluated(adapter, arrays, whole, extras, parts)
+    plain = _PLAIN.issuperset(map(type, whole))
+    for factor, _, _, values in parts:
+        if not _PLAIN.issuperset(map(type, values)):
+            plain = False
+            if adapter.takes_numbers(arrays[0], values):
+                return _evaluated(adapter, arrays, whole, extras, parts)
+        plain = plain and type(factor) in _PLAIN
+    if not plain:
+        whole = _all_hashable(_LOSS_OPTIONS, whole)
+        parts = tuple(
+            (_hashable("factor", factor), kind, names, _all_hashable(names, values))
+            for factor, kind, names, values in parts
+        )
+    return adapter.value(_made(whole, *parts), *arrays, extras=extras)
+
+
+def _evaluated(
+    adapter: Adapter,
+    arrays: tuple[Any, Any, Any],
+    whole: tuple[Any, ...],
+    extras: Extras | None,
+    parts: tuple[_Part, ...],
+) -> Any:
+    """The value, where the adapter takes numbers for operands."""
+    recipes = []
+    for factor, kind, names, values in parts:
+        for name, value in zip(names, values, strict=True):
+            _refuse_gradient(name, value)
+        recipes.append(recipe(kind, dict(zip(names, values, strict=True)), factor))
+    options = tuple(zip(_LOSS_OPTIONS, whole, strict=True))
+    return adapter.evaluate(options, recipes, *arrays, extras)
 
 
 def _refuse_gradient(name: str, value: Any) -> None:
@@ -554,18 +565,7 @@ def _refuse_gradient(name: str, value: Any) -> None:
         refuse_gradient(name, value)
 
 
-def _loss(whole: tuple[Any, ...], parts: tuple[_Part, ...]) -> Loss:
-    """The loss of these terms and options, made once."""
-    hashable = [
-        (_hashable("factor", factor), kind, tuple(own), _all_hashable(own, own.values()))
-        for factor, kind, own in parts
-    ]
-    return _made(_all_hashable(_LOSS_OPTIONS, whole), *hashable)
-
-
-def _all_hashable(names: Iterable[str], values: Iterable[Any]) -> tuple[Any, ...]:
-    if _PLAIN.issuperset(map(type, values)):
-        return tuple(values)
+def _all_hashable(names: tuple[str, ...], values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(_hashable(name, value) for name, value in zip(names, values, strict=True))
 
 
@@ -584,9 +584,7 @@ def _hashable(name: str, value: Any) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _made(
-    whole: tuple[Any, ...],
-    *parts: tuple[Any, type[Term], tuple[str, ...], tuple[Any, ...]],
-) -> Loss:
+def _made(whole: tuple[Any, ...], *parts: _Part) -> Loss:
+    """The loss of these terms and options, made once."""
     terms = [f * kind(**dict(zip(names, v, strict=True))) for f, kind, names, v in parts]
     return Loss(*terms, **dict(zip(_LOSS_OPTIONS, whole, strict=True)))

@@ -78,8 +78,8 @@ class Term:
 
     def __setstate__(self, state: Any) -> None:
         state, slots = state if isinstance(state, tuple) else (state, None)
-        # What the term was called may be understood by another process alone, and the loss that it
-        # is by itself was made again before it was whole.
+        # Both are made again: an identity in the description means nothing in another process, and
+        # the cached loss was unpickled before its term was complete.
         skipped = ("_described", "_loss")
         vars(self).update((k, v) for k, v in (state or {}).items() if k not in skipped)
         for name, value in (slots or {}).items():

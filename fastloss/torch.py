@@ -273,17 +273,20 @@ class GeneralizedDice(_Term):
 class DiceCE(Loss):
     """Dice + cross-entropy: dice_factor, ce_factor, and options as `fastloss.dice_ce_loss`."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, dice_factor: float = 1.0, ce_factor: float = 1.0, **options: Any) -> None:
         whole = {k: options.pop(k) for k in _LOSS_OPTIONS if k in options}
-        super().__init__(dice_ce(**options), **whole)
+        super().__init__(dice_ce(dice_factor=dice_factor, ce_factor=ce_factor, **options), **whole)
 
 
 class DiceFocal(Loss):
     """Dice + focal loss: dice_factor, focal_factor, and options as `fastloss.dice_focal_loss`."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(
+        self, *, dice_factor: float = 1.0, focal_factor: float = 1.0, **options: Any
+    ) -> None:
         whole = {k: options.pop(k) for k in _LOSS_OPTIONS if k in options}
-        super().__init__(dice_focal(**options), **whole)
+        loss = dice_focal(dice_factor=dice_factor, focal_factor=focal_factor, **options)
+        super().__init__(loss, **whole)
 
 
 class DeepSupervision(Scheduled):

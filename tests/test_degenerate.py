@@ -168,7 +168,7 @@ def test_no_sample(backend: str, name: str) -> None:
         assert loss(x, y, np.zeros((0, 4))) == value
 
 
-# ------------------------------------------------------------------ every sum by itself
+# ------------------------------------------------------------------ single sums
 
 
 class OneSum(fl.VoxelwiseTerm):

@@ -221,3 +221,16 @@ def test_nnunets_dice_of_all_ranks_where_one_holds_nothing(
     got, got_gradient = ranks[1][name, compiled]
     torch.testing.assert_close(got, dice)
     assert got_gradient.shape == (0, *logits.shape[1:])
+
+
+def test_modules_that_older_versions_pickled_load() -> None:
+    import pickle
+
+    from fastloss import torch as ft
+
+    module = ft.Loss(fl.Dice(), process_group=True, shard="volume")
+    text = pickle.dumps(module, protocol=0)
+    place = b"cfastloss.frameworks.torch.distributed\n"
+    assert place in text
+    older = text.replace(place, b"cfastloss.frameworks.torch_distributed\n")
+    assert repr(pickle.loads(older)) == repr(module)

@@ -1,4 +1,4 @@
-"""What the library takes on a GPU, beside MONAI and nnU-Net, in one run.
+"""Time and memory on a GPU, beside MONAI and nnU-Net, in one run.
 
     python benchmarks/gpu/bench.py [--sizes LIST] [--peers all|eager|none] [--out FILE.csv]
 

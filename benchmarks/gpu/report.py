@@ -21,7 +21,7 @@ COMPILED = ("monai-compile", "nnunet-compile")
 
 @dataclass
 class GpuReport(Report):
-    """… with what is measured on a GPU alone."""
+    """A report with the measurements that only a GPU has."""
 
     smoke: bool = False
     reuse_memory: dict[str, int | None] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class GpuReport(Report):
 
 
 def other_figures(report: GpuReport) -> list[Figure]:
-    """What the table of results keeps beside the rows."""
+    """The figures that belong to no row, for the table of results."""
     found = [Figure("", "copy bandwidth", report.copy_bandwidth / 1e9, "GB/s")]
     for title, memory in report.reuse_memory.items():
         value = None if memory is None else memory / 2**20

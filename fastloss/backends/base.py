@@ -105,15 +105,17 @@ class Backend:
         return Statistics(request, sums, voxels, arrays.value_dtype, None, regions), field
 
     def combine(self, loss: FusedLoss, statistics: Statistics) -> tuple[Any, Callable[[Any], Any]]:
-        """The value, and from its upstream gradient the derivatives that `gradient` takes."""
+        """The value, and from its upstream gradient the coefficients for `gradient`."""
         return loss.combine(statistics)
 
-    def gradient(self, request: Request, arrays: Arrays, derivatives: Any, out: np.ndarray) -> None:
-        """As `apply`, given what the pullback of `combine` returns."""
-        self.apply(request, arrays, derivatives, out)
+    def gradient(
+        self, request: Request, arrays: Arrays, coefficients: Any, out: np.ndarray
+    ) -> None:
+        """As `apply`, given the result of the pullback of `combine`."""
+        self.apply(request, arrays, coefficients, out)
 
     def check(self, request: Request, arrays: Arrays) -> None:
-        """Raise what `write_map` would not, where that does not wait for the numbers."""
+        """Raise ValueError for bad labels and weights, where `write_map` gives NaN instead."""
 
     def with_numbers(self, loss: FusedLoss) -> FusedLoss:
         """The loss with its numbers in the processor's memory."""

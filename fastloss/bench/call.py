@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from typing import Any
 
 
-class Call:
+class Call(ABC):
     """An implementation with its inputs in the form that it wants them, on their device."""
 
+    @abstractmethod
     def forward(self) -> object:
         """Compute the value alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward_backward(self) -> object:
         """Compute value and gradient, as a training loop would."""
-        raise NotImplementedError
 
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: B027  most leave nothing behind
         """Drop what the last call left behind; not timed."""
 
+    @abstractmethod
     def active(self) -> AbstractContextManager[None]:
         """Surrounds the calls; not timed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def result(self) -> tuple[float, Any]:
         """Value and gradient: an array or a tensor as the case has, in any floating dtype."""
-        raise NotImplementedError
 
     def with_new_gradient(self) -> object:
         """As `forward_backward`, where the gradient is a new array."""

@@ -55,7 +55,7 @@ class Options:
 
 @dataclass
 class Report(report.Report):
-    """… of one input."""
+    """The report on one input."""
 
     options: Options = Options("phantom")
     logits_shape: tuple[int, ...] = ()

@@ -384,13 +384,8 @@ class CudaBackend(Backend):
         return both
 
     def gradient(
-        self,
-        request: Request,
-        arrays: Arrays,
-        derivatives: DeviceCoefficients,
-        out: np.ndarray,
+        self, request: Request, arrays: Arrays, coefficients: DeviceCoefficients, out: np.ndarray
     ) -> None:
-        coefficients = derivatives
         summed = coefficients.rows == 1
         engine.apply(
             self.device,

@@ -126,7 +126,7 @@ class Operands(NamedTuple):
     """The arrays of a call. ``out`` takes the gradient, or a map."""
 
     shape: tuple[int, ...]
-    """The dtype of the logits."""
+    """The shape of the logits."""
     logits: Operand
     target: Operand
     weight: Operand | None = None
@@ -266,6 +266,24 @@ def in_c_order(spatial: Sequence[int], item: int) -> tuple[int, ...]:
     return tuple(prod(spatial[axis + 1 :]) * item for axis in range(len(spatial)))
 
 
+def usual_fields(request: Request, operands: Operands, work: Work, axes: int) -> dict[str, object]:
+    """The fields of a call that every path has."""
+    classes, weight = operands.shape[1], operands.weight
+    return {
+        "upstream_type": work.upstream_type,
+        "logits_type": operands.logits.type,
+        "target_type": operands.target.type,
+        "weight_type": NO_TYPE if weight is None else weight.type,
+        "activation": ACTIVATIONS.index(request.activation),
+        "dense": int(request.dense),
+        "ignore_kind": ignore_kind(request, classes),
+        "classes": classes,
+        "axes": axes,
+        "large": int(prod(operands.shape[2:]) >= 1 << 31),
+        "slots": len(request.sums),
+    }
+
+
 def plan_fast(request: Request, operands: Operands, work: Work, most_shared: int) -> Plan | None:
     """A pass by the fast path that takes this call; None: there is none.
 
@@ -301,18 +319,8 @@ def plan_fast(request: Request, operands: Operands, work: Work, most_shared: int
     labels = table.path == LABELS
     slots = table.slots
     fields: dict[str, object] = {
-        "upstream_type": work.upstream_type,
-        "logits_type": logits.type,
-        "target_type": target.type,
-        "weight_type": NO_TYPE if weight is None else weight.type,
-        "activation": ACTIVATIONS.index(request.activation),
-        "dense": int(request.dense),
-        "ignore_kind": ignore_kind(request, classes),
-        "classes": classes,
-        "axes": len(axes),
-        "large": int(voxels >= 1 << 31),
+        **usual_fields(request, operands, work, len(axes)),
         "with_losses": int(bool(work.map_kind)),
-        "slots": len(request.sums),
         "gammas": len(table.gammas),
         **{f"slot_{name}": -1 for name in (*_SLOTS, "top_k")},
         **{f"slot_{name}": slot for name, slot in slots.items()},

@@ -17,13 +17,13 @@ from fastloss.backends.cuda.call import (
     Plan,
     Work,
     check_alignment,
-    ignore_kind,
     spread,
+    usual_fields,
     walk,
     write_call,
 )
 from fastloss.maps import KINDS as MAPS
-from fastloss.request import ACTIVATIONS, Request
+from fastloss.request import Request
 from fastloss.sums import FUNCTIONS, WEIGHTS
 
 MAX_FIELDS = 8
@@ -111,22 +111,12 @@ def plan_general(
         else cuda_call._BLOCKS,
     )
     fields: dict[str, object] = {
+        **usual_fields(request, operands, work, len(axes)),
         "path": GENERAL,
-        "upstream_type": work.upstream_type,
-        "logits_type": operands.logits.type,
-        "target_type": operands.target.type,
-        "weight_type": NO_TYPE if operands.weight is None else operands.weight.type,
-        "activation": ACTIVATIONS.index(request.activation),
-        "dense": int(request.dense),
-        "ignore_kind": ignore_kind(request, classes),
-        "classes": classes,
-        "axes": len(axes),
-        "large": int(voxels >= 1 << 31),
         "vector": 1,
         "warps": warps,
         "global_sums": int(global_sums),
         "global_table": int(global_table),
-        "slots": len(request.sums),
         "map_kind": 1 + MAPS.index(work.map_kind) if work.map_kind else 0,
         "map_type": operands.out.type if work.map_kind and operands.out else NO_TYPE,
         "regions_type": NO_TYPE if regions is None else regions.type,
