@@ -48,7 +48,7 @@ import numpy as np
 from fastloss.borrowed import Extras
 from fastloss.frameworks import Adapter, adapter_of
 from fastloss.loss import Loss, Term
-from fastloss.options import readable, refuse_gradient
+from fastloss.options import factor_of, readable, refuse_gradient
 from fastloss.structure import recipe
 from fastloss.terms import (
     Brier,
@@ -486,7 +486,8 @@ def dice_ce(
     """The loss of `dice_ce_loss`; the other options are those of `fastloss.Dice`."""
     _refuse_gradient("ce_weight", ce_weight)
     entropy = CrossEntropy(weight=ce_weight, label_smoothing=label_smoothing, reduction=reduction)
-    return Loss(dice_factor * Dice(reduction=reduction, **options), ce_factor * entropy)
+    dice = Dice(reduction=reduction, **options)
+    return Loss(_times("dice_factor", dice_factor, dice), _times("ce_factor", ce_factor, entropy))
 
 
 def dice_focal(
@@ -500,13 +501,17 @@ def dice_focal(
 ) -> Loss:
     """The loss of `dice_focal_loss`; the other options are those of `fastloss.Dice`."""
     focal = Focal(gamma=gamma, alpha=alpha, reduction=reduction)
-    return Loss(dice_factor * Dice(reduction=reduction, **options), focal_factor * focal)
+    dice = Dice(reduction=reduction, **options)
+    return Loss(
+        _times("dice_factor", dice_factor, dice), _times("focal_factor", focal_factor, focal)
+    )
 
 
 _LOSS_OPTIONS = ("activation", "ignore_index", "channel_axis", "validate")
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 _Part = tuple[Any, type[Term], tuple[str, ...], tuple[Any, ...]]
 """The factor of a term, its class, and names and values of its options."""
+_FACTORS: dict[Any, str] = {Dice: "dice_factor", CrossEntropy: "ce_factor", Focal: "focal_factor"}
 _REGION = (
     "include_background", "batch", "smooth_nr", "smooth_dr", "weight", "reduction", "squared",
 )  # fmt: skip
@@ -537,7 +542,7 @@ def _value(
     if not plain:
         whole = _all_hashable(_LOSS_OPTIONS, whole)
         parts = tuple(
-            (_hashable("factor", factor), kind, names, _all_hashable(names, values))
+            (_hashable(_FACTORS.get(kind, ""), factor), kind, names, _all_hashable(names, values))
             for factor, kind, names, values in parts
         )
     return adapter.value(_made(whole, *parts), *arrays, extras=extras)
@@ -560,6 +565,13 @@ def _evaluated(
     return adapter.evaluate(options, recipes, *arrays, extras)
 
 
+def _times(name: str, factor: Any, term: Term) -> Loss:
+    number = factor_of(name, factor)
+    if number is None:
+        raise TypeError(f"{name}: expected a number, got {factor!r}")
+    return number * term
+
+
 def _refuse_gradient(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, (bool, int, float, str, list, tuple)):
         refuse_gradient(name, value)
@@ -578,6 +590,8 @@ def _hashable(name: str, value: Any) -> Any:
     array = np.asarray(readable(name, value))
     if not isinstance(value, (list, np.ndarray)):
         array = array.reshape(-1) if array.ndim else array
+    if array.dtype == object:
+        raise TypeError(f"{name}: expected a number, or one per class, got {value!r}")
     if array.ndim == 0:
         return array.item()
     return tuple(array.tolist() if array.ndim == 1 else map(tuple, array.tolist()))
@@ -586,5 +600,8 @@ def _hashable(name: str, value: Any) -> Any:
 @lru_cache(maxsize=256)
 def _made(whole: tuple[Any, ...], *parts: _Part) -> Loss:
     """The loss of these terms and options, made once."""
-    terms = [f * kind(**dict(zip(names, v, strict=True))) for f, kind, names, v in parts]
+    terms = [
+        _times(_FACTORS.get(kind, ""), factor, kind(**dict(zip(names, values, strict=True))))
+        for factor, kind, names, values in parts
+    ]
     return Loss(*terms, **dict(zip(_LOSS_OPTIONS, whole, strict=True)))

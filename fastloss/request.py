@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from fastloss.sums import Sum, as_sum, table
+from fastloss.sums import Sum, as_sum, name_of, table
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 
@@ -14,9 +14,14 @@ class Places(dict[str | Sum, int]):
     """The place of every sum in a table, by the `Sum` or by its name."""
 
     def __missing__(self, name: str | Sum) -> int:
-        if isinstance(name, Sum):
-            raise KeyError(name)
-        self[name] = place = self[as_sum(name)]
+        try:
+            place = self.get(as_sum(name))
+        except (KeyError, ValueError):
+            place = None
+        if place is None:
+            there = ", ".join(name_of(total) for total in self if isinstance(total, Sum))
+            raise KeyError(f"expected one of the sums {there}, got {name!r}")
+        self[name] = place
         return place
 
 

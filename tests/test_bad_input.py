@@ -513,3 +513,26 @@ def test_reductions_whose_shapes_do_not_fit() -> None:
     loss = fl.Dice(reduction="none") + fl.Dice(reduction="none", include_background=False)
     with pytest.raises(ValueError, match=r"reduction|shape"):
         loss(X, Y)
+
+
+@pytest.mark.parametrize("factor", ["1", None, np.ones(3), {}, float("nan"), True])
+def test_a_factor_that_is_no_number(factor: Any) -> None:
+    x, y = example(1, 3, (8,))
+    for name in ("dice_factor", "ce_factor"):
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: expected a"):
+            fl.dice_ce_loss(x, y, **{name: factor})
+    with pytest.raises((TypeError, ValueError), match=r"^focal_factor: expected a"):
+        fl.dice_focal_loss(x, y, focal_factor=factor)
+
+
+def test_options_of_functions_that_are_no_numbers() -> None:
+    x, y = example(1, 3, (8,))
+    with pytest.raises(TypeError, match=r"^weight: expected a number, or one per class, got \{\}"):
+        fl.dice_loss(x, y, weight={})
+
+
+@pytest.mark.parametrize("key", ["overlaps", "focal:x", fl.Sum("target", "log")])
+def test_a_sum_that_is_not_there_is_named_beside_those_that_are(key: Any) -> None:
+    statistics = fl.Dice().statistics(*example(1, 3, (8,)))
+    with pytest.raises(KeyError, match=r"expected one of the sums reference, overlap, predicted"):
+        statistics[key]

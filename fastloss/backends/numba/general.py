@@ -20,7 +20,7 @@ from fastloss.backends.numba.functions import (
     Voxel,
     product,
 )
-from fastloss.backends.numba.kernels import inner, kernel
+from fastloss.backends.numba.kernels import inner, kernel, named
 from fastloss.backends.numba.maths import exp, log, log1p
 from fastloss.backends.numba.rows import (
     INVERSE,
@@ -54,20 +54,20 @@ LOG_SUM, WEIGHT_OF_SUM, SUMMAND, POWER_OF_P, POWER_OF_Q = 4, 5, 6, 7, 8
 TILES, ROWS, WIDTH, LOGITS_OF_TILE = 8, 9, 512, 1 << 16
 
 
-def _row_of_weight(formula: Callable[..., Any]) -> Callable[..., Any]:
+def _row_of_weight(name: str, formula: Callable[..., Any]) -> Callable[..., Any]:
     """m · weight, by a formula."""
-    formula = inner(formula)
+    formula = inner(named(formula, f"weight_{name}"))
 
     def row(t, r, size):
         for i in range(size):
             r[WEIGHT_OF_SUM, i] = formula(r[WEIGHT, i], t[TARGET, i])
 
-    return row
+    return named(row, f"row_of_weight_{name}")
 
 
-def _row_of_function(formula: Callable[..., Any], add: bool) -> Callable[..., Any]:
+def _row_of_function(name: str, formula: Callable[..., Any], add: bool) -> Callable[..., Any]:
     """The weight of a sum times a formula, into ``to`` or added to it."""
-    formula = inner(formula)
+    formula = inner(named(formula, name))
 
     def row(t, r, gamma, to):
         for i in range(len(to)):
@@ -78,21 +78,25 @@ def _row_of_function(formula: Callable[..., Any], add: bool) -> Callable[..., An
             else:
                 to[i] = product(r[WEIGHT_OF_SUM, i], formula(v))
 
-    return row
+    return named(row, f"row_of_{name}")
 
 
-def _one_of(rows: Sequence[Callable[..., Any]]) -> Any:
+def _one_of(name: str, rows: Sequence[Callable[..., Any]]) -> Any:
     """A function (number, *arguments) that calls the row of this number."""
     # Written out, as Numba knows no tables of functions.
-    names = {f"row_{i}": inner(row) for i, row in enumerate(rows)}
-    calls = [f"    if number == {i}: {name}(*arguments)" for i, name in enumerate(names)]
-    exec("\n".join(["def pick(number, *arguments):", *calls]), names)
-    return inner(names["pick"])
+    known = {f"row_{i}": inner(row) for i, row in enumerate(rows)}
+    calls = [f"    if number == {i}: row_{i}(*arguments)" for i in range(len(rows))]
+    exec("\n".join(["def pick(number, *arguments):", *calls]), known)
+    return inner(named(known["pick"], f"pick_{name}"))
 
 
-_weight_row = _one_of([_row_of_weight(f) for f in WEIGHTS.values()])
-_value_row = _one_of([_row_of_function(f.value, False) for f in FUNCTIONS.values()])
-_slope_row = _one_of([_row_of_function(f.slope, True) for f in FUNCTIONS.values()])
+_weight_row = _one_of("weight", [_row_of_weight(name, f) for name, f in WEIGHTS.items()])
+_value_row = _one_of(
+    "value", [_row_of_function(f"value_{n}", f.value, False) for n, f in FUNCTIONS.items()]
+)
+_slope_row = _one_of(
+    "slope", [_row_of_function(f"slope_{n}", f.slope, True) for n, f in FUNCTIONS.items()]
+)
 
 
 @kernel

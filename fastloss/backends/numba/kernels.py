@@ -17,6 +17,17 @@ _INNER: dict[str, Any] = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapp
 _SUMMING: dict[str, Any] = {**_INNER, "fastmath": {"contract", "reassoc"}}
 
 
+def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A function that is made by another one, under a name of its own.
+
+    In what is kept on disk functions find each other by name, argument types and a number that
+    depends on what else the process has compiled. Two functions of one name would be confused once
+    kernels that several processes have compiled meet in one.
+    """
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
 def inner(function: Callable[..., Any]) -> Any:
     """A function that kernels call."""
     return numba.njit(**_INNER)(function)
