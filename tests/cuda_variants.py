@@ -218,6 +218,7 @@ class _Recorder:
     """A device that remembers what it would compile and launch."""
 
     shared_bytes = 48 << 10
+    multiprocessors = 132
 
     def __init__(self) -> None:
         self.passes_asked: list[tuple[tuple[tuple[str, object], ...], str]] = []

@@ -44,6 +44,7 @@ class EmulatedDevice:
     """
 
     shared_bytes = 48 << 10
+    multiprocessors = 132
 
     def __init__(self, special: bool = False, order: str = "forward") -> None:
         self.special, self.order = special, order

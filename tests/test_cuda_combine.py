@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastloss as fl
-from fastloss.backends.cuda.combine.code import ELEMENTWISE
+from fastloss.backends.cuda.combine.code import ELEMENTWISE, THREADS
 from fastloss.backends.cuda.combine.program import Program, trace
 from fastloss.backends.cuda.operands import HOST, MOST
 from fastloss.request import make_request
@@ -509,7 +509,7 @@ def check_kernels(name: str, library: Library, order: str = "forward") -> None:
     call = program.call((), given, **addresses).tobytes()
 
     def launch(kernel: str) -> None:
-        library.launch(f"p{number}::{kernel}", (1, 1, 1), (256, 1, 1), 0, call, order=order)
+        library.launch(f"p{number}::{kernel}", (1, 1, 1), (THREADS, 1, 1), 0, call, order=order)
 
     launch("fastloss_combine")
     if program.value_shape:
@@ -561,7 +561,7 @@ def test_numbers_that_lie_on_the_device(layout: str, classes: int) -> None:
         **{name: array.ctypes.data for name, array in arrays.items()},
     )
     library = Library(program.sources, {"fastloss_combine": "CombineCall"})
-    library.launch("fastloss_combine", (1, 1, 1), (256, 1, 1), 0, call.tobytes())
+    library.launch("fastloss_combine", (1, 1, 1), (THREADS, 1, 1), 0, call.tobytes())
     expected = combined(loss, statistics, None)
     recorded = program.evaluate(statistics.sums, statistics.voxels, host, given=given)
     for got in ((value, derivatives), recorded):

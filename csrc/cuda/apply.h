@@ -244,8 +244,10 @@ FL_DEVICE void apply_block(const Call& call) {
   if (labels && CONST(slot_uniform) >= 0)
     for (int c = 0; c < CONST(classes); ++c) uniform_total += double(by(CONST(slot_uniform), c));
   const TwoClassSlopes<T> slopes(call, by);
-  for (Index start = block.first; start < block.last; start += block.tile_voxels()) {
-    if (CONST(staged)) block.load_tile(start);
+  if (CONST(staged)) block.begin_tiles();
+  int tiles = 0;
+  for (Index start = block.first; start < block.last; start += block.tile_voxels(), ++tiles) {
+    if (CONST(staged)) block.next_tile(start, tiles);
     Voxels<T, V> voxels;
     move_to(call, block.sample, start + block.place_in_tile(), block.last, voxels);
     if (is_of_two_classes(call)) apply_two_classes<In, V, K>(block, voxels, slopes);

@@ -22,7 +22,9 @@ struct Block {
   double* sums;           // (groups, S · C + 2), reduce only
   T* table;               // (S, C), apply only
   Pack<T, V>* exchanged;  // (groups, 2, warps, `exchanged`, lanes), if a group is several warps
-  char* tile;             // (voxels of a tile), each `row_bytes` of In, if staged
+  char* tiles;            // (stages, voxels of a tile), each `row_bytes` of In, if staged
+  T* tally;               // (tallies, C, threads), reduce only
+  char* tile;             // the one of `tiles` that is computed
   int turn;               // which half of `exchanged` comes next
 
   FL_DEVICE Block(const Call& call, bool reduce, bool backwards) : call(call), turn(0) {
@@ -47,7 +49,9 @@ struct Block {
     exchanged = reinterpret_cast<Pack<T, V>*>(at);
     if (CONST(warps) > 1)
       at += sizeof(T) * size_t(CONST(groups) * 2 * CONST(warps) * CONST(exchanged) * V * kLanes);
-    tile = reinterpret_cast<char*>(at);
+    tile = tiles = reinterpret_cast<char*>(at);
+    if (CONST(staged)) at += CONST(stages) * stage_bytes();
+    tally = reinterpret_cast<T*>(at);
   }
 
   // Numbers in a block's row of `partial`.
@@ -119,11 +123,33 @@ struct Block {
     }
   }
 
-  // Staged: the logits of the tile that starts at voxel `start`, which lie in one piece.
-  FL_DEVICE void load_tile(Index start) {
-    move_tile<true>(start, call.data[kLogits] + sample * call.sample_stride[kLogits] +
-                               static_cast<long long>(start) * call.stride[kLogits][0]);
+  // Staged: the bytes of a tile's room. Rows that are no multiple of 16 are not padded.
+  FL_DEVICE int stage_bytes() const { return tile_voxels() * row_bytes(); }
+
+  // Staged: the first tiles are on their way.
+  FL_DEVICE void begin_tiles() {
+    for (int stage = 0; stage + 1 < CONST(stages); ++stage) {
+      tile = tiles + stage * stage_bytes();
+      fetch_tile(first + Index(stage) * Index(tile_voxels()));
+    }
+  }
+
+  // Staged: the logits of the n-th tile, from voxel `start` on, are in `tile` for all threads, and
+  // those of a later one are on their way. All threads have done with the tile before.
+  FL_DEVICE void next_tile(Index start, int n) {
+    const int ahead = CONST(stages) - 1;
+    tile = tiles + (n + ahead) % CONST(stages) * stage_bytes();
+    fetch_tile(start + Index(ahead) * Index(tile_voxels()));
+    wait_for_copies(call);
+    tile = tiles + n % CONST(stages) * stage_bytes();
     __syncthreads();
+  }
+
+  FL_DEVICE void fetch_tile(Index start) {
+    if (start < last)
+      move_tile<true>(start, call.data[kLogits] + sample * call.sample_stride[kLogits] +
+                                 static_cast<long long>(start) * call.stride[kLogits][0]);
+    commit_copies();
   }
 
   // Staged: the gradient in the tile goes out.
@@ -152,6 +178,10 @@ struct Block {
     } else if (FL_UNLIKELY(count != full)) {
 #pragma unroll 1
       for (int i = thread; i < count; i += threads) move_one<kInto>(i, memory);
+    } else if (kInto && CONST(stages) > 1) {
+#pragma unroll
+      for (int i = thread * kPiece; i < full; i += threads * kPiece)
+        copy_later(of_tile(i), memory + i * sizeof(In));
     } else {
       // All that a thread moves is on its way at the same time.
       constexpr int kSeveral = 4;
@@ -168,8 +198,9 @@ struct Block {
 #pragma unroll
         for (int n = 0; n < kSeveral; ++n) {
           int i = done + (n * threads + thread) * kPiece;
-          if (i < full)
-            *reinterpret_cast<Piece*>(kInto ? of_tile(i) : memory + i * sizeof(In)) = pieces[n];
+          if (i >= full) continue;
+          if (kInto) *reinterpret_cast<Piece*>(of_tile(i)) = pieces[n];
+          else store_pack<unsigned, 4>(memory + i * sizeof(In), pieces[n]);
         }
       }
     }
@@ -329,7 +360,7 @@ struct Block {
         int number = i * kPiece + p, j = number / CONST(classes);
         pack.item[p] = from_number<In>(gradient[number - j * CONST(classes)][j]);
       }
-      *reinterpret_cast<Pack<In, kPiece>*>(call.data[kOut] + voxels.offset[kOut] + i * 16) = pack;
+      store_pack<In, kPiece>(call.data[kOut] + voxels.offset[kOut] + i * 16, pack);
     }
   }
 
@@ -370,6 +401,6 @@ struct Block {
     Pack<In, V> pack;
 #pragma unroll
     for (int j = 0; j < V; ++j) pack.item[j] = from_number<In>(gradient[j]);
-    *reinterpret_cast<Pack<In, V>*>(to) = pack;
+    store_pack<In, V>(to, pack);
   }
 };

@@ -93,11 +93,13 @@ struct Call {
   int rounds;        // how often they go through memory to see all classes
   int exchanged;     // numbers per voxel that warps tell each other at a time
   int staged;        // channels last: tiles go through shared memory
+  int stages;        // tiles that have room there, all but one of them on their way
   int staged_bytes;  // 16, or the size of one logit: of each access when staged
   int interleaved;   // channels last of few classes: whole voxels are loaded at once
   int packed_target, packed_weight;  // `vector` numbers are loaded at once
   int keep_sums;                     // in registers; else summed over the warp at once
   int by_label;      // sums that labels alone decide are added voxel by voxel, not class by class
+  int tallies;       // so many of them in shared memory, every thread its own; 0: by the warp
   int kept_slots;    // sums of a class that a thread forms
   int global_sums;   // too many classes for sums in shared memory
   int global_table;  // too many classes for coefficients in shared memory

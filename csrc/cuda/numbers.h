@@ -96,10 +96,56 @@ template <class In, int V>
 FL_DEVICE Pack<In, V> load_pack(const char* from) {
   return *reinterpret_cast<const Pack<In, V>*>(from);
 }
+// What is not read again soon leaves the cache first.
+template <class In, int V>
+FL_DEVICE void store_pack(char* to, const Pack<In, V>& pack) {
+#ifdef FL_STREAM
+  constexpr int kBytes = sizeof(Pack<In, V>);
+  if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i)
+      __stcs(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(&pack)[i]);
+  } else if constexpr (kBytes == 8) {
+    __stcs(reinterpret_cast<uint2*>(to), *reinterpret_cast<const uint2*>(&pack));
+  } else if constexpr (kBytes == 4) {
+    __stcs(reinterpret_cast<unsigned*>(to), *reinterpret_cast<const unsigned*>(&pack));
+  } else {
+    *reinterpret_cast<Pack<In, V>*>(to) = pack;
+  }
+#else
+  *reinterpret_cast<Pack<In, V>*>(to) = pack;
+#endif
+}
 template <class In>
 FL_DEVICE In load_one(const char* from) {
   return *reinterpret_cast<const In*>(from);
 }
+
+// Copies of 16 bytes into shared memory that a thread does not wait for, in groups: see
+// cp.async of the PTX manual. Older GPUs copy at once.
+#ifdef FL_EMULATION
+FL_DEVICE void copy_later(char* to, const char* from) { fl_emulation::copy_later(to, from, 16); }
+FL_DEVICE void commit_copies() { fl_emulation::commit_copies(); }
+// Until all groups but those of the tiles ahead have arrived.
+FL_DEVICE void wait_for_copies(const Call& call) {
+  fl_emulation::wait_for_copies(CONST(stages) - 1);
+}
+#elif __CUDA_ARCH__ >= 800 && defined(FL_SPECIAL)
+FL_DEVICE void copy_later(char* to, const char* from) {
+  unsigned shared = unsigned(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
+FL_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+FL_DEVICE void wait_for_copies(const Call&) {
+  asm volatile("cp.async.wait_group %0;" ::"n"(FL_stages - 1) : "memory");
+}
+#else
+FL_DEVICE void copy_later(char* to, const char* from) {
+  *reinterpret_cast<Pack<unsigned, 4>*>(to) = load_pack<unsigned, 4>(from);
+}
+FL_DEVICE void commit_copies() {}
+FL_DEVICE void wait_for_copies(const Call&) {}
+#endif
 
 // Functions that are single instructions of a GPU.
 #ifdef FL_EMULATION

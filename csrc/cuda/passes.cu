@@ -11,7 +11,7 @@ using In = InMemory<FL_logits_type>::type;
 
 #else
 
-constexpr int kMostPerThread = 16;
+constexpr int kMostPerThread = 53;
 
 #define FL_BOUNDS
 #define FL_VECTORS(pass, In, most)                                \

@@ -26,6 +26,13 @@ FL_DEVICE void warp_sums(T (&numbers)[N], int lane) {
   }
 }
 
+// The slots of the sums that labels alone decide, −1 for those that are not there.
+#define FL_OF_GAMMA(i) (i < CONST(gammas) ? CONST(slot_focal[i]) : -1)
+#define FL_OWN_SLOTS                                                              \
+  {CONST(slot_reference), CONST(slot_overlap), CONST(slot_reference_squared),     \
+   CONST(slot_cross_entropy), FL_OF_GAMMA(0), FL_OF_GAMMA(1), FL_OF_GAMMA(2),     \
+   FL_OF_GAMMA(3), FL_OF_GAMMA(4), FL_OF_GAMMA(5), FL_OF_GAMMA(6), FL_OF_GAMMA(7)}
+
 // The sums that a thread forms, and where a block keeps them.
 //
 // Kept in registers, or summed over the warp and added to the block's at once. Every sum of a
@@ -38,7 +45,7 @@ struct Sums {
   static constexpr int kKept =
       FL_keep_sums && FL_kept_slots ? whole_warps(FL_kept_slots * FL_per_thread) : kLanes;
 #else
-  static constexpr int kKept = whole_warps(kMaxSlots * K);
+  static constexpr int kKept = 4 * kLanes;  // the most that any plan keeps
 #endif
 
   const Block<In, V>& block;
@@ -60,6 +67,8 @@ struct Sums {
       for (int i = block.thread; i < CONST(groups) * block.sum_count(); i += threads_of(call))
         block.sums[i] = 0;
     }
+    for (int i = 0; i < CONST(tallies) * CONST(classes); ++i)
+      block.tally[i * threads_of(call) + block.thread] = T(0);
     __syncthreads();
     weight = T(0);
     faults = 0;
@@ -159,8 +168,82 @@ struct Sums {
     }
   }
 
+  // The same, where a thread has numbers of its own for every class: it alone adds to them, one
+  // voxel after the other, which costs less than to look through the classes.
+  template <int N>
+  FL_DEVICE void tally(const int (&slots)[N], const int (&y)[V], const T (&values)[N][V]) {
+    bool alike = true;
+#pragma unroll
+    for (int j = 1; j < V; ++j) alike = alike && y[j] == y[0];
+    if (alike) {
+      T sum[N];
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        sum[n] = T(0);
+#pragma unroll
+        for (int j = 0; j < V; ++j) sum[n] += values[n][j];
+      }
+      tally_voxel(slots, y[0], sum);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      T value[N];
+#pragma unroll
+      for (int n = 0; n < N; ++n) value[n] = values[n][j];
+      tally_voxel(slots, y[j], value);
+    }
+  }
+
+  template <int N>
+  FL_DEVICE void tally_voxel(const int (&slots)[N], int y, const T (&values)[N]) {
+    if (y < 0) return;
+    T* at = block.tally + y * threads_of(call) + block.thread;
+    const int step = CONST(classes) * threads_of(call);
+    // All are read before any is written: the compiler does not know that they differ.
+    T sum[N];
+    int place = 0;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      if (slots[n] >= 0) sum[n] = at[place++ * step] + values[n];
+    place = 0;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      if (slots[n] >= 0) at[place++ * step] = sum[n];
+  }
+
+  // Adds what the threads of a warp have for each class, and begins anew. Lanes start at different
+  // threads so that they meet all banks.
+  template <int N>
+  FL_DEVICE void take_tallies(const int (&slots)[N]) {
+    __syncwarp();
+    int place = 0;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      if (slots[n] < 0) continue;
+      for (int c = block.lane; c < CONST(classes); c += kLanes) {
+        T* of_class = block.tally + (place * CONST(classes) + c) * threads_of(call) +
+                      block.warp * kLanes;
+        T sum = T(0);
+#pragma unroll 8
+        for (int i = 0; i < kLanes; ++i) {
+          T* at = of_class + (block.lane + i) % kLanes;
+          sum += *at;
+          *at = T(0);
+        }
+        to[slots[n] * CONST(classes) + c] += double(sum);
+      }
+      ++place;
+    }
+    __syncwarp();
+  }
+
   FL_DEVICE void flush() {
     if (is_of_two_classes(call)) take_products();
+    if (CONST(tallies)) {
+      const int slots[4 + kMaxGammas] = FL_OWN_SLOTS;
+      take_tallies(slots);
+    }
     if (CONST(keep_sums)) {
       warp_sums<kKept>(kept, block.lane);
       constexpr int kEach = kKept / kLanes;
@@ -188,23 +271,30 @@ struct Sums {
     faults = 0;
   }
 
-  // Writes the block's sums, those of the groups in order.
+  // Writes the block's sums, those of the groups in order; NaN if there was a fault.
   FL_DEVICE void finish() {
     flush();
-    if (CONST(global_sums)) return;
     __syncthreads();
+    const T nan = infinity<T>() - infinity<T>();
+    const int of_faults = block.sum_count() - 1;
+    if (CONST(global_sums)) {
+      if (to[of_faults] > 0)
+        for (int i = block.thread; i < of_faults; i += threads_of(call)) to[i] = double(nan);
+      return;
+    }
+    bool bad = false;
+    for (int group = 0; group < CONST(groups); ++group)
+      bad = bad || block.sums[group * block.sum_count() + of_faults] > 0;
     double* partial = call.partial + (size_t(block.sample) * call.blocks + block.number) *
                                          size_t(block.sum_count());
     for (int i = block.thread; i < block.sum_count(); i += threads_of(call)) {
       double sum = block.sums[i];
       for (int group = 1; group < CONST(groups); ++group)
         sum += block.sums[group * block.sum_count() + i];
-      partial[i] = sum;
+      partial[i] = bad && i < of_faults ? double(nan) : sum;
     }
   }
 };
-
-#define FL_OF_GAMMA(i) (i < CONST(gammas) ? CONST(slot_focal[i]) : -1)
 
 // A tile, softmax of a label map: what the label decides is computed once per voxel.
 template <class In, int V, int K>
@@ -244,18 +334,7 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
   }
   // The warps of a group take turns.
   if (CONST(by_label) && block.warp_in_group == tile % CONST(warps)) {
-    const int slots[4 + kMaxGammas] = {CONST(slot_reference),
-                                       CONST(slot_overlap),
-                                       CONST(slot_reference_squared),
-                                       CONST(slot_cross_entropy),
-                                       FL_OF_GAMMA(0),
-                                       FL_OF_GAMMA(1),
-                                       FL_OF_GAMMA(2),
-                                       FL_OF_GAMMA(3),
-                                       FL_OF_GAMMA(4),
-                                       FL_OF_GAMMA(5),
-                                       FL_OF_GAMMA(6),
-                                       FL_OF_GAMMA(7)};
+    const int slots[4 + kMaxGammas] = FL_OWN_SLOTS;
     T values[4 + kMaxGammas][V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
@@ -266,7 +345,8 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
       for (int i = 0; i < CONST(gammas); ++i)
         values[4 + i][j] = focal_value<Plain>(q[j], loss[j], T(CONST(gamma[i])));
     }
-    sums.add_by_label(slots, v.y, values);
+    if (CONST(tallies)) sums.tally(slots, v.y, values);
+    else sums.add_by_label(slots, v.y, values);
   }
   for (int round = 0; round < CONST(rounds); ++round) {
 #pragma unroll
@@ -430,8 +510,9 @@ FL_DEVICE void reduce_block(const Call& call) {
   Block<In, V> block(call, true, false);
   Sums<In, V, K> sums(block);
   int tiles = 0;
+  if (CONST(staged)) block.begin_tiles();
   for (Index start = block.first; start < block.last; start += block.tile_voxels()) {
-    if (CONST(staged)) block.load_tile(start);
+    if (CONST(staged)) block.next_tile(start, tiles);
     Voxels<T, V> voxels;
     move_to(call, block.sample, start + block.place_in_tile(), block.last, voxels);
     sums.faults += voxels.faults;

@@ -16,6 +16,7 @@
 #include <cstdio>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #ifdef FL_EMULATION_THREADS
 #define FL_EMULATION_LOCAL thread_local
@@ -88,6 +89,37 @@ Bits meet(Operation operation, unsigned mask, Bits brought, int source, const ch
 Bits shuffle(Operation operation, unsigned mask, Bits brought, int argument, int width,
              const char* file, int line);
 void thread_fence();
+
+// The asynchronous copies of the thread that runs, which arrive as late as they may: when it waits.
+struct Copies {
+  struct One {
+    char* to;
+    const char* from;
+    int bytes;
+    int group;
+  };
+  std::vector<One> queued;  // in their order
+  int groups = 0;           // that were committed
+};
+Copies& copies();
+
+// Of 4, 8 or 16 bytes, of which both places are multiples.
+inline void copy_later(char* to, const char* from, int bytes) {
+  copies().queued.push_back({to, from, bytes, copies().groups});
+}
+inline void commit_copies() { ++copies().groups; }
+// Until all groups but the latest so many have arrived.
+inline void wait_for_copies(int latest) {
+  Copies& own = copies();
+  std::size_t done = 0;
+  for (; done < own.queued.size(); ++done) {
+    const Copies::One& one = own.queued[done];
+    if (one.group >= own.groups - latest) break;
+    std::memcpy(one.to, one.from, std::size_t(one.bytes));
+  }
+  own.queued.erase(own.queued.begin(), own.queued.begin() + std::ptrdiff_t(done));
+}
+
 [[noreturn]] void fail(const char* what, const char* file, int line);
 
 template <class To, class From>

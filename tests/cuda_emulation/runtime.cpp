@@ -103,6 +103,7 @@ struct Thread : ThreadIndex {
   int line;
   // What it gets.
   Bits result;
+  Copies copies;
 
 #if defined(FL_EMULATION_THREADS)
   pthread_t handle;
@@ -701,6 +702,10 @@ std::string run_blocks(std::size_t shared_bytes) {
       std::memset(memory, kPoison, shared_bytes + canary);
     }
     dynamic_shared = memory;
+    for (int i = 0; i < launch.threads; ++i) {
+      threads[i]->copies.queued.clear();
+      threads[i]->copies.groups = 0;
+    }
     start_block();
     run_block();
     dynamic_shared = nullptr;
@@ -784,6 +789,8 @@ Bits shuffle(Operation operation, unsigned mask, Bits brought, int argument, int
   }
   return meet(operation, mask, brought, source, file, line);
 }
+
+Copies& copies() { return me().copies; }
 
 void thread_fence() {
 #ifdef FL_EMULATION_THREADS

@@ -22,6 +22,7 @@ from fastloss.arrays import Arrays, Field
 from fastloss.backends.base import Backend
 from fastloss.backends.cuda import engine
 from fastloss.backends.cuda.call import NO_TYPE
+from fastloss.backends.cuda.combine.code import THREADS
 from fastloss.backends.cuda.combine.program import Program, trace
 from fastloss.backends.cuda.operands import Operands, on_device, operands_of, repeat
 from fastloss.backends.cuda.source import PASSES, describe, specialised
@@ -56,6 +57,7 @@ class CudaDevice:
         self._place = place
         self._stream = _stream(place.stream, place.ordinal)
         self.shared_bytes = 48 << 10  # what every device has without asking
+        self.multiprocessors = _multiprocessors(place.ordinal)
 
     def empty(self, nbytes: int) -> engine.Memory:
         array = self._place.empty((nbytes,), "uint8")
@@ -127,6 +129,12 @@ def _stream(address: int, ordinal: int) -> Any:
     if hasattr(cuda.Stream, "from_external"):
         return cuda.Stream.from_external(_Address(address))
     return cuda.ExternalStream(address, ordinal)  # which later versions deprecate
+
+
+@cache
+def _multiprocessors(ordinal: int) -> int:
+    runtime = _cupy().cuda.runtime
+    return int(runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, ordinal))
 
 
 @cache
@@ -343,7 +351,7 @@ class CudaBackend(Backend):
         }
         names = _COMBINE[: 1 + bool(program.value_shape)]
         kernels = device.kernels(program.sources, names)
-        device.launch(kernels[0], 1, (256, 1), 0, program.call(given, numbers, **addresses))
+        device.launch(kernels[0], 1, (THREADS, 1), 0, program.call(given, numbers, **addresses))
         coefficients = DeviceCoefficients(derivatives, addresses["derivatives"], batch, classes)
 
         def pullback(upstream: Any) -> DeviceCoefficients:
@@ -365,7 +373,7 @@ class CudaBackend(Backend):
                     upstream=array, upstream_address=place.address(array), upstream_type=kind
                 )
             again = program.call(given, numbers, **addresses, upstream=place.address(array))
-            device.launch(kernels[1], 1, (256, 1), 0, again)
+            device.launch(kernels[1], 1, (THREADS, 1), 0, again)
             # Held until the gradient is queued: memory that is let go may be handed out again.
             kept = (array, statistics, joined, scratch, operands.kept, memory)
             return coefficients._replace(kept=kept)

@@ -36,8 +36,45 @@ _HELD = 64  # registers for logits, and as many for sums,
 _ALL_HELD = 112  # and for both,
 _OTHERWISE = (56, 80)  # beside which a warp alone, or one of several, needs these
 _REGISTERS = 1 << 16  # of a multiprocessor
-_SHARED = 48 << 10  # bytes that a block has without asking
-_BLOCKS = 1536  # of a launch, where there is enough to do: a few for every multiprocessor
+_BLOCKS = 4224  # of a launch at most
+_MOST_PARTIAL = 960 << 10  # bytes for the sums of all blocks, so that a call holds less than 1 MiB
+_MOST_TALLIES = 24 << 10  # bytes of a block for the sums that a thread has for every class
+
+
+class Layout(NamedTuple):
+    """How softmax with a label map is spread over threads.
+
+    Attributes:
+        warps: that share the classes of a voxel.
+        held: registers for the logits of a thread.
+        all_held: for these and their sums.
+        access: bytes of neighbouring voxels that a thread loads of a class.
+        least_blocks: of a multiprocessor at a time; 0: by the registers that are needed.
+        waves: blocks of a multiprocessor in a launch.
+        stages: tiles in shared memory, channels last.
+        tallied: whether threads tally the sums that labels alone decide.
+    """
+
+    warps: int
+    held: int = 72
+    all_held: int = 160
+    access: int = 16
+    least_blocks: int = 0
+    waves: int = 12
+    stages: int = 3
+    tallied: bool = True
+
+
+def layout_of(classes: int, sums: int, item: int, last: bool, reduces: bool) -> Layout:
+    """The layout for so many classes with logits of ``item`` bytes.
+
+    ``sums``: of a class that a thread forms; ``last``: whether channels lie last.
+    """
+    each = 16 if classes <= 16 else 35 if classes <= 105 else 53
+    each = min(each, 72 // max(sums, 1))
+    warps = -(-classes // each)
+    return Layout(warps)
+
 
 # The named sums that each path of csrc/cuda/passes.cu takes.
 _SLOTS = (
@@ -51,8 +88,8 @@ _OF_SIGMOID = (*_OF_DENSE, "cross_entropy_rest", "uniform_rest")
 CONSTANTS = (
     "upstream_type", "logits_type", "target_type", "weight_type", "path", "activation", "dense",
     "ignore_kind", "classes", "axes", "large", "vector", "per_thread", "warps", "groups", "rounds",
-    "exchanged", "staged", "staged_bytes", "interleaved", "packed_target", "packed_weight",
-    "keep_sums", "by_label", "kept_slots",
+    "exchanged", "staged", "stages", "staged_bytes", "interleaved", "packed_target",
+    "packed_weight", "keep_sums", "by_label", "tallies", "kept_slots",
     "global_sums", "global_table", "with_losses", "least_blocks", "slots", "gammas",
     *(f"slot_{name}" for name in _SLOTS), "slot_top_k",
 )  # fmt: skip
@@ -164,6 +201,8 @@ class Plan:
     partial: int
     """Numbers that the reduce pass keeps between its two kernels."""
     finish_grid: int
+    blocks: int = 0
+    """Of a sample."""
     general: bool = False
     """Whether it is of the general kernel."""
 
@@ -284,7 +323,9 @@ def usual_fields(request: Request, operands: Operands, work: Work, axes: int) ->
     }
 
 
-def plan_fast(request: Request, operands: Operands, work: Work, most_shared: int) -> Plan | None:
+def plan_fast(
+    request: Request, operands: Operands, work: Work, most_shared: int, multiprocessors: int
+) -> Plan | None:
     """A pass by the fast path that takes this call; None: there is none.
 
     Raises:
@@ -337,32 +378,49 @@ def plan_fast(request: Request, operands: Operands, work: Work, most_shared: int
 
     # The classes of a voxel: held by as few warps as have the registers.
     slots_of_classes = ("predicted", "predicted_squared", "uniform")
-    by_label = labels and classes > _ONCE
+    of_labels = ("reference", "overlap", "reference_squared", "cross_entropy")
+    two_classes = labels and classes == 2 and not work.map_kind
+    two_classes = two_classes and {NAMED[name] for name in _OF_TWO_CLASSES} >= {*request.sums}
+    tallies = sum(slots[name] >= 0 for name in of_labels) + len(table.gammas)
+    if two_classes or not labels or out is not None or classes > _ONCE or words == 2:
+        tallies = 0
+    if tallies * classes * 4 * LANES * 4 > _MOST_TALLIES:
+        tallies = 0
+    by_label = labels and (classes > _ONCE or tallies > 0)
     kept_slots = len(request.sums)
     if by_label:
         kept_slots = sum(slots[name] >= 0 for name in slots_of_classes)
     sums = kept_slots * words if out is None else 0
     # Those of float64 need all the registers that a thread can have, for which eight are the most.
     most_warps = _MOST_WARPS // 2 if words == 2 else _MOST_WARPS
-    warps = _warps(classes, sums, labels, most_warps)
-    per_thread = min(_ONCE, -(-classes // warps))
-    if words == 2 and warps * per_thread < classes:
-        per_thread = _ONCE * 3 // 4  # as going round takes registers too
-    rounds = -(-classes // (warps * per_thread))
-    keep = rounds == 1 and per_thread * sums <= _HELD
-    groups = max(1, 4 // warps)
-
-    # Neighbouring voxels of a thread: as many as one access of 16 bytes holds.
-    room = _HELD // 2 if warps > 4 else _HELD  # two blocks, as one waits for its warps now and then
-    if keep:
-        room = min(room, _ALL_HELD - per_thread * sums)
-    most = max(1, room // (per_thread * words * arrays_held))
     large = [(logits, LOGITS)] if out is None else [(logits, LOGITS), (out, OUT)]
-    # Channels last: through shared memory, or of few classes whole voxels at once.
-    last = classes > 1 and rounds == 1 and voxels > 1 and len(axes) == 1
+    last = classes > 1 and voxels > 1 and len(axes) == 1
     last = last and all(
         o.strides[1] == item and axes[0][1][place] == classes * item for o, place in large
     )
+    if labels and words == 1:
+        layout = layout_of(classes, sums, item, last, out is None)
+        warps = min(layout.warps, _MOST_WARPS)
+        per_thread = min(53, -(-classes // warps))
+    else:
+        warps = _warps(classes, sums, labels, most_warps)
+        layout = Layout(warps, _HELD, _ALL_HELD, stages=1, tallied=False)
+        per_thread = min(_ONCE, -(-classes // warps))
+        if words == 2 and warps * per_thread < classes:
+            per_thread = _ONCE * 3 // 4  # as going round takes registers too
+    rounds = -(-classes // (warps * per_thread))
+    keep = rounds == 1 and per_thread * sums <= layout.held
+    groups = max(1, 4 // warps)
+
+    # Neighbouring voxels of a thread: as many as one access of 16 bytes holds.
+    room = layout.held
+    if warps > 4:
+        room //= 2  # two blocks, as one waits for its warps now and then
+    if keep:
+        room = min(room, layout.all_held - per_thread * sums)
+    most = max(1, room // (per_thread * words * arrays_held))
+    # Channels last: through shared memory, or of few classes whole voxels at once.
+    last = last and rounds == 1
     whole = 0
     if last and labels and warps == 1:
         whole = _whole_voxels(
@@ -373,7 +431,7 @@ def plan_fast(request: Request, operands: Operands, work: Work, most_shared: int
     vector = max(1, whole)
     while (
         not last
-        and 2 * vector * item <= 16
+        and 2 * vector * item <= layout.access
         and 2 * vector <= most
         and len(axes) == 1
         and all(
@@ -399,28 +457,32 @@ def plan_fast(request: Request, operands: Operands, work: Work, most_shared: int
     fixed = -(-fixed // 16) * 16
 
     row = classes * item
+    bytes_of_piece = min(starts[LOGITS], starts[OUT])
+    if any(o.strides[0] % 16 and batch > 1 for o, _ in large):
+        bytes_of_piece = 0
+    stages = layout.stages if staged and bytes_of_piece == 16 else 1
 
     def shared(vector: int) -> int:
         needed = fixed
         if warps > 1:
             needed += groups * 2 * warps * exchanged * vector * LANES * computed
         if staged:
-            needed += groups * LANES * vector * (row + 16 * (row % 32 == 0))
-        return needed
+            needed += stages * groups * LANES * vector * (row + 16 * (row % 32 == 0))
+        return needed + tallies * classes * groups * warps * LANES * computed
 
     while vector > 1 and shared(vector) > most_shared:
         vector //= 2
+    while staged and stages > 1 and shared(vector) > most_shared:
+        stages -= 1
     if staged and shared(vector) > most_shared:
         staged = False
     if shared(vector) > most_shared:
         fields["global_sums" if out is None else "global_table"] = 1
         groups, fixed = 1 if out is None else groups, 0
     assert shared(vector) <= most_shared
-    bytes_of_piece = min(starts[LOGITS], starts[OUT])
-    if any(o.strides[0] % 16 and batch > 1 for o, _ in large):
-        bytes_of_piece = 0
     # The plain cases know what they need; the others take what there is.
-    plain = labels and not staged and not table.gammas and keep and words == 1
+    simple = labels and not table.gammas and keep and words == 1
+    plain = simple and not staged
 
     def registers(vector: int) -> int:
         needed = _OTHERWISE[warps > 1] + 5 * max(0, vector - 4)
@@ -438,8 +500,8 @@ def plan_fast(request: Request, operands: Operands, work: Work, most_shared: int
         vector //= 2
     each = lanes * registers(vector)
     least_blocks = max(1, min(8, _REGISTERS // each)) if plain else 1
-    two_classes = labels and classes == 2 and warps == 1 and keep and not work.map_kind
-    two_classes = two_classes and {NAMED[name] for name in _OF_TWO_CLASSES} >= {*request.sums}
+    if simple and layout.least_blocks:
+        least_blocks = layout.least_blocks
     fields |= {
         "path": TWO_CLASSES if two_classes else table.path,
         "vector": vector,
@@ -449,6 +511,7 @@ def plan_fast(request: Request, operands: Operands, work: Work, most_shared: int
         "rounds": rounds,
         "exchanged": exchanged,
         "staged": int(staged),
+        "stages": stages,
         "staged_bytes": 16 if staged and bytes_of_piece == 16 else item,
         "interleaved": int(interleaved),
         "packed_target": int(_packs(target, starts, axes, TARGET, vector, request.dense)),
@@ -457,12 +520,17 @@ def plan_fast(request: Request, operands: Operands, work: Work, most_shared: int
         ),
         "keep_sums": int(keep),
         "by_label": int(by_label),
+        "tallies": tallies,
         "kept_slots": kept_slots,
         "least_blocks": least_blocks,
     }
 
     tile = groups * LANES * vector
-    blocks, chunk = spread(batch, voxels, tile, _BLOCKS)
+    width = count + 2
+    most_blocks = min(_BLOCKS, layout.waves * multiprocessors)
+    if out is None:
+        most_blocks = min(most_blocks, max(batch, _MOST_PARTIAL // (8 * width)))
+    blocks, chunk = spread(batch, voxels, tile, most_blocks)
     call = np.zeros(1, CALL)
     write_call(call, request, fields, operands, axes, blocks, chunk)
     focal, focal_rest = table.focal, table.focal_rest
@@ -476,7 +544,6 @@ def plan_fast(request: Request, operands: Operands, work: Work, most_shared: int
         ("slot_focal", focal),
         ("slot_focal_rest", focal_rest or (-1,) * len(focal)),
     ]
-    width = count + 2
     return Plan(
         request,
         call.tobytes(),
@@ -487,6 +554,7 @@ def plan_fast(request: Request, operands: Operands, work: Work, most_shared: int
         shared(vector),
         batch * blocks * width,
         batch * (-(-(width - 1) // LANES)),
+        blocks,
     )
 
 

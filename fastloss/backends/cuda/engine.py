@@ -56,6 +56,7 @@ class Device(Protocol):
 
     shared_bytes: int
     """The most shared memory that a block can have."""
+    multiprocessors: int
 
     def empty(self, nbytes: int) -> Memory:
         """New memory, which is used on the stream alone."""
@@ -111,7 +112,8 @@ def reduce(
         if overwrite is not None:
             overwrite(numbers + 8 * place * arrays.logits.shape[1])
     kernels = device.passes(plan.constants, "reduce")
-    run_reduce(device, plan, kernels, addresses, sums, voxels, numbers)
+    partial = device.empty(8 * plan.partial)
+    run_reduce(device, plan, kernels, addresses, sums, voxels, partial.address, numbers)
 
 
 def _coefficients(request: Request, voxel_map: Map) -> tuple[np.ndarray, bool]:
@@ -130,23 +132,27 @@ def run_reduce(
     addresses: tuple[int, ...],
     sums: int,
     voxels: int,
+    partial: int,
     coefficients: int = 0,
+    finish: bool = True,
 ) -> None:
     """`reduce` as planned, of arrays at these addresses: logits, target, voxel weight, …
 
-    ``coefficients``: where those of a map lie; for a fast path, of the classes.
+    ``partial``: where the sums of the blocks go, (`Plan.partial`,) float64. ``coefficients``: where
+    those of a map lie; for a fast path, of the classes. Without ``finish`` the sums of the blocks
+    are all that is made.
     """
-    kernel, finish = kernels
-    partial = device.empty(8 * plan.partial)
+    kernel, finishing = kernels
     record = _record(plan, addresses)
-    _WRITE[3](record, _PARTIAL, partial.address, sums, voxels)
+    _WRITE[3](record, _PARTIAL, partial, sums, voxels)
     if coefficients and plan.general:
         _WRITE[1](record, _MAP_COEFFICIENTS, coefficients)
     elif coefficients:
         _WRITE[2](record, _LOSSES, addresses[3], coefficients)
     call = np.frombuffer(record, _RECORDS[plan.general])
     device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
-    device.launch(finish, plan.finish_grid, (32, 32), 0, call)
+    if finish:
+        device.launch(finishing, plan.finish_grid, (32, 32), 0, call)
 
 
 def apply(
@@ -276,6 +282,7 @@ def plan_of(
         (at[0] & 15, at[1] & 15, at[2] & 15, at[3] & 15),
         work,
         device.shared_bytes,
+        device.multiprocessors,
     )
     if work.map_kind and out is not None:
         key += (out.dtype,)
@@ -293,7 +300,9 @@ def plan_of(
     plan = _plans.get(key)
     if plan is None:
         operands = _operands(arrays, at, out, work)
-        plan = plan_fast(request, operands, work, device.shared_bytes)
+        plan = plan_fast(
+            request, operands, work, device.shared_bytes, device.multiprocessors
+        )
         if plan is None:
             plan = plan_general(request, operands, work, arrays.rows, device.shared_bytes)
         if len(_plans) >= _MOST_PLANS:

@@ -31,6 +31,7 @@ MAX_SUMS = 32
 """Of the build that serves any call; kernels for one kind of call know no such limit."""
 _FIELDS = ("voxel", "class", "labels")
 _WARPS = (4, 2, 1)
+_BLOCKS = 1536  # of a launch at most: a few for every multiprocessor
 _MOST_PARTIAL = 64 << 20  # bytes that the blocks of a launch leave behind, if they must
 
 _CONSTANTS = (
@@ -102,13 +103,14 @@ def plan_general(
     elif work.kernel == "apply":
         global_table = regions is not None or count * computed > most_shared // 2
         shared = 0 if global_table else count * computed
+    most = min(_BLOCKS, cuda_call._BLOCKS)
     blocks, chunk = spread(
         batch,
         voxels,
         warps * LANES,
-        min(cuda_call._BLOCKS, max(1, _MOST_PARTIAL // (8 * width)))
+        min(most, max(1, _MOST_PARTIAL // (8 * width)))
         if reduce
-        else cuda_call._BLOCKS,
+        else most,
     )
     fields: dict[str, object] = {
         **usual_fields(request, operands, work, len(axes)),

@@ -15,6 +15,7 @@ import numpy as np
 from fastloss.backends.cuda import backend as cuda
 from fastloss.backends.cuda import engine
 from fastloss.backends.cuda.call import NO_TYPE, TYPES, Work
+from fastloss.backends.cuda.combine.code import THREADS
 from fastloss.backends.cuda.operands import operands_of
 from fastloss.borrowed import byte_bounds
 from fastloss.protocol import FusedLoss, GpuAdapter
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _MOST_KINDS = 256
 _MOST_LOSSES = 256
+_FEW_SUMS = 512 << 10  # bytes
 _calls: dict[tuple[str, ...], dict[Hashable, Prepared]] = {}
 """By the structure of a loss and by the kind of the arrays."""
 
@@ -63,6 +65,8 @@ class Prepared:
         device = self._device()
         self._plan, _ = engine.plan_of(device, request, arrays, None, Work("reduce"))
         self._reduce = device.passes(self._plan.constants, "reduce")
+        # One block of threads adds few sums faster than a kernel of its own is launched.
+        self._joined = not self._plan.general and 8 * self._plan.partial <= _FEW_SUMS
         self._combine = (operands.layout, program, self._kernel(program))
         self._applies: dict[Hashable, tuple[Plan, Any]] = {}
         inputs = (passes.logits, passes.target, passes.voxel_weight)
@@ -95,11 +99,15 @@ class Prepared:
             combine = self._kernel(program)
             self._combine = (operands.layout, program, combine)
         given, numbers, _held = cuda.arguments(program, device, operands)
-        memory = place.empty((self._doubles + program.scratch_doubles,), "float64")
+        size = self._doubles + program.scratch_doubles + self._plan.partial
+        memory = place.empty((size,), "float64")
         value = place.empty((), self.dtype)
         base = place.address(memory)
         sums, voxels = base + self._sums, base + self._voxels
-        engine.run_reduce(device, self._plan, self._reduce, at, sums, voxels)
+        partial = base + 8 * (self._doubles + program.scratch_doubles)
+        engine.run_reduce(
+            device, self._plan, self._reduce, at, sums, voxels, partial, finish=not self._joined
+        )
         call = program.call(
             given,
             numbers,
@@ -108,8 +116,10 @@ class Prepared:
             value=place.address(value),
             derivatives=base,
             scratch=base + self._scratch if program.scratch_doubles else 0,
+            partial=partial if self._joined else 0,
+            blocks=self._plan.blocks,
         )
-        device.launch(combine, 1, (256, 1), 0, call)
+        device.launch(combine, 1, (THREADS, 1), 0, call)
         return value, Kept(memory, base)
 
     def takes(

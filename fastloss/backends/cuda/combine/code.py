@@ -18,7 +18,7 @@ import numpy as np
 
 from fastloss.backends.cuda.combine.graph import BOOL, Node, Shape, reachable
 
-THREADS = 256
+THREADS = 512
 WARPS = THREADS // 32
 SHARED_DOUBLES = 32 * 1024 // 8
 """The most that a kernel keeps in static shared memory."""
@@ -659,7 +659,9 @@ class _Kernel:
         head = f"for (int r = {first}; r < {results}; r += {step}) {{"
         self.lines += ["{", *_indented([*nest.lines[0], head, *_indented(lines), "}"]), "}"]
 
-    def source(self, name: str, value_type: str, shared: bool, given: tuple[str, ...]) -> str:
+    def source(
+        self, name: str, value_type: str, shared: bool, given: tuple[str, ...], begin: str
+    ) -> str:
         body = "\n".join(self.lines)
         head = [
             f"const {kind}* __restrict__ given{k} = static_cast<const {kind}*>(call.given[{k}]);"
@@ -675,9 +677,9 @@ class _Kernel:
             ("derivatives", "double"),
         ):
             if re.search(rf"\b{pointer}\[", body):
-                head.append(
-                    f"{kind}* __restrict__ {pointer} = static_cast<{kind}*>(call.{pointer});"
-                )
+                # What the kernel itself may write first is not read through a cache of constants.
+                alone = "" if begin and pointer in ("sums", "voxels") else "__restrict__ "
+                head.append(f"{kind}* {alone}{pointer} = static_cast<{kind}*>(call.{pointer});")
         if self.scratch:
             head.append(
                 f"__shared__ double scratch[{self.scratch}];"
@@ -686,7 +688,7 @@ class _Kernel:
             )
         if self.partials:
             head.append(f"__shared__ double partials[{self.partials * WARPS}];")
-        lines = _indented([*head, *self.lines])
+        lines = _indented([*begin.splitlines(), *head, *self.lines])
         return "\n".join(
             [
                 f'extern "C" __global__ void __launch_bounds__({THREADS})',
@@ -727,7 +729,11 @@ def _indented(lines: Sequence[str]) -> list[str]:
 
 
 def generate(
-    struct: str, value_type: str, kernels: dict[str, list[Store]], given: tuple[str, ...] = ()
+    struct: str,
+    value_type: str,
+    kernels: dict[str, list[Store]],
+    given: tuple[str, ...] = (),
+    begin: dict[str, str] | None = None,
 ) -> tuple[str, int]:
     """The kernels' source, and how many doubles of global scratch memory they need.
 
@@ -736,7 +742,9 @@ def generate(
         value_type: "float" or "double".
         kernels: per name, what it writes.
         given: the types of the inputs "given0", "given1", ….
+        begin: per name, what the kernel does before it reads its inputs, with a barrier behind.
     """
+    begin = begin or {}
     tables: dict[Node, str] = {}
     made = {name: _Kernel(stores, tables) for name, stores in kernels.items()}
     scratch = 0
@@ -744,7 +752,7 @@ def generate(
     for name, kernel in made.items():
         shared = kernel.scratch + kernel.partials * WARPS <= SHARED_DOUBLES
         scratch = max(scratch, 0 if shared else kernel.scratch)
-        texts.append(kernel.source(name, value_type, shared, given))
+        texts.append(kernel.source(name, value_type, shared, given, begin.get(name, "")))
     return "\n".join([struct, HELPERS, *map(_table, tables.items()), "", *texts]), scratch
 
 

@@ -8,25 +8,34 @@ from typing import Any
 
 import numpy as np
 
-from fastloss.backends.cuda.combine.code import Store, generate
+from fastloss.backends.cuda.combine.code import THREADS, Store, generate
 from fastloss.backends.cuda.combine.graph import Graph, Node, evaluate
 from fastloss.backends.cuda.combine.traced import Traced
 from fastloss.backends.cuda.operands import HOST, MOST, Layout, recorded_of
+from fastloss.backends.cuda.source import source
 from fastloss.protocol import FusedLoss
 from fastloss.request import Request
 from fastloss.statistics import Statistics
 
 _STRUCT = """\
 struct CombineCall {{
-  const double* sums;    // (S, B, C)
-  const double* voxels;  // (B)
+  double* sums;          // (S, B, C)
+  double* voxels;        // (B)
   const double* joined;  // (S * C + 1): sums and voxels over all ranks, or null
   void* value;
   double* derivatives;   // (S, B, C)
   const void* upstream;  // as the value
   double* scratch;       // null where the program asks for none
+  const double* partial; // (B, blocks, S * C + 2): what sums and voxels are made of, or null
+  long long blocks;
 {numbers}}};"""
-_ADDRESSES = ("sums", "voxels", "joined", "value", "derivatives", "upstream", "scratch")
+_ADDRESSES = (
+    "sums", "voxels", "joined", "value", "derivatives", "upstream", "scratch", "partial", "blocks",
+)  # fmt: skip
+_FINISH = """if (call.partial != nullptr) {{
+  fl_finish<{threads}>(call.partial, int(call.blocks), {batch}, {slots}, {classes}, call.sums,
+                       call.voxels);
+}}"""
 
 
 class Program:
@@ -34,9 +43,10 @@ class Program:
 
     Attributes:
         value_shape: the shape of the loss value.
-        sources: CUDA C++ of the kernels, for one block of 256 threads each, that take a
-            ``CombineCall`` of device pointers. ``fastloss_combine`` writes the value, and if that
-            is one number its derivatives as well. If not, ``fastloss_pullback`` writes those for
+        sources: CUDA C++ of the kernels, for one block of `THREADS` each, that take a
+            ``CombineCall`` of device pointers. ``fastloss_combine`` makes the sums first if it is
+            given those of the blocks; it writes the value, and if that is one number its
+            derivatives as well. If not, ``fastloss_pullback`` writes those for
             an upstream gradient.
         scratch_doubles: how many doubles of global memory the kernels need beside; mostly 0.
         takes_along: whether the numbers that the processor knows travel with the launch; if not,
@@ -48,16 +58,18 @@ class Program:
         value: Node,
         derivatives: list[Node],
         value_dtype: np.dtype,
-        slot_size: int,
+        shape: tuple[int, int, int],
         host_numbers: int,
         given: tuple[str, ...],
     ) -> None:
+        slots, batch, classes = shape
         self.value_shape = value.shape
         self._value, self._derivatives = value, derivatives
         value_type = {4: "float", 8: "double"}[value_dtype.itemsize]
         stores = [Store(value, "value", type=value_type)]
         pullback = [
-            Store(node, "derivatives", slot * slot_size) for slot, node in enumerate(derivatives)
+            Store(node, "derivatives", slot * batch * classes)
+            for slot, node in enumerate(derivatives)
         ]
         kernels = {"fastloss_combine": stores, "fastloss_pullback": pullback}
         if not self.value_shape:
@@ -71,7 +83,10 @@ class Program:
             fields += f"  {others};  // the others\n"
         types = tuple({"float32": "float", "float64": "double"}[dtype] for dtype in given)
         struct = _STRUCT.format(numbers=fields)
-        self.sources, self.scratch_doubles = generate(struct, value_type, kernels, types)
+        finish = _FINISH.format(threads=THREADS, batch=batch, slots=slots, classes=classes)
+        begin = {"fastloss_combine": finish}
+        text = f"{source('finish_all.h')}\n{struct}"
+        self.sources, self.scratch_doubles = generate(text, value_type, kernels, types, begin)
         along = host_numbers if self.takes_along else 1
         self._layout = Struct(f"={len(_ADDRESSES) + len(given)}Q{8 * along}s")
         self._record = np.dtype(("V", self._layout.size))
@@ -169,7 +184,7 @@ def trace(
     derivatives: list[Node] = [_node(graph, coefficients[slot]) for slot in range(shape[0])]
     types = tuple(where for where in layout if where in ("float32", "float64"))
     host = sum(len(o) for o, where in zip(loss.operands, layout, strict=True) if where == HOST)
-    return Program(value, derivatives, value_dtype, batch * classes, host, types)
+    return Program(value, derivatives, value_dtype, shape, host, types)
 
 
 def _numbers(
