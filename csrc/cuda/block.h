@@ -198,9 +198,8 @@ struct Block {
 #pragma unroll
         for (int n = 0; n < kSeveral; ++n) {
           int i = done + (n * threads + thread) * kPiece;
-          if (i >= full) continue;
-          if (kInto) *reinterpret_cast<Piece*>(of_tile(i)) = pieces[n];
-          else store_pack<unsigned, 4>(memory + i * sizeof(In), pieces[n]);
+          if (i < full)
+            *reinterpret_cast<Piece*>(kInto ? of_tile(i) : memory + i * sizeof(In)) = pieces[n];
         }
       }
     }
@@ -360,7 +359,7 @@ struct Block {
         int number = i * kPiece + p, j = number / CONST(classes);
         pack.item[p] = from_number<In>(gradient[number - j * CONST(classes)][j]);
       }
-      store_pack<In, kPiece>(call.data[kOut] + voxels.offset[kOut] + i * 16, pack);
+      *reinterpret_cast<Pack<In, kPiece>*>(call.data[kOut] + voxels.offset[kOut] + i * 16) = pack;
     }
   }
 
@@ -401,6 +400,6 @@ struct Block {
     Pack<In, V> pack;
 #pragma unroll
     for (int j = 0; j < V; ++j) pack.item[j] = from_number<In>(gradient[j]);
-    store_pack<In, V>(to, pack);
+    *reinterpret_cast<Pack<In, V>*>(to) = pack;
   }
 };

@@ -96,26 +96,6 @@ template <class In, int V>
 FL_DEVICE Pack<In, V> load_pack(const char* from) {
   return *reinterpret_cast<const Pack<In, V>*>(from);
 }
-// What is not read again soon leaves the cache first.
-template <class In, int V>
-FL_DEVICE void store_pack(char* to, const Pack<In, V>& pack) {
-#ifdef FL_STREAM
-  constexpr int kBytes = sizeof(Pack<In, V>);
-  if constexpr (kBytes % 16 == 0) {
-#pragma unroll
-    for (int i = 0; i < kBytes / 16; ++i)
-      __stcs(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(&pack)[i]);
-  } else if constexpr (kBytes == 8) {
-    __stcs(reinterpret_cast<uint2*>(to), *reinterpret_cast<const uint2*>(&pack));
-  } else if constexpr (kBytes == 4) {
-    __stcs(reinterpret_cast<unsigned*>(to), *reinterpret_cast<const unsigned*>(&pack));
-  } else {
-    *reinterpret_cast<Pack<In, V>*>(to) = pack;
-  }
-#else
-  *reinterpret_cast<Pack<In, V>*>(to) = pack;
-#endif
-}
 template <class In>
 FL_DEVICE In load_one(const char* from) {
   return *reinterpret_cast<const In*>(from);

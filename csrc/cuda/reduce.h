@@ -127,44 +127,69 @@ struct Sums {
   }
 
   // Adds values of voxels to the sums of their classes: to the slots of a list, in which places
-  // without a slot are −1. All lanes of one warp of the group call, the others wait for its next
-  // barrier before they do.
+  // without a slot are −1. All lanes of the group's warps call; each takes the labels of which it
+  // is the turn in this tile, as a tile may have many labels, or mostly one.
   template <int N>
-  FL_DEVICE void add_by_label(const int (&slots)[N], const int (&y)[V], const T (&values)[N][V]) {
+  FL_DEVICE void add_by_label(const int (&slots)[N], const int (&y)[V], const T (&values)[N][V],
+                              int tile) {
     // Mostly all voxels of a warp are of one class.
     int one = __shfl_sync(kAllLanes, y[0], 0);
     bool alike = one >= 0;
 #pragma unroll
     for (int j = 0; j < V; ++j) alike = alike && y[j] == one;
-    if (FL_UNLIKELY(!__all_sync(kAllLanes, alike))) return add_one_by_one(slots, y, values);
+    if (FL_UNLIKELY(!__all_sync(kAllLanes, alike))) return add_one_by_one(slots, y, values, tile);
+    if (!is_turn_of(one, tile)) return;
+    T sum[N];
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      if (slots[n] < 0) continue;
-      T sum = T(0);
+      sum[n] = T(0);
 #pragma unroll
-      for (int j = 0; j < V; ++j) sum += values[n][j];
-      sum = warp_sum(sum);
-      if (block.lane == 0) to[slots[n] * CONST(classes) + one] += double(sum);
+      for (int j = 0; j < V; ++j) sum[n] += values[n][j];
     }
+    add_of_warp(slots, one, sum);
+  }
+
+  FL_DEVICE bool is_turn_of(int label, int tile) const {
+    return (label + tile) % CONST(warps) == block.warp_in_group;
   }
 
   // The same, one class of the warp after the other.
   template <int N>
-  FL_DEVICE void add_one_by_one(const int (&slots)[N], const int (&y)[V], const T (&values)[N][V]) {
+  FL_DEVICE void add_one_by_one(const int (&slots)[N], const int (&y)[V], const T (&values)[N][V],
+                                int tile) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      unsigned left = __ballot_sync(kAllLanes, y[j] >= 0);
+      unsigned left = __ballot_sync(kAllLanes, y[j] >= 0 && is_turn_of(y[j], tile));
       while (left) {
         int label = __shfl_sync(kAllLanes, y[j], __ffs(int(left)) - 1);
         bool same = y[j] == label;
         left &= ~__ballot_sync(kAllLanes, same);
+        T sum[N];
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-          if (slots[n] < 0) continue;
-          T sum = warp_sum(same ? values[n][j] : T(0));
-          if (block.lane == 0) to[slots[n] * CONST(classes) + label] += double(sum);
-        }
+        for (int n = 0; n < N; ++n) sum[n] = same ? values[n][j] : T(0);
+        add_of_warp(slots, label, sum);
       }
+    }
+  }
+
+  // Adds the sums over a warp's lanes to those of a class, four at a time: two steps share out the
+  // numbers among the lanes, so that one lane in eight has a number when all are added.
+  template <int N>
+  FL_DEVICE void add_of_warp(const int (&slots)[N], int label, const T (&values)[N]) {
+    static_assert(N % 4 == 0, "by fours");
+    const bool upper = block.lane & 16, right = block.lane & 8;
+#pragma unroll
+    for (int n = 0; n < N; n += 4) {
+      if (slots[n] < 0 && slots[n + 1] < 0 && slots[n + 2] < 0 && slots[n + 3] < 0) continue;
+      T first = upper ? values[n + 2] : values[n], second = upper ? values[n + 3] : values[n + 1];
+      first += __shfl_xor_sync(kAllLanes, upper ? values[n] : values[n + 2], 16);
+      second += __shfl_xor_sync(kAllLanes, upper ? values[n + 1] : values[n + 3], 16);
+      T sum = (right ? second : first) + __shfl_xor_sync(kAllLanes, right ? first : second, 8);
+#pragma unroll
+      for (int step = 4; step; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+      const int slot = upper ? (right ? slots[n + 3] : slots[n + 2])
+                             : (right ? slots[n + 1] : slots[n]);
+      if (block.lane % 8 == 0 && slot >= 0) to[slot * CONST(classes) + label] += double(sum);
     }
   }
 
@@ -332,8 +357,7 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
       static_cast<T*>(call.losses)[block.sample * call.voxels + v.first + j] = value;
     }
   }
-  // The warps of a group take turns.
-  if (CONST(by_label) && block.warp_in_group == tile % CONST(warps)) {
+  if (CONST(by_label)) {
     const int slots[4 + kMaxGammas] = FL_OWN_SLOTS;
     T values[4 + kMaxGammas][V];
 #pragma unroll
@@ -346,7 +370,7 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
         values[4 + i][j] = focal_value<Plain>(q[j], loss[j], T(CONST(gamma[i])));
     }
     if (CONST(tallies)) sums.tally(slots, v.y, values);
-    else sums.add_by_label(slots, v.y, values);
+    else sums.add_by_label(slots, v.y, values, tile);
   }
   for (int round = 0; round < CONST(rounds); ++round) {
 #pragma unroll

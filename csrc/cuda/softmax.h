@@ -90,12 +90,7 @@ FL_DEVICE T scaled_below(T x, T largest) {
 }
 
 // Whether a thread holds all classes of its voxels, the label's among them.
-FL_DEVICE bool holds_label(const Call& call) {
-#ifdef FL_GATHER
-  return false;
-#endif
-  return CONST(warps) == 1 && CONST(rounds) == 1;
-}
+FL_DEVICE bool holds_label(const Call& call) { return CONST(warps) == 1 && CONST(rounds) == 1; }
 
 // The label of a voxel, once all its classes are seen.
 template <class T>

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastloss.backends.cuda.axes import merge_axes
+from fastloss.backends.cuda.layout import WIDEST, Layout, layout_of
 from fastloss.request import ACTIVATIONS, Request
 from fastloss.sums import NAMED, Sum
 
@@ -39,41 +40,6 @@ _REGISTERS = 1 << 16  # of a multiprocessor
 _BLOCKS = 4224  # of a launch at most
 _MOST_PARTIAL = 960 << 10  # bytes for the sums of all blocks, so that a call holds less than 1 MiB
 _MOST_TALLIES = 24 << 10  # bytes of a block for the sums that a thread has for every class
-
-
-class Layout(NamedTuple):
-    """How softmax with a label map is spread over threads.
-
-    Attributes:
-        warps: that share the classes of a voxel.
-        held: registers for the logits of a thread.
-        all_held: for these and their sums.
-        access: bytes of neighbouring voxels that a thread loads of a class.
-        least_blocks: of a multiprocessor at a time; 0: by the registers that are needed.
-        waves: blocks of a multiprocessor in a launch.
-        stages: tiles in shared memory, channels last.
-        tallied: whether threads tally the sums that labels alone decide.
-    """
-
-    warps: int
-    held: int = 72
-    all_held: int = 160
-    access: int = 16
-    least_blocks: int = 0
-    waves: int = 12
-    stages: int = 3
-    tallied: bool = True
-
-
-def layout_of(classes: int, sums: int, item: int, last: bool, reduces: bool) -> Layout:
-    """The layout for so many classes with logits of ``item`` bytes.
-
-    ``sums``: of a class that a thread forms; ``last``: whether channels lie last.
-    """
-    each = 16 if classes <= 16 else 35 if classes <= 105 else 53
-    each = min(each, 72 // max(sums, 1))
-    warps = -(-classes // each)
-    return Layout(warps)
 
 
 # The named sums that each path of csrc/cuda/passes.cu takes.
@@ -367,6 +333,7 @@ def plan_fast(
         **{f"slot_{name}": slot for name, slot in slots.items()},
     }
     words = 2 if logits.type == FLOAT64 else 1
+    count = classes * len(request.sums)
     arrays_held = 1 if labels else 2
     exchanged = 3
     if labels:
@@ -399,18 +366,19 @@ def plan_fast(
         o.strides[1] == item and axes[0][1][place] == classes * item for o, place in large
     )
     if labels and words == 1:
-        layout = layout_of(classes, sums, item, last, out is None)
+        most_rows = _MOST_PARTIAL // (8 * (count + 2) * multiprocessors)
+        layout = layout_of(classes, item, sums, last, out is None, most_rows)
         warps = min(layout.warps, _MOST_WARPS)
-        per_thread = min(53, -(-classes // warps))
+        per_thread = min(WIDEST, -(-classes // warps))
     else:
         warps = _warps(classes, sums, labels, most_warps)
-        layout = Layout(warps, _HELD, _ALL_HELD, stages=1, tallied=False)
+        layout = Layout(warps, max(1, 4 // warps), _HELD, _ALL_HELD)
         per_thread = min(_ONCE, -(-classes // warps))
         if words == 2 and warps * per_thread < classes:
             per_thread = _ONCE * 3 // 4  # as going round takes registers too
     rounds = -(-classes // (warps * per_thread))
     keep = rounds == 1 and per_thread * sums <= layout.held
-    groups = max(1, 4 // warps)
+    groups = layout.groups
 
     # Neighbouring voxels of a thread: as many as one access of 16 bytes holds.
     room = layout.held
@@ -431,7 +399,7 @@ def plan_fast(
     vector = max(1, whole)
     while (
         not last
-        and 2 * vector * item <= layout.access
+        and 2 * vector * item <= 16
         and 2 * vector <= most
         and len(axes) == 1
         and all(
@@ -441,7 +409,6 @@ def plan_fast(
         vector *= 2
     computed = 4 * words
     fixed = 0
-    count = classes * len(request.sums)
     fields["global_sums"] = fields["global_table"] = 0
     if out is None:
         fixed = 8 * groups * (count + 2)
@@ -500,7 +467,7 @@ def plan_fast(
         vector //= 2
     each = lanes * registers(vector)
     least_blocks = max(1, min(8, _REGISTERS // each)) if plain else 1
-    if simple and layout.least_blocks:
+    if simple and weight is None and slots["top_k"] < 0 and layout.least_blocks:
         least_blocks = layout.least_blocks
     fields |= {
         "path": TWO_CLASSES if two_classes else table.path,
@@ -527,9 +494,9 @@ def plan_fast(
 
     tile = groups * LANES * vector
     width = count + 2
-    most_blocks = min(_BLOCKS, layout.waves * multiprocessors)
+    most_blocks = min(_BLOCKS, layout.blocks * multiprocessors)
     if out is None:
-        most_blocks = min(most_blocks, max(batch, _MOST_PARTIAL // (8 * width)))
+        most_blocks = min(most_blocks, max(multiprocessors, _MOST_PARTIAL // (8 * width)))
     blocks, chunk = spread(batch, voxels, tile, most_blocks)
     call = np.zeros(1, CALL)
     write_call(call, request, fields, operands, axes, blocks, chunk)

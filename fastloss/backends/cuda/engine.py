@@ -300,9 +300,7 @@ def plan_of(
     plan = _plans.get(key)
     if plan is None:
         operands = _operands(arrays, at, out, work)
-        plan = plan_fast(
-            request, operands, work, device.shared_bytes, device.multiprocessors
-        )
+        plan = plan_fast(request, operands, work, device.shared_bytes, device.multiprocessors)
         if plan is None:
             plan = plan_general(request, operands, work, arrays.rows, device.shared_bytes)
         if len(_plans) >= _MOST_PLANS:

@@ -108,9 +108,7 @@ def plan_general(
         batch,
         voxels,
         warps * LANES,
-        min(most, max(1, _MOST_PARTIAL // (8 * width)))
-        if reduce
-        else most,
+        min(most, max(1, _MOST_PARTIAL // (8 * width))) if reduce else most,
     )
     fields: dict[str, object] = {
         **usual_fields(request, operands, work, len(axes)),

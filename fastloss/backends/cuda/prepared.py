@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _MOST_KINDS = 256
 _MOST_LOSSES = 256
-_FEW_SUMS = 512 << 10  # bytes
+_FEW_SUMS = 256 << 10  # bytes
 _calls: dict[tuple[str, ...], dict[Hashable, Prepared]] = {}
 """By the structure of a loss and by the kind of the arrays."""
 
