@@ -8,6 +8,7 @@ access outside.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from cuda_emulation import Library
-from device_backend import Allocated, EmulatedDevice
+from device_backend import STRUCTS_OF_OTHERS, Allocated, EmulatedDevice
 
 from fastloss.arrays import Arrays, Field
 from fastloss.backends.cuda import call as cuda_call
@@ -248,7 +249,7 @@ class SanitizedDevice(EmulatedDevice):
         return tuple((compiled, name) for name in PASSES[kernel])
 
     def kernels(self, text: str, names: tuple[str, ...]) -> tuple[Any, ...]:
-        return tuple((self._kernels(text, names, "TopKCall"), name) for name in names)
+        return tuple((self._kernels(text, names, STRUCTS_OF_OTHERS[names]), name) for name in names)
 
     def launch(
         self, kernel: Any, grid: int, block: tuple[int, int], shared: int, call: np.ndarray
@@ -299,6 +300,10 @@ def placed(numbers: np.ndarray, layout: str, channels: bool) -> np.ndarray:
         view = view[:, ::-1] if channels else view
     elif layout == "shifted":
         view = exactly((numbers.size + 1,), dtype)[1:].reshape(shape)
+    elif layout == "packed":  # fields of records, none of which is aligned
+        each = 1 + dtype.itemsize
+        steps = tuple(each * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        view = np.ndarray(shape, dtype, exactly((numbers.size * each,), np.uint8), 1, steps)
     else:
         view = exactly(shape, dtype)
     view[...] = numbers

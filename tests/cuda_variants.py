@@ -23,6 +23,7 @@ from fastloss.arrays import Arrays, Field
 from fastloss.backends.cuda import engine
 from fastloss.backends.cuda.call import GENERAL, NO_TYPE
 from fastloss.backends.cuda.combine.program import trace
+from fastloss.backends.cuda.copies import KERNELS as COPY_KERNELS
 from fastloss.backends.cuda.source import PASSES, source, specialised
 from fastloss.backends.cuda.top_k import KERNELS as TOP_K_KERNELS
 from fastloss.maps import Map
@@ -422,7 +423,10 @@ def _array(shape: tuple[int, ...], dtype: str, layout: str) -> np.ndarray:
 
 def other_kernels() -> dict[str, tuple[str, tuple[str, ...]]]:
     """By name, the text and the kernels of what is compiled beside the passes."""
-    found = {"top k": (source("top_k.cu"), TOP_K_KERNELS)}
+    found = {
+        "copy": (source("copy.cu"), COPY_KERNELS),
+        "top k": (source("top_k.cu"), TOP_K_KERNELS),
+    }
     losses = {
         "dice+ce": (fl.Dice() + fl.CrossEntropy(), 2, 14),
         "generalised dice, batch": (fl.Loss(fl.GeneralizedDice(batch=True)), 4, 105),

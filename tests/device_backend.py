@@ -16,7 +16,7 @@ import numpy as np
 from fastloss.arrays import Arrays
 from fastloss.backends.base import Backend
 from fastloss.backends.cuda import engine
-from fastloss.backends.cuda.call import CALL, LOGITS, OUT, TARGET, TYPES, WEIGHT
+from fastloss.backends.cuda.copies import KERNELS as COPY_KERNELS
 from fastloss.backends.cuda.general import MAX_SUMS
 from fastloss.backends.cuda.operands import KERNELS as OPERAND_KERNELS
 from fastloss.backends.cuda.source import PASSES, source, source_of, specialised
@@ -28,6 +28,12 @@ from fastloss.request import Request
 
 STRUCTS = {"passes.cu": "Call", "general.cu": "GeneralCall"}
 """What the kernels of a source are given."""
+STRUCTS_OF_OTHERS = {
+    KERNELS: "TopKCall",
+    OPERAND_KERNELS: "OperandCall",
+    COPY_KERNELS: "CopyCall",
+}
+"""Likewise, of kernels beside the passes."""
 
 
 class Allocated(NamedTuple):
@@ -76,40 +82,14 @@ class EmulatedDevice:
         return source(file), tuple(kernels if general else kernels[:3]), STRUCTS[file]
 
     def kernels(self, text: str, names: tuple[str, ...]) -> tuple[Any, ...]:
-        structs = {KERNELS: "TopKCall", OPERAND_KERNELS: "OperandCall"}
-        library = _library(text, names, structs.get(names, "CombineCall"))
+        library = _library(text, names, STRUCTS_OF_OTHERS.get(names, "CombineCall"))
         return tuple((library, name) for name in names)
 
     def launch(
         self, kernel: Any, grid: int, block: tuple[int, int], shared: int, call: np.ndarray
     ) -> None:
         library, name = kernel
-        if name in ("fastloss_reduce", "fastloss_apply"):
-            _check_alignment(np.frombuffer(call.tobytes()[: CALL.itemsize], CALL)[0])
         library.launch(name, (grid, 1, 1), (*block, 1), shared, call.tobytes(), order=self.order)
-
-
-def _check_alignment(call: Any) -> None:
-    """What a GPU insists on, and the processor that runs the kernels here does not."""
-    wide = {LOGITS: "logits_type", OUT: "logits_type"}
-    if call["packed_target"]:
-        wide[TARGET] = "target_type"
-    if call["packed_weight"]:
-        wide[WEIGHT] = "weight_type"
-    for place, field in wide.items():
-        name = TYPES[call[field]]
-        item = np.dtype("uint16" if name == "bfloat16" else name).itemsize
-        size = min(16, item * int(call["vector"]))
-        of_logits = place in (LOGITS, OUT)
-        if call["staged"] and of_logits:
-            size = int(call["staged_bytes"])
-        steps = [call["sample_stride"][place]] * bool(call["batch"] > 1)
-        if call["interleaved"] and of_logits:
-            size = 16  # of several classes and voxels
-        elif call["vector"] > 1:
-            steps.append(call["channel_stride"][place])
-        for step in (call["data"][place], *steps):
-            assert step % size == 0, f"{field}: {step} is no multiple of {size}"
 
 
 @cache

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from support import EMULATED, assert_agree, example, need, norm, one_hot, reference
+from support import assert_agree, example, need, norm, one_hot, packed, reference
 
 import fastloss as fl
 
@@ -43,6 +43,7 @@ LAYOUTS = (
     "stepped",
     "transposed",
     "wide",
+    "packed",
 )
 
 
@@ -66,6 +67,8 @@ def relayout(array: np.ndarray, layout: str) -> np.ndarray:
     if layout == "transposed":
         axes = (0, 1, *reversed(range(2, array.ndim)))
         return np.ascontiguousarray(array.transpose(axes)).transpose(axes)
+    if layout == "packed":
+        return packed(array)
     assert layout == "wide", layout
     # Every voxel of a row far from the next, as in one channel of an interleaved volume.
     return np.repeat(array[..., None], 5, axis=-1)[..., 2]
@@ -423,25 +426,29 @@ def test_channel_axis(backend: str, axis: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_memory_that_is_not_aligned(backend: str, dtype: str) -> None:
+@pytest.mark.parametrize("dense", [False, True], ids=["labels", "dense"])
+def test_memory_that_is_not_aligned(backend: str, dtype: str, dense: bool) -> None:
     loss = fl.Dice() + fl.CrossEntropy()
-    x, y = example(2, 3, (300,), dtype=dtype)
-    # Fields of packed records: neither the start nor the strides are multiples of the item size.
-    record = np.dtype([("skipped", "u1"), ("x", dtype)])
-    records = np.zeros(x.shape, record)
-    records["x"] = x
-    labels = np.zeros(y.shape, np.dtype([("skipped", "u1"), ("y", "i4")]))
-    labels["y"] = y
-    assert not records["x"].flags.aligned
-    if backend == EMULATED:  # no GPU loads such numbers
-        with pytest.raises(ValueError, match=r"^logits: on a GPU numbers must lie at multiples"):
-            loss(records["x"], y)
-        return
-    expected = reference(loss, x, y)
-    assert_agree(*loss.value_and_grad(records["x"], labels["y"]), expected)
-    out = np.zeros(x.shape, record)["x"]
-    loss.gradient(x, y, out=out)
-    np.testing.assert_array_equal(out, loss.gradient(x, y))
+    x, y = example(2, 3, (5, 60), dtype=dtype)
+    w = np.random.default_rng(0).uniform(0, 2, y.shape).astype(np.float32)
+    regions = (w > 1).astype(np.int32)
+    target = one_hot(y, 3, np.float32) if dense else y.astype(np.int32)
+    given = packed(target)
+    assert not given.flags.aligned
+    expected = reference(loss, x, target, w)
+    assert_agree(*loss.value_and_grad(packed(x), given, packed(w)), expected)
+    expected = reference(loss, x, target, w, regions=regions)
+    found = loss.value_and_grad(packed(x), given, packed(w), regions=packed(regions))
+    assert_agree(*found, expected)
+    # What lies between the numbers of `out` stays as it is; it may be the logits.
+    right = loss.gradient(x, target)
+    records = np.full(x.shape, 7, [("skipped", "u1"), ("numbers", dtype)])
+    loss.gradient(x, given, out=records["numbers"])
+    np.testing.assert_array_equal(records["numbers"], right)
+    assert (records["skipped"] == 7).all()
+    over = packed(x)
+    loss.gradient(over, target, out=over)
+    np.testing.assert_array_equal(over, right)
 
 
 def test_batches_of_one_voxel_classify_images(backend: str) -> None:

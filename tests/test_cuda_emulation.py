@@ -338,6 +338,39 @@ def test_lanes_with_different_masks_meet_among_themselves(threads, order):
 
 # --- Memory ---------------------------------------------------------------------------------------
 
+ADDRESSES = r"""
+struct Call { char* memory; long long load, store; };
+struct __align__(16) Four { float x[4]; };
+
+template <class T> __device__ void copy(const Call& call) {
+  char* at = call.memory + 16 * threadIdx.x;
+  *reinterpret_cast<T*>(at + call.store) = *reinterpret_cast<const T*>(at + call.load);
+}
+extern "C" __global__ void bytes(const Call call) { copy<char>(call); }
+extern "C" __global__ void shorts(const Call call) { copy<short>(call); }
+extern "C" __global__ void doubles(const Call call) { copy<double>(call); }
+extern "C" __global__ void vectors(const Call call) { copy<Four>(call); }
+"""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "size"), [("bytes", 1), ("shorts", 2), ("doubles", 8), ("vectors", 16)]
+)
+def test_misaligned_accesses_are_errors(threads: bool, kernel: str, size: int) -> None:
+    names = dict.fromkeys(["bytes", "shorts", "doubles", "vectors"], "Call")
+    library = Library(ADDRESSES, names, threads=threads)
+    memory = np.zeros(16 * 42, np.uint8)
+    start = memory.ctypes.data + -memory.ctypes.data % 16
+    library.launch(kernel, (1, 1, 1), (40, 1, 1), 0, pack(start, size, 0))
+    for load, store in ((1, 0), (0, size - 1), (size // 2, 0)) if size > 1 else ():
+        with pytest.raises(
+            LaunchError,
+            match=rf"'{kernel}', block .*, thread .*: misaligned address 0x\w+ of .*, expected a "
+            rf"multiple of {size} \(kernels.cu:\d+\)",
+        ):
+            library.launch(kernel, (1, 1, 1), (40, 1, 1), 0, pack(start, load, store))
+
+
 MEMORY = r"""
 struct Call { double* out; long long write; };
 

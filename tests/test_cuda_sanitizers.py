@@ -82,6 +82,9 @@ SPECIAL = [
         ),
         Case("float64", 9, "reversed", "softmax int64", (19, 27), "smooth", map_kind="voxel"),
         Case("float32", 2, "contiguous", "none dense float16", (7,), "squared", map_kind="error"),
+        Case("float32", 5, "packed", "softmax int64", (3, 11), "region", "float32"),
+        Case("float16", 3, "packed", "sigmoid int16", (257,), "all", extras="3 regions"),
+        Case("float64", 3, "packed", "softmax float32", (7,), "squared", map_kind="class"),
     )
 ]
 # Faults, each in a case in which it does harm, and what is said of it.

@@ -76,7 +76,7 @@ def test_a_field_of_every_class(backend: str, dtype: str) -> None:
         assert np.allclose(gradient, finite_differences(of, x, y), atol=1e-8)
 
 
-@pytest.mark.parametrize("layout", ["channels last", "reversed", "stepped", "wide"])
+@pytest.mark.parametrize("layout", ["channels last", "reversed", "stepped", "wide", "packed"])
 @pytest.mark.parametrize("logits", ["contiguous", "channels last"])
 def test_strides_do_not_matter(backend: str, layout: str, logits: str) -> None:
     x, y = example(2, 3, (9, 8), dtype=np.float32)

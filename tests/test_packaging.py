@@ -105,7 +105,7 @@ def defined(parent: ast.Module | ast.ClassDef) -> set[str]:
 def test_installed_package_finds_its_cuda_sources(built: Path, tmp_path: Path) -> None:
     code = (
         "from fastloss.backends.cuda import source as s; print(s.folder());"
-        "print(s.source('passes.cu') + s.source('top_k.cu'), end='')"
+        "print(s.source('passes.cu') + s.source('top_k.cu') + s.source('copy.cu'), end='')"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -119,5 +119,5 @@ def test_installed_package_finds_its_cuda_sources(built: Path, tmp_path: Path) -
     where, text = result.stdout.split("\n", 1)
     assert Path(where) == built / "fastloss" / "csrc"
     assert "#include" not in text
-    for kernel in ("reduce", "finish", "apply", "top_k_mean"):
+    for kernel in ("reduce", "finish", "apply", "top_k_mean", "copy"):
         assert f"fastloss_{kernel}(" in text

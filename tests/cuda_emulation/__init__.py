@@ -2,7 +2,7 @@
 
 It checks what kernels compute and how their threads meet: a barrier that some threads never reach
 is an error, shared memory that nobody wrote reads as NaN, and the sanitizers of the compiler see
-what they would see in any C++. It says nothing of speed.
+what they would see in any C++. A misaligned access is an error, too. It says nothing of speed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ MOST_SHARED_BYTES = 227 * 1024
 """Of a block, on the GPUs that have most."""
 KEPT_SECONDS = 7 * 24 * 3600
 """A compiled library that nobody has used for so long is removed."""
+
+_ALIGNMENT = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
 
 Triple = tuple[int, int, int]
 
@@ -261,9 +263,11 @@ def _build(
         for path in folder.rglob("*")
         if path.suffix in {".h", ".hpp", ".cuh", ".cu", ".inc"}
     )
+    # A GPU refuses misaligned accesses. Without the library of the sanitizer the runtime is told.
+    checks = [] if "undefined" in sanitizers else _ALIGNMENT
     parts = ["library", text, *sanitizers, *(f"{path}\n{path.read_text()}" for path in headers)]
     folder = _cache()
-    library = folder / f"{_digest([*parts, *flags])}.so"
+    library = folder / f"{_digest([*parts, *flags, *checks])}.so"
     try:
         os.utime(library)
         return library
@@ -276,7 +280,8 @@ def _build(
     with tempfile.TemporaryDirectory(dir=folder) as name:
         work = Path(name)
         (work / "kernels.cpp").write_text(text)
-        _compile([*flags, *sanitize, *folders, "-c", "kernels.cpp", "-o", "kernels.o"], work)
+        options = [*flags, *sanitize, *checks, *folders]
+        _compile([*options, "-c", "kernels.cpp", "-o", "kernels.o"], work)
         objects = ["kernels.o", str(_runtime(flags, sanitizers))]
         _compile([*flags, *sanitize, "-shared", *objects, "-o", "library.so"], work)
         os.replace(work / "library.so", library)
@@ -290,6 +295,8 @@ def _runtime(flags: Sequence[str], sanitizers: Sequence[str]) -> Path:
         flags.append("-DFL_EMULATION_TSAN")
     if "address" in sanitizers:
         flags.append("-fsanitize=address")
+    if "undefined" in sanitizers:
+        flags.append("-DFL_EMULATION_UBSAN")
     folder = _cache()
     path = folder / f"{_digest(['runtime', *flags])}.o"
     try:

@@ -803,6 +803,23 @@ void thread_fence() {
 
 using namespace fl_emulation;
 
+#ifndef FL_EMULATION_UBSAN
+// What -fsanitize=alignment calls for an access that a GPU refuses.
+struct Mismatch {
+  const char* file;
+  unsigned line, column;
+  const char* type;  // its kind, in four bytes, and its name
+  unsigned char log_alignment, access;
+};
+extern "C" __attribute__((visibility("hidden"))) void __ubsan_handle_type_mismatch_v1_abort(
+    const Mismatch* found, std::uintptr_t address) {
+  fail(format("misaligned address %#zx of %s, expected a multiple of %d", std::size_t(address),
+              found->type + 4, 1 << found->log_alignment)
+           .c_str(),
+       found->file, int(found->line));
+}
+#endif
+
 #define FL_EXPORT extern "C" __attribute__((visibility("default")))
 
 // The static __shared__ variables: `offsets` from fl_emulation_kernels. Blocks find them poisoned.

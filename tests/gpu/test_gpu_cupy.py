@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gpu_support import check, need_torch_gpu, on_gpu, to_numpy
-from support import example, need
+from support import example, need, packed
 
 import fastloss as fl
 
@@ -70,6 +70,30 @@ def test_layouts(cupy: Any, layout: str) -> None:
     value, gradient = loss.value_and_grad(given, y)
     assert gradient.shape == given.shape
     check(loss, value, gradient, given, y)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_memory_that_is_not_aligned(cupy: Any, dtype: str) -> None:
+    """Fields of packed records, which CuPy itself cannot read."""
+    x, y = example(2, 4, (7, 8, 9), dtype=dtype)
+    w = np.random.default_rng(0).uniform(0, 2, y.shape).astype(np.float32)
+
+    def there(array: np.ndarray) -> tuple[Any, Any]:
+        """The bytes of the records, and the field of them."""
+        field = packed(array)
+        raw = cupy.asarray(np.ascontiguousarray(field.base).view(np.uint8).reshape(-1))
+        shape, start = array.shape, raw.data + 1
+        return raw, cupy.ndarray(shape, array.dtype, start, field.strides)
+
+    raw, out = there(np.full_like(x, np.nan))
+    for _ in range(2):  # the second time, as planned before
+        given = [there(array)[1] for array in (x, y.astype(np.int32), w)]
+        value, gradient = LOSS.value_and_grad(*given)
+        check(LOSS, value, gradient, x, y, w)
+        LOSS.value_and_grad(*given, out=out)
+        records = raw.get().view([("skipped", "u1"), ("numbers", dtype)]).reshape(x.shape)
+        np.testing.assert_array_equal(records["numbers"], to_numpy(gradient))
+        assert not records["skipped"].any()
 
 
 def test_statistics_add_over_chunks(cupy: Any) -> None:

@@ -27,7 +27,6 @@ FLOAT32, FLOAT64 = TYPES.index("float32"), TYPES.index("float64")
 SIZES = {code: np.dtype(name if name != "bfloat16" else "uint16").itemsize
           for code, name in enumerate(TYPES)}  # fmt: skip
 
-_NAMES = ("logits", "target", "voxel_weight", "out")
 GENERAL, TWO_CLASSES, LABELS, DENSE = range(4)  # paths
 LOGITS, TARGET, WEIGHT, OUT = range(4)
 
@@ -149,6 +148,19 @@ class Operands(NamedTuple):
         return self.logits, self.target, self.weight or nothing, self.out or nothing
 
 
+class Copy(NamedTuple):
+    """The copy of an array in aligned memory, but for the addresses of both."""
+
+    place: int
+    """Of the array among the addresses of a call: logits, target, weight, out; then others."""
+    nbytes: int
+    offsets: tuple[int, int]
+    """In bytes, where the first number that is copied lies: in the array and in the copy."""
+    record: bytes
+    """COPY_CALL, (1,)."""
+    grid: int
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A launch, but for the addresses of its arrays."""
@@ -171,6 +183,8 @@ class Plan:
     """Of a sample."""
     general: bool = False
     """Whether it is of the general kernel."""
+    copies: tuple[Copy, ...] = ()
+    """Those of arrays that are not aligned, which the launch is given in their place."""
 
 
 def operand(array: np.ndarray, dtype: str, channels: bool, address: int) -> Operand:
@@ -295,8 +309,7 @@ def plan_fast(
     """A pass by the fast path that takes this call; None: there is none.
 
     Raises:
-        ValueError: arrays that a kernel cannot walk through: numbers that lie across their own
-            alignment, or too many axes without an even step.
+        ValueError: too many axes without an even step.
     """
     table = fast_table(request, operands, work)
     if table is None:
@@ -305,7 +318,6 @@ def plan_fast(
     of_voxels = operands.fields[0][1] if operands.fields else of_voxels
     if work.kernel == "reduce":
         operands = operands._replace(out=None)
-    check_alignment(operands)
     batch, classes, *spatial = operands.shape
     logits, target, weight, out = operands.logits, operands.target, operands.weight, operands.out
     item, voxels = SIZES[logits.type], prod(spatial)
@@ -609,23 +621,3 @@ def _packs(
     aligned = starts[place] >= size and o.strides[0] % size == 0
     aligned = aligned and (not channels or o.strides[1] % size == 0)
     return aligned and axes[0][1][place] == item
-
-
-def check_alignment(operands: Operands, names: Sequence[str] = ()) -> None:
-    """Raise ValueError for numbers that lie across their own alignment; ``names``: of fields."""
-    others = [
-        (f"fields[{name!r}]", o) for name, (_, o) in zip(names, operands.fields, strict=False)
-    ]
-    if operands.regions is not None:
-        others.append(("regions", operands.regions))
-    for name, o in [*zip(_NAMES, operands.first_four, strict=True), *others]:
-        if o.type == NO_TYPE:
-            continue
-        item = SIZES[o.type]
-        if o.alignment() < item or any(
-            s % item and n > 1 for s, n in zip(o.strides, operands.shape, strict=True)
-        ):
-            raise ValueError(
-                f"{name}: on a GPU numbers must lie at multiples of their size, {item} bytes; "
-                "pass a contiguous copy"
-            )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from fastloss.backends.cuda.call import (
     operand,
     plan_fast,
 )
+from fastloss.backends.cuda.copies import align, aligned
+from fastloss.backends.cuda.device import Device, Memory
 from fastloss.backends.cuda.general import GENERAL_CALL, plan_general
 from fastloss.maps import Map
 from fastloss.request import Request
@@ -41,39 +44,6 @@ __all__ = [
     "run_reduce",
     "write_map",
 ]
-
-
-class Memory(Protocol):
-    """Memory of a device, from the caller's allocator."""
-
-    @property
-    def address(self) -> int:
-        """Where it lies."""
-
-
-class Device(Protocol):
-    """A GPU and a stream on it, as the caller's framework sees them."""
-
-    shared_bytes: int
-    """The most shared memory that a block can have."""
-    multiprocessors: int
-
-    def empty(self, nbytes: int) -> Memory:
-        """New memory, which is used on the stream alone."""
-
-    def upload(self, numbers: np.ndarray) -> Memory:
-        """A copy of a few float64 numbers, queued on the stream."""
-
-    def passes(self, constants: tuple[tuple[str, object], ...], kernel: str) -> tuple[Any, ...]:
-        """The compiled kernels: "reduce" with "finish", or "apply", or "map"."""
-
-    def kernels(self, source: str, names: tuple[str, ...]) -> tuple[Any, ...]:
-        """Other kernels, compiled."""
-
-    def launch(
-        self, kernel: Any, grid: int, block: tuple[int, int], shared: int, call: np.ndarray
-    ) -> None:
-        """Run a kernel on the stream; ``call``, (1,), is its one argument, a struct's bytes."""
 
 
 def reduce(
@@ -142,6 +112,11 @@ def run_reduce(
     those of a map lie; for a fast path, of the classes. Without ``finish`` the sums of the blocks
     are all that is made.
     """
+    if plan.copies:
+        with aligned(device, plan.copies, addresses) as copied:
+            plan = replace(plan, copies=())
+            run_reduce(device, plan, kernels, copied, sums, voxels, partial, coefficients, finish)
+        return
     kernel, finishing = kernels
     record = _record(plan, addresses)
     _WRITE[3](record, _PARTIAL, partial, sums, voxels)
@@ -203,6 +178,20 @@ def run_apply(
     scale: float = 1.0,
 ) -> None:
     """`apply` as planned, of arrays at these addresses: logits, target, voxel weight, out, …"""
+    if plan.copies:
+        with aligned(device, plan.copies, addresses) as copied:
+            run_apply(
+                device,
+                replace(plan, copies=()),
+                kernels,
+                copied,
+                coefficients,
+                slot_stride=slot_stride,
+                row_stride=row_stride,
+                upstream=upstream,
+                scale=scale,
+            )
+        return
     (kernel,) = kernels
     record = _record(plan, addresses)
     _WRITE[4](record, _COEFFICIENTS, coefficients, slot_stride, row_stride, upstream)
@@ -221,12 +210,13 @@ def write_map(device: Device, request: Request, arrays: Arrays, voxel_map: Map) 
     if not plan.grid:
         return
     (kernel,) = device.passes(plan.constants, "map")
-    record = _record(plan, addresses)
-    if voxel_map.kind in ("voxel", "class"):
-        numbers = device.upload(_coefficients(request, voxel_map)[0])
-        _WRITE[1](record, _MAP_COEFFICIENTS, numbers.address)
-    call = np.frombuffer(record, _RECORDS[plan.general])
-    device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
+    with aligned(device, plan.copies, addresses) as copied:
+        record = _record(plan, copied)
+        if voxel_map.kind in ("voxel", "class"):
+            numbers = device.upload(_coefficients(request, voxel_map)[0])
+            _WRITE[1](record, _MAP_COEFFICIENTS, numbers.address)
+        call = np.frombuffer(record, _RECORDS[plan.general])
+        device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
 
 
 # Where the fields that change from call to call lie in the record, neighbours in this order.
@@ -299,10 +289,11 @@ def plan_of(
         at += of_others
     plan = _plans.get(key)
     if plan is None:
-        operands = _operands(arrays, at, out, work)
+        operands, copies = align(_operands(arrays, at, out, work))
         plan = plan_fast(request, operands, work, device.shared_bytes, device.multiprocessors)
         if plan is None:
             plan = plan_general(request, operands, work, arrays.rows, device.shared_bytes)
+        plan = replace(plan, copies=copies)
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
         _plans[key] = plan

@@ -16,7 +16,6 @@ from fastloss.backends.cuda.call import (
     Operands,
     Plan,
     Work,
-    check_alignment,
     spread,
     usual_fields,
     walk,
@@ -72,13 +71,11 @@ def plan_general(
     ``rows``: the regions of a sample.
 
     Raises:
-        ValueError: more fields than fit, numbers that lie across their own alignment, or too many
-            axes without an even step.
+        ValueError: more fields than fit, or too many axes without an even step.
     """
     names = [name for name in request.fields if name != work.without]
     if len(names) > MAX_FIELDS:
         raise ValueError(f"fields: at most {MAX_FIELDS} fit one loss on a GPU, got {len(names)}")
-    check_alignment(operands, names)
     regions = operands.regions
     batch, classes, *spatial = operands.shape
     voxels, count = prod(spatial), len(request.sums) * classes

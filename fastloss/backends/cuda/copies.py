@@ -1,0 +1,115 @@
+"""Copies of arrays whose numbers do not lie at multiples of their size, as a GPU demands.
+
+Fields of packed records are such. A launch gets aligned copies, and an output is copied back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+
+import numpy as np
+
+from fastloss.backends.cuda.axes import merge_axes
+from fastloss.backends.cuda.call import MAX_AXES, OUT, SIZES, Copy, Operand, Operands
+from fastloss.backends.cuda.device import Device
+from fastloss.backends.cuda.source import source
+
+_MOST_AXES = 2 + MAX_AXES
+# Mirrors `struct CopyCall` in csrc/cuda/copy.cu.
+COPY_CALL = np.dtype(
+    [
+        ("array", np.int64),
+        ("copy", np.int64),
+        ("count", np.int64),
+        ("shape", np.int64, _MOST_AXES),
+        ("array_stride", np.int64, _MOST_AXES),
+        ("copy_stride", np.int64, _MOST_AXES),
+        ("axes", np.int32),
+        ("item", np.int32),
+        ("back", np.int32),
+    ],
+    align=True,
+)
+_RECORD = np.dtype(("V", COPY_CALL.itemsize))
+KERNELS = ("fastloss_copy",)
+_THREADS, _BLOCKS = 256, 4096
+# In the order of the addresses of a call, the fields last.
+_NAMES = ("logits", "target", "voxel_weight", "out", "regions", "fields")
+
+
+def align(operands: Operands) -> tuple[Operands, tuple[Copy, ...]]:
+    """The arrays as a kernel is to see them, and the copies of those that are not aligned.
+
+    Raises:
+        ValueError: such an array has too many axes without an even step.
+    """
+    copies: list[Copy] = []
+
+    def aligned(place: int, o: Operand) -> Operand:
+        item = SIZES[o.type]
+        steps = [s for s, n in zip(o.strides, operands.shape, strict=True) if n > 1]
+        if o.alignment() >= item and not any(s % item for s in steps):
+            return o
+        copy, o = _copy(place, o, operands.shape)
+        copies.append(copy)
+        return o
+
+    seen = operands._replace(
+        logits=aligned(0, operands.logits),
+        target=aligned(1, operands.target),
+        weight=operands.weight and aligned(2, operands.weight),
+        out=operands.out and aligned(OUT, operands.out),
+        regions=operands.regions and aligned(4, operands.regions),
+        fields=tuple((kind, aligned(5 + i, o)) for i, (kind, o) in enumerate(operands.fields)),
+    )
+    return seen, tuple(copies)
+
+
+def _copy(place: int, o: Operand, shape: tuple[int, ...]) -> tuple[Copy, Operand]:
+    """The copy of an array, contiguous in the order of its axes in memory, and how it lies."""
+    lengths = [n if s else 1 for s, n in zip(o.strides, shape, strict=True)]  # broadcast: one
+    strides, step = [0] * len(shape), SIZES[o.type]
+    for axis in sorted(range(len(shape)), key=lambda axis: abs(o.strides[axis])):
+        if lengths[axis] > 1:
+            strides[axis] = step
+        step *= lengths[axis]
+    offsets, axes = merge_axes(lengths, [o.strides, strides])
+    if len(axes) > _MOST_AXES:
+        name = _NAMES[min(place, len(_NAMES) - 1)]
+        raise ValueError(
+            f"{name}: at most {_MOST_AXES} axes without an even step between them can be copied "
+            f"to where a GPU reads them, got {len(axes)}; pass a contiguous copy"
+        )
+    call = np.zeros(1, COPY_CALL)
+    call["count"], call["axes"], call["item"] = prod(lengths), len(axes), SIZES[o.type]
+    call["back"] = place == OUT
+    call["shape"][0, : len(axes)] = [n for n, _ in axes]
+    call["array_stride"][0, : len(axes)] = [steps[0] for _, steps in axes]
+    call["copy_stride"][0, : len(axes)] = [steps[1] for _, steps in axes]
+    grid = max(1, min(_BLOCKS, -(-prod(lengths) // _THREADS)))
+    copy = Copy(place, step, (offsets[0], offsets[1]), call.tobytes(), grid)
+    return copy, Operand(o.type, tuple(strides), 0)
+
+
+@contextmanager
+def aligned(
+    device: Device, copies: tuple[Copy, ...], addresses: tuple[int, ...]
+) -> Iterator[tuple[int, ...]]:
+    """The addresses for a launch within, those of the copies among them."""
+    memory = {copy.place: device.empty(copy.nbytes) for copy in copies}
+    for copy in copies:
+        if copy.place != OUT:
+            _launch(device, copy, addresses[copy.place], memory[copy.place].address)
+    yield tuple(memory[i].address if i in memory else a for i, a in enumerate(addresses))
+    if OUT in memory:
+        out = next(copy for copy in copies if copy.place == OUT)
+        _launch(device, out, addresses[OUT], memory[OUT].address)
+
+
+def _launch(device: Device, copy: Copy, array: int, scratch: int) -> None:
+    call = np.frombuffer(bytearray(copy.record), COPY_CALL)
+    call["array"], call["copy"] = array + copy.offsets[0], scratch + copy.offsets[1]
+    (kernel,) = device.kernels(source("copy.cu"), KERNELS)
+    device.launch(kernel, copy.grid, (_THREADS, 1), 0, call.view(_RECORD))
