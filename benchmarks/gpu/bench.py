@@ -31,10 +31,11 @@ try:
 except ImportError as error:
     raise SystemExit(f"bench.py: {error}; run it by benchmarks/gpu/run.sh bench") from None
 
+from cases import DTYPES, SIZES, all_specs, is_main, is_plain, spec_of  # noqa: E402
 from clock import Clock  # noqa: E402
-from report import GpuReport, other_figures, render  # noqa: E402
+from report import COMPILED, GpuReport, other_figures, render  # noqa: E402
 
-from fastloss.bench.arguments import results_file, subset  # noqa: E402
+from fastloss.bench.arguments import results_file, subset, torch_device  # noqa: E402
 from fastloss.bench.call import Call  # noqa: E402
 from fastloss.bench.errors import Unavailable, reason  # noqa: E402
 from fastloss.bench.implementations import TITLES, make_call  # noqa: E402
@@ -45,54 +46,13 @@ from fastloss.bench.report import Missing, Row  # noqa: E402
 from fastloss.bench.results import Table  # noqa: E402
 from fastloss.bench.truth import Truth, check_formula, find_truth  # noqa: E402
 
-SIZES: dict[str, tuple[int, int, int]] = {
-    "B2C2-128": (2, 2, 128),
-    "B2C4-128": (2, 4, 128),
-    "B2C14-128": (2, 14, 128),
-    "B2C105-128": (2, 105, 128),
-    "B1C14-256": (1, 14, 256),
-}
-"""Batch, classes and edge of the volume."""
-MAIN = "B2C14-128"
-"""The size on which int64 labels are measured, and compiled peers in every dtype and layout."""
 OURS = ("torch", "torch-out", "torch-compile")
 EAGER = ("monai", "nnunet")
-COMPILED = ("monai-compile", "nnunet-compile")
 
 LOSS_NAME = "dice_ce"
 LOSS = fl.Dice() + fl.CrossEntropy()
 _WRONG = 1e-4
 """A relative error of the value beyond which our own row makes the run fail."""
-
-
-def spec_of(size: str, device: str, edge: int | None = None, **options: str) -> Spec:
-    """One input of this size, or of its batch and classes with another edge."""
-    batch, classes, own = SIZES[size]
-    edges = (edge or own,) * 3
-    return Spec("phantom", (batch, classes, *edges), device=device, **options)
-
-
-def all_specs(sizes: tuple[str, ...], device: str, smoke: bool) -> list[Spec]:
-    """Every input of these sizes, float32 and contiguous before the others."""
-    specs = []
-    for size in sizes:
-        edge = max(8, SIZES[size][2] // 16) if smoke else SIZES[size][2]
-        specs += [
-            spec_of(size, device, edge, dtype=dtype, layout=layout)
-            for layout in ("contiguous", "channels_last")
-            for dtype in ("float32", "float16", "bfloat16")
-        ]
-        if size == MAIN:
-            specs.append(spec_of(size, device, edge, target="int64"))
-    return specs
-
-
-def is_plain(spec: Spec) -> bool:
-    return (spec.dtype, spec.layout, spec.target) == ("float32", "contiguous", "uint8")
-
-
-def is_main(spec: Spec) -> bool:
-    return spec.shape[:2] == SIZES[MAIN][:2]
 
 
 class Output(torch.autograd.Function):
@@ -143,7 +103,8 @@ class Run:
 
     def stages(self) -> Iterator[tuple[Spec, tuple[str, ...]]]:
         """What is measured, the most telling first: it may be cut where the time runs out."""
-        specs = all_specs(self.options.sizes, self.options.device, self.smoke)
+        options = self.options
+        specs = all_specs(options.sizes, options.dtypes, options.device, self.smoke)
         plain = [spec for spec in specs if is_plain(spec)]
         others = [spec for spec in specs if not is_plain(spec)]
         fair = [s for s in others if s.target == "uint8"]  # peers have their own in any case
@@ -191,7 +152,7 @@ class Run:
             if self._truth is None:
                 self._truth = find_truth(case, LOSS_NAME)
             row.value_error = self._truth.value_error(row.value)
-            row.gradient_error = self._truth.gradient_error(gradient)
+            row.gradient_error = self._truth.gradient_error(gradient, call.loss_scale)
             del gradient
             row.peak_memory = self.clock.peak_memory(call.forward_backward, call.reset)
             both = self.clock.time(call.forward_backward, call.reset)
@@ -389,11 +350,20 @@ class Run:
         self.kept = len(self.report.rows)
 
 
+def device_argument(text: str) -> str:
+    """The device by its full name."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return str(torch_device(text, count))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="The library on a GPU, measured in one run.")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, …; cpu: a smoke run")
+    parser.add_argument("--device", type=device_argument, default="cuda",
+                        help="cuda, cuda:1, …; cpu: a smoke run")  # fmt: skip
     parser.add_argument("--sizes", type=subset(tuple(SIZES)), default=tuple(SIZES),
                         metavar="LIST", help=", ".join(SIZES))  # fmt: skip
+    parser.add_argument("--dtypes", type=subset(DTYPES), default=DTYPES,
+                        metavar="LIST", help=", ".join(DTYPES))  # fmt: skip
     parser.add_argument("--peers", choices=("all", "eager", "none"), default="all")
     parser.add_argument("--parts", type=subset(PARTS), default=PARTS,
                         metavar="LIST", help=", ".join(PARTS))  # fmt: skip
@@ -406,20 +376,8 @@ def main() -> int:
     options = parser.parse_args()
     if not options.budget > 0:
         parser.error(f"argument --budget: expected more than 0, got {options.budget}")
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cuda", "cpu"):
-        parser.error(f"argument --device: expected cuda, cuda:N or cpu, got {options.device!r}")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            parser.error(
-                f"argument --device: {options.device} is not there, PyTorch {torch.__version__} "
-                f"sees {count} CUDA devices; --device cpu makes a smoke run"
-            )
-        torch.cuda.set_device(device)
+    if options.device != "cpu":
+        torch.cuda.set_device(options.device)
         if options.out is None:
             options.out = RESULTS
     elif options.out is not None and options.out.resolve() == RESULTS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def results_file(text: str) -> Path:
@@ -34,3 +35,29 @@ def subset(choices: Sequence[str], *, everything: bool = False) -> Callable[[str
         return names
 
     return convert
+
+
+def torch_device(text: str, count: int) -> Any:
+    """The torch.device of this name, with its index.
+
+    Args:
+        text: "cuda" (the first device), "cuda:N" or "cpu".
+        count: the number of CUDA devices.
+    """
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cuda", "cpu"):
+        raise argparse.ArgumentTypeError(f"expected cuda, cuda:N or cpu, got {text!r}")
+    if device.type == "cpu":
+        return device
+    index = device.index or 0
+    if index >= count:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not there, PyTorch {torch.__version__} sees {count} CUDA devices; "
+            "--device cpu makes a smoke run"
+        )
+    return torch.device("cuda", index)  # torch.cuda.set_device takes no device without one
