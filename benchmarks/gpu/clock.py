@@ -147,6 +147,10 @@ class Clock:
         reset()
         return int(peak)
 
+    def held(self) -> int:
+        """The bytes that PyTorch has handed out."""
+        return torch.cuda.memory_allocated(self.device) if self.cuda else 0
+
     def step(self, run: Callable[[], object]) -> tuple[float, int | None]:
         """Seconds of one call that the host queues in less, and the peak of all memory in bytes."""
         self.synchronize()

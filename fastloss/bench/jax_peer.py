@@ -63,9 +63,7 @@ class JaxCall(Call):
         return nullcontext()
 
     def result(self) -> tuple[float, Any]:
-        value, gradient = self.jax.block_until_ready(
-            self.value_and_grad(self.logits, self.target)
-        )
+        value, gradient = self.jax.block_until_ready(self.value_and_grad(self.logits, self.target))
         if self.is_numpy:
             gradient = np.asarray(gradient)
         else:
