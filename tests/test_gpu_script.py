@@ -7,10 +7,15 @@ import subprocess
 from argparse import ArgumentTypeError
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import ROOT, need, python, run_python
 
-from fastloss.bench.arguments import torch_device
+import fastloss as fl
+from fastloss.backends.cuda import call as cuda_call
+from fastloss.backends.cuda.call import Operand, Operands, Work, plan_fast
+from fastloss.bench.arguments import device_name
+from fastloss.bench.inputs import Spec
 
 FOLDER = ROOT / "benchmarks" / "gpu"
 
@@ -104,12 +109,12 @@ def test_arguments_that_are_refused() -> None:
 
 def test_the_device_has_an_index() -> None:
     """`torch.cuda.set_device` takes no "cuda" without one."""
-    assert str(torch_device("cuda", 1)) == "cuda:0"
-    assert str(torch_device("cuda:1", 2)) == "cuda:1"
-    assert str(torch_device("cpu", 0)) == "cpu"
+    assert device_name("cuda", 1) == "cuda:0"
+    assert device_name("cuda:1", 2) == "cuda:1"
+    assert device_name("cpu", 0) == "cpu"
     for text, count in (("cuda", 0), ("cuda:1", 1), ("tpu", 1), ("meta", 1)):
         with pytest.raises(ArgumentTypeError):
-            torch_device(text, count)
+            device_name(text, count)
 
 
 @pytest.mark.parametrize("name", ["torch", "torch-out", "monai", "nnunet"])
@@ -157,6 +162,55 @@ def test_a_wrong_gradient_is_seen() -> None:
     assert off[0] == pytest.approx(0.01, rel=0.01)
     assert 1e-4 < off[1] < 0.02
     assert other[0] > 0.1
+
+
+def test_tiny_volumes_have_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those that are measured: of no constant that a kernel is compiled for they differ."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import cases
+
+    for spec in cases.all_specs(tuple(cases.SIZES), cases.DTYPES, "cuda:0"):
+        wanted = constants(spec)
+        assert constants(cases.tiny(spec)) == wanted, spec.title
+        assert len(set(wanted)) == len(wanted) == 3
+
+
+def constants(spec: Spec) -> list[object]:
+    """Those of each kernel that `compile.py` makes for an input, planned without its memory."""
+    classes, spatial = spec.shape[1], spec.shape[2:]
+    few = np.zeros((1, classes, 2, 2, 2), np.float32)
+    labels_of_few = np.zeros((1, 2, 2, 2), np.uint8)
+    request = (fl.Dice() + fl.CrossEntropy()).passes(few, labels_of_few, None).request
+    item = spec.nbytes // spec.count
+    order = (0, 4, 1, 2, 3) if spec.layout == "channels_last" else (0, 1, 2, 3, 4)
+    memory = [spec.shape[0], *spatial, classes] if order[1] == 4 else list(spec.shape)
+    steps = cuda_call.in_c_order(memory, item)
+    logits = Operand(cuda_call.TYPES.index(spec.dtype), tuple(steps[i] for i in order), 0)
+    per_voxel = cuda_call.in_c_order([spec.shape[0], *spatial], np.dtype(spec.target).itemsize)
+    labels = Operand(cuda_call.TYPES.index(spec.target), (per_voxel[0], 0, *per_voxel[1:]), 0)
+    found = []
+    for work in (
+        Work("reduce"),
+        Work("apply", cuda_call.FLOAT32),  # through autograd
+        Work("apply"),  # out=
+    ):
+        out = logits if work.kernel == "apply" else None
+        plan = plan_fast(request, Operands(spec.shape, logits, labels, None, out), work, 48 << 10)
+        assert plan is not None
+        found.append((work, plan.constants))
+    return found
+
+
+def test_kernels_are_compiled_by_several_processes() -> None:
+    result = script(
+        FOLDER / "compile.py", "--device", "cpu", "--processes", "2", "--dtypes", "float32",
+        "B2C2-128",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "kernels of 2 inputs: " in result.stdout
+    wrong = script(FOLDER / "compile.py", "--device", "cpu", "B9")
+    assert wrong.returncode == 2
+    assert "argument SIZE: expected some of B2C2-128" in wrong.stderr
 
 
 def test_small_cases() -> None:

@@ -36,7 +36,7 @@ from cases import DTYPES, SIZES, all_specs, is_main, is_plain, spec_of  # noqa: 
 from clock import Clock  # noqa: E402
 from report import BESIDE, COMPILED, EAGER, SMALL_CALL, GpuReport, other_figures, render  # noqa: E402
 
-from fastloss.bench.arguments import results_file, subset, torch_device  # noqa: E402
+from fastloss.bench.arguments import device_name, results_file, subset  # noqa: E402
 from fastloss.bench.call import Call  # noqa: E402
 from fastloss.bench.errors import Unavailable, reason  # noqa: E402
 from fastloss.bench.implementations import TITLES, make_call  # noqa: E402
@@ -420,15 +420,9 @@ class Run:
         self.kept = len(self.report.rows)
 
 
-def device_argument(text: str) -> str:
-    """The device by its full name."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return str(torch_device(text, count))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="The library on a GPU, measured in one run.")
-    parser.add_argument("--device", type=device_argument, default="cuda",
+    parser.add_argument("--device", type=device_name, default="cuda",
                         help="cuda, cuda:1, …; cpu: a smoke run")  # fmt: skip
     parser.add_argument("--sizes", type=subset(tuple(SIZES)), default=tuple(SIZES),
                         metavar="LIST", help=", ".join(SIZES))  # fmt: skip
