@@ -218,7 +218,7 @@ bench() {
   local peers=(nnunet-compile monai-compile) chosen=() dtypes=float32,float16,bfloat16
   if [[ -n $quick ]]; then
     # Less what it took to see what is there, and what imports and a case that has begun will take.
-    most=$((150 - started - 20)) limit=45
+    most=$((150 - started - 20)) limit=35
     sizes=(B2C2-128 B2C14-128 B2C105-128) dtypes=float32,bfloat16
     chosen=(--peers plain --parts host,times,train)
   fi
