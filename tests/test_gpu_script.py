@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import subprocess
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastloss.backends.cuda import call as cuda_call
 from fastloss.backends.cuda.call import Operand, Operands, Work, plan_fast
 from fastloss.bench.arguments import device_name
 from fastloss.bench.inputs import Spec
+from fastloss.bench.report import Row
 
 FOLDER = ROOT / "benchmarks" / "gpu"
 
@@ -48,8 +50,11 @@ def test_a_smoke_run(tmp_path: Path) -> None:
                    "--out", str(file))  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("**CPU smoke run, no figure means anything.**")
-    for line in ("≥ 80% of the limit", "≥ 10× MONAI", "≥ 4× the fastest compiled peer",
-                 "the gradient alone", "no memory with out=", "host < 60 µs"):  # fmt: skip
+    for line in ("≥ 85% of the limit from 0.2 GB |",
+                 "≥ 75% of the limit from 0.2 GB, channels-last",
+                 "≥ 80% of the limit on B2 C2 128³, float32", "≥ 10× the fastest eager peer",
+                 "≥ 4× the fastest compiled peer", "the gradient alone", "no memory with out=",
+                 "host: at most the time of F.cross_entropy"):  # fmt: skip
         assert line in result.stdout
     assert "**Problems:**" not in result.stdout
     with file.open(encoding="utf-8", newline="") as lines:
@@ -57,6 +62,13 @@ def test_a_smoke_run(tmp_path: Path) -> None:
     assert {one["run"] for one in figures} == {"first"}
     assert {one["row"] for one in figures} >= {"a first call, cold", "a first call, cached"}
     values = {(one["row"], one["figure"]): float(one["value"]) for one in figures}
+    assert values["1×2×32³", "F.cross_entropy, forward and backward: host"] > 0
+    if importlib.util.find_spec("monai"):  # whose network it is
+        assert result.stdout.index("## A training step") < result.stdout.index("## Against")
+        for classes in (14, 105):
+            step = f"training step, B1 C{classes} 32³, bfloat16 autocast"
+            for loss in ("none", "fastloss-monai", "monai", "nnunet"):
+                assert values[step, f"time {loss}"] > 0
     exact = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
     for dtype in exact:
         for layout in ("", ", channels-last"):
@@ -71,6 +83,64 @@ def test_a_smoke_run(tmp_path: Path) -> None:
     assert nnunet
     assert min(nnunet) < 1e-5
     assert (ROOT / "benchmarks" / "results.csv").read_bytes() == kept
+
+
+def test_jax_is_a_peer() -> None:
+    """It computes on the same tensors; the report says that it is timed by the wall clock."""
+    need("jax")
+    code = (
+        "from fastloss.bench.implementations import make_call\n"
+        "from fastloss.bench.inputs import Spec, device_case\n"
+        "from fastloss.bench.truth import find_truth\n"
+        "case = device_case(Spec('phantom', (2, 4, 8, 8, 8)))\n"
+        "call = make_call('jax', case, 'dice_ce', 1)\n"
+        "value, gradient = call.result()\n"
+        "truth = find_truth(case, 'dice_ce')\n"
+        "print(truth.value_error(value), truth.gradient_error(gradient))\n"
+        "case = device_case(Spec('phantom', (2, 4, 8, 8, 8), layout='channels_last'))\n"
+        "try:\n    make_call('jax', case, 'dice_ce', 1)\n"
+        "except Exception as error:\n    print(type(error).__name__, error)\n"
+    )
+    errors, refused = run_python(code).splitlines()
+    assert max(map(float, errors.split())) < 1e-5
+    assert refused == "Unavailable JAX's arrays are contiguous"
+
+
+def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst of each, and whether a size is lacking."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import cases
+    import report
+    from train_step import Step
+
+    found = report.GpuReport({}, copies=[3e12])
+    for size, ours in (("B2C2-128", 0.04), ("B2C14-128", 0.27)):
+        spec = cases.spec_of(size, "cuda:0")
+        for name, ratio in (("torch", 1), ("monai", 11), ("nnunet-compile", 4.5), ("jax", 4.2)):
+            if name == "torch" or size == "B2C14-128":
+                row = Row(spec, "dice_ce", name, forward_backward=ratio * ours / 1e3)
+                found.rows.append(row)
+    found.host = {report.SMALL_CALL: {"host": 250e-6}, report.BESIDE: {"host": 200e-6}}
+    lines = {line[0]: line[1:] for line in report.targets(found)}
+    assert lines["≥ 85% of the limit from 0.2 GB"] == ("87%", "B2 C14 128³, float32", "yes")
+    assert lines["≥ 80% of the limit on B2 C2 128³, float32"][::2] == ("84%", "yes")
+    assert lines["≥ 75% of the limit from 0.2 GB, channels-last"][1] == "not measured"
+    assert lines["≥ 4× the fastest compiled peer"] == (
+        "4.20×", "B2 C14 128³, float32: JAX, jit", "so far, on 1 of 2 sizes",
+    )  # fmt: skip
+    host = lines["host: at most the time of F.cross_entropy, forward and backward on 1×2×32³"]
+    assert host == ("1.25×", "250 and 200 µs", "**no**")
+
+    title = "training step, B2 C105 128³, bfloat16 autocast"
+    found.steps = [
+        Step(title, 105, "none", 0.0811, 5 << 30),
+        Step(title, 105, "fastloss-monai", 0.0838, 5 << 30),
+        Step(title, 105, "monai", 0.1069, 10 << 30),
+        Step(title, 105, "nnunet", note="out of memory"),
+    ]
+    text = "\n".join(report.training(found.steps))
+    assert "`fastloss.monai.DiceCELoss` 2.7 ms and 0.00 GiB, MONAI `DiceCELoss` 25.8 ms" in text
+    assert "| nnU-Net `DC_and_CE_loss` | - | - | - | - | out of memory |" in text
 
 
 def test_a_run_whose_time_is_up() -> None:

@@ -88,9 +88,9 @@ def render(report: GpuReport) -> str:
         f"{machine_text(made)}; {versions_text(made, made['packages'])}.",
         f"Dice + cross-entropy. Copy bandwidth in this run, bytes read and written: "
         f"{table.number(report.copy_bandwidth / 1e9)} GB/s.",
-        *_training(report.steps),
+        *training(report.steps),
         "## Against the targets",
-        table.markdown_table(("target", "worst seen", "where", "met"), _targets(report)),
+        table.markdown_table(("target", "worst seen", "where", "met"), targets(report)),
         "## Every input",
         EXPLANATION.replace("\n", " "),
         table.markdown_table(("input", "implementation", *HEADER), rows),
@@ -145,7 +145,7 @@ def render(report: GpuReport) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _training(steps: list[Step]) -> list[str]:
+def training(steps: list[Step]) -> list[str]:
     """The training step: in a sentence, and in a table."""
     if not steps:
         return []
@@ -201,8 +201,8 @@ def _gibibytes(count: float | None) -> str:
     return "-" if count is None else f"{count / 2**30:.2f}"
 
 
-def _targets(report: GpuReport) -> list[tuple[str, str, str, str]]:
-    """One line for each: the worst that was seen, and where."""
+def targets(report: GpuReport) -> list[tuple[str, str, str, str]]:
+    """One line for each: target, the worst that was seen, where, and whether it is met."""
     rows = [row for row in report.rows if row.forward_backward is not None]
     ours = {row.spec: row for row in rows if row.implementation == "torch"}
     lines = []
@@ -213,14 +213,15 @@ def _targets(report: GpuReport) -> list[tuple[str, str, str, str]]:
         met: Callable[[float], bool],
         show: Callable[[float], str],
         worst: Callable[..., Any] = min,
-        lacking: int = 0,
+        seen: int = 0,
+        wanted: int = 0,
     ) -> None:
-        """``lacking``: on how many sizes it was not measured."""
+        """``seen``: on how many sizes of those ``wanted`` it was measured."""
         if not found:
             lines.append((target, "-", "not measured", "-"))
             return
         value, where = worst(found, key=lambda pair: pair[0])
-        yes = f"so far: {lacking} sizes not measured" if lacking else "yes"
+        yes = f"so far, on {seen} of {wanted} sizes" if seen < wanted else "yes"
         lines.append((target, show(value), where, yes if met(value) else "**no**"))
 
     for where, (least, applies) in SHARES.items():
@@ -244,7 +245,6 @@ def _targets(report: GpuReport) -> list[tuple[str, str, str, str]]:
             if row.implementation in names and row.spec in ours
             and row is report.fastest(row, names)
         ]  # fmt: skip
-        lacking = len(plain) - sum(row.spec in plain for row in fastest)
         line(
             title,
             [
@@ -256,7 +256,8 @@ def _targets(report: GpuReport) -> list[tuple[str, str, str, str]]:
             ],
             lambda ratio, least=least: ratio >= least,  # type: ignore[misc]
             table.times,
-            lacking=lacking,
+            seen=sum(row.spec in plain for row in fastest),
+            wanted=len(plain),
         )
     spare = TARGETS["spare"]
     line(
