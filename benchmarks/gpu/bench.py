@@ -223,7 +223,7 @@ class Run:
     # ------------------------------------------------------------------ a training step
 
     def train(self) -> None:
-        losses = train_step.LOSSES
+        losses: tuple[str, ...] = train_step.LOSSES
         if self.options.peers == "none":
             losses = tuple(name for name in losses if name not in train_step.PEERS)
         for classes in train_step.CLASSES:

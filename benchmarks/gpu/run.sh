@@ -230,8 +230,9 @@ bench() {
     notes+=("bench: not all could be compiled beforehand; see $out/compile.log")
   fi
   budget=$((budget - (SECONDS - begun)))
+  ((budget < 30)) && budget=30
   logged bench "$((budget + 90))" 60 "$python" benchmarks/gpu/bench.py --out "$out/results.csv" \
-    --budget "$((budget < 30 ? 30 : budget))" --dtypes "$dtypes" \
+    --budget "$budget" --dtypes "$dtypes" \
     --sizes "$(IFS=, && echo "${sizes[*]}")" "${chosen[@]+"${chosen[@]}"}"
 }
 

@@ -57,7 +57,7 @@ class Training:
         except ImportError as error:
             raise Unavailable(f"MONAI, whose network it is, is not there ({error})") from None
         batch, edge = (1, 32) if small else (BATCH, EDGE)
-        options = {"features": (4,) * 6} if small else {}
+        options: dict[str, Any] = {"features": (4,) * 6} if small else {}
         self.device, self.classes = device, classes
         torch.manual_seed(0)
         self.network = BasicUNet(spatial_dims=3, in_channels=1, out_channels=classes, **options)
