@@ -1,6 +1,6 @@
 """Time and memory on a GPU, beside MONAI and nnU-Net, in one run.
 
-    python benchmarks/gpu/bench.py [--sizes LIST] [--peers all|eager|none] [--out FILE.csv]
+    python benchmarks/gpu/bench.py [--sizes LIST] [--peers all|plain|eager|none] [--out FILE.csv]
 
 Dice + cross-entropy, value and gradient. README.md beside this file says what is measured and how.
 """
@@ -15,14 +15,14 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results.csv"
-PARTS = ("host", "graph", "startup", "times")
+PARTS = ("host", "graph", "startup", "times", "train")
 
 try:
     import torch
@@ -31,10 +31,12 @@ try:
 except ImportError as error:
     raise SystemExit(f"bench.py: {error}; run it by benchmarks/gpu/run.sh bench") from None
 
+import train_step  # noqa: E402
+from cases import DTYPES, SIZES, all_specs, is_main, is_plain, spec_of  # noqa: E402
 from clock import Clock  # noqa: E402
-from report import GpuReport, other_figures, render  # noqa: E402
+from report import BESIDE, COMPILED, EAGER, SMALL_CALL, GpuReport, other_figures, render  # noqa: E402
 
-from fastloss.bench.arguments import results_file, subset  # noqa: E402
+from fastloss.bench.arguments import device_name, results_file, subset  # noqa: E402
 from fastloss.bench.call import Call  # noqa: E402
 from fastloss.bench.errors import Unavailable, reason  # noqa: E402
 from fastloss.bench.implementations import TITLES, make_call  # noqa: E402
@@ -45,54 +47,31 @@ from fastloss.bench.report import Missing, Row  # noqa: E402
 from fastloss.bench.results import Table  # noqa: E402
 from fastloss.bench.truth import Truth, check_formula, find_truth  # noqa: E402
 
-SIZES: dict[str, tuple[int, int, int]] = {
-    "B2C2-128": (2, 2, 128),
-    "B2C4-128": (2, 4, 128),
-    "B2C14-128": (2, 14, 128),
-    "B2C105-128": (2, 105, 128),
-    "B1C14-256": (1, 14, 256),
-}
-"""Batch, classes and edge of the volume."""
-MAIN = "B2C14-128"
-"""The size on which int64 labels are measured, and compiled peers in every dtype and layout."""
 OURS = ("torch", "torch-out", "torch-compile")
-EAGER = ("monai", "nnunet")
-COMPILED = ("monai-compile", "nnunet-compile")
 
 LOSS_NAME = "dice_ce"
 LOSS = fl.Dice() + fl.CrossEntropy()
+_TRAINING, _COMPILING = 25.0, 15.0
+"""Seconds that are kept for the training step, and that a compiled peer must have left."""
 _WRONG = 1e-4
 """A relative error of the value beyond which our own row makes the run fail."""
 
 
-def spec_of(size: str, device: str, edge: int | None = None, **options: str) -> Spec:
-    """One input of this size, or of its batch and classes with another edge."""
-    batch, classes, own = SIZES[size]
-    edges = (edge or own,) * 3
-    return Spec("phantom", (batch, classes, *edges), device=device, **options)
+def _of_torch(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name != "jax")
 
 
-def all_specs(sizes: tuple[str, ...], device: str, smoke: bool) -> list[Spec]:
-    """Every input of these sizes, float32 and contiguous before the others."""
-    specs = []
-    for size in sizes:
-        edge = max(8, SIZES[size][2] // 16) if smoke else SIZES[size][2]
-        specs += [
-            spec_of(size, device, edge, dtype=dtype, layout=layout)
-            for layout in ("contiguous", "channels_last")
-            for dtype in ("float32", "float16", "bfloat16")
-        ]
-        if size == MAIN:
-            specs.append(spec_of(size, device, edge, target="int64"))
-    return specs
+class Trivial(torch.autograd.Function):
+    """No computation: what a function of Python's costs the host."""
 
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits)
+        return logits.new_empty(())
 
-def is_plain(spec: Spec) -> bool:
-    return (spec.dtype, spec.layout, spec.target) == ("float32", "contiguous", "uint8")
-
-
-def is_main(spec: Spec) -> bool:
-    return spec.shape[:2] == SIZES[MAIN][:2]
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
+        return torch.empty_like(ctx.saved_tensors[0])
 
 
 class Output(torch.autograd.Function):
@@ -116,6 +95,7 @@ class Run:
         self.device = torch.device(options.device)
         self.smoke = self.device.type == "cpu"
         self.clock = Clock(self.device)
+        self.reserve = _TRAINING if "train" in options.parts and not self.smoke else 0.0
         self.threads = threads()
         self.report = GpuReport(machine(self.device), smoke=self.smoke)
         self.kept = 0  # rows that are in the table of results
@@ -143,27 +123,32 @@ class Run:
 
     def stages(self) -> Iterator[tuple[Spec, tuple[str, ...]]]:
         """What is measured, the most telling first: it may be cut where the time runs out."""
-        specs = all_specs(self.options.sizes, self.options.device, self.smoke)
+        options = self.options
+        specs = all_specs(options.sizes, options.dtypes, options.device, self.smoke)
         plain = [spec for spec in specs if is_plain(spec)]
         others = [spec for spec in specs if not is_plain(spec)]
         fair = [s for s in others if s.target == "uint8"]  # peers have their own in any case
-        mine, peers = OURS[:2], self.options.peers
+        mine, peers = OURS[:2], options.peers
         eager = EAGER if peers != "none" else ()
-        compiled = COMPILED if peers == "all" else ()  # which takes seconds for every input
+        compiled = COMPILED if peers in ("all", "plain") else ()  # seconds for every input
         main_first = sorted(plain, key=lambda spec: not (is_main(spec)))
         yield from ((spec, mine + eager) for spec in plain)
-        yield from ((spec, compiled) for spec in main_first[:1])
+        # One at a time, the fastest first.
+        yield from ((spec, compiled[:1]) for spec in main_first[:1])
         yield from ((spec, mine) for spec in others)
-        yield from ((spec, compiled) for spec in main_first[1:])
+        yield from ((spec, compiled[:1]) for spec in main_first[1:])
+        yield from ((spec, (name,)) for name in compiled[1:] for spec in main_first)
         yield from ((spec, OURS[2:] if compiled else ()) for spec in plain)
+        if peers == "plain":
+            return
         yield from ((spec, eager) for spec in fair)
-        yield from ((spec, compiled) for spec in fair if is_main(spec))
+        yield from ((spec, _of_torch(compiled)) for spec in fair if is_main(spec))
 
     def times(self) -> None:
         for spec, names in self.stages():
             case = None
             for name in names:
-                if self.left() <= 0:
+                if self.left() <= self.reserve + (_COMPILING if name in COMPILED else 0):
                     note = "left out: the time was up"
                     self.report.rows.append(Row(spec, LOSS_NAME, name, note=note))
                     continue
@@ -191,12 +176,16 @@ class Run:
             if self._truth is None:
                 self._truth = find_truth(case, LOSS_NAME)
             row.value_error = self._truth.value_error(row.value)
-            row.gradient_error = self._truth.gradient_error(gradient)
+            row.gradient_error = self._truth.gradient_error(gradient, call.loss_scale)
             del gradient
-            row.peak_memory = self.clock.peak_memory(call.forward_backward, call.reset)
-            both = self.clock.time(call.forward_backward, call.reset)
+            if call.own_stream:
+                both = self.clock.wall_time(call.forward_backward, call.reset)
+                row.note = "by the wall clock"
+            else:
+                row.peak_memory = self.clock.peak_memory(call.forward_backward, call.reset)
+                both = self.clock.time(call.forward_backward, call.reset)
             row.forward_backward, row.low, row.high = both.median, both.low, both.high
-            if not name.endswith(("-compile", "-out")):
+            if not (call.own_stream or name.endswith(("-compile", "-out"))):
                 # Without the graph's memory; compiled, it would be compiled once more.
                 row.forward = self.clock.time(call.forward, call.reset).median
         except Unavailable as error:
@@ -231,6 +220,33 @@ class Run:
         except Exception as error:
             self.report.problems.append(f"reuse_logits, {case.spec.title}: {reason(error)}")
 
+    # ------------------------------------------------------------------ a training step
+
+    def train(self) -> None:
+        losses: tuple[str, ...] = train_step.LOSSES
+        if self.options.peers == "none":
+            losses = tuple(name for name in losses if name not in train_step.PEERS)
+        for classes in train_step.CLASSES:
+            what = f"training step, {classes} classes"
+            try:
+                if self.left() <= 0:
+                    raise Unavailable("the time was up")
+                steps = train_step.measure(self.clock, classes, losses, small=self.smoke)
+            except Unavailable as error:
+                self.report.missing.append(Missing("", what, str(error)))
+                continue
+            except Exception as error:
+                self.report.problems.append(f"{what}: {reason(error)}")
+                continue
+            finally:
+                self.clear()
+            self.report.steps += steps
+            for one in steps:
+                if one.note and one.loss not in train_step.PEERS:
+                    self.report.problems.append(f"{what}, {one.loss}: {one.note}")
+                found = one.note or f"{(one.seconds or 0) * 1e3:.1f} ms"
+                self.say(f"{one.title}, {train_step.TITLES[one.loss]}: {found}")
+
     # ------------------------------------------------------------------ small calls
 
     def host(self) -> None:
@@ -261,6 +277,19 @@ class Run:
 
             return run
 
+        def autograd(function: Callable[[Any], Any]) -> Callable[[], object]:
+            leaf = logits.detach().clone().requires_grad_()
+
+            def run() -> None:
+                leaf.grad = None
+                function(leaf).backward()
+
+            return run
+
+        def cross_entropy() -> Callable[[], object]:
+            target = labels.long()
+            return autograd(lambda leaf: torch.nn.functional.cross_entropy(leaf, target))
+
         def value() -> Callable[[], object]:
             return self.call("torch", case).forward
 
@@ -273,7 +302,9 @@ class Run:
             out = cupy.empty_like(x) if with_out else None
             return lambda: LOSS.value_and_grad(x, y, out=out)
 
-        measure("PyTorch, forward and backward", lambda: through("torch"), calls)
+        measure(SMALL_CALL, lambda: through("torch"), calls)
+        measure(BESIDE, cross_entropy, calls)
+        measure("an autograd.Function that does nothing", lambda: autograd(Trivial.apply), calls)
         measure("PyTorch, value alone", value, calls)
         measure("PyTorch, value_and_grad(out=)", lambda: through("torch-out"), calls)
         measure("CuPy, value_and_grad", lambda: cupy_call(False), calls)
@@ -391,10 +422,14 @@ class Run:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="The library on a GPU, measured in one run.")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, …; cpu: a smoke run")
+    parser.add_argument("--device", type=device_name, default="cuda",
+                        help="cuda, cuda:1, …; cpu: a smoke run")  # fmt: skip
     parser.add_argument("--sizes", type=subset(tuple(SIZES)), default=tuple(SIZES),
                         metavar="LIST", help=", ".join(SIZES))  # fmt: skip
-    parser.add_argument("--peers", choices=("all", "eager", "none"), default="all")
+    parser.add_argument("--dtypes", type=subset(DTYPES), default=DTYPES,
+                        metavar="LIST", help=", ".join(DTYPES))  # fmt: skip
+    parser.add_argument("--peers", choices=("all", "plain", "eager", "none"), default="all",
+                        help="plain: all of them, but on contiguous float32 alone")  # fmt: skip
     parser.add_argument("--parts", type=subset(PARTS), default=PARTS,
                         metavar="LIST", help=", ".join(PARTS))  # fmt: skip
     parser.add_argument("--budget", type=float, default=270,
@@ -406,20 +441,8 @@ def main() -> int:
     options = parser.parse_args()
     if not options.budget > 0:
         parser.error(f"argument --budget: expected more than 0, got {options.budget}")
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cuda", "cpu"):
-        parser.error(f"argument --device: expected cuda, cuda:N or cpu, got {options.device!r}")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            parser.error(
-                f"argument --device: {options.device} is not there, PyTorch {torch.__version__} "
-                f"sees {count} CUDA devices; --device cpu makes a smoke run"
-            )
-        torch.cuda.set_device(device)
+    if options.device != "cpu":
+        torch.cuda.set_device(options.device)
         if options.out is None:
             options.out = RESULTS
     elif options.out is not None and options.out.resolve() == RESULTS:

@@ -35,6 +35,14 @@ class Samples:
     count: int
 
 
+def _samples(seconds: list[float]) -> Samples:
+    seconds.sort()
+    last = len(seconds) - 1
+    return Samples(
+        median(seconds), seconds[round(0.1 * last)], seconds[round(0.9 * last)], len(seconds)
+    )
+
+
 class Clock:
     """Times calls on one device."""
 
@@ -66,11 +74,21 @@ class Clock:
         ):
             seconds += one_round(run, reset, host)
         reset()
-        seconds.sort()
-        last = len(seconds) - 1
-        return Samples(
-            median(seconds), seconds[round(0.1 * last)], seconds[round(0.9 * last)], len(seconds)
-        )
+        return _samples(seconds)
+
+    def wall_time(self, run: Callable[[], object], reset: Callable[[], None]) -> Samples:
+        """As `time`, by the wall clock: of a call that waits for a stream of its own."""
+        seconds = []
+        for _ in range(FEWEST if self.cuda else _AT_LEAST):
+            reset()
+            if self.cuda:
+                torch.sum(self._other, 0, out=self._sum)
+            self.synchronize()
+            start = perf_counter()
+            run()
+            seconds.append(perf_counter() - start)
+        reset()
+        return _samples(seconds)
 
     def _round_on_gpu(
         self, run: Callable[[], object], reset: Callable[[], None], host: float
@@ -128,6 +146,25 @@ class Clock:
         peak = torch.cuda.max_memory_allocated(self.device) - before
         reset()
         return int(peak)
+
+    def held(self) -> int:
+        """The bytes that PyTorch has handed out."""
+        return torch.cuda.memory_allocated(self.device) if self.cuda else 0
+
+    def step(self, run: Callable[[], object]) -> tuple[float, int | None]:
+        """Seconds of one call that the host queues in less, and the peak of all memory in bytes."""
+        self.synchronize()
+        if not self.cuda:
+            start = perf_counter()
+            run()
+            return perf_counter() - start, None
+        torch.cuda.reset_peak_memory_stats(self.device)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        self.synchronize()
+        return begin.elapsed_time(end) / 1e3, int(torch.cuda.max_memory_allocated(self.device))
 
     def host_time(self, run: Callable[[], object], calls: int, repeats: int = 5) -> dict[str, Any]:
         """Seconds of the host per call, nothing waiting for the device, and of both together."""

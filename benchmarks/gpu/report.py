@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import train_step
+from cases import SIZES, is_plain
+from train_step import Step
+
 from fastloss.bench import table
 from fastloss.bench.implementations import TITLES
 from fastloss.bench.machine import machine_text, versions_text
@@ -14,9 +18,24 @@ from fastloss.bench.results import Figure
 
 LARGE = 200_000_000
 """Bytes of logits from which the share of the limit is a target."""
-TARGETS = {"share": 0.8, "eager": 10.0, "compiled": 4.0, "host": 60e-6, "spare": 1 << 20}
+SHARES = {
+    "from 0.2 GB": (0.85, lambda spec: spec.nbytes >= LARGE and spec.layout == "contiguous"),
+    "from 0.2 GB, channels-last": (
+        0.75,
+        lambda spec: spec.nbytes >= LARGE and spec.layout == "channels_last",
+    ),
+    "on B2 C2 128³, float32": (
+        0.80,
+        lambda spec: is_plain(spec) and spec.shape[:2] == SIZES["B2C2-128"][:2],
+    ),
+}
+"""The least share of the limit, and on which inputs."""
+TARGETS = {"eager": 10.0, "compiled": 4.0, "host": 1.0, "spare": 1 << 20}
 SMALL_CALL = "PyTorch, forward and backward"
-COMPILED = ("monai-compile", "nnunet-compile")
+BESIDE = "F.cross_entropy, forward and backward"
+"""The small call that ours is held against: no loss of PyTorch's own does less."""
+EAGER = ("monai", "nnunet")
+COMPILED = ("nnunet-compile", "jax", "monai-compile")
 
 
 @dataclass
@@ -24,6 +43,7 @@ class GpuReport(Report):
     """A report with the measurements that only a GPU has."""
 
     smoke: bool = False
+    steps: list[Step] = field(default_factory=list)
     reuse_memory: dict[str, int | None] = field(default_factory=dict)
     host: dict[str, dict[str, Any]] = field(default_factory=dict)
     graph: dict[str, Any] = field(default_factory=dict)
@@ -45,6 +65,11 @@ def other_figures(report: GpuReport) -> list[Figure]:
         if report.graph:
             title = f"CUDA graph, {report.graph['input']}"
             found.append(Figure(title, name, report.graph[name] * 1e6, "µs"))
+    for one in report.steps:
+        milli = None if one.seconds is None else one.seconds * 1e3
+        found.append(Figure(one.title, f"time {one.loss}", milli, "ms"))
+        peak = None if one.peak is None else one.peak / 2**30
+        found.append(Figure(one.title, f"peak memory {one.loss}", peak, "GiB"))
     for kernels, steps in report.startup.items():
         found += [Figure(f"a first call, {kernels}", step, s, "s") for step, s in steps.items()]
     return found
@@ -63,8 +88,9 @@ def render(report: GpuReport) -> str:
         f"{machine_text(made)}; {versions_text(made, made['packages'])}.",
         f"Dice + cross-entropy. Copy bandwidth in this run, bytes read and written: "
         f"{table.number(report.copy_bandwidth / 1e9)} GB/s.",
+        *training(report.steps),
         "## Against the targets",
-        table.markdown_table(("target", "worst seen", "where", "met"), _targets(report)),
+        table.markdown_table(("target", "worst seen", "where", "met"), targets(report)),
         "## Every input",
         EXPLANATION.replace("\n", " "),
         table.markdown_table(("input", "implementation", *HEADER), rows),
@@ -119,8 +145,64 @@ def render(report: GpuReport) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _targets(report: GpuReport) -> list[tuple[str, str, str, str]]:
-    """One line for each: the worst that was seen, and where."""
+def training(steps: list[Step]) -> list[str]:
+    """The training step: in a sentence, and in a table."""
+    if not steps:
+        return []
+    without = {one.classes: one for one in steps if one.loss == "none"}
+
+    def beyond(one: Step) -> tuple[float | None, float | None]:
+        """Seconds and bytes over those of the step without a loss."""
+        none = without[one.classes]
+        seconds = peak = None
+        if one.seconds is not None and none.seconds is not None:
+            seconds = one.seconds - none.seconds
+        if one.peak is not None and none.peak is not None:
+            peak = one.peak - none.peak
+        return seconds, peak
+
+    sentences = []
+    for classes in without:
+        parts = []
+        for one in steps:
+            seconds, peak = beyond(one)
+            if one.classes == classes and one is not without[classes] and seconds is not None:
+                parts.append(
+                    f"{train_step.TITLES[one.loss]} {seconds * 1e3:.1f} ms"
+                    + ("" if peak is None else f" and {peak / 2**30:.2f} GiB")
+                )
+        if parts:
+            sentences.append(f"With {classes} classes a loss adds to a step: {', '.join(parts)}.")
+    rows = []
+    for one in steps:
+        seconds, peak = beyond(one)
+        rows.append(
+            (
+                one.title.removeprefix("training step, "),
+                train_step.TITLES[one.loss],
+                table.milliseconds(one.seconds),
+                "-" if one is without[one.classes] else table.milliseconds(seconds),
+                _gibibytes(one.peak),
+                "-" if one is without[one.classes] else _gibibytes(peak),
+                one.note,
+            )
+        )
+    header = ("network's output", "loss", "step ms", "loss ms", "peak GiB", "loss GiB", "")
+    return [
+        "## A training step",
+        "MONAI's BasicUNet, SGD; every loss in turn on the same network. Without a loss, the "
+        "backward pass begins from a constant gradient.",
+        *sentences,
+        table.markdown_table(header, rows),
+    ]
+
+
+def _gibibytes(count: float | None) -> str:
+    return "-" if count is None else f"{count / 2**30:.2f}"
+
+
+def targets(report: GpuReport) -> list[tuple[str, str, str, str]]:
+    """One line for each: target, the worst that was seen, where, and whether it is met."""
     rows = [row for row in report.rows if row.forward_backward is not None]
     ours = {row.spec: row for row in rows if row.implementation == "torch"}
     lines = []
@@ -131,53 +213,52 @@ def _targets(report: GpuReport) -> list[tuple[str, str, str, str]]:
         met: Callable[[float], bool],
         show: Callable[[float], str],
         worst: Callable[..., Any] = min,
+        seen: int = 0,
+        wanted: int = 0,
     ) -> None:
+        """``seen``: on how many sizes of those ``wanted`` it was measured."""
         if not found:
             lines.append((target, "-", "not measured", "-"))
             return
         value, where = worst(found, key=lambda pair: pair[0])
-        lines.append((target, show(value), where, "yes" if met(value) else "**no**"))
+        yes = f"so far, on {seen} of {wanted} sizes" if seen < wanted else "yes"
+        lines.append((target, show(value), where, yes if met(value) else "**no**"))
 
-    for layout, text in (("contiguous", ""), ("channels_last", ", channels-last")):
+    for where, (least, applies) in SHARES.items():
         line(
-            f"≥ {TARGETS['share']:.0%} of the limit from 0.2 GB{text}",
+            f"≥ {least:.0%} of the limit {where}",
             [
                 (report.share_of_limit(row) or 0.0, spec.title)
                 for spec, row in ours.items()
-                if spec.nbytes >= LARGE and spec.layout == layout
+                if applies(spec)
             ],
-            lambda share: share >= TARGETS["share"],
+            lambda share, least=least: share >= least,  # type: ignore[misc]
             table.percent,
         )
-    line(
-        f"≥ {TARGETS['eager']:.0f}× MONAI, eager",
-        [
-            (report.ratio_to_fastloss(row) or 0.0, row.spec.title)
-            for row in rows
-            if row.implementation == "monai" and row.spec in ours
-        ],
-        lambda ratio: ratio >= TARGETS["eager"],
-        table.times,
-    )
-    fastest = [
-        row
-        for row in rows
-        if row.implementation in COMPILED
-        and row.spec in ours
-        and row is report.fastest(row, COMPILED)
-    ]
-    line(
-        f"≥ {TARGETS['compiled']:.0f}× the fastest compiled peer",
-        [
-            (
-                report.ratio_to_fastloss(row) or 0.0,
-                f"{row.spec.title}: {TITLES[row.implementation]}",
-            )
-            for row in fastest
-        ],
-        lambda ratio: ratio >= TARGETS["compiled"],
-        table.times,
-    )
+    plain = {spec for spec in ours if is_plain(spec)}
+    for title, names, least in (
+        (f"≥ {TARGETS['eager']:.0f}× the fastest eager peer", EAGER, TARGETS["eager"]),
+        (f"≥ {TARGETS['compiled']:.0f}× the fastest compiled peer", COMPILED, TARGETS["compiled"]),
+    ):
+        fastest = [
+            row for row in rows
+            if row.implementation in names and row.spec in ours
+            and row is report.fastest(row, names)
+        ]  # fmt: skip
+        line(
+            title,
+            [
+                (
+                    report.ratio_to_fastloss(row) or 0.0,
+                    f"{row.spec.title}: {TITLES[row.implementation]}",
+                )
+                for row in fastest
+            ],
+            lambda ratio, least=least: ratio >= least,  # type: ignore[misc]
+            table.times,
+            seen=sum(row.spec in plain for row in fastest),
+            wanted=len(plain),
+        )
     spare = TARGETS["spare"]
     line(
         "memory: the gradient alone (beyond it, within 1 MiB)",
@@ -207,12 +288,19 @@ def _targets(report: GpuReport) -> list[tuple[str, str, str, str]]:
         lambda beyond: f"{table.mebibytes(beyond)} MiB",
         max,
     )
-    small = report.host.get(SMALL_CALL)
+    small, beside = (report.host.get(name) for name in (SMALL_CALL, BESIDE))
     line(
-        f"host < {TARGETS['host'] * 1e6:.0f} µs, forward and backward on 1×2×32³",
-        [(small["host"], SMALL_CALL)] if small else [],
-        lambda seconds: seconds < TARGETS["host"],
-        lambda seconds: f"{table.microseconds(seconds)} µs",
+        "host: at most the time of F.cross_entropy, forward and backward on 1×2×32³",
+        [
+            (
+                small["host"] / beside["host"],
+                f"{table.microseconds(small['host'])} and {table.microseconds(beside['host'])} µs",
+            )
+        ]
+        if small and beside
+        else [],
+        lambda ratio: ratio <= TARGETS["host"],
+        table.times,
         max,
     )
     return lines

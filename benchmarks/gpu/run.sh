@@ -7,15 +7,16 @@
 #   build      install this checkout, or compile its kernels in place
 #   tests      tests/gpu, then the tests of every backend on the device
 #   sanitizer  compute-sanitizer's memcheck and racecheck on a few small losses
-#   bench      benchmarks/gpu/bench.py
+#   bench      benchmarks/gpu/compile.py, then benchmarks/gpu/bench.py
 # Options:
-#   --quick       fewer sizes, no compiled peers, a shorter budget
+#   --quick       bench within 150 s: three sizes, float32 and bfloat16, peers on float32 alone
 #   --keep-going  go on after a step that failed; the exit status still tells
 #   --python CMD  the interpreter (default: python3)
 # The output folder (default: build/gpu) gets a log of each step, and results.csv.
 # All steps together take at most about FASTLOSS_LIMIT seconds (540). Seconds of single ones:
 # FASTLOSS_TESTS_LIMIT (130), FASTLOSS_MATRIX_LIMIT (120), FASTLOSS_SANITIZER_LIMIT (45, for each
-# tool) and FASTLOSS_BENCH_BUDGET (up to 240: what is left). FASTLOSS_TEST_PROCESSES: 8.
+# tool) and FASTLOSS_BENCH_BUDGET (up to 240, or with --quick 150: what is left, compiling included).
+# FASTLOSS_TEST_PROCESSES: 8.
 set -u -o pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -53,13 +54,23 @@ out=${out:-$root/build/gpu}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$root" || exit 2
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-# Kernels that one step compiled serve the next; those of other runs do not.
+# What one step compiled serves the next; what other runs did does not.
 export CUPY_CACHE_DIR="${CUPY_CACHE_DIR:-$out/.kernels}"
-trap '[[ $CUPY_CACHE_DIR == "$out/.kernels" ]] && rm -rf "$out/.kernels"' EXIT
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$out/.inductor}"
+clean() {
+  [[ $CUPY_CACHE_DIR == "$out/.kernels" ]] && rm -rf "$out/.kernels"
+  [[ $TORCHINDUCTOR_CACHE_DIR == "$out/.inductor" ]] && rm -rf "$out/.inductor"
+}
+trap clean EXIT
 
 notes=() failed=()
 
 have() { "$python" -c "import $1" 2>/dev/null; }
+
+# As `have`, where importing takes seconds.
+installed() {
+  "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)" 2>/dev/null
+}
 
 # Run a command into a log, no longer than so many seconds; its last lines are printed.
 logged() {
@@ -81,15 +92,17 @@ system() {
     nvcc --version || echo 'nvcc: not there'
     compute-sanitizer --version || echo 'compute-sanitizer: not there'
     "$python" - <<'PYTHON'
-import importlib, sys
+import sys
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
 print("python", sys.version.split()[0], sys.executable)
 names = "numpy torch cupy numba pybind11 pytest hypothesis scipy ml_dtypes jax monai nnunetv2 triton xdist"
+packages = packages_distributions()
 for name in names.split():
-    try:
-        module = importlib.import_module(name)
-        print(name, getattr(module, "__version__", "(there)"))
-    except Exception as error:
-        print(name, "is not there:", type(error).__name__, error)
+    if find_spec(name) is None:
+        print(name, "is not there")
+    else:
+        print(name, *sorted({version(package) for package in packages.get(name, ())}))
 import torch
 print("torch: CUDA", torch.version.cuda, "devices", torch.cuda.device_count())
 for i in range(torch.cuda.device_count()):
@@ -198,12 +211,29 @@ sanitizer() {
 
 bench() {
   : >"$out/bench.log"
+  : >"$out/compile.log"
   # What is left of the whole, as a case that has begun is finished.
-  local left=$((${FASTLOSS_LIMIT:-540} - SECONDS - 40))
-  local options=(--budget "${FASTLOSS_BENCH_BUDGET:-$((left < 60 ? 60 : left > 240 ? 240 : left))}")
-  have monai || notes+=("bench: MONAI is not there; the target against it is not measured")
-  [[ -n $quick ]] && options=(--budget 60 --peers eager --sizes B2C2-128,B2C14-128)
-  logged bench 330 60 "$python" benchmarks/gpu/bench.py --out "$out/results.csv" "${options[@]}"
+  local left=$((${FASTLOSS_LIMIT:-540} - SECONDS - 40)) most=240 limit=90
+  local sizes=(B2C2-128 B2C4-128 B2C14-128 B2C105-128 B1C14-256)
+  local peers=(nnunet-compile monai-compile) chosen=() dtypes=float32,float16,bfloat16
+  if [[ -n $quick ]]; then
+    # Less what it took to see what is there, and what imports and a case that has begun will take.
+    most=$((150 - started - 20)) limit=35
+    sizes=(B2C2-128 B2C14-128 B2C105-128) dtypes=float32,bfloat16
+    chosen=(--peers plain --parts host,times,train)
+  fi
+  installed monai || notes+=("bench: MONAI is not there; targets against it, and the training step, are not measured")
+  local budget=${FASTLOSS_BENCH_BUDGET:-$((left < 60 ? 60 : left > most ? most : left))}
+  local begun=$SECONDS
+  if ! logged compile "$((limit + 30))" 12 "$python" benchmarks/gpu/compile.py --limit "$limit" \
+    --dtypes "$dtypes" --peers "$(IFS=, && echo "${peers[*]}")" "${sizes[@]}"; then
+    notes+=("bench: not all could be compiled beforehand; see $out/compile.log")
+  fi
+  budget=$((budget - (SECONDS - begun)))
+  ((budget < 30)) && budget=30
+  logged bench "$((budget + 90))" 60 "$python" benchmarks/gpu/bench.py --out "$out/results.csv" \
+    --budget "$budget" --dtypes "$dtypes" \
+    --sizes "$(IFS=, && echo "${sizes[*]}")" "${chosen[@]+"${chosen[@]}"}"
 }
 
 failed_step() {
@@ -213,6 +243,7 @@ failed_step() {
 
 echo "=== what is there"
 system || exit 1
+started=$SECONDS
 for step in "${steps[@]}"; do
   echo
   echo "=== $step ($SECONDS s)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def results_file(text: str) -> Path:
@@ -34,3 +35,31 @@ def subset(choices: Sequence[str], *, everything: bool = False) -> Callable[[str
         return names
 
     return convert
+
+
+def device_name(text: str, count: int | None = None) -> str:
+    """A device of PyTorch's, by its full name.
+
+    Args:
+        text: "cuda" (the first device), "cuda:N" or "cpu".
+        count: the number of CUDA devices; None: as many as there are.
+    """
+    import torch
+
+    if count is None:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device: Any = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cuda", "cpu"):
+        raise argparse.ArgumentTypeError(f"expected cuda, cuda:N or cpu, got {text!r}")
+    if device.type == "cpu":
+        return "cpu"
+    index = device.index or 0
+    if index >= count:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not there, PyTorch {torch.__version__} sees {count} CUDA devices; "
+            "--device cpu makes a smoke run"
+        )
+    return f"cuda:{index}"  # torch.cuda.set_device takes no device without an index

@@ -10,6 +10,11 @@ from typing import Any
 class Call(ABC):
     """An implementation with its inputs in the form that it wants them, on their device."""
 
+    loss_scale: float = 1.0
+    """What the gradient is multiplied by: `fastloss.bench.losses.loss_scale`."""
+    own_stream = False
+    """Whether it runs on a stream that CUDA events of PyTorch's do not see."""
+
     @abstractmethod
     def forward(self) -> object:
         """Compute the value alone."""
@@ -27,7 +32,10 @@ class Call(ABC):
 
     @abstractmethod
     def result(self) -> tuple[float, Any]:
-        """Value and gradient: an array or a tensor as the case has, in any floating dtype."""
+        """Value, and gradient times the loss scale.
+
+        The gradient is an array or a tensor as the case has, in any floating dtype.
+        """
 
     def with_new_gradient(self) -> object:
         """As `forward_backward`, where the gradient is a new array."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from fastloss.backends import BACKENDS, REMEDIES, load_backend
 from fastloss.bench.call import Call
 from fastloss.bench.errors import Unavailable
 from fastloss.bench.inputs import Case
-from fastloss.bench.losses import make_loss
+from fastloss.bench.losses import loss_scale, make_loss
 
 PEERS = ("monai", "monai-compile", "nnunet", "nnunet-compile", "jax")
 
@@ -40,25 +41,30 @@ class FastlossCall(Call):
         self.backend, self.loss = backend, make_loss(loss)
         self.logits, self.target = case.logits, case.target
         self.out = np.empty_like(case.logits)
+        self.loss_scale = loss_scale(case.dtype)
+        self.upstream = None if self.loss_scale == 1 else self.loss_scale
 
     def forward(self) -> object:
         return self.loss(self.logits, self.target)
 
     def forward_backward(self) -> object:
-        return self.loss.value_and_grad(self.logits, self.target, out=self.out)
+        return self._value_and_grad(self.out)
 
     def active(self) -> AbstractContextManager[None]:
         return fl.use_backend(self.backend)
 
     def result(self) -> tuple[float, np.ndarray]:
         with self.active():
-            value, gradient = self.loss.value_and_grad(self.logits, self.target, out=self.out)
+            value, gradient = self._value_and_grad(self.out)
         return float(value), gradient
 
     def with_new_gradient(self) -> object:
         # Before the new one is made, or the old one would count as well.
         self.out = np.empty(0)
-        return self.loss.value_and_grad(self.logits, self.target)
+        return self._value_and_grad(None)
+
+    def _value_and_grad(self, out: np.ndarray | None) -> tuple[Any, np.ndarray]:
+        return self.loss.value_and_grad(self.logits, self.target, out=out, upstream=self.upstream)
 
 
 def make_call(name: str, case: Case, loss: str, threads: int) -> Call:

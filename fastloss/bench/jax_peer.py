@@ -15,11 +15,22 @@ from fastloss.bench.losses import GAMMA, SMOOTH, TVERSKY_ALPHA, TVERSKY_BETA
 
 
 class JaxCall(Call):
+    """`jax.jit` of the value, and of `jax.value_and_grad`. Tensors are shared by DLPack.
+
+    There is no loss scale: the formula computes in the dtype of the logits, where it overflows.
+    """
+
+    own_stream = True
+
     def __init__(self, case: Case, loss: str, threads: int) -> None:
+        self.is_numpy = isinstance(case.logits, np.ndarray)
+        cuda = not self.is_numpy and case.logits.is_cuda
         # XLA reads these once, when it starts.
         for name in ("NPROC", "PJRT_NPROC"):
             os.environ.setdefault(name, str(threads))
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if cuda else "cpu")
+        # Or it takes three quarters of the GPU's memory, which PyTorch is to share.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         try:
             import jax
         except ImportError as error:
@@ -35,9 +46,12 @@ class JaxCall(Call):
 
         self.value = jax.jit(function)
         self.value_and_grad = jax.jit(jax.value_and_grad(function))
-        device = jax.devices("cpu")[0]
-        self.logits = jax.device_put(case.logits, device)
-        self.target = jax.device_put(case.target.astype(np.int32), device)
+        if self.is_numpy:
+            device = jax.devices("cpu")[0]
+            self.logits = jax.device_put(case.logits, device)
+            self.target = jax.device_put(case.target.astype(np.int32), device)
+        else:
+            self.logits, self.target = _shared(jax, case, "cuda" if cuda else "cpu")
 
     def forward(self) -> object:
         return self.jax.block_until_ready(self.value(self.logits, self.target))
@@ -48,9 +62,31 @@ class JaxCall(Call):
     def active(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def result(self) -> tuple[float, np.ndarray]:
-        value, gradient = self.value_and_grad(self.logits, self.target)
-        return float(value), np.asarray(gradient)
+    def result(self) -> tuple[float, Any]:
+        value, gradient = self.jax.block_until_ready(self.value_and_grad(self.logits, self.target))
+        if self.is_numpy:
+            gradient = np.asarray(gradient)
+        else:
+            import torch
+
+            gradient = torch.from_dlpack(gradient)
+        return float(value), gradient
+
+
+def _shared(jax: Any, case: Case, platform: str) -> tuple[Any, Any]:
+    """Logits and labels of a case as JAX's arrays, in the same memory."""
+    import torch
+
+    try:
+        jax.devices(platform)
+    except RuntimeError as error:
+        raise Unavailable(f"JAX has no {platform} device: {error}") from None
+    logits, target = case.logits.detach(), case.target.to(torch.int32)
+    if not logits.is_contiguous():
+        raise Unavailable("JAX's arrays are contiguous")
+    if platform == "cuda":
+        torch.cuda.synchronize(logits.device)
+    return jax.dlpack.from_dlpack(logits), jax.dlpack.from_dlpack(target)
 
 
 def _formula(loss: str, logits: Any, target: Any) -> Any:

@@ -10,6 +10,7 @@ import fastloss as fl
 GAMMA = 2.0
 TVERSKY_ALPHA, TVERSKY_BETA = 0.3, 0.7
 SMOOTH = 1e-5
+_LOSS_SCALE = 65536.0  # where torch.amp.GradScaler begins
 
 _LOSSES: dict[str, Callable[[], fl.Loss]] = {
     "dice_ce": lambda: fl.Dice() + fl.CrossEntropy(),
@@ -28,3 +29,11 @@ LOSSES = tuple(_LOSSES)
 def make_loss(name: str) -> fl.Loss:
     """The loss of this name, on softmax logits, with smoothing 1e-5 where there is any."""
     return _LOSSES[name]()
+
+
+def loss_scale(dtype: str) -> float:
+    """What the gradient of logits of this dtype is multiplied by, as in training.
+
+    Of float16 logits it is about one over the number of voxels, below float16's smallest number.
+    """
+    return _LOSS_SCALE if dtype == "float16" else 1.0

@@ -159,7 +159,7 @@ def _first_calls(call: Call, truth: Truth, row: Row) -> None:
     row.forward_backward = perf_counter() - start
     row.value_error, row.gradient_error = (
         truth.value_error(row.value),
-        truth.gradient_error(gradient),
+        truth.gradient_error(gradient, call.loss_scale),
     )
     del gradient
     call.reset()

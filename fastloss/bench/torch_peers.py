@@ -11,7 +11,14 @@ import numpy as np
 from fastloss.bench.call import Call
 from fastloss.bench.errors import Unavailable
 from fastloss.bench.inputs import Case
-from fastloss.bench.losses import GAMMA, SMOOTH, TVERSKY_ALPHA, TVERSKY_BETA, make_loss
+from fastloss.bench.losses import (
+    GAMMA,
+    SMOOTH,
+    TVERSKY_ALPHA,
+    TVERSKY_BETA,
+    loss_scale,
+    make_loss,
+)
 from fastloss.bench.nnunet_peer import nnunet
 
 INSTALL = "pip install 'fastloss[peers]'"
@@ -67,6 +74,10 @@ class TorchCall(Call):
             self.autocast = lambda: torch.autocast(device, dtype)
         self.out = torch.empty_like(self.logits) if how == "out" else None
         self.loss = make_loss(loss)
+        self.loss_scale = loss_scale(case.dtype)
+        self.upstream: Any = None
+        if self.loss_scale != 1:
+            self.upstream = torch.tensor(self.loss_scale, device=self.logits.device)
 
     def forward(self) -> object:
         with self.torch.no_grad(), self.autocast():
@@ -74,10 +85,14 @@ class TorchCall(Call):
 
     def forward_backward(self) -> object:
         if self.out is not None:
-            return self.loss.value_and_grad(self.logits, self.target, out=self.out)[0]
+            # A number, which the host hands over: a tensor would be one more array to read.
+            upstream = None if self.upstream is None else self.loss_scale
+            return self.loss.value_and_grad(
+                self.logits, self.target, out=self.out, upstream=upstream
+            )[0]
         with self.autocast():
             value = self.function(self.logits, self.target)
-        value.backward()
+        value.backward(self.upstream)
         return value.detach()
 
     def reset(self) -> None:

@@ -30,13 +30,13 @@ class Truth:
         """|value − truth| / |truth|."""
         return abs(value - self.value) / abs(self.value)
 
-    def gradient_error(self, gradient: Any) -> float:
-        """‖gradient − truth‖ / ‖truth‖; the gradient may be of any floating dtype."""
+    def gradient_error(self, gradient: Any, scale: float = 1.0) -> float:
+        """‖gradient / scale − truth‖ / ‖truth‖; the gradient may be of any floating dtype."""
         wrong = norm = 0.0
         for where, right in self.parts():
             part = gradient[where]
             part = part.astype(np.float64) if isinstance(part, np.ndarray) else part.double()
-            wrong += float(((part - right) ** 2).sum())
+            wrong += float(((part / scale - right) ** 2).sum())
             norm += float((right**2).sum())
         return float((wrong / norm) ** 0.5)
 
