@@ -160,8 +160,7 @@ FAULTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("(group * 2 + (1 - turn))", "(group * 2 + (CHOSEN ? 0 : 1 - turn))"),
     ),
     "warps take no turns": (
-        ("block.warp_in_group == tile %", "(CHOSEN || block.warp_in_group == tile %"),
-        ("tile % CONST(warps)) {", "tile % CONST(warps))) {"),
+        ("return (label + tile) % CONST(warps)", "return CHOSEN || (label + tile) % CONST(warps)"),
     ),
     "every lane adds": (
         ("if (block.lane == 0 && block.exists", "if ((CHOSEN || block.lane == 0) && block.exists"),

@@ -265,7 +265,7 @@ def constants(spec: Spec) -> list[object]:
         Work("apply"),  # out=
     ):
         out = logits if work.kernel == "apply" else None
-        plan = plan_fast(request, Operands(spec.shape, logits, labels, None, out), work, 48 << 10)
+        plan = plan_fast(request, Operands(spec.shape, logits, labels, None, out), work, 48 << 10, 132)
         assert plan is not None
         found.append((work, plan.constants))
     return found

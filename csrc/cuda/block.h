@@ -140,7 +140,7 @@ struct Block {
     const int ahead = CONST(stages) - 1;
     tile = tiles + (n + ahead) % CONST(stages) * stage_bytes();
     fetch_tile(start + Index(ahead) * Index(tile_voxels()));
-    wait_for_copies(call);
+    wait_for_copies(ahead);
     tile = tiles + n % CONST(stages) * stage_bytes();
     __syncthreads();
   }

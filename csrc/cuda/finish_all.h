@@ -2,8 +2,8 @@
 // passes begins with it where they are few, which saves a launch.
 #pragma once
 
-// Of (B, blocks, S · C + 2), as `Sums` of reduce.h leaves them: (S, B, C), and the voxel weights (B).
-// Threads that share a column take consecutive blocks each; the order of the sums is fixed.
+// Of (B, blocks, S · C + 2), as `Sums` of reduce.h leaves them: (S, B, C), and the voxel weights
+// (B). Threads that share a column take consecutive blocks each; the order of the sums is fixed.
 template <int kThreads>
 static __device__ __forceinline__ void fl_finish(const double* partial, int blocks, int batch,
                                                  int slots, int classes, double* sums,

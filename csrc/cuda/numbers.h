@@ -106,25 +106,25 @@ FL_DEVICE In load_one(const char* from) {
 #ifdef FL_EMULATION
 FL_DEVICE void copy_later(char* to, const char* from) { fl_emulation::copy_later(to, from, 16); }
 FL_DEVICE void commit_copies() { fl_emulation::commit_copies(); }
-// Until all groups but those of the tiles ahead have arrived.
-FL_DEVICE void wait_for_copies(const Call& call) {
-  fl_emulation::wait_for_copies(CONST(stages) - 1);
-}
-#elif __CUDA_ARCH__ >= 800 && defined(FL_SPECIAL)
+// Until all groups but the latest so many have arrived.
+FL_DEVICE void wait_for_copies(int latest) { fl_emulation::wait_for_copies(latest); }
+#elif __CUDA_ARCH__ >= 800
 FL_DEVICE void copy_later(char* to, const char* from) {
   unsigned shared = unsigned(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
 }
 FL_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-FL_DEVICE void wait_for_copies(const Call&) {
-  asm volatile("cp.async.wait_group %0;" ::"n"(FL_stages - 1) : "memory");
+FL_DEVICE void wait_for_copies(int latest) {
+  if (latest == 1) asm volatile("cp.async.wait_group 1;" ::: "memory");
+  else if (latest == 2) asm volatile("cp.async.wait_group 2;" ::: "memory");
+  else asm volatile("cp.async.wait_all;" ::: "memory");
 }
 #else
 FL_DEVICE void copy_later(char* to, const char* from) {
   *reinterpret_cast<Pack<unsigned, 4>*>(to) = load_pack<unsigned, 4>(from);
 }
 FL_DEVICE void commit_copies() {}
-FL_DEVICE void wait_for_copies(const Call&) {}
+FL_DEVICE void wait_for_copies(int) {}
 #endif
 
 // Functions that are single instructions of a GPU.

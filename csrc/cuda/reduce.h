@@ -28,10 +28,19 @@ FL_DEVICE void warp_sums(T (&numbers)[N], int lane) {
 
 // The slots of the sums that labels alone decide, −1 for those that are not there.
 #define FL_OF_GAMMA(i) (i < CONST(gammas) ? CONST(slot_focal[i]) : -1)
-#define FL_OWN_SLOTS                                                              \
-  {CONST(slot_reference), CONST(slot_overlap), CONST(slot_reference_squared),     \
-   CONST(slot_cross_entropy), FL_OF_GAMMA(0), FL_OF_GAMMA(1), FL_OF_GAMMA(2),     \
-   FL_OF_GAMMA(3), FL_OF_GAMMA(4), FL_OF_GAMMA(5), FL_OF_GAMMA(6), FL_OF_GAMMA(7)}
+#define FL_OWN_SLOTS              \
+  {CONST(slot_reference),         \
+   CONST(slot_overlap),           \
+   CONST(slot_reference_squared), \
+   CONST(slot_cross_entropy),     \
+   FL_OF_GAMMA(0),                \
+   FL_OF_GAMMA(1),                \
+   FL_OF_GAMMA(2),                \
+   FL_OF_GAMMA(3),                \
+   FL_OF_GAMMA(4),                \
+   FL_OF_GAMMA(5),                \
+   FL_OF_GAMMA(6),                \
+   FL_OF_GAMMA(7)}
 
 // The sums that a thread forms, and where a block keeps them.
 //
@@ -187,8 +196,8 @@ struct Sums {
       T sum = (right ? second : first) + __shfl_xor_sync(kAllLanes, right ? first : second, 8);
 #pragma unroll
       for (int step = 4; step; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-      const int slot = upper ? (right ? slots[n + 3] : slots[n + 2])
-                             : (right ? slots[n + 1] : slots[n]);
+      const int slot =
+          upper ? (right ? slots[n + 3] : slots[n + 2]) : (right ? slots[n + 1] : slots[n]);
       if (block.lane % 8 == 0 && slot >= 0) to[slot * CONST(classes) + label] += double(sum);
     }
   }
@@ -247,8 +256,8 @@ struct Sums {
     for (int n = 0; n < N; ++n) {
       if (slots[n] < 0) continue;
       for (int c = block.lane; c < CONST(classes); c += kLanes) {
-        T* of_class = block.tally + (place * CONST(classes) + c) * threads_of(call) +
-                      block.warp * kLanes;
+        T* of_class =
+            block.tally + (place * CONST(classes) + c) * threads_of(call) + block.warp * kLanes;
         T sum = T(0);
 #pragma unroll 8
         for (int i = 0; i < kLanes; ++i) {

@@ -90,6 +90,8 @@ Bits shuffle(Operation operation, unsigned mask, Bits brought, int argument, int
              const char* file, int line);
 void thread_fence();
 
+[[noreturn]] void fail(const char* what, const char* file, int line);
+
 // The asynchronous copies of the thread that runs, which arrive as late as they may: when it waits.
 struct Copies {
   struct One {
@@ -104,7 +106,11 @@ struct Copies {
 Copies& copies();
 
 // Of 4, 8 or 16 bytes, of which both places are multiples.
-inline void copy_later(char* to, const char* from, int bytes) {
+inline void copy_later(char* to, const char* from, int bytes, const char* file = __builtin_FILE(),
+                       int line = __builtin_LINE()) {
+  if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) %
+      std::uintptr_t(bytes))
+    fail("an asynchronous copy that is not aligned", file, line);
   copies().queued.push_back({to, from, bytes, copies().groups});
 }
 inline void commit_copies() { ++copies().groups; }
@@ -119,8 +125,6 @@ inline void wait_for_copies(int latest) {
   }
   own.queued.erase(own.queued.begin(), own.queued.begin() + std::ptrdiff_t(done));
 }
-
-[[noreturn]] void fail(const char* what, const char* file, int line);
 
 template <class To, class From>
 inline To bit_cast(From from) {

@@ -56,6 +56,7 @@ class CudaDevice:
     def __init__(self, place: Place) -> None:
         self._place = place
         self._stream = _stream(place.stream, place.ordinal)
+        self._is_current = _cupy().cuda.runtime.getDevice() == place.ordinal
         self.shared_bytes = 48 << 10  # what every device has without asking
         self.multiprocessors = _multiprocessors(place.ordinal)
 
@@ -75,7 +76,10 @@ class CudaDevice:
     def launch(
         self, kernel: Any, grid: int, block: tuple[int, int], shared: int, call: np.ndarray
     ) -> None:
-        with _on(self._place.ordinal):
+        if self._is_current:
+            kernel((grid,), block, (call,), shared, self._stream)
+            return
+        with _cupy().cuda.Device(self._place.ordinal):
             kernel((grid,), block, (call,), shared, self._stream)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -243,7 +243,9 @@ _write_number = struct.Struct("=d").pack_into
 def _record(plan: Plan, addresses: tuple[int, ...]) -> bytearray:
     """The bytes of CALL or GENERAL_CALL for arrays at these addresses."""
     record = bytearray(plan.call)
-    starts = [a + o for a, o in zip(addresses, plan.offsets, strict=False)]
+    starts: Sequence[int] = addresses[: len(plan.offsets)]  # a field may be found otherwise
+    if any(plan.offsets):
+        starts = [a + o for a, o in zip(starts, plan.offsets, strict=False)]
     first, others = starts[:_OTHERS], starts[_OTHERS:]
     _WRITE[len(first)](record, 0, *first)
     if others:

@@ -8,6 +8,7 @@ that differ in numbers alone.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from fastloss.backends.cuda import backend as cuda
 from fastloss.backends.cuda import engine
 from fastloss.backends.cuda.call import NO_TYPE, TYPES, Work
 from fastloss.backends.cuda.combine.code import THREADS
-from fastloss.backends.cuda.operands import operands_of
+from fastloss.backends.cuda.operands import Operands, operands_of
 from fastloss.borrowed import byte_bounds
 from fastloss.protocol import FusedLoss, GpuAdapter
 
@@ -68,6 +69,7 @@ class Prepared:
         # One block of threads adds few sums faster than a kernel of its own is launched.
         self._joined = not self._plan.general and 8 * self._plan.partial <= _FEW_SUMS
         self._combine = (operands.layout, program, self._kernel(program))
+        self._latest: tuple[tuple[np.ndarray, ...], Operands] = (), operands
         self._applies: dict[Hashable, tuple[Plan, Any]] = {}
         inputs = (passes.logits, passes.target, passes.voxel_weight)
         self._spans = [None if a is None else _span(a.array) for a in inputs]
@@ -91,7 +93,11 @@ class Prepared:
         Of the ``loss`` the numbers may be others than before.
         """
         place, device = self.place, self._device()
-        operands = operands_of(loss, place)
+        arrays, operands = self._latest
+        own = loss.operands  # other arrays where numbers are others
+        if loss.given or len(own) != len(arrays) or not all(map(is_, own, arrays)):
+            operands = operands_of(loss, place)
+            self._latest = () if loss.given else own, operands
         layout, program, combine = self._combine
         if operands.layout != layout:  # of a term that cannot have other numbers
             dtype = np.dtype(self.dtype)

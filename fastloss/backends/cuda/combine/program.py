@@ -29,9 +29,7 @@ struct CombineCall {{
   const double* partial; // (B, blocks, S * C + 2): what sums and voxels are made of, or null
   long long blocks;
 {numbers}}};"""
-_ADDRESSES = (
-    "sums", "voxels", "joined", "value", "derivatives", "upstream", "scratch", "partial", "blocks",
-)  # fmt: skip
+_FIELDS = 9  # before the numbers
 _FINISH = """if (call.partial != nullptr) {{
   fl_finish<{threads}>(call.partial, int(call.blocks), {batch}, {slots}, {classes}, call.sums,
                        call.voxels);
@@ -88,19 +86,32 @@ class Program:
         text = f"{source('finish_all.h')}\n{struct}"
         self.sources, self.scratch_doubles = generate(text, value_type, kernels, types, begin)
         along = host_numbers if self.takes_along else 1
-        self._layout = Struct(f"={len(_ADDRESSES) + len(given)}Q{8 * along}s")
+        self._layout = Struct(f"={_FIELDS + len(given)}Q{8 * along}s")
         self._record = np.dtype(("V", self._layout.size))
 
-    def call(self, given: tuple[int, ...], numbers: bytes, **addresses: int) -> np.ndarray:
-        """The ``CombineCall``, (1,).
+    def call(
+        self,
+        given: tuple[int, ...],
+        numbers: bytes,
+        *,
+        sums: int,
+        voxels: int,
+        value: int,
+        derivatives: int,
+        joined: int = 0,
+        upstream: int = 0,
+        scratch: int = 0,
+        partial: int = 0,
+        blocks: int = 0,
+    ) -> np.ndarray:
+        """The ``CombineCall``, (1,), of the addresses that it names.
 
         Args:
             given: where the numbers lie that are on the device.
             numbers: the others, float64, or where they lie if they are not taken along.
-            **addresses: of what a ``CombineCall`` names.
         """
-        own = (addresses.get(name, 0) for name in _ADDRESSES)
-        return np.frombuffer(bytearray(self._layout.pack(*own, *given, numbers)), self._record)
+        fields = (sums, voxels, joined, value, derivatives, upstream, scratch, partial, blocks)
+        return np.frombuffer(bytearray(self._layout.pack(*fields, *given, numbers)), self._record)
 
     def evaluate(
         self,
