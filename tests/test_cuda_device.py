@@ -211,7 +211,7 @@ def test_other_ways_to_choose_voxels(launched: list[str]) -> None:
 
 
 def test_launches(launched: list[str]) -> None:
-    """Four launches and nothing in between; kept between them are the sums of the blocks."""
+    """Two launches for the value, one for the gradient, and nothing in between."""
     loss = fl.Dice() + fl.CrossEntropy()
     x, y = example(2, 3, (40,), dtype=np.float32)
     loss.value_and_grad(OnDevice(x), OnDevice(y))

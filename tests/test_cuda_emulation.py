@@ -37,6 +37,40 @@ def threads(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
+# --- Copies that are not waited for ------------------------------------------------------------
+
+COPIES = r"""
+struct Copies { const char* x; float* out; long long latest; long long shift; };
+
+// Two groups of copies, of which all but the latest so many are waited for.
+extern "C" __global__ void copies(const Copies call) {
+  __shared__ __align__(16) char to[2][128];
+  for (int i = 0; i < 2; ++i) {
+    if (threadIdx.x < 8)
+      fl_emulation::copy_later(to[i] + threadIdx.x * 16, call.x + i * 128 + threadIdx.x * 16 +
+                               call.shift, 16);
+    fl_emulation::commit_copies();
+  }
+  fl_emulation::wait_for_copies(int(call.latest));
+  __syncthreads();
+  for (int i = 0; i < 2; ++i)
+    call.out[i * 32 + threadIdx.x] = reinterpret_cast<float*>(to[i])[threadIdx.x];
+}
+"""
+
+
+@pytest.mark.parametrize("latest", [0, 1, 2])
+def test_copies_arrive_when_they_are_waited_for(threads: bool, latest: int) -> None:
+    library = Library(COPIES, {"copies": "Copies"}, threads=threads)
+    x, out = np.arange(64, dtype=np.float32), np.zeros(64, np.float32)
+    library.launch("copies", (1, 1, 1), (32, 1, 1), 0, pack(x, out, latest, 0))
+    arrived = 64 - 32 * latest
+    np.testing.assert_array_equal(out[:arrived], x[:arrived])
+    assert np.isnan(out[arrived:]).all()
+    with pytest.raises(LaunchError, match="asynchronous copy that is not aligned"):
+        library.launch("copies", (1, 1, 1), (32, 1, 1), 0, pack(x, out, latest, 4))
+
+
 # --- Sums of blocks -------------------------------------------------------------------------------
 
 SUMS = r"""

@@ -6,11 +6,13 @@ serves any call goes through the tests of all backends.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import numpy as np
 import pytest
+import stand_in
 from device_backend import EmulatedDevice
 from support import EMULATED, assert_agree, example, need_backend, one_hot, reference
 
@@ -19,6 +21,7 @@ from fastloss.arrays import Arrays
 from fastloss.backends import load_backend
 from fastloss.backends.cuda import call as cuda_call
 from fastloss.backends.cuda import engine
+from fastloss.backends.cuda.layout import WIDEST, layout_of
 from fastloss.backends.reference import BACKEND as REFERENCE
 from fastloss.request import Request
 from fastloss.sums import NAMED, Sum, as_sum
@@ -177,6 +180,42 @@ def test_each_sum_alone(
         each.apply(request, arrays, coefficients, out)
     for own, expected in zip(*found, strict=True):
         np.testing.assert_allclose(own, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("item", [2, 4])
+def test_layouts_of_any_number_of_classes(item: int, last: bool) -> None:
+    """A thread holds all classes of its warp's share, and a block's warps exist."""
+    for classes, sums in itertools.product(range(1, 16 * 24), (0, 1, 2, 3)):
+        layout = layout_of(classes, item, sums, last, sums > 0, 2)
+        each = -(-classes // layout.warps)
+        assert each <= WIDEST
+        assert layout.groups * layout.warps <= 32
+        assert each * sums <= layout.held
+
+
+@pytest.mark.parametrize("classes", [2, 14, 105, 200])
+def test_what_a_call_holds(classes: int) -> None:
+    """The sums of the blocks take less than 1 MiB, however large the volume."""
+    x = np.empty((2, classes, 128, 128, 128), np.float32)
+    y = np.empty((2, 128, 128, 128), np.uint8)
+    passes = DICE_CE.passes(x, y, None)
+    work = engine.Work("reduce")
+    plan, _ = engine.plan_of(EmulatedDevice(), passes.request, passes.arrays, None, work)
+    assert plan.grid >= EmulatedDevice.multiprocessors * 0.8
+    assert 8 * plan.partial + 16 * len(passes.request.sums) * 2 * classes < 1 << 20
+
+
+@pytest.mark.parametrize("classes", [2, 14, 40])
+def test_a_fault_in_one_block(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes the whole loss NaN, though the blocks' sums are joined by the step behind."""
+    launched = stand_in.install(monkeypatch)
+    x, y = example(2, classes, (40, 32), dtype=np.float32)
+    y[1, 39, 31] = classes
+    value, gradient = DICE_CE.value_and_grad(stand_in.OnDevice(x), stand_in.OnDevice(y))
+    assert "fastloss_finish" not in launched
+    assert np.isnan(value.values)
+    assert np.isnan(gradient.values[1]).all()
 
 
 def test_thousands_of_regions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,7 +265,8 @@ def constants(spec: Spec) -> list[object]:
         Work("apply"),  # out=
     ):
         out = logits if work.kernel == "apply" else None
-        plan = plan_fast(request, Operands(spec.shape, logits, labels, None, out), work, 48 << 10, 132)
+        operands = Operands(spec.shape, logits, labels, None, out)
+        plan = plan_fast(request, operands, work, 48 << 10, 132)
         assert plan is not None
         found.append((work, plan.constants))
     return found
