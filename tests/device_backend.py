@@ -150,8 +150,8 @@ class CudaTestBackend(Backend):
         if absent:
             raise ImportError(absent)
         self.name = name
-        self.place = _cupy_place()
-        self.device: Any = CudaDevice(self.place)
+        self.memory = _cupy_place()
+        self.device: Any = CudaDevice(self.memory)
 
     def reduce(
         self,
@@ -162,12 +162,12 @@ class CudaTestBackend(Backend):
         voxel_map: Map | None = None,
     ) -> None:
         there = self._upload_all(arrays)
-        device_sums, device_voxels = _Copy(self.place, sums), _Copy(self.place, voxels)
+        device_sums, device_voxels = _Copy(self.memory, sums), _Copy(self.memory, voxels)
         addresses = device_sums.address, device_voxels.address
         if voxel_map is None:
             engine.reduce(self.device, request, there, *addresses)
         else:
-            out = _Copy(self.place, voxel_map.out)
+            out = _Copy(self.memory, voxel_map.out)
             engine.reduce(self.device, request, there, *addresses, replace(voxel_map, out=out.view))
             out.fetch(voxel_map.out)
         device_sums.fetch(sums)
@@ -179,8 +179,8 @@ class CudaTestBackend(Backend):
     ) -> None:
         there = self._upload_all(arrays)
         in_place = _address(out) == _address(arrays.logits)
-        to = self._logits if in_place else _Copy(self.place, out)
-        numbers = _Copy(self.place, np.ascontiguousarray(coefficients, np.float64))
+        to = self._logits if in_place else _Copy(self.memory, out)
+        numbers = _Copy(self.memory, np.ascontiguousarray(coefficients, np.float64))
         _, rows, classes = coefficients.shape
         engine.apply(
             self.device,
@@ -195,16 +195,16 @@ class CudaTestBackend(Backend):
 
     def write_map(self, request: Request, arrays: Arrays, voxel_map: Map) -> None:
         check_targets(request, arrays)
-        out = _Copy(self.place, voxel_map.out)
+        out = _Copy(self.memory, voxel_map.out)
         there = replace(voxel_map, out=out.view)
         engine.write_map(self.device, request, self._upload_all(arrays), there)
         out.fetch(voxel_map.out)
 
     def _upload_all(self, arrays: Arrays) -> Arrays:
-        self._logits = _Copy(self.place, arrays.logits)
+        self._logits = _Copy(self.memory, arrays.logits)
 
         def there(array: np.ndarray | None) -> Any:
-            return None if array is None else _Copy(self.place, array).view
+            return None if array is None else _Copy(self.memory, array).view
 
         return replace(
             arrays,

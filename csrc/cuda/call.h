@@ -60,7 +60,7 @@ struct Call {
   long long chunk;   // voxels of a block; a multiple of the voxels of a tile
   // Reduce: the sums of every block, (B, blocks, S · C + 2); the last two are the sum of the voxel
   // weights and the number of faults. Then what they add up to: (S, B, C) and (B,).
-  double* partial;
+  void* partial;
   double* sums;
   double* voxel_sums;
   // Apply: the derivative by every sum, times `scale` times what `upstream` points at.
@@ -102,6 +102,7 @@ struct Call {
   int tallies;       // so many of them in shared memory, every thread its own; 0: by the warp
   int kept_slots;    // sums of a class that a thread forms
   int global_sums;   // too many classes for sums in shared memory
+  int narrow_sums;   // `partial` is float32: each number is rounded once, when a block has it
   int global_table;  // too many classes for coefficients in shared memory
   int with_losses;
   int least_blocks;  // of a multiprocessor at a time

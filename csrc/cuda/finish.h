@@ -9,21 +9,23 @@ constexpr int kFinishSlices = 32;
 // `count` numbers that a block leaves in `partial`, its threads those of consecutive blocks each.
 // Behind them stands the number of faults: a sample with a fault becomes NaN throughout. Calls
 // store(sample, i, sum of the i-th number).
-template <class Store>
+template <class Number, class Store>
 FL_DEVICE void finish_numbers(const Call& call, int count, const Store& store) {
   __shared__ double parts[kFinishSlices][kLanes + 1];
   __shared__ double faults[kFinishSlices];
   int width = count + 1, columns = (count + kLanes - 1) / kLanes;
   int sample = int(blockIdx.x) / columns, slice = int(threadIdx.y), lane = int(threadIdx.x);
   int i = (int(blockIdx.x) - sample * columns) * kLanes + lane;
-  const double* row = call.partial + size_t(sample) * call.blocks * size_t(width);
+  const Number* row =
+      static_cast<const Number*>(call.partial) + size_t(sample) * call.blocks * size_t(width);
   int share = (call.blocks + kFinishSlices - 1) / kFinishSlices;
   int first = slice * share, last = first + share < call.blocks ? first + share : call.blocks;
   double sum = 0, bad = 0;
   if (i < count)
-    for (int block = first; block < last; ++block) sum += row[size_t(block) * width + i];
+    for (int block = first; block < last; ++block) sum += double(row[size_t(block) * width + i]);
   if (lane == 0)
-    for (int block = first; block < last; ++block) bad += row[size_t(block) * width + count];
+    for (int block = first; block < last; ++block)
+      bad += double(row[size_t(block) * width + count]);
   parts[slice][lane] = sum;
   if (lane == 0) faults[slice] = bad;
   __syncthreads();

@@ -4,8 +4,8 @@
 
 // Of (B, blocks, S · C + 2), as `Sums` of reduce.h leaves them: (S, B, C), and the voxel weights
 // (B). Threads that share a column take consecutive blocks each; the order of the sums is fixed.
-template <int kThreads>
-static __device__ __forceinline__ void fl_finish(const double* partial, int blocks, int batch,
+template <int kThreads, class Number>
+static __device__ __forceinline__ void fl_finish(const Number* partial, int blocks, int batch,
                                                  int slots, int classes, double* sums,
                                                  double* voxels) {
   __shared__ double parts[kThreads];
@@ -18,10 +18,11 @@ static __device__ __forceinline__ void fl_finish(const double* partial, int bloc
     double sum = 0;
     if (slice < slices && column < columns) {
       const int sample = column / count, i = column - sample * count;
-      const double* from = partial + (size_t(sample) * blocks) * (count + 1) + i;
+      const Number* from = partial + (size_t(sample) * blocks) * (count + 1) + i;
       const int first = slice * share, last = first + share < blocks ? first + share : blocks;
 #pragma unroll 8
-      for (int block = first; block < last; ++block) sum += from[size_t(block) * (count + 1)];
+      for (int block = first; block < last; ++block)
+        sum += double(from[size_t(block) * (count + 1)]);
       parts[thread] = sum;
     }
     __syncthreads();

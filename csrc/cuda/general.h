@@ -403,7 +403,9 @@ struct Accumulators {
     __syncwarp();
   }
 
-  FL_DEVICE double* partial() const { return call.partial + size_t(blockIdx.x) * size_t(width()); }
+  FL_DEVICE double* partial() const {
+    return static_cast<double*>(call.partial) + size_t(blockIdx.x) * size_t(width());
+  }
 
   // The voxels of a warp that are `mine`, all of one row. All lanes call.
   FL_DEVICE void add(const Spot<In>& spot, int row, bool mine, T& map) {
@@ -483,7 +485,7 @@ FL_DEVICE void general_reduce(const GeneralCall& call) {
 
 FL_DEVICE void general_finish(const GeneralCall& call) {
   int weight = CONST(slots) * CONST(classes), size = weight + 1;
-  finish_numbers(call, call.rows * size, [&](int sample, int i, double sum) {
+  finish_numbers<double>(call, call.rows * size, [&](int sample, int i, double sum) {
     size_t row = size_t(i / size), rows = size_t(call.rows);
     int of_row = i % size;
     if (of_row == weight) {

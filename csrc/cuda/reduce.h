@@ -5,7 +5,11 @@
 #include "softmax.h"
 #include "two_classes.h"
 
-constexpr int kFlushEvery = 16;  // tiles: float32 sums stay short
+// Tiles, so that float32 sums stay short: of 64 voxels a thread, or 128 where it has eight.
+template <int V>
+__device__ constexpr int flush_every() {
+  return V < 4 ? 64 / V : 16;
+}
 
 __device__ constexpr int whole_warps(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
@@ -68,7 +72,7 @@ struct Sums {
 
   FL_DEVICE explicit Sums(const Block<In, V>& block) : block(block), call(block.call) {
     if (CONST(global_sums)) {
-      to = call.partial +
+      to = static_cast<double*>(call.partial) +
            (size_t(block.sample) * call.blocks + block.number) * size_t(block.sum_count());
       for (int i = block.thread; i < block.sum_count(); i += threads_of(call)) to[i] = 0;
     } else {
@@ -319,13 +323,19 @@ struct Sums {
     bool bad = false;
     for (int group = 0; group < CONST(groups); ++group)
       bad = bad || block.sums[group * block.sum_count() + of_faults] > 0;
-    double* partial = call.partial + (size_t(block.sample) * call.blocks + block.number) *
-                                         size_t(block.sum_count());
+    if (CONST(narrow_sums)) write(static_cast<float*>(call.partial), bad);
+    else write(static_cast<double*>(call.partial), bad);
+  }
+
+  template <class Number>
+  FL_DEVICE void write(Number* partial, bool bad) const {
+    partial += (size_t(block.sample) * call.blocks + block.number) * size_t(block.sum_count());
+    const int of_faults = block.sum_count() - 1;
     for (int i = block.thread; i < block.sum_count(); i += threads_of(call)) {
       double sum = block.sums[i];
       for (int group = 1; group < CONST(groups); ++group)
         sum += block.sums[group * block.sum_count() + i];
-      partial[i] = bad && i < of_faults ? double(nan) : sum;
+      partial[i] = Number(bad && i < of_faults ? double(infinity<T>() - infinity<T>()) : sum);
     }
   }
 };
@@ -552,11 +562,12 @@ FL_DEVICE void reduce_block(const Call& call) {
     if (is_of_two_classes(call)) {
       reduce_two_classes<In, V, K>(block, voxels, sums);
       // A product of 64 factors of at most 2 is far from overflow.
-      if (FL_UNLIKELY(kFlushEvery * V > 64 && (tiles + 1) % (64 / V) == 0)) sums.take_products();
+      if (FL_UNLIKELY(flush_every<V>() * V > 64 && (tiles + 1) % (64 / V) == 0))
+        sums.take_products();
     } else if (CONST(path) == kLabels) reduce_labels<In, V, K>(block, voxels, sums, tiles);
     else reduce_dense<In, V, K>(block, voxels, sums);
     ++tiles;
-    if (FL_UNLIKELY(tiles % kFlushEvery == 0)) sums.flush();
+    if (FL_UNLIKELY(tiles % flush_every<V>() == 0)) sums.flush();
     if (CONST(staged)) __syncthreads();
   }
   sums.finish();
@@ -564,8 +575,8 @@ FL_DEVICE void reduce_block(const Call& call) {
 
 // The sums of the batch.
 FL_DEVICE void finish_sums(const Call& call) {
-  int weight = CONST(slots) * CONST(classes);
-  finish_numbers(call, weight + 1, [&](int sample, int i, double sum) {
+  const int weight = CONST(slots) * CONST(classes);
+  auto store = [&](int sample, int i, double sum) {
     if (i == weight) {
       call.voxel_sums[sample] = sum;
     } else {
@@ -573,5 +584,7 @@ FL_DEVICE void finish_sums(const Call& call) {
       call.sums[(size_t(slot) * call.batch + sample) * CONST(classes) + c] =
           slot == CONST(slot_top_k) ? 0.0 : sum;
     }
-  });
+  };
+  if (CONST(narrow_sums)) finish_numbers<float>(call, weight + 1, store);
+  else finish_numbers<double>(call, weight + 1, store);
 }

@@ -55,7 +55,7 @@ CONSTANTS = (
     "ignore_kind", "classes", "axes", "large", "vector", "per_thread", "warps", "groups", "rounds",
     "exchanged", "staged", "stages", "staged_bytes", "interleaved", "packed_target",
     "packed_weight", "keep_sums", "by_label", "tallies", "kept_slots",
-    "global_sums", "global_table", "with_losses", "least_blocks", "slots", "gammas",
+    "global_sums", "narrow_sums", "global_table", "with_losses", "least_blocks", "slots", "gammas",
     *(f"slot_{name}" for name in _SLOTS), "slot_top_k",
 )  # fmt: skip
 """The numbers that a kernel is compiled for, apart from the arrays of the focal terms."""
@@ -177,10 +177,12 @@ class Plan:
     shared: int
     """Bytes of shared memory of a block."""
     partial: int
-    """Numbers that the reduce pass keeps between its two kernels."""
+    """Bytes that the reduce pass keeps between its two kernels."""
     finish_grid: int
     blocks: int = 0
     """Of a sample."""
+    narrow: bool = False
+    """Whether these bytes are float32 numbers, else float64."""
     general: bool = False
     """Whether it is of the general kernel."""
     copies: tuple[Copy, ...] = ()
@@ -378,7 +380,7 @@ def plan_fast(
         o.strides[1] == item and axes[0][1][place] == classes * item for o, place in large
     )
     if labels and words == 1:
-        most_rows = _MOST_PARTIAL // (8 * (count + 2) * multiprocessors)
+        most_rows = _MOST_PARTIAL // (4 * (count + 2) * multiprocessors)
         layout = layout_of(classes, item, sums, last, out is None, most_rows)
         warps = min(layout.warps, _MOST_WARPS)
         per_thread = min(WIDEST, -(-classes // warps))
@@ -505,10 +507,12 @@ def plan_fast(
     }
 
     tile = groups * LANES * vector
-    width = count + 2
+    narrow = words == 1 and not fields["global_sums"]
+    fields["narrow_sums"] = int(narrow)
+    width, number = count + 2, 4 if narrow else 8
     most_blocks = min(_BLOCKS, layout.blocks * multiprocessors)
     if out is None:
-        most_blocks = min(most_blocks, max(multiprocessors, _MOST_PARTIAL // (8 * width)))
+        most_blocks = min(most_blocks, max(multiprocessors, _MOST_PARTIAL // (number * width)))
     blocks, chunk = spread(batch, voxels, tile, most_blocks)
     call = np.zeros(1, CALL)
     write_call(call, request, fields, operands, axes, blocks, chunk)
@@ -531,9 +535,10 @@ def plan_fast(
         batch * blocks,
         groups * warps * LANES,
         shared(vector),
-        batch * blocks * width,
+        number * batch * blocks * width,
         batch * (-(-(width - 1) // LANES)),
         blocks,
+        narrow,
     )
 
 

@@ -82,7 +82,7 @@ def reduce(
         if overwrite is not None:
             overwrite(numbers + 8 * place * arrays.logits.shape[1])
     kernels = device.passes(plan.constants, "reduce")
-    partial = device.empty(8 * plan.partial)
+    partial = device.empty(plan.partial)
     run_reduce(device, plan, kernels, addresses, sums, voxels, partial.address, numbers)
 
 
@@ -108,7 +108,7 @@ def run_reduce(
 ) -> None:
     """`reduce` as planned, of arrays at these addresses: logits, target, voxel weight, …
 
-    ``partial``: where the sums of the blocks go, (`Plan.partial`,) float64. ``coefficients``: where
+    ``partial``: where the sums of the blocks go, `Plan.partial` bytes. ``coefficients``: where
     those of a map lie; for a fast path, of the classes. Without ``finish`` the sums of the blocks
     are all that is made.
     """

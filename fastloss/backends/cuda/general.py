@@ -145,7 +145,7 @@ def plan_general(
         batch * blocks,
         warps * LANES,
         shared,
-        batch * blocks * width if reduce else 0,
+        8 * batch * blocks * width if reduce else 0,
         batch * -(-(width - 1) // LANES) if reduce else 0,
         general=True,
     )

@@ -50,34 +50,36 @@ def layout_of(
         reduces: whether it is the reduce pass.
         most_rows: blocks of a multiprocessor whose sums fit the memory for them.
     """
-    stages = 2 if last else 1  # 58 → 64 % (14 classes, bfloat16), 39 → 53 % (105); 3 gave the same
     if not reduces:
         # Many blocks: 87 → 90 % (14 classes, float32), 75 → 77 % (bfloat16). Two warps of 53
-        # classes were 3 % slower than three of 35.
+        # classes took a third longer than three of 35.
         warps = _shared_by(classes, 35 if classes <= 105 else WIDEST)
         held = 2 * WIDEST if classes > 105 and not last else 72
+        stages = 3 if last else 1  # 2: 65 → 68 % (14 classes, bfloat16)
         return Layout(warps, max(1, 4 // warps), held, blocks=_APPLY_BLOCKS, stages=stages)
+    # All blocks at once, each with an equal share: more begin when others have ended, and then the
+    # last ones run alone.
+    stages = 2 if last else 1  # 1: 64 → 58 % (14 classes, bfloat16), 53 → 39 % (105); 3: the same
     if classes <= _FEW:
-        # All blocks at once, each with an equal share: more begin when others have ended, and then
-        # the last ones run alone.
         if last:
             least, blocks = 0, 6  # 64 → 65 % (14 classes, bfloat16)
         elif classes <= 2:
             least = blocks = 12  # 67 → 72 % (float32), 48 → 52 % (bfloat16)
         elif classes <= 7:
-            least = blocks = 6 if item == 4 else 5  # 72 → 75 %, 48 → 53 % (4 classes)
+            least = blocks = 6 if item == 4 else 5  # 72 → 76 %, 48 → 51 % (4 classes)
         else:
-            least, blocks = 0, 4  # 87 → 89 %, 75 → 78 % (14 classes)
+            least, blocks = 0, 4  # 87 → 90 %, 75 → 79 % (14 classes)
         return Layout(1, 4, least_blocks=least, blocks=blocks, stages=stages)
-    # The fewer warps share a voxel, the less they tell each other: 57 → 77 % (105 classes,
-    # bfloat16), 58 → 81 % (48), 44 → 71 % (200). Up to 35 one warp does as well as two, and better
-    # where neighbours have different labels.
-    each = 35 if classes <= 70 or last else WIDEST
+    # The fewer warps share a voxel, the less they tell each other: 57 → 81 % (105 classes,
+    # bfloat16), 58 → 83 % (48), 44 → 77 % (200); but one warp of 48 reaches 56 %.
+    each = 35 if classes <= 128 or last else WIDEST
     warps = _shared_by(classes, min(each, _SUMS_HELD // max(sums, 1)))
     held = 72 if classes <= 128 or last else 2 * WIDEST
-    # A block leaves one row of sums, however many groups it has.
     resident = _RESIDENT_WARPS if classes <= 128 else 8
-    groups = max(1, min(resident, 4) // warps)
+    if classes <= 24 or 36 <= classes <= 52:
+        resident = 16  # 3 blocks → 4: 76 → 80 % (24 classes, bfloat16), 75 → 82 % (48)
+    # A block leaves one row of sums, however many groups it has.
+    groups = max(1, 4 // warps)
     while (groups + 1) * warps <= resident and resident // (groups * warps) > most_rows:
         groups += 1
     blocks = max(1, resident // (groups * warps))

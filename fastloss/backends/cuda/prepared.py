@@ -67,7 +67,7 @@ class Prepared:
         self._plan, _ = engine.plan_of(device, request, arrays, None, Work("reduce"))
         self._reduce = device.passes(self._plan.constants, "reduce")
         # One block of threads adds few sums faster than a kernel of its own is launched.
-        self._joined = not self._plan.general and 8 * self._plan.partial <= _FEW_SUMS
+        self._joined = not self._plan.general and self._plan.partial <= _FEW_SUMS
         self._combine = (operands.layout, program, self._kernel(program))
         self._latest: tuple[tuple[np.ndarray, ...], Operands] = (), operands
         self._applies: dict[Hashable, tuple[Plan, Any]] = {}
@@ -105,7 +105,7 @@ class Prepared:
             combine = self._kernel(program)
             self._combine = (operands.layout, program, combine)
         given, numbers, _held = cuda.arguments(program, device, operands)
-        size = self._doubles + program.scratch_doubles + self._plan.partial
+        size = self._doubles + program.scratch_doubles + -(-self._plan.partial // 8)
         memory = place.empty((size,), "float64")
         value = place.empty((), self.dtype)
         base = place.address(memory)
@@ -123,6 +123,7 @@ class Prepared:
             derivatives=base,
             scratch=base + self._scratch if program.scratch_doubles else 0,
             partial=partial if self._joined else 0,
+            is_narrow=self._plan.narrow,
             blocks=self._plan.blocks,
         )
         device.launch(combine, 1, (THREADS, 1), 0, call)

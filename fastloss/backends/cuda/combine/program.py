@@ -26,13 +26,20 @@ struct CombineCall {{
   double* derivatives;   // (S, B, C)
   const void* upstream;  // as the value
   double* scratch;       // null where the program asks for none
-  const double* partial; // (B, blocks, S * C + 2): what sums and voxels are made of, or null
+  const void* partial;   // (B, blocks, S * C + 2): what sums and voxels are made of, or null
+  long long is_narrow;   // whether these are float32, not float64
   long long blocks;
 {numbers}}};"""
-_FIELDS = 9  # before the numbers
-_FINISH = """if (call.partial != nullptr) {{
-  fl_finish<{threads}>(call.partial, int(call.blocks), {batch}, {slots}, {classes}, call.sums,
-                       call.voxels);
+_FIELDS = 10  # before the numbers
+_FINISH = """\
+const int blocks = int(call.blocks);
+if (call.partial == nullptr) {{
+}} else if (call.is_narrow) {{
+  fl_finish<{threads}>(static_cast<const float*>(call.partial), blocks, {batch}, {slots}, {classes},
+                       call.sums, call.voxels);
+}} else {{
+  fl_finish<{threads}>(static_cast<const double*>(call.partial), blocks, {batch}, {slots},
+                       {classes}, call.sums, call.voxels);
 }}"""
 
 
@@ -102,6 +109,7 @@ class Program:
         upstream: int = 0,
         scratch: int = 0,
         partial: int = 0,
+        is_narrow: int = 0,
         blocks: int = 0,
     ) -> np.ndarray:
         """The ``CombineCall``, (1,), of the addresses that it names.
@@ -110,7 +118,8 @@ class Program:
             given: where the numbers lie that are on the device.
             numbers: the others, float64, or where they lie if they are not taken along.
         """
-        fields = (sums, voxels, joined, value, derivatives, upstream, scratch, partial, blocks)
+        fields = (sums, voxels, joined, value, derivatives, upstream, scratch)
+        fields += (partial, is_narrow, blocks)
         return np.frombuffer(bytearray(self._layout.pack(*fields, *given, numbers)), self._record)
 
     def evaluate(
