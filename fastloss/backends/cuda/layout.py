@@ -71,7 +71,7 @@ def layout_of(
             least, blocks = 0, 4  # 87 → 90 %, 75 → 79 % (14 classes)
         return Layout(1, 4, least_blocks=least, blocks=blocks, stages=stages)
     # The fewer warps share a voxel, the less they tell each other: 57 → 81 % (105 classes,
-    # bfloat16), 58 → 83 % (48), 44 → 77 % (200); but one warp of 48 reaches 56 %.
+    # bfloat16), 58 → 82 % (48), 44 → 78 % (200); but one warp of 48 reaches 56 %.
     each = 35 if classes <= 128 or last else WIDEST
     warps = _shared_by(classes, min(each, _SUMS_HELD // max(sums, 1)))
     held = 72 if classes <= 128 or last else 2 * WIDEST

@@ -118,8 +118,8 @@ class Program:
             given: where the numbers lie that are on the device.
             numbers: the others, float64, or where they lie if they are not taken along.
         """
-        fields = (sums, voxels, joined, value, derivatives, upstream, scratch)
-        fields += (partial, is_narrow, blocks)
+        given_first = (sums, voxels, joined, value, derivatives, upstream, scratch)
+        fields = (*given_first, partial, is_narrow, blocks)
         return np.frombuffer(bytearray(self._layout.pack(*fields, *given, numbers)), self._record)
 
     def evaluate(
