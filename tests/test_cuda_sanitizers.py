@@ -134,7 +134,7 @@ RACES = {
     "300 classes": Case("float32", 300, spatial=(33,), needs="region", blocks=1, batch=1),
     "1030 classes": Case("float32", 1030, spatial=(33,), needs="focal", blocks=1, batch=1),
     "channels last": Case(
-        "float32", 3, "channels last", spatial=(257,), needs="region", blocks=1, batch=1
+        "float32", 3, "channels last", spatial=(641,), needs="region", blocks=1, batch=1
     ),
     "channels last, 33 classes": Case(
         "float32", 33, "channels last", spatial=(97,), needs="smooth", blocks=1, batch=1
@@ -163,8 +163,8 @@ RACES = {
     "many regions": Case(
         "float32", 17, spatial=(200,), needs="region", extras="40 regions", blocks=1, batch=1
     ),
-    "20 tiles": Case("float32", 40, spatial=(1219,), needs="region", blocks=1, batch=1),
-    "20 tiles of few classes": Case("float32", 3, spatial=(2433,), blocks=1, batch=1),
+    "33 tiles": Case("float32", 40, spatial=(4224,), needs="region", blocks=1, batch=1),
+    "17 tiles of few classes": Case("float32", 3, spatial=(8704,), blocks=1, batch=1),
     "channels last, 40 classes": Case(
         "float32", 40, "channels last", spatial=(193,), needs="region", blocks=1, batch=1
     ),
@@ -185,7 +185,7 @@ RACE_FAULTS = {
     "no barrier in finish_numbers": "few classes",
     "no barrier in Sums": "four voxels a thread",
     "no barrier in take_tallies": "few classes",
-    "no barrier in take_tallies, 2.": "20 tiles of few classes",
+    "no barrier in take_tallies, 2.": "17 tiles of few classes",
     "no barrier in finish": "four voxels a thread",
     "no barrier in reduce_block": "channels last",
     "no barrier in Accumulators": "any table",

@@ -111,6 +111,7 @@ inline void copy_later(char* to, const char* from, int bytes, const char* file =
   if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) %
       std::uintptr_t(bytes))
     fail("an asynchronous copy that is not aligned", file, line);
+  std::memset(to, 0xff, std::size_t(bytes));  // as it may also arrive at once
   copies().queued.push_back({to, from, bytes, copies().groups});
 }
 inline void commit_copies() { ++copies().groups; }
