@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "distance_job.h"
 #include "voxel.h"
 
 namespace fastloss {
@@ -237,6 +238,10 @@ struct Kernels {
   Reduce reduce;
   Apply apply;
   WriteMap write_map;
+  DistanceKernels distance;
 };
+
+// Those of the chosen instruction set.
+extern const Kernels* kernels;
 
 }  // namespace fastloss
