@@ -1,4 +1,4 @@
-// The two passes over one block of voxels. Compiled once per instruction set.
+// The passes over one block of voxels. Compiled once per instruction set.
 #include "general.h"
 #include "softmax_dense.h"
 #include "softmax_labels.h"
