@@ -57,7 +57,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], int]] = {
 FACTORS: dict[str, tuple[Any, ...]] = {
     "logits": cuda_call.TYPES[:4],
     "classes": (1, 2, 3, 4, 5, 14, 16, 17, 33, 40, 105, 300),
-    # "cropped": axes that do not merge. "shifted": one number behind an aligned address.
+    # "cropped": axes that do not merge. "shifted": one number after an aligned address.
     "layout": ("contiguous", "channels last", "cropped", "reversed", "shifted", "in place"),
     "target": (
         "softmax uint8",

@@ -620,7 +620,7 @@ def test_kernels_are_cuda(tmp_path: Path) -> None:
 
 
 def drop_in_losses(classes: int) -> dict[str, tuple[fl.Loss, bool]]:
-    """By name, a loss and whether its target is dense."""
+    """Losses by name, and whether the target of each is dense."""
     support.need("torch")
     from fastloss.monai import _terms as monai
     from fastloss.nnunet import _terms as nnunet

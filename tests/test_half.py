@@ -93,7 +93,7 @@ def test_rounding_is_to_nearest_even(backend: str, name: str) -> None:
 def test_rounding_is_to_nearest_even_throughout_a_volume(
     backend: str, name: str, classes: int
 ) -> None:
-    """Of equal logits the cross-entropy's gradient is the upstream one times 1/C or 1/C − 1."""
+    """For equal logits the gradient of cross-entropy is the upstream times 1/C or 1/C − 1."""
     dtype = dtype_named(name)
     loss = fl.Loss(fl.CrossEntropy())
     x, y = np.zeros((1, classes, 1024), dtype), np.arange(1024)[None] % classes

@@ -137,7 +137,7 @@ def test_hundreds_of_regions_ignored_labels_dense_targets_and_sigmoid(backend: s
     regions = np.arange(1200).reshape(1, 30, 40) // 4
     y[0, :3] = 255
     loss = fl.Loss(fl.Dice(), fl.CrossEntropy(), ignore_index=255)
-    # A region whose voxels are all ignored is left out of the mean.
+    # A region whose voxels are all ignored is excluded from the mean.
     values = [
         fl.Loss(fl.Dice(), ignore_index=255)(x, y, (regions == r).astype(float))
         for r in range(30, 300)

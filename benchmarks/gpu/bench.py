@@ -369,7 +369,7 @@ class Run:
     def startup(self) -> None:
         """The first call of a process, with kernels to be compiled or cached."""
         with tempfile.TemporaryDirectory() as folder:
-            # The driver has a cache of its own.
+            # The driver has its own cache.
             caches = {"CUPY_CACHE_DIR": f"{folder}/cupy", "CUDA_CACHE_PATH": f"{folder}/driver"}
             for name in ("cold", "cached"):
                 result = subprocess.run(

@@ -143,7 +143,7 @@ struct Job {
   DType map_dtype = DType::f32;
   const double* map_coefficients = nullptr;  // (S, C)
   // One number per voxel, (B, voxels) of the working type: reduce writes m w_y (−log p_y) there,
-  // and apply multiplies by it the derivative by the slot `top_k`.
+  // and apply multiplies the derivative by the slot `top_k` by it.
   void* losses = nullptr;
   const double* loss_weights = nullptr;  // w, (C,), reduce only
 

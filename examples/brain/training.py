@@ -108,7 +108,7 @@ def _seconds(loss_function: LossFunction, logits: Tensor, labels: Tensor) -> flo
 
 
 def _peak_memory(implementation: str, brain: Brain, size: int) -> tuple[int | None, int | None]:
-    """Of the loss alone, and of forward and backward of a whole step."""
+    """The peak memory of the loss alone, and of forward and backward of a whole step."""
     loss_function = make_loss(implementation)
     net = UNet(len(CLASSES))
     image, labels = map(torch.from_numpy, Patches(brain, size, seed=0).draw(BATCH))

@@ -78,7 +78,7 @@ def layout_of(
     resident = _RESIDENT_WARPS if classes <= 128 else 8
     if classes <= 24 or 36 <= classes <= 52:
         resident = 16  # 3 blocks → 4: 76 → 80 % (24 classes, bfloat16), 75 → 82 % (48)
-    # A block leaves one row of sums, however many groups it has.
+    # A block writes one row of sums, however many groups it has.
     groups = max(1, 4 // warps)
     while (groups + 1) * warps <= resident and resident // (groups * warps) > most_rows:
         groups += 1
@@ -88,5 +88,5 @@ def layout_of(
 
 
 def _shared_by(classes: int, each: int) -> int:
-    """How many warps share so many classes."""
+    """How many warps share this many classes."""
     return -(-classes // each)

@@ -1,7 +1,7 @@
 """The table of the functions of p: the value and the derivative of each, once."""
 
 # mypy: ignore-errors
-# What Numba compiles has no types that mypy could check.
+# mypy cannot check functions that Numba compiles.
 
 from __future__ import annotations
 

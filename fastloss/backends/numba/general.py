@@ -1,7 +1,7 @@
 """The general path: any table of sums, any activation and target, with fields, regions and maps."""
 
 # mypy: ignore-errors
-# What Numba compiles has no types that mypy could check.
+# mypy cannot check functions that Numba compiles.
 
 from __future__ import annotations
 

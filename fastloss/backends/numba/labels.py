@@ -1,7 +1,7 @@
 """Encodes labels and regions for the other kernels, and finds the label of the largest logit."""
 
 # mypy: ignore-errors
-# What Numba compiles has no types that mypy could check.
+# mypy cannot check functions that Numba compiles.
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ that they do not alias.
 """
 
 # mypy: ignore-errors
-# What Numba compiles has no types that mypy could check.
+# mypy cannot check functions that Numba compiles.
 
 from __future__ import annotations
 

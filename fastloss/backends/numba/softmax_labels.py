@@ -1,7 +1,7 @@
 """The fast path: softmax of a label map, and the common sums."""
 
 # mypy: ignore-errors
-# What Numba compiles has no types that mypy could check.
+# mypy cannot check functions that Numba compiles.
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Node:
     a ufunc    broadcast together    ()
     where      condition, two        ()
     cast       one                   (), to float64
-    a reduction one                  (axes,), at least one, which are left out
+    a reduction one                  (axes,), at least one, which are dropped
     reshape    one                   (), to ``shape``
     broadcast  one                   (), to ``shape``
     transpose  one                   (axes,)
