@@ -238,7 +238,7 @@ def test_thousands_of_regions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cross_entropy_alone_of_many_classes() -> None:
-    """Cross-entropy alone needs only the sums that labels decide."""
+    """Cross-entropy alone needs only sums of weight g, none over all classes."""
     x, y = example(2, 20, (64,), dtype=np.float32)
     check(fl.Loss(fl.CrossEntropy()), x, y)
 

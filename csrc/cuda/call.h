@@ -98,7 +98,7 @@ struct Call {
   int interleaved;   // channels last of few classes: whole voxels are loaded at once
   int packed_target, packed_weight;  // `vector` numbers are loaded at once
   int keep_sums;                     // in registers; else summed over the warp at once
-  int by_label;      // sums that only labels decide are added per voxel, not per class
+  int by_label;                      // sums of weight g or g² are added per voxel, not per class
   int tallies;       // how many of these have accumulators per thread in shared memory; 0: per warp
   int kept_slots;    // sums per class in a thread's registers
   int global_sums;   // too many classes for sums in shared memory

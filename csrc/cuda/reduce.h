@@ -32,7 +32,7 @@ FL_DEVICE void warp_sums(T (&numbers)[N], int lane) {
   }
 }
 
-// The slots of the sums that depend on the labels' classes alone; −1: absent.
+// The slots of the sums of weight g or g², which only the label's class adds to; −1: absent.
 #define FL_OF_GAMMA(i) (i < CONST(gammas) ? CONST(slot_focal[i]) : -1)
 #define FL_OWN_SLOTS              \
   {CONST(slot_reference),         \
