@@ -1,4 +1,4 @@
-// The two passes over one block of voxels. Compiled once per instruction set.
+// The passes over one block of voxels, and along lines of them. Compiled once per instruction set.
 #include "distance_kernels.h"
 #include "general.h"
 #include "softmax_dense.h"
