@@ -117,7 +117,7 @@ struct Field {
 };
 
 // The number that a map has of a voxel: see fastloss/maps.py.
-enum class MapKind : int32_t { none, voxel, of_class, error, label };
+enum class MapKind : int32_t { none, voxel, of_class, error, label, mask };
 
 struct Job {
   Activation activation = Activation::softmax;
