@@ -113,3 +113,51 @@ def readable(name: str, value: Any) -> Any:
 def check_class_count(name: str, weight: np.ndarray | float | None, classes: int) -> None:
     if isinstance(weight, np.ndarray) and weight.size != classes:
         raise ValueError(f"{name}: expected {classes} numbers, one per class, got {weight.size}")
+
+
+def check_count(name: str, value: Any) -> int:
+    """An integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a number of at least 1, got {value}")
+    return int(value)
+
+
+def check_dilations(value: Any) -> int:
+    """How often something is dilated: an integer of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"dilations: expected an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"dilations: expected a number of at least 0, got {value}")
+    return int(value)
+
+
+def check_spacing(value: Any) -> float | tuple[float, ...] | None:
+    """The size of a voxel: None (1), one number, or one per spatial axis, above 0 and finite."""
+    if value is None:
+        return None
+    several = readable("spacing", value)
+    if isinstance(several, np.ndarray):
+        several = several.tolist()
+    try:
+        sizes = tuple(float(size) for size in (several if _is_sequence(several) else (several,)))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"spacing: expected a number, or one for each spatial axis, got {value!r}"
+        ) from None
+    if not sizes or not all(0 < size < np.inf for size in sizes):
+        raise ValueError(f"spacing: expected finite numbers above 0, got {value!r}")
+    return sizes if _is_sequence(several) else sizes[0]
+
+
+def check_axes(spacing: Any, spatial_axes: Any) -> int | None:
+    """How many spatial axes there are, by what is known of the spacing; None: not known."""
+    if spatial_axes is not None:
+        return check_count("spatial_axes", spatial_axes)
+    checked = check_spacing(spacing)
+    return len(checked) if isinstance(checked, tuple) else None
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
