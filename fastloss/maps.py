@@ -30,8 +30,9 @@ class Map:
     Attributes:
         kind: one of `KINDS`.
         out: in C order, the voxels of a sample in the order of its spatial axes; of the dtype of
-            the loss value, or for ``label`` uint8, int32 or int64, for ``mask`` uint8. Where there is one class,
-            ``label`` says whether p > ½. The label of NaN is that of the first NaN.
+            the loss value, or for ``label`` uint8, int32 or int64, for ``mask`` uint8.
+            Where there is one class, ``label`` says whether p > ½. The label of NaN is that of the
+            first NaN.
         coefficients: k, (S, C) float64, for ``voxel`` and ``class``.
     """
 

@@ -371,11 +371,11 @@ def _each(masks: np.ndarray, dilations: int) -> np.ndarray:
 def _signed(target: Target, spacing: Spacing, convention: str) -> np.ndarray:
     """Signed distances to the boundary of every class, (B, C, *spatial) float32."""
     sizes = spacing_of(spacing, target.axes)
+    if not sizes:
+        raise ValueError("target: distances need at least one spatial axis, got none")
     found: np.ndarray
     if target.labels is not None:
-        found = signed_distance(
-            target.labels, target.classes, spacing=sizes, convention=convention
-        )
+        found = signed_distance(target.labels, target.classes, spacing=sizes, convention=convention)
     else:
         found = signed_of_masks(target.masks, spacing=sizes, convention=convention)
     return found
@@ -410,4 +410,3 @@ def _boundary_of(array: np.ndarray, first: int) -> np.ndarray:
 def _inverse(size: np.ndarray) -> np.ndarray:
     """1 / size, and 0 where nothing was counted."""
     return np.divide(1.0, size, out=np.zeros_like(size), where=size > 0)
-
