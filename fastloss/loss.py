@@ -412,7 +412,8 @@ class Loss:
       nothing, whatever its logits hold.
     - fields: None, or by name the arrays that terms read beside the target, (B, *spatial) or
       (B, C, *spatial), of any floating dtype or bool. Integers of shape (B, *spatial) are a second
-      label map: for class c the field is 1 where the label is c.
+      label map: for class c the field is 1 where the label is c. Terms that make theirs of the
+      target, as `fastloss.Boundary`, need none: see `fields` for how to make them ahead.
     - regions: None, or the region that every voxel belongs to, (B, *spatial) or (B, 1, *spatial) of
       integers: 0, 1, 2, … within a sample, each of at least one voxel; −1 where a voxel counts for
       nothing. Sums are then formed for every region, and terms take regions for samples.

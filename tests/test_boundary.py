@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import stand_in
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from support import BACKENDS, example, finite_differences, need, need_backend, norm, one_hot
 from test_backends import relayout
@@ -97,7 +97,10 @@ def oracle(
         far = torch.as_tensor(each(exact, masks))
         value = 1 - total((far * (1 - target - p)) ** 2) / (total(far**2) + 1e-5)
     elif kind == "dou":
-        size, edge = total(target), total(target * each(lambda a, _: boundary(a), masks))
+        size, edge = (
+            total(target),
+            total(target * torch.as_tensor(each(lambda a, _: boundary(a), masks))),
+        )
         alpha = (2 * (1 - (edge + 1e-5) / (size + 1e-5)) - 1).clamp(max=0.8)
         both, overlap = total(p**2) + total(target**2), total(p * target)
         value = (both - 2 * overlap + 1e-5) / (both - (1 + alpha) * overlap + 1e-5)
@@ -172,15 +175,16 @@ def test_as_defined(kind: str, name: str, data: Any) -> None:
         kind, options, x, y, w, {"activation": activation, "ignore_index": ignore}
     )
     wide = dtype == "float64"
-    scale = 1 + 3 * sum((n * 3) ** 2 for n in spatial) * (kind in ("boundary", "hausdorff"))
-    scale *= max(options.get("weight", [1])) * (
-        classes * batch if options["reduction"] == "sum" else 1
-    )
+    # The size of what cancels: distances of both signs; D² (p² − 2 g p + g²) in float32.
+    longest = 3 * max(spatial)
+    scale = {"boundary": longest, "hausdorff": 1 if wide else longest**2}.get(kind, 1)
+    scale *= max(options.get("weight", [1]))
+    if options["reduction"] == "sum":
+        scale *= classes * batch
     fine = 1e-7 if wide else 1e-6
     np.testing.assert_allclose(value, right, rtol=10 * fine, atol=fine * scale)
     error = norm(gradient.astype(np.float64) - right_gradient)
     rounding = 2e-3 if dtype == "float16" else 10 * fine
-    assume(np.isfinite(gradient.astype(np.float64)).all() or dtype != "float16")
     step = 2.0**-24 * np.sqrt(x.size) if dtype == "float16" else 0.0
     assert error <= rounding * norm(right_gradient) + fine * scale + step
 
@@ -319,9 +323,9 @@ def test_chunks_take_the_fields_of_the_whole(backend: str) -> None:
     assert loss.value(total) == pytest.approx(right[0], rel=1e-12)
     parts = [loss.gradient(a, b, fields=f, statistics=total) for a, b, f in chunks]
     np.testing.assert_allclose(np.concatenate(parts, axis=2), right[1], atol=1e-14)
-    with pytest.raises(ValueError, match="statistics: a part .* 'boundary' was not given"):
+    with pytest.raises(ValueError, match=r"statistics: a part .* 'boundary' was not given"):
         loss.statistics(*chunks[0][:2])
-    with pytest.raises(ValueError, match="statistics: a part .* 'boundary' was not given"):
+    with pytest.raises(ValueError, match=r"statistics: a part .* 'boundary' was not given"):
         loss.gradient(*chunks[0][:2], statistics=total)
     with pytest.raises(ValueError, match="statistics: HausdorffDT measures distances"):
         fl.HausdorffDT().statistics(x, y)
@@ -360,7 +364,7 @@ def test_skeletons_need_scikit_image(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "skimage.morphology", None)
-    with pytest.raises(ImportError, match="pip install scikit-image"):
+    with pytest.raises(ImportError, match=r"scikit-image, .* pip install"):
         fl.skeleton(np.ones((1, 4, 4), int))
 
 
@@ -485,7 +489,7 @@ def _rank(rank: int, address: str) -> None:
     torch.testing.assert_close(own.grad, 2 * whole.grad[part])
     cut = (slice(None), slice(3 * rank, 3 * rank + 3))
     of_volume = ft.Loss(fl.Boundary(), process_group=True, shard="volume")
-    with pytest.raises(ValueError, match="shard: a part .* 'boundary' was not given"):
+    with pytest.raises(ValueError, match=r"shard: a part .* 'boundary' was not given"):
         of_volume(x[:, :, cut[1]], y[cut])
     fields = {"boundary": fl.Boundary().fields(y, classes=3)["boundary"][:, :, cut[1]]}
     value = of_volume(x[:, :, cut[1]], y[cut], fields=fields)
@@ -546,7 +550,7 @@ def test_bad_spacing(kind: str, spacing: Any, error: type[Exception], message: s
 @pytest.mark.parametrize("kind", TERMS)
 def test_bad_calls(kind: str) -> None:
     x, y = example(2, 3, (5, 6))
-    with pytest.raises(ValueError, match="spacing: expected 2 numbers, .* got 3"):
+    with pytest.raises(ValueError, match=r"spacing: expected 2 numbers, .* got 3"):
         TERMS[kind](spacing=(1, 1, 1))(x, y)
     name = TERMS[kind].makes
     with pytest.raises(ValueError, match=rf"fields\['{name}'\]: expected .*\(2, 3, 5, 5\)"):
@@ -581,8 +585,8 @@ def test_bad_options() -> None:
         fl.SkeletonRecall(dilations=-1)
     with pytest.raises(ValueError, match=r"terms: .* make the field 'distance' in different ways"):
         fl.HausdorffDT() + fl.GeneralizedSurface(spacing=2)
+    x, y = example(2, 3, (5, 6))
     with pytest.raises(TypeError, match=r"fields\['distance'\]: expected floating numbers"):
-        x, y = example(2, 3, (5, 6))
         fl.HausdorffDT()(x, y, fields={"distance": y})
     with pytest.raises(ValueError, match="spatial ax"):
         fl.Boundary()(np.zeros((2, 3)), np.zeros(2, int))

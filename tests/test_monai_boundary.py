@@ -110,7 +110,7 @@ def test_bad_calls_raise_what_monai_raises(name: str) -> None:
             kind(sigmoid=True, softmax=True)
         with pytest.raises(TypeError, match="other_act"):
             kind(other_act="tanh")
-        with pytest.raises(ValueError, match="reduction|LossReduction"):
+        with pytest.raises(ValueError, match=r"reduction|LossReduction"):
             kind(reduction="median")
         with pytest.raises(ValueError):  # noqa: PT011  MONAI's message names no argument
             kind()(x[..., 0], y[..., 0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -270,7 +270,9 @@ class BoundaryDoU(FieldTerm):
     def make_field(self, target: Target, spacing: Spacing) -> np.ndarray:
         spacing_of(spacing, target.axes)
         if target.masks is not None:
-            return _boundary_of(target.masks, 2) & target.masks
+            found = _boundary_of(target.masks, 2)
+            found &= target.masks
+            return found
         assert target.labels is not None
         labels, classes = target.labels, target.classes
         # All that is of no class is alike.
@@ -345,11 +347,11 @@ class SkeletonRecall(FieldTerm):
         spacing_of(spacing, target.axes)
         classes = target.classes
         if target.masks is not None:
-            masks = target.masks
             if target.activation == "sigmoid":
-                return _each(masks, self.dilations)
-            foreground = masks[:, 1:].any(axis=1)
-            return masks & _each(foreground[:, None], self.dilations)
+                return _each(target.masks, self.dilations)
+            of_any: np.ndarray = target.masks[:, 1:].any(axis=1, keepdims=True)
+            tubes = _each(of_any, self.dilations)
+            return np.logical_and(target.masks, tubes)
         assert target.labels is not None
         labels = target.labels
         foreground = (labels > 0) & (labels < classes)
@@ -409,4 +411,5 @@ def _boundary_of(array: np.ndarray, first: int) -> np.ndarray:
 
 def _inverse(size: np.ndarray) -> np.ndarray:
     """1 / size, and 0 where nothing was counted."""
-    return np.divide(1.0, size, out=np.zeros_like(size), where=size > 0)
+    inverse: np.ndarray = np.divide(1.0, size, out=np.zeros_like(size), where=size > 0)
+    return inverse

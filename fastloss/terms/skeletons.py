@@ -46,7 +46,8 @@ def skeleton(labels: Any, *, dilations: int = 2) -> Any:
     for one, to in zip(array, found, strict=True):
         there = tube(one > 0, dilations)
         to[there] = one[there]
-    return adapter.result(found)
+    result: Any = adapter.result(found)
+    return result
 
 
 def tube(mask: np.ndarray, dilations: int) -> np.ndarray:
@@ -64,11 +65,12 @@ def tube(mask: np.ndarray, dilations: int) -> np.ndarray:
         from skimage.morphology import skeletonize
     except ImportError:
         raise ImportError(
-            "skeletons are made by scikit-image, which is not installed: pip install scikit-image"
+            "skeletons are made by scikit-image, which is not installed: "
+            "pip install 'fastloss[skeleton]'"
         ) from None
     if not mask.any():
         return np.zeros(mask.shape, bool)
-    found = np.asarray(skeletonize(np.ascontiguousarray(mask))) > 0
+    found: np.ndarray = np.asarray(skeletonize(np.ascontiguousarray(mask))) > 0
     for _ in range(dilations):
         wider = found.copy()
         for axis in range(found.ndim):
@@ -76,4 +78,5 @@ def tube(mask: np.ndarray, dilations: int) -> np.ndarray:
             to[1:] |= near[:-1]
             to[:-1] |= near[1:]
         found = wider
-    return found & mask
+    found &= mask
+    return found
