@@ -452,6 +452,34 @@ def test_a_growing_factor_compiles_nothing_anew(kind: str) -> None:
     assert counter.frame_count == 1
 
 
+def test_made_inside_compiled_code_and_traced() -> None:
+    torch = need("torch")
+    torch._dynamo.reset()
+    x, y = map(torch.tensor, example(2, 3, (7, 8), dtype=np.float32))
+
+    def function(logits: Any, labels: Any, factor: float) -> Any:
+        loss = fl.Dice() + factor * fl.Boundary(spacing=(2, 1)) + fl.HausdorffDT(alpha=1.5)
+        return (loss + fl.SkeletonRecall() + fl.BoundaryDoU())(logits, labels)
+
+    fast = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for width, factor in ((8, 0.1), (7, 0.2), (6, 0.3)):
+        found = []
+        for call in (fast, function):
+            leaf = x[..., :width].clone().requires_grad_()
+            value = call(leaf, y[..., :width], factor)
+            value.backward()
+            found.append((value.detach(), leaf.grad))
+        torch.testing.assert_close(found[0], found[1])
+    loss = whole()
+    x, y = map(torch.tensor, example(2, 4, (7, 8), dtype=np.float32))
+    traced = torch.jit.trace(lambda a, b: loss(a, b), (x, y))
+    torch.testing.assert_close(traced(x.flip(2), y), loss(x.flip(2), y))
+    dense = torch.nn.functional.one_hot(y, 4).movedim(-1, 1)
+    for target in (y, dense):
+        operator = torch.ops.fastloss.made_fields.default
+        torch.library.opcheck(operator, (x, target, None, [], None, 0, "", loss.structure))
+
+
 def test_what_is_saved_for_the_backward_pass_can_be_moved() -> None:
     torch = need("torch")
     x, y = example(2, 4, (7, 8))

@@ -36,6 +36,8 @@ class FieldTerm(ClassTerm):
     def __init__(self, *, spacing: Any = None, **options: Any) -> None:
         super().__init__(**options)
         self.spacing = check_spacing(spacing)
+        # Of the object, as of a class torch.compile cannot read a frozenset in a term made inside.
+        self.requires = frozenset([key for key in self.reads if key != VOXELS])
 
 
 class Boundary(FieldTerm):
@@ -61,7 +63,6 @@ class Boundary(FieldTerm):
 
     makes = "boundary"
     _mean = Sum("one", "p", field="boundary")
-    requires = frozenset({_mean})
 
     @property
     def reads(self) -> tuple[str | Sum, ...]:
@@ -117,12 +118,11 @@ class HausdorffDT(_DistanceTerm):
     looks = True
 
     def __init__(self, *, alpha: float = 2.0, log: bool = False, **options: Any) -> None:
-        super().__init__(**options)
         self.alpha = check_number("alpha", alpha)
         if self.alpha == 0:
             raise ValueError("alpha: expected a number above 0, got 0")
         self.log = bool(log)
-        self.requires = frozenset(self._sums)
+        super().__init__(**options)
 
     @property
     def derives(self) -> str:
@@ -191,7 +191,6 @@ class GeneralizedSurface(_DistanceTerm):
         Sum("rest", "p", field=_squared),
         Sum("one", "p_squared", field=_squared),
     )
-    requires = frozenset(_sums)
 
     def __init__(
         self, *, smooth_dr: float = 1e-5, include_background: bool = False, **options: Any
@@ -242,7 +241,6 @@ class BoundaryDoU(FieldTerm):
 
     makes = "boundary_voxels"
     _boundary = Sum("target", "one", field="boundary_voxels")
-    requires = frozenset({"squared", _boundary})
 
     def __init__(self, *, smooth: float = 1e-5, **options: Any) -> None:
         super().__init__(**options)
@@ -309,7 +307,6 @@ class SkeletonRecall(FieldTerm):
     makes = "skeleton"
     _recalled = Sum("one", "p", field="skeleton")
     _size = Sum("one", "one", field="skeleton")
-    requires = frozenset({_recalled, _size})
 
     def __init__(
         self,
@@ -327,7 +324,7 @@ class SkeletonRecall(FieldTerm):
 
     @property
     def making(self) -> tuple[Any, ...]:
-        return (*super().making, self.dilations)
+        return (self.makes, self.spacing, self.dilations)
 
     @property
     def reads(self) -> tuple[str | Sum, ...]:
@@ -349,9 +346,10 @@ class SkeletonRecall(FieldTerm):
         if target.masks is not None:
             if target.activation == "sigmoid":
                 return _each(target.masks, self.dilations)
-            of_any: np.ndarray = target.masks[:, 1:].any(axis=1, keepdims=True)
-            tubes = _each(of_any, self.dilations)
-            return np.logical_and(target.masks, tubes)
+            foreground = np.logical_or.reduce(target.masks[:, 1:], axis=1, keepdims=True)
+            tubes = np.repeat(_each(foreground, self.dilations), classes, axis=1)
+            tubes &= target.masks
+            return tubes
         assert target.labels is not None
         labels = target.labels
         foreground = (labels > 0) & (labels < classes)
