@@ -120,14 +120,15 @@ class BuildKernels(build_ext):
             for name, flags in sets.items()
         ]
         names = " ".join(f"X({name})" for name in sets)
-        tasks.append(
+        tasks += [
             (
-                str(SOURCES / "module.cpp"),
+                str(SOURCES / f"{once}.cpp"),
                 [*COMMON, *openmp, f"-DFASTLOSS_ISAS={names}"],
                 [*headers, pybind11.get_include(), *self.include_dirs],
-                "module",
+                once,
             )
-        )
+            for once in ("module", "distance")
+        ]
 
         def compile_one(task: tuple[str, list[str], list[str], str]) -> list[str]:
             source, flags, include, name = task

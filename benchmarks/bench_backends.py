@@ -1,4 +1,4 @@
-"""Which backend? Value alone, and value with gradient, of Dice + cross-entropy."""
+"""Dice + cross-entropy by backend: value alone, and value with gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastloss.backends import BACKENDS
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
 def test_backend(backend, gradient, prepare, timed):
-    # The reference needs seconds for what the others do in milliseconds.
+    # The reference takes seconds where the others take milliseconds.
     case = case_of(48 if backend == "reference" else 96, 4)
     rounds = 3 if backend == "reference" else 9
     timed(prepare(backend, case), case, gradient=gradient, rounds=rounds)

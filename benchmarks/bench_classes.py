@@ -1,4 +1,4 @@
-"""How does the time grow with the number of classes? About as many logits each time."""
+"""How does the time grow with the number of classes? The number of logits is about the same."""
 
 from __future__ import annotations
 

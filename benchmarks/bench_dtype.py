@@ -1,4 +1,4 @@
-"""What do the dtypes of the logits cost? The limit moves with their size."""
+"""How does the time depend on the dtype of the logits? The limit scales with its size."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How long does the import take, over NumPy's, which every user of the library has imported?
+"""How long does the import take, beyond NumPy's, which every user imports anyway?
 
-extra_info has the median milliseconds of ``import fastloss`` after ``import numpy``, each time in
-a new process; the benchmark's own time is that of the processes.
+extra_info has the median milliseconds of ``import fastloss`` after ``import numpy``, each in a new
+process; the benchmark's own time is that of the processes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What does the layout cost: contiguous or channels-last logits, label maps or dense targets?"""
+"""How does the time depend on the layout: contiguous or channels-last, label maps or dense?"""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def test_label_map(dtype, prepare, timed):
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 def test_dense(dtype, prepare, timed):
-    """Dense targets are read twice as well; the share of the limit leaves their bytes out."""
+    """Dense targets are also read twice; the share of the limit excludes their bytes."""
     case = dense(case_of(80, 4), dtype)
     timed(prepare(BACKEND, case), case, rounds=9)

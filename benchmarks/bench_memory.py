@@ -1,8 +1,8 @@
-"""How much memory does a call for value and gradient take at its peak, over its inputs?
+"""What is the peak memory of a call for value and gradient, without its inputs?
 
-Each implementation is measured in a process of its own; the time is that of the process and
-means nothing. The answer is in extra_info: ``peak_bytes``, and ``peak_per_logits_bytes``, its
-ratio to the bytes of the logits. 1 is the gradient itself.
+Each implementation is measured in a separate process, whose time means nothing. The result is in
+extra_info: ``peak_bytes``, and ``peak_per_logits_bytes``, its ratio to the bytes of the logits. 1
+is the gradient itself.
 """
 
 from __future__ import annotations

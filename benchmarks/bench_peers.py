@@ -1,4 +1,4 @@
-"""Against what others compute: Dice + cross-entropy, value and gradient."""
+"""The library against its peers: Dice + cross-entropy, value and gradient."""
 
 from __future__ import annotations
 

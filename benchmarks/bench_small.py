@@ -1,4 +1,4 @@
-"""What does a small call cost, where the overhead shows? Two classes."""
+"""What is the overhead of a small call? Two classes."""
 
 from __future__ import annotations
 

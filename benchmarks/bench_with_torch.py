@@ -1,4 +1,4 @@
-"""Does it cost anything to share a process with PyTorch, and its threads?
+"""Does sharing a process with PyTorch and its threads cost time?
 
 extra_info has ``seconds_alone``, ``seconds_after_torch`` and their ``ratio``, medians over pairs
 of new processes; the benchmark's own time is that of the processes.

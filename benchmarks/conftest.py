@@ -1,4 +1,4 @@
-"""What the benchmarks share: inputs, the machine's bandwidth, and how to run a call."""
+"""Fixtures of the benchmarks: inputs, the machine's bandwidth, and timed calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastloss.bench.implementations import backends_that_run, make_call
 from fastloss.bench.inputs import Case, phantom_case
 
 BACKEND = backends_that_run()[0]
-"""The fastest backend there is: the one that is measured where backends are not the question."""
+"""The fastest available backend, measured unless backends are compared."""
 
 
 @lru_cache(maxsize=4)
@@ -46,7 +46,7 @@ def limits(threads: int) -> dict[str, float]:
 
 @pytest.fixture
 def prepare(threads: int) -> Callable[..., Call]:
-    """A call by name; the test is skipped where it cannot be had."""
+    """A call by name; skips the test if it is not available."""
 
     def make(name: str, case: Case, loss: str = "dice_ce") -> Call:
         try:
@@ -59,10 +59,10 @@ def prepare(threads: int) -> Callable[..., Call]:
 
 @pytest.fixture
 def timed(benchmark: Any, limits: dict[str, float]) -> Callable[..., None]:
-    """Benchmark a call's value, or value and gradient, and note what the time means.
+    """Benchmark a call's value, or value and gradient, and record derived figures.
 
-    extra_info gets ``ns_per_logit`` and ``share_of_limit``: the least time for the bytes that
-    have to be moved, at this machine's bandwidth, over the median time.
+    extra_info gets ``ns_per_logit`` and ``share_of_limit``: the least time to move the necessary
+    bytes at this machine's bandwidth, over the median time.
     """
 
     def run(

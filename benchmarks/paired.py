@@ -1,14 +1,14 @@
-"""Two checkouts of the library on the same calls, in turn: is one slower?
+"""Times two checkouts of the library on the same calls, in turn: is one slower?
 
     git worktree add ../before COMMIT && (cd ../before && python setup.py build_ext --inplace)
     python benchmarks/paired.py ../before [CASE ...] [--restarts N] [--pairs N]
 
-Each checkout runs in a process of its own; the two time every call alternately, and both processes
-are started anew several times, as where arrays lie in memory decides some per cent. A row gives
-the median of the ratios of this checkout's time over the other's, and their quartiles.
+Each checkout runs in its own process. The two time every call alternately, and both processes are
+restarted several times, as the addresses of arrays change times by some per cent. A row gives the
+median ratio of this checkout's time to the other's, and its quartiles.
 
-A case is SIZE/DTYPE/LAYOUT/TARGET/LOSS/THREADS/HOW, as in the rows; parts may be patterns of the
-shell, and several cases are joined. Without any: all.
+A CASE is SIZE/DTYPE/LAYOUT/TARGET/LOSS/THREADS/HOW, as in the rows; parts may be shell patterns,
+and several cases may be given. Default: all.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SLICE = 0.06  # seconds of calls that make one sample
 
 
 def cases() -> list[str]:
-    """Small calls in every way of calling, large ones in every dtype, layout and kind of loss."""
+    """Small calls by every way of calling; large ones in every dtype, layout and kind of loss."""
     found = []
     for size in ("tiny", "small"):
         ways = ("value", "gradient", "autograd", "numpy-value", "numpy-gradient", "function")
@@ -107,7 +107,7 @@ class Worker:
         )
 
     def ask(self, name: str, count: int) -> float:
-        """Seconds of a call, of so many in a row."""
+        """Seconds per call, over this many consecutive calls."""
         assert self.process.stdin
         assert self.process.stdout
         print(name, count, file=self.process.stdin, flush=True)
@@ -133,7 +133,7 @@ def work(root: str) -> None:
     for line in sys.stdin:
         name, count = line.split()
         if name != made:
-            call = None  # its arrays go before others come
+            call = None  # frees its arrays before allocating others
             made, call = name, make(name)
             call()
         assert call is not None
@@ -161,7 +161,7 @@ def make(name: str) -> Callable[[], Any]:
     if kind == "none":
         x = x.softmax(1)
     x = x.to(types[dtype])
-    # Labels come in runs, as in a volume.
+    # Labels form runs, as in a volume.
     runs = rng.integers(0, classes, (batch, *spatial[:-1], 1), np.uint8)
     labels = np.repeat(runs, spatial[-1], -1)
     if target == "dense":

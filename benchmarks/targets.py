@@ -1,9 +1,9 @@
-"""The figures that the library is held to, all from one run, as a table.
+"""The figures that the library must reach, all from one run, as a table.
 
     python benchmarks/targets.py [--out FILE.csv] [--sizes LIST] [--peers LIST] [--repeats N]
 
-Dice + cross-entropy on the phantom torso, labels in uint8, the gradient into a buffer that is
-used again. Implementations take turns; every figure is a median.
+Dice + cross-entropy on the phantom torso, with uint8 labels and the gradient in a reused buffer.
+Implementations take turns; every figure is a median.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SMALL = "B1C2-16"
 
 @dataclass
 class Measured:
-    """One size, and its figures by the names that the table of results has for them."""
+    """One size, and its figures by their names in the table of results."""
 
     size: str
     fastest_peer: str | None
@@ -61,13 +61,13 @@ def unit(name: str) -> str:
 
 
 def title(size: str) -> str:
-    """A size as a reader would write it."""
+    """A size as text."""
     batch, classes, edge = SIZES[size]
     return f"B{batch} C{classes} {edge}³"
 
 
 def forgetting(call: Call) -> Callable[[], None]:
-    """Value and gradient, and nothing left of them."""
+    """Value and gradient, freed afterwards."""
 
     def run() -> None:
         call.forward_backward()
@@ -81,7 +81,7 @@ def say(message: str) -> None:
 
 
 class Run:
-    """What all the measurements of one run share."""
+    """The state that all measurements of a run share."""
 
     def __init__(self, peers: tuple[str, ...], repeats: int) -> None:
         self.peers, self.repeats = peers, repeats
@@ -94,7 +94,7 @@ class Run:
         self.missing: list[str] = []
 
     def prepare(self, name: str, make: Callable[[], Case]) -> tuple[Case, Call] | None:
-        """A call that has run once; None, and a note, where it cannot."""
+        """A call that has run once; None, with a note, if it cannot run."""
         say(f"  preparing {name}")
         try:
             case = make()
@@ -104,7 +104,7 @@ class Run:
             call.reset()
         except (Unavailable, BadArgument) as error:
             why = str(error)
-        except Exception as error:  # a peer may fail in any way, which must not end the run
+        except Exception as error:  # no failure of a peer may end the run
             why = reason(error)
         else:
             return case, call
@@ -185,7 +185,7 @@ class Run:
             "bfloat16_ratio": ratio("bfloat16"),
             "float16_ratio": ratio("float16"),
             "channels_last_ratio": ratio("channels_last"),
-            # Two passes read a dense float32 target as well: 16 bytes a logit in place of 8.
+            # Both passes also read a dense float32 target: 16 bytes per logit instead of 8.
             "dense_ratio_per_byte": ratio("dense", 8 / 16),
             "numba_ratio": ratio("numba"),
             "torch_speedup": between(peer, seconds.get("torch")),
@@ -208,13 +208,13 @@ class Run:
         timed["new_gradient"] = Timed(again.with_new_gradient, active=again.active, number=number)
         prepared = self.prepare("torch", lambda: case)
         if prepared is not None:
-            # A loop would add up gradients: the logits forget theirs, which takes no time.
+            # Otherwise a loop would accumulate gradients. Dropping them takes no time.
             timed["torch"] = Timed(forgetting(prepared[1]), number=number)
         return interleave(timed, max(self.repeats, 9))
 
 
 def small_figures(small: dict[str, float]) -> list[Figure]:
-    """The same of the small calls."""
+    """The same for the small calls."""
     found = [Figure(_SMALL, f"time {name}", one * 1e6, "µs") for name, one in small.items()]
     if "torch" in small:
         over = small["torch"] - small["new_gradient"]
@@ -325,7 +325,7 @@ def main() -> int:
         parser.error("argument --sizes: expected at least one size")
     if options.repeats < 1:
         parser.error(f"argument --repeats: expected at least 1, got {options.repeats}")
-    warnings.simplefilter("ignore")  # of the peers' own making
+    warnings.simplefilter("ignore")  # from the peers
     run = Run(options.peers, options.repeats)
     sizes = [run.measure(size) for size in options.sizes]
     small = run.small()

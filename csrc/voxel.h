@@ -1,5 +1,5 @@
-// Every function of a probability that kernels sum, with its derivative: once, for processors and
-// GPUs. `fastloss/sums.py` says what they are; the order is the same.
+// Every function of a probability that kernels sum, with its derivative: once, for CPUs and GPUs.
+// `fastloss/sums.py` defines them, in the same order.
 //
 // V is a number or a vector of numbers, N the number. M, the mathematics of V, has
 //   splat(n)         V of one number
@@ -15,23 +15,25 @@
 enum class Function : int { one, p, p_squared, log, log_rest, focal, focal_rest, generalized };
 constexpr int kFunctions = 8;
 
-// The variable that a derivative is taken by. By log p it is p times that by p, which stays finite
-// and exact where p is near 0.
+// The variable that a derivative is taken by. d/d(log p) = p d/dp stays finite and exact where p is
+// near 0.
 enum class By : int { p, log_p, log_q };
 
-// p, q = 1 − p, and −log p and −log q, of which a function reads what `reads_*` says.
+// p, q = 1 − p, and −log p and −log q; `reads_*` says which logarithms a function reads.
 template <class V>
 struct Probability {
   V p, q, loss, loss_rest;
 };
 
-// q^γ (−log p). Where −log p is infinite q is 1, so no 0 meets an infinity.
+// q^γ (−log p). Where −log p is infinite, q is 1: there is no 0 · ∞.
 template <class M, class V, class N>
 FL_DEVICE V focal_value(V q, V loss, N gamma) {
   return M::power(q, gamma) * loss;
 }
-// Its derivative by log p, but for the sign: q^γ − γ p log p · q^(γ−1). Where p or q is 0 the last
-// part has the limit 0.
+// Minus its derivative by log p. As dq = −p d(log p),
+//   d/d(log p) [−q^γ log p] = −q^γ + γ q^(γ−1) p log p = −(q^γ − γ p log p · q^(γ−1)).
+// The second part tends to 0 with p, as p log p does, and with q, as log p ≈ −q makes it −γ q^γ.
+// `focal_rest` swaps p and q.
 template <class M, class V, class N>
 FL_DEVICE V focal_slope(V p, V q, V loss, N gamma) {
   if (gamma == N(0)) return M::splat(N(1));
@@ -40,7 +42,7 @@ FL_DEVICE V focal_slope(V p, V q, V loss, N gamma) {
   return M::power(q, gamma) - gamma * (p_log_p * less);
 }
 
-// value(v, γ), the derivative slope(v, γ) by `by`, and what they read of v.
+// value(v, γ), and its derivative by `by`, slope(v, γ).
 template <Function F>
 struct FunctionOf;
 
@@ -135,7 +137,7 @@ struct FunctionOf<Function::focal_rest> {
   }
 };
 
-// (1 − p^γ) / γ, with p^γ = e^−γ(−log p).
+// (1 − p^γ) / γ = (1 − e^(−γ (−log p))) / γ; its derivative by log p is −p^γ.
 template <>
 struct FunctionOf<Function::generalized> {
   static constexpr By by = By::log_p;
@@ -149,7 +151,7 @@ struct FunctionOf<Function::generalized> {
   }
 };
 
-// Whether a function, or its derivative, reads −log p, and −log q.
+// Whether a function or its derivative reads −log p; −log q.
 FL_DEVICE constexpr bool reads_log(Function f) {
   return f == Function::log || f == Function::focal || f == Function::generalized;
 }
@@ -157,7 +159,7 @@ FL_DEVICE constexpr bool reads_log_rest(Function f) {
   return f == Function::log_rest || f == Function::focal_rest;
 }
 
-// Calls g(FunctionOf<F>{}) for a function that is known when the kernel runs.
+// Calls g(FunctionOf<F>{}) for a function chosen at run time.
 template <class G>
 FL_DEVICE void with_function(Function f, const G& g) {
   switch (f) {

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = ("fastloss", "monai")
 FIRST_STEPS = 5
-"""Before training has had the time to amplify what rounding does."""
+"""The steps before training amplifies rounding errors."""
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def _check_packages(parser: argparse.ArgumentParser, implementations: tuple[str,
 
 
 def _train_apart(*arguments: Any) -> History:
-    """In a fresh process: no implementation finds the other's memory or threads."""
+    """Train in a fresh process, without another implementation's memory or threads."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(_train, *arguments).result()
 
@@ -111,7 +111,7 @@ def _train(*arguments: Any) -> History:
     return train(*arguments)
 
 
-# ---------------------------------------------------------------------- what is handed over
+# ---------------------------------------------------------------------- results between processes
 
 
 def _write_curve(histories: list[History], path: Path) -> None:
@@ -150,7 +150,7 @@ def _summary(options: argparse.Namespace, histories: list[History]) -> dict[str,
 
 
 def _difference(first: History, second: History) -> dict[str, Any]:
-    """How far two curves are apart: the losses relatively, the held-out Dice absolutely."""
+    """The distance of two curves: relative for the losses, absolute for the held-out Dice."""
     apart = [abs(a - b) / abs(b) for a, b in zip(first.loss, second.loss, strict=True)]
     dice = [
         abs(first.held_out[step][tissue] - value)

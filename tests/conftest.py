@@ -1,4 +1,4 @@
-"""Fixtures, and how Hypothesis runs."""
+"""Fixtures, and the settings of Hypothesis."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from support import BACKENDS, NATIVE, need_backend
 
 import fastloss as fl
 
-# No deadline: the first call on a backend may compile. The `backend` fixture holds for all
-# examples of a test, which is what is wanted.
+# No deadline, as the first call on a backend may compile. The `backend` fixture may span all
+# examples of a test.
 _COMMON = {
     "deadline": None,
     "print_blob": True,
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
-# The same examples in every run; HYPOTHESIS_PROFILE=thorough looks for new ones.
+# The same examples in every run; HYPOTHESIS_PROFILE=thorough searches for new ones.
 settings.register_profile("default", max_examples=80, derandomize=True, **_COMMON)
 settings.register_profile("short", max_examples=25, derandomize=True, **_COMMON)
 settings.register_profile("thorough", max_examples=1500, **_COMMON)
@@ -27,27 +27,27 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "default")
 
 @pytest.fixture(autouse=True)
 def _reference() -> Iterator[None]:
-    """Tests of what all backends share run on the one that is always there."""
+    """Tests without a `backend` fixture run on the reference, which is always available."""
     with fl.use_backend("reference"):
         yield
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of each backend in turn, which the test then computes with."""
+    """Each backend in turn, selected for the test; its name."""
     with fl.use_backend(need_backend(request.param)):
         yield request.param
 
 
 @pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
 def fast_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The same without the reference: for sizes and properties that it does not promise."""
+    """The same without the reference, for sizes and properties that it does not guarantee."""
     with fl.use_backend(need_backend(request.param)):
         yield request.param
 
 
 @pytest.fixture(params=[name for name in NATIVE if name != "reference"])
 def native_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Backends for arrays in CPU memory, with threads of their own."""
+    """Backends for arrays in CPU memory with their own threads."""
     with fl.use_backend(need_backend(request.param)):
         yield request.param

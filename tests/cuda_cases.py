@@ -1,8 +1,8 @@
 """Small calls of the CUDA kernels, run on the CPU under the compiler's sanitizers.
 
 `test_cuda_sanitizers` calls `main` in a process that has the sanitizer. Every call is compared with
-the reference backend; arrays have no memory beyond their numbers, so that AddressSanitizer sees any
-access outside.
+the reference backend; arrays own no memory beyond their numbers, so that AddressSanitizer detects
+any access outside.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], int]] = {
 FACTORS: dict[str, tuple[Any, ...]] = {
     "logits": cuda_call.TYPES[:4],
     "classes": (1, 2, 3, 4, 5, 14, 16, 17, 33, 40, 105, 300),
-    # "cropped": axes that do not merge. "shifted": one number behind an aligned address.
+    # "cropped": axes that do not merge. "shifted": one number after an aligned address.
     "layout": ("contiguous", "channels last", "cropped", "reversed", "shifted", "in place"),
     "target": (
         "softmax uint8",
@@ -92,11 +92,11 @@ class Case:
     weight: str = ""
     ignore: int | None = None
     blocks: int = 1536
-    """Most blocks of a launch: with few of them, a block has several tiles."""
+    """The most blocks of a launch: with few of them, a block has several tiles."""
     batch: int = 2
     extras: str = ""
     map_kind: str = ""
-    """A map that is written as well; "voxel" in the reduce pass."""
+    """The kind of a map that is also written; "voxel" in the reduce pass."""
 
     @property
     def activation(self) -> str:
@@ -118,7 +118,7 @@ class Case:
 
 
 def possible(case: Case) -> bool:
-    """Whether there are such calls, which here are not too slow either."""
+    """Whether the case is valid, and not too slow."""
     if case.classes == 1 and case.activation == "softmax" and "dense" in case.target:
         return False  # taken for a label map
     if case.needs == "top_k" and (case.activation != "softmax" or case.dense):
@@ -131,7 +131,7 @@ def possible(case: Case) -> bool:
 
 
 def covering() -> list[Case]:
-    """Cases in which any two values of two factors that go together occur together."""
+    """Cases that cover every possible pair of values of two factors."""
     generator = random.Random(0)
     pool = [
         Case(**{name: generator.choice(values) for name, values in FACTORS.items()})
@@ -151,9 +151,9 @@ def _pairs(case: Case) -> frozenset[tuple[Any, ...]]:
     return frozenset(combinations(((name, repr(getattr(case, name))) for name in FACTORS), 2))
 
 
-# --- The sources, with faults to choose from ------------------------------------------------------
+# --- The sources, with injected faults ------------------------------------------------------------
 
-# Texts of the sources, and what they become so that a fault can be chosen: CHOSEN is whether it is.
+# Replacements in the sources that inject a fault: CHOSEN is the condition that it is selected.
 FAULTS: dict[str, tuple[tuple[str, str], ...]] = {
     "exchange has one half": (
         ("(group * 2 + turn)", "(group * 2 + (CHOSEN ? 0 : turn))"),
@@ -189,7 +189,7 @@ _BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
 
 
 def barriers() -> list[str]:
-    """The barriers of the sources: "function", or "function, 2." and so on."""
+    """The names of the sources' barriers: "function", "function, 2." and so on."""
     return list(dict.fromkeys(name for file in FILES for name in _named_barriers(source(file))))
 
 
@@ -204,7 +204,7 @@ def _named_barriers(text: str) -> list[str]:
 
 @cache
 def _numbers() -> dict[str, int]:
-    """Of the faults; 0 is none."""
+    """The numbers of the faults; 0 is none."""
     text = "".join(map(source, FILES))
     absent = [old for changes in FAULTS.values() for old, _ in changes if old not in text]
     assert not absent, f"the sources have changed: {absent}"
@@ -214,7 +214,7 @@ def _numbers() -> dict[str, int]:
 
 
 def breakable(text: str, logits: tuple[str, ...]) -> str:
-    """A source in which faults can be chosen, and which is compiled for these logits alone."""
+    """A source with selectable faults, reduced to these dtypes of logits."""
     numbers = _numbers()
     for name, changes in FAULTS.items():
         for old, new in changes:
@@ -237,7 +237,7 @@ class SanitizedDevice(EmulatedDevice):
         self.sanitize, self.logits = sanitize, tuple(logits)
         self.fault = 0
         self.finish = True
-        """Whether this kernel runs under the sanitizer, for which 1024 threads are many."""
+        """Whether this kernel, with 1024 threads, also runs under the sanitizer."""
 
     def empty(self, nbytes: int) -> Allocated:
         array = exactly((nbytes,), np.uint8)
@@ -270,7 +270,7 @@ def _library(text: str, names: tuple[str, ...], struct: str, sanitize: str) -> L
         dict.fromkeys(names, struct),
         sanitize=sanitize,
         threads=sanitize == "thread",
-        optimise="-O0",  # compiles in a fraction of the time, and keeps every access
+        optimise="-O0",  # compiles in a fraction of the time, and removes no access
     )
 
 
@@ -278,7 +278,7 @@ def _library(text: str, names: tuple[str, ...], struct: str, sanitize: str) -> L
 
 
 def exactly(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array that fills its memory, at a multiple of 16, with bits that are NaN and no label."""
+    """An array without spare memory, at a multiple of 16, of bits that are NaN and no label."""
     array = np.empty(shape, dtype)
     assert array.ctypes.data % 16 == 0
     array.view(np.uint8)[...] = 0xFF
@@ -286,7 +286,7 @@ def exactly(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def placed(numbers: np.ndarray, layout: str, channels: bool) -> np.ndarray:
-    """The same numbers in memory that is laid out so."""
+    """The same numbers in this memory layout."""
     shape, dtype = numbers.shape, numbers.dtype
     axes = 2 if channels else 1  # before the spatial ones
     if layout == "channels last" and channels:
@@ -299,7 +299,7 @@ def placed(numbers: np.ndarray, layout: str, channels: bool) -> np.ndarray:
         view = view[:, ::-1] if channels else view
     elif layout == "shifted":
         view = exactly((numbers.size + 1,), dtype)[1:].reshape(shape)
-    elif layout == "packed":  # fields of records, none of which is aligned
+    elif layout == "packed":  # misaligned fields of records
         each = 1 + dtype.itemsize
         steps = tuple(each * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
         view = np.ndarray(shape, dtype, exactly((numbers.size * each,), np.uint8), 1, steps)
@@ -310,7 +310,7 @@ def placed(numbers: np.ndarray, layout: str, channels: bool) -> np.ndarray:
 
 
 def gaps(view: np.ndarray) -> np.ndarray:
-    """The memory that a view lies in, with zeros in its own place."""
+    """The memory around a view, with zeros in the view itself."""
     base = view
     while base.base is not None:
         base = base.base
@@ -321,7 +321,7 @@ def gaps(view: np.ndarray) -> np.ndarray:
 
 
 def stored(numbers: np.ndarray, dtype: str) -> np.ndarray:
-    """Numbers as a dtype; bfloat16 are cut off, and stored as uint16."""
+    """Numbers as a dtype; bfloat16 is truncated and stored as uint16."""
     if dtype != "bfloat16":
         return numbers.astype(dtype)
     return (numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
@@ -391,11 +391,11 @@ def arrays_of(case: Case, rng: np.random.Generator) -> Arrays:
     )
 
 
-# --- What a case must compute ---------------------------------------------------------------------
+# --- Expected results -----------------------------------------------------------------------------
 
 
 def run(case: Case, device: EmulatedDevice) -> list[np.ndarray]:
-    """Both passes and a map, compared with the reference backend; and what the device computed."""
+    """Compare both passes and a map with the reference backend; return the device's results."""
     rng = np.random.default_rng(len(str(case)))
     arrays = arrays_of(case, rng)
     needs = frozenset(NEEDS[case.needs] + OF_FIELDS[: len(arrays.fields)])
@@ -484,7 +484,7 @@ def _with_shares(
     rng: np.random.Generator,
     made: list[np.ndarray],
 ) -> Arrays:
-    """The reduce pass of a top-k term, and the arrays with the field that comes of it."""
+    """The reduce pass of a top-k term, and the arrays with the resulting field."""
     losses = exactly((case.batch, int(np.prod(case.spatial))), arrays.value_dtype)
     k = np.zeros((len(request.sums), case.classes))
     k[request.index[CROSS_ENTROPY]] = rng.uniform(0.5, 2, case.classes)
@@ -513,7 +513,7 @@ def _others(request: Request) -> Request:
 
 
 def _without_ranking(case: Case, request: Request, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
-    """The sums as the reduce pass leaves them for the ranking term."""
+    """The sums after the reduce pass, before the ranking term fills in its own."""
     others, rows = _others(request), case.batch * arrays.rows
     found, voxels = np.zeros((len(others.sums), rows, case.classes)), np.zeros(rows)
     REFERENCE.reduce(others, replace(arrays, fields=arrays.fields[:-1]), found, voxels)
@@ -523,7 +523,7 @@ def _without_ranking(case: Case, request: Request, arrays: Arrays) -> tuple[np.n
 
 
 def main(jobs: list[dict[str, Any]], sanitize: str) -> None:
-    """Run every job in a process of its own, and print their exit codes and what they said."""
+    """Run every job in a separate process, and print the exit codes and outputs."""
     logits = {job["case"]["logits"] for job in jobs}
     device = SanitizedDevice(sanitize, logits)
     found = []
@@ -537,13 +537,13 @@ def main(jobs: list[dict[str, Any]], sanitize: str) -> None:
 
 
 def _in_process(case: Case, device: SanitizedDevice) -> tuple[int, str]:
-    """Of a process forked for one case: its exit code, and what it said."""
+    """The exit code and output of a process forked for one case."""
     with tempfile.TemporaryFile() as said:
         child = os.fork()
         if child == 0:
             os.dup2(said.fileno(), 2)
             try:
-                cuda_call._BLOCKS = case.blocks  # before any plan is made
+                cuda_call._BLOCKS = case.blocks  # before any plan is cached
                 run(case, device)
             except BaseException as error:
                 os.write(2, f"{type(error).__name__}: {error}".encode())

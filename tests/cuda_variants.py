@@ -1,8 +1,7 @@
-"""Kinds of calls of the CUDA passes, and the kernels that they are compiled to.
+"""Kinds of calls of the CUDA passes, and the kernels that they compile.
 
-The arrays have the shapes and strides of a real call and are never read: a device that only
-remembers takes the place of a GPU, so the kernels are those that `fastloss.backends.cuda.engine`
-asks for.
+The arrays have the shapes and strides of a real call and are never read: a recording device
+replaces the GPU, so the kernels are those that `fastloss.backends.cuda.engine` requests.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ LOSSES: dict[str, Any] = {
 FACTORS: dict[str, tuple[Any, ...]] = {
     "kernel": ("reduce", "apply"),
     "logits": ("float32", "float16", "bfloat16", "float64"),
-    # "odd": as many voxels as no vector divides. "strided": axes that do not merge; "large": and
-    # more voxels than 32 bits count. "last": channels last.
+    # "odd": a number of voxels that no vector length divides. "strided": axes that do not merge.
+    # "large": these, and more voxels than 32 bits count. "last": channels last.
     "layout": ("contiguous", "last", "strided", "odd", "last odd", "large"),
     "classes": (1, 2, 3, 4, 8, 14, 16, 20, 33, 64, 105, 200, 300),
     "activation": ACTIVATIONS,
@@ -81,23 +80,23 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one call compiles and launches."""
+    """The kernels that a call compiles and launches."""
 
     kind: Kind | GeneralKind
     constants: tuple[tuple[str, object], ...]
     text: str
     names: tuple[str, ...]
     threads: int
-    """Of a block of the first kernel."""
+    """Threads per block of the first kernel."""
     shared: int
-    """Bytes of shared memory that a launch of the first kernel asks for."""
+    """Bytes of dynamic shared memory of the first kernel."""
 
     def constant(self, name: str) -> Any:
         return dict(self.constants)[name]
 
 
 def possible(kind: Kind) -> bool:
-    """Whether there are such calls."""
+    """Whether such calls exist."""
     if kind.kernel == "reduce" and kind.upstream != NO_TYPE:
         return False
     dense = kind.target.startswith("dense")
@@ -105,7 +104,7 @@ def possible(kind: Kind) -> bool:
 
 
 def curated() -> list[Kind]:
-    """What most calls are; and so many classes that sums and coefficients fill shared memory."""
+    """The most common calls; and classes that fill shared memory with sums or coefficients."""
     most = [
         Kind(kernel, logits, layout, classes, "softmax", "uint8", "dice+ce")
         for classes in (2, 4, 14, 105)
@@ -121,7 +120,7 @@ def curated() -> list[Kind]:
         for kernel in ("reduce", "apply")
         for activation, target in (("softmax", "uint8"), ("sigmoid", "dense uint8"))
     ]
-    # Numbers of two registers each.
+    # Numbers that take two registers each.
     wide = [
         Kind("reduce", "float64", "contiguous", 200, "softmax", "uint8", "dice+ce"),
         Kind("reduce", "float64", "last", 150, "softmax", "uint8", "tversky", "uint8", 0),
@@ -130,7 +129,7 @@ def curated() -> list[Kind]:
         Kind("apply", "float64", "odd", 200, "softmax", "dense float32", "focal1.5", "float32"),
         Kind("apply", "float64", "large", 16, "softmax", "int64", "squared+smooth", "", 255),
     ]
-    # Much of a voxel beside its logits.
+    # Much data per voxel beside its logits.
     beside = [
         Kind(
             "reduce",
@@ -149,14 +148,14 @@ def curated() -> list[Kind]:
 
 
 def at_random(count: int, seed: int) -> list[Kind]:
-    """So many kinds, each factor with any of its values."""
+    """This many random kinds."""
     generator = random.Random(seed)
     return [_random_kind(generator, _ANY) for _ in range(count)]
 
 
 @cache
 def kinds() -> tuple[Kind, ...]:
-    """What most calls are, and then any two values of two factors in at least one kind."""
+    """The most common calls, then kinds that cover every pair of values of two factors."""
     chosen = curated()
     left = set(_pairs_of_all()) - {pair for kind in chosen for pair in pairs(kind)}
     generator = random.Random(0)
@@ -170,7 +169,7 @@ def kinds() -> tuple[Kind, ...]:
 
 
 def covering(start: int) -> list[Kind]:
-    """Some of `kinds`, found from the ``start``-th on, in which every value of a factor occurs."""
+    """Some of `kinds`, from the ``start``-th on, that cover every value of every factor."""
     order = kinds()[start:] + kinds()[:start]
     left = {value for kind in order for value in zip(FACTORS, kind, strict=True)}
     chosen = []
@@ -190,7 +189,7 @@ def pairs(kind: Kind) -> Iterator[Pair]:
 
 
 def _pairs_of_all() -> Iterator[Pair]:
-    """The pairs that occur in some possible kind."""
+    """The pairs that occur in some possible kind of call."""
     simple = {"kernel": "apply", "activation": "softmax", "target": "uint8", "terms": "ce"}
     for (a, of_a), (b, of_b) in combinations(FACTORS.items(), 2):
         for x in of_a:
@@ -216,7 +215,7 @@ class _Address(NamedTuple):
 
 
 class _Recorder:
-    """A device that remembers what it would compile and launch."""
+    """A device that records its compilations and launches."""
 
     shared_bytes = 48 << 10
     multiprocessors = 132
@@ -302,10 +301,10 @@ class GeneralKind(NamedTuple):
     target: str
     needs: tuple[Any, ...]
     fields: tuple[str, ...] = ()
-    """Their kinds, in the order of the names of the fields."""
+    """The kinds of the fields, in the order of their names."""
     regions: bool = False
     map_kind: str = ""
-    """Of the map, or of the one that the reduce pass writes."""
+    """The kind of the map, or of the one that the reduce pass writes."""
 
     def __str__(self) -> str:
         words = [self.kernel, self.logits, f"C{self.classes}", self.layout, self.activation]
@@ -314,7 +313,7 @@ class GeneralKind(NamedTuple):
 
 
 def general_kinds() -> list[GeneralKind]:
-    """Usual tables that no fast path takes."""
+    """Common tables that no fast path takes."""
     boundary = Sum("one", "p", field="phi")
     weighted = Sum("target", "log", field="weight")
     unusual = (Sum("one", "log_rest"), Sum("target", "focal", 1.5), Sum("rest", "focal_rest", 0.5))
@@ -405,24 +404,24 @@ def _spatial(layout: str) -> tuple[int, int, int]:
 
 
 def _array(shape: tuple[int, ...], dtype: str, layout: str) -> np.ndarray:
-    """An array (B, C, *spatial) or (B, *spatial) that must not be read: there is no memory."""
+    """An array (B, C, *spatial) or (B, *spatial) without memory, which must not be read."""
     kind = np.dtype(dtype if dtype != "bfloat16" else np.uint16)
     order = list(range(len(shape)))
     if layout.startswith("last") and len(shape) == 5:
         order = [0, 2, 3, 4, 1]
-    apart = 2 if layout in ("strided", "large") else 1  # no spatial axis continues another
+    apart = 2 if layout in ("strided", "large") else 1  # no two spatial axes merge
     strides = [0] * len(shape)
     step = kind.itemsize
     for axis in reversed(order):
         strides[axis] = apart * step
         step = strides[axis] * shape[axis]
     buffer = np.empty(512, np.uint8)
-    start = -buffer.ctypes.data % 256  # allocators of GPUs give such addresses
+    start = -buffer.ctypes.data % 256  # aligned as by GPU allocators
     return as_strided(buffer[start : start + kind.itemsize].view(kind), shape, strides)
 
 
 def other_kernels() -> dict[str, tuple[str, tuple[str, ...]]]:
-    """By name, the text and the kernels of what is compiled beside the passes."""
+    """By name, the text and the kernels of the other sources."""
     found = {
         "copy": (source("copy.cu"), COPY_KERNELS),
         "top k": (source("top_k.cu"), TOP_K_KERNELS),

@@ -1,7 +1,7 @@
 """The CUDA kernels behind NumPy arrays, so that every test of a backend can run them.
 
-`EmulatedDevice` runs them on the CPU, through `cuda_emulation`: a check of their logic, from which
-no timing means anything. `CudaTestDevice` runs them on a GPU, over copies of the arrays.
+`EmulatedDevice` runs them on the CPU, through `cuda_emulation`, to check their logic; its times
+mean nothing. `CudaTestDevice` runs them on a GPU, over copies of the arrays.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from fastloss.maps import Map
 from fastloss.request import Request
 
 STRUCTS = {"passes.cu": "Call", "general.cu": "GeneralCall"}
-"""What the kernels of a source are given."""
+"""The argument of the kernels of a source."""
 STRUCTS_OF_OTHERS = {
     KERNELS: "TopKCall",
     OPERAND_KERNELS: "OperandCall",
     COPY_KERNELS: "CopyCall",
 }
-"""Likewise, of kernels beside the passes."""
+"""The same for the kernels of other sources."""
 
 
 class Allocated(NamedTuple):
@@ -45,7 +45,7 @@ class EmulatedDevice:
     """Kernels that run on the CPU, over NumPy's memory.
 
     Args:
-        special: compile every pass for its kind of call, as a GPU does; else one build serves all.
+        special: compile every pass for its kind of call, as for a GPU; else one build serves all.
         order: the order in which the blocks of a launch run: "forward", "reverse" or "random".
     """
 
@@ -72,7 +72,7 @@ class EmulatedDevice:
     def what_to_compile(
         self, constants: tuple[tuple[str, object], ...], kernel: str
     ) -> tuple[str, tuple[str, ...], str]:
-        """A text, the kernels in it, and the struct that they are given."""
+        """A text, its kernels, and the struct that they take."""
         file = source_of(constants)
         if self.special:
             return specialised(constants, kernel), PASSES[kernel], STRUCTS[file]
@@ -140,7 +140,7 @@ class EmulatedBackend(Backend):
 class CudaTestBackend(Backend):
     """A backend that runs the kernels on a GPU, over copies of the arrays in the same strides.
 
-    They are compiled for every kind of call as users get them, which takes most of the time.
+    As for users, they are compiled for every kind of call, which takes most of the time.
     """
 
     def __init__(self, name: str) -> None:
@@ -217,13 +217,13 @@ class CudaTestBackend(Backend):
 
 
 class _Copy:
-    """A copy of an array's memory on the device, gaps between its numbers included."""
+    """A copy of an array's memory on the device, including gaps between its numbers."""
 
     def __init__(self, place: Any, array: np.ndarray) -> None:
         import cupy
 
         low, high = byte_bounds(array)
-        before = low % 16  # aligned there as it is here
+        before = low % 16  # the same alignment as here
         raw = np.full(high - low + before + 16, 0xFF, np.uint8)
         if array.size:
             raw[before : before + high - low] = _bytes(low, high - low)
@@ -234,7 +234,7 @@ class _Copy:
         self._before, self._length = before, high - low
 
     def fetch(self, array: np.ndarray) -> None:
-        """Write what the device's copy holds by now to the array."""
+        """Copy the device's numbers back to the array."""
         if array.size:
             raw = self.memory.get()[self._before : self._before + self._length]
             low, _ = byte_bounds(array)

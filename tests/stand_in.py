@@ -1,7 +1,7 @@
-"""A stand-in for a GPU: arrays that say they are on a device, and lie in CPU memory.
+"""A stand-in for a GPU: arrays that claim to be on a device, and are in CPU memory.
 
-What the library does for a device then runs whole, with the kernels run on the CPU: where arrays
-lie, what is launched in which order, what is handed from one launch to the next.
+The library's whole device path then runs with the kernels on the CPU: placement of arrays, order of
+launches, and data passed between launches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastloss.frameworks.base import Adapter
 
 
 class OnDevice:
-    """An array on device number ``ordinal`` of a framework that is nothing but that."""
+    """An array of a minimal framework, on device number ``ordinal``."""
 
     def __init__(self, values: Any, ordinal: int = 0) -> None:
         self.values, self.ordinal = np.asarray(values), ordinal
@@ -86,7 +86,7 @@ class StandInAdapter(Adapter):
 
 
 class RecordingDevice(EmulatedDevice):
-    """Notes what is launched, and on which stream."""
+    """Records launches and their streams."""
 
     launched: list[str]
 
@@ -105,7 +105,7 @@ class RecordingDevice(EmulatedDevice):
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Make arrays `OnDevice` known to the library; the list of what is launched."""
+    """Register `OnDevice` arrays with the library; return the list of launches."""
     launched: list[str] = []
     monkeypatch.setattr(RecordingDevice, "launched", launched, raising=False)
     monkeypatch.setattr(cuda, "CudaDevice", RecordingDevice)
@@ -116,7 +116,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def install_for_torch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Take PyTorch's tensors in CPU memory for tensors on a device."""
+    """Treat PyTorch's tensors in CPU memory as tensors on a device."""
     from fastloss.frameworks.torch import adapter, tensors
 
     class TensorPlace(tensors.TorchPlace):
@@ -135,6 +135,6 @@ def install_for_torch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(tensors.TensorAdapter, "borrow", borrow_on_device)
     for module in (adapter, tensors):
         monkeypatch.setattr(module, "is_on_gpu", lambda tensor: True)
-    # What autograd hands on stays on a device.
+    # Tensors that autograd passes on stay on the device.
     monkeypatch.setattr(tensors.TensorAdapter, "upstream", lambda self, gradient: gradient)
     return install(monkeypatch)

@@ -1,4 +1,4 @@
-"""What several test modules share: arrays to try, and two ways of knowing the right answer."""
+"""Helpers of several test modules: arrays, skips, and two sources of the right answer."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if os.environ.get("FASTLOSS_TEST_DEVICE") == "cuda":
     BACKENDS += ("cuda",)  # the kernels on a GPU, over copies of the arrays
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = frozenset(filter(None, os.environ.get("FASTLOSS_REQUIRE", "").split(",")))
-"""What continuous integration has installed: its absence is then a failure, not a skip."""
+"""The packages installed in continuous integration: their absence is a failure, not a skip."""
 
 
 def need(module: str) -> Any:
-    """The optional module, or a skip that names it; a failure where FASTLOSS_REQUIRE lists it."""
+    """The optional module; skip with its name if missing, or fail if FASTLOSS_REQUIRE lists it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -37,14 +37,14 @@ def need(module: str) -> Any:
 
 
 def need_gloo() -> None:
-    """A skip where PyTorch cannot join processes; a failure where PyTorch is required."""
+    """Skip where PyTorch has no gloo backend; fail where PyTorch is required."""
     distributed = need("torch.distributed")
     if not (distributed.is_available() and distributed.is_gloo_available()):
         _absent("torch.distributed", ImportError("built without gloo"))
 
 
 def need_lazy_free() -> None:
-    """A skip (failure if required) where memory cannot be marked as free, or it is not told of."""
+    """Skip (fail if required) where the system has no MADV_FREE, or does not report its pages."""
     try:
         before = lazily_freed()
         trial = mmap.mmap(-1, 1 << 24, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -59,13 +59,13 @@ def need_lazy_free() -> None:
 
 
 def lazily_freed() -> int:
-    """Bytes of this process that are marked as free, and that the system has not taken yet."""
+    """Bytes of this process that are marked as free and not yet reclaimed."""
     lines = Path("/proc/self/smaps").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("LazyFree")) * 1024
 
 
 def need_backend(name: str) -> str:
-    """The name of a backend that runs here, or a skip (failure if required) that names it."""
+    """The name of a backend that runs here; skip (fail if required) with its name otherwise."""
     if name in (EMULATED, "cuda"):
         _add_device(name)
     try:
@@ -93,7 +93,7 @@ def python(
     code: str, *, timeout: float = 120, **environment: str | None
 ) -> subprocess.CompletedProcess[str]:
     """Run a script in a fresh interpreter, with these environment variables set (None: unset)."""
-    if environment.get("FASTLOSS_BACKEND") == EMULATED:  # which tests alone know
+    if environment.get("FASTLOSS_BACKEND") == EMULATED:  # which only tests know
         environment["FASTLOSS_BACKEND"] = None
         start = f"import support, fastloss.backends as b; support.need_backend({EMULATED!r})\n"
         code = start + f"_chosen = b.use_backend({EMULATED!r}); _chosen.__enter__()\n" + code
@@ -103,7 +103,7 @@ def python(
             variables.pop(name, None)
         else:
             variables[name] = value
-    # Whatever the suite runs under must not decide what the script sees.
+    # The script must not depend on the environment of the test suite.
     path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     return subprocess.run(
@@ -117,7 +117,7 @@ def python(
 
 
 def run_python(code: str, *, timeout: float = 120, **environment: str | None) -> str:
-    """As `python`, for a script that must succeed: what it printed."""
+    """As `python`, for a script that must succeed; its output."""
     result = python(code, timeout=timeout, **environment)
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout}{result.stderr}"
     return result.stdout
@@ -146,14 +146,14 @@ def example(
 
 
 def packed(array: np.ndarray) -> np.ndarray:
-    """The same numbers as a field of packed records: none lies where its size would have it."""
+    """The same numbers as a misaligned field of packed records."""
     records = np.zeros(array.shape, [("skipped", "u1"), ("numbers", array.dtype)])
     records["numbers"] = array
     return records["numbers"]
 
 
 def one_hot(labels: np.ndarray, classes: int, dtype: Any = np.float64) -> np.ndarray:
-    """(B, *spatial) to (B, C, *spatial); labels that are no class leave all channels 0."""
+    """(B, *spatial) to (B, C, *spatial); labels that are no class are 0 in all channels."""
     return np.stack([labels == c for c in range(classes)], axis=1).astype(dtype)
 
 
@@ -186,7 +186,7 @@ def reference(loss: Any, x: Any, y: Any, w: Any = None, **options: Any) -> tuple
 
 
 def tolerances(dtype: Any) -> tuple[float, float, float]:
-    """Relative for values, relative in norm for gradients, and the least step of the dtype."""
+    """Tolerances: relative for values, in norm for gradients, and the dtype's least step."""
     return {
         "float64": (1e-12, 1e-12, 0.0),
         "float32": (1e-6, 1e-6, 0.0),
@@ -204,8 +204,8 @@ def assert_agree(
 ) -> None:
     """Value and gradient agree with a float64 evaluation, to what the dtype promises.
 
-    ``scale`` is the size in norm that the gradient would have if nothing cancelled, and
-    ``value_scale`` that of the value: where it does, what is left is rounding.
+    ``scale`` is the norm of the gradient, and ``value_scale`` the size of the value, without
+    cancellation: after cancellation only rounding errors remain.
     """
     expected_value, expected_gradient = expected
     gradient = np.asarray(gradient)

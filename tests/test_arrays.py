@@ -1,4 +1,4 @@
-"""Arrays of other frameworks: the same numbers, read in place."""
+"""Arrays of other frameworks give the same numbers, read in place."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOSS = fl.Dice() + fl.CrossEntropy()
 
 
 class Exporter:
-    """An array of some framework that offers DLPack and nothing else."""
+    """An array of a framework that supports only DLPack."""
 
     def __init__(self, array: Any, versioned: bool = True) -> None:
         self.array, self.versioned = array, versioned
@@ -44,7 +44,7 @@ class Exporter:
 
 
 def as_numpy(array: Any) -> np.ndarray:
-    """Also of a bfloat16 tensor, in float64."""
+    """As a NumPy array; a bfloat16 tensor in float64."""
     if type(array).__module__.startswith("torch"):
         return array.double().numpy()
     return np.asarray(array).astype(np.float64)
@@ -239,11 +239,11 @@ def test_temporaries_live_long_enough(backend: str) -> None:
     expected = LOSS(x, y)
     for _ in range(20):
         assert LOSS(Exporter(torch.tensor(x)), Exporter(torch.tensor(y))) == expected
-        torch.full((2, 3, 3000), np.nan)  # would take the memory if it had been freed
+        torch.full((2, 3, 3000), np.nan)  # would reuse the memory if it had been freed
 
 
 def test_memory_that_lives_with_its_export_alone(backend: str) -> None:
-    """An exporter may make the array when it is asked for it, and keep no reference."""
+    """An exporter may create the array on request and keep no reference to it."""
     torch = need("torch")
 
     class Lazy(Exporter):
@@ -272,7 +272,7 @@ def test_changes_to_the_memory_are_seen(backend: str) -> None:
 def test_large_gradients_lie_as_their_logits(
     native_backend: str, kind: str, order: tuple[int, ...]
 ) -> None:
-    """New arrays of 8 MiB and more are made in another way than small ones."""
+    """Gradients of 8 MiB and more, which have a separate allocator, have their logits' layout."""
     shape = (2, 4, 1024, 1024 * (2 if kind == "bfloat16" else 1) + 1)
     x = np.ones([shape[axis] for axis in order], np.float32).transpose(np.argsort(order))
     x[:, 1] = 2.0
@@ -297,9 +297,9 @@ def test_large_gradients_lie_as_their_logits(
 @pytest.mark.parametrize("kind", ["numpy", "torch", "jax", "bfloat16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "cropped"])
 def test_arrays_are_read_in_place(fast_backend: str, kind: str, layout: str) -> None:
-    """No copy of a large array on the way: NumPy's allocations are traced.
+    """No large array is copied: NumPy's allocations are traced.
 
-    What a thread needs beside them is the same for any size.
+    The scratch memory of a thread is the same for any size.
     """
     x, y = example(1, 4, (64, 64, 128), dtype=np.float32)
     labels: Any = y.astype(np.uint8)
@@ -318,7 +318,7 @@ def test_arrays_are_read_in_place(fast_backend: str, kind: str, layout: str) -> 
     elif kind == "bfloat16":
         logits = x.astype(need("ml_dtypes").bfloat16)
         out = np.empty_like(logits)
-    LOSS.value_and_grad(logits, labels, out=out)  # compiles and fills the caches
+    LOSS.value_and_grad(logits, labels, out=out)  # compile, and fill the caches
     before = fl.get_num_threads()
     fl.set_num_threads(1)
     tracemalloc.start()
@@ -332,7 +332,7 @@ def test_arrays_are_read_in_place(fast_backend: str, kind: str, layout: str) -> 
 
 
 LARGE = 1_200_007
-"""Voxels of two classes whose gradient in float32 is large: see `fastloss.frameworks.memory`."""
+"""Voxels of two classes with a large float32 gradient: see `fastloss.frameworks.memory`."""
 
 
 def large_case(kind: str = "numpy") -> tuple[Any, Any]:
@@ -345,7 +345,7 @@ def large_case(kind: str = "numpy") -> tuple[Any, Any]:
 
 
 def bounds(array: Any) -> tuple[int, int]:
-    """Where a contiguous array lies."""
+    """The first and last address of a contiguous array."""
     view = np.asarray(array)
     start = view.__array_interface__["data"][0]
     return start, start + view.nbytes
@@ -353,7 +353,7 @@ def bounds(array: Any) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 def test_large_gradients_share_no_memory(native_backend: str, kind: str) -> None:
-    """Made by several threads at once, and while a part of one that is gone is still there."""
+    """Even if several threads allocate at once, or a view of a freed gradient is still alive."""
     x, y = large_case(kind)
 
     def compute(_: int) -> Any:
@@ -381,7 +381,7 @@ def test_memory_of_large_gradients_serves_again(native_backend: str, kind: str) 
     place = bounds(gradient)
     part = gradient[0, 1, 5:]
     del gradient
-    assert bounds(LOSS.gradient(x, y)) != place  # as a part of it is there still
+    assert bounds(LOSS.gradient(x, y)) != place  # as a view of it is alive
     del part
     assert bounds(LOSS.gradient(x, y)) == place
 
@@ -403,7 +403,7 @@ def test_kept_memory_is_free_for_the_system() -> None:
 
 
 def test_kept_memory_makes_room_for_other_gradients() -> None:
-    """Where a process may have only so much."""
+    """Cached memory is freed for new gradients under a memory limit."""
     need_lazy_free()
     run_python(
         "import resource, numpy as np, fastloss as fl\n"
@@ -429,7 +429,7 @@ def test_large_gradients_under_another_default_device() -> None:
 
 
 def test_memory_of_the_process(native_backend: str) -> None:
-    """Beyond the logits, the labels and the gradient, next to nothing."""
+    """A call needs next to nothing beyond the logits, the labels and the gradient."""
     out = run_python(
         "import resource, sys\n"
         "import numpy as np, fastloss as fl\n"
@@ -451,7 +451,7 @@ def test_memory_of_the_process(native_backend: str) -> None:
 def test_a_large_gradient_fits_any_place_in_memory(
     fast_backend: str, name: str, classes: int, order: str
 ) -> None:
-    """Large gradients are written past the caches, which takes places that are aligned."""
+    """Large gradients need no alignment, though non-temporal stores do."""
     for shift in (0, 1, 4, 15):
         x, y = example(1, classes, (400_001,), dtype=name)
         if order == "last":
@@ -471,7 +471,7 @@ def test_a_large_gradient_fits_any_place_in_memory(
 
 @pytest.mark.parametrize("name", ["uint8", "int8", "uint16", "int16", "int32", "int64", "uint64"])
 def test_any_integer_is_ignored(backend: str, name: str) -> None:
-    """An ignored label that the labels' dtype cannot hold just does not occur."""
+    """An ignored label that the labels' dtype cannot hold does not occur."""
     for ignore_index in (255, -1, 1 << 40):
         x, y = example(1, 3, (700,), dtype=np.float32)
         labels = y.astype(name)
@@ -488,7 +488,7 @@ def test_any_integer_is_ignored(backend: str, name: str) -> None:
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
 @pytest.mark.parametrize("classes", [2, 3, 20])
 def test_one_weight_for_all_samples(backend: str, activation: str, classes: int) -> None:
-    """A voxel weight of one sample is that of every sample."""
+    """A voxel weight with a batch of one is broadcast over the samples."""
     for dtype in ("float32", "float64", "bool"):
         x, y = example(3, classes, (17, 24), dtype=np.float32, activation=activation)
         w = np.random.default_rng(0).uniform(size=(1, 17, 24)).round().astype(dtype)

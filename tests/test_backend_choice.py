@@ -1,4 +1,4 @@
-"""Which backend computes, and what is said when it is not the best."""
+"""The choice of the backend, and the warning if it is not the fastest."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def relayout(array: np.ndarray, layout: str) -> np.ndarray:
     if layout == "packed":
         return packed(array)
     assert layout == "wide", layout
-    # Every voxel of a row far from the next, as in one channel of an interleaved volume.
+    # The voxels of a row are far apart, as in one channel of an interleaved volume.
     return np.repeat(array[..., None], 5, axis=-1)[..., 2]
 
 
@@ -83,7 +83,7 @@ class Case:
     upstream: float
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """What Hypothesis shows of an example that fails: not every number."""
+        """Hypothesis's summary of a failing example, without all its numbers."""
         arrays = {"logits": self.logits, "target": self.target, "weight": self.weight}
         shown = [f"{k}={a.dtype}{a.shape}" for k, a in arrays.items() if a is not None]
         printer.text(f"Case({self.loss!r}, {', '.join(shown)}, upstream={self.upstream})")
@@ -92,7 +92,7 @@ class Case:
 def drawn_labels(
     draw: st.DrawFn, rng: np.random.Generator, classes: int, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Labels that change from voxel to voxel, or after stretches, as organs do."""
+    """Labels that change from voxel to voxel, or in runs, as organs do."""
     stretch = draw(st.sampled_from([1, 1, 30, 700]))
     size = int(np.prod(shape))
     labels = np.repeat(rng.integers(0, classes, size // stretch + 1), stretch)
@@ -168,7 +168,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[str, ...]) -> Case:
     labels = drawn_labels(draw, rng, classes, (batch, *spatial))
     kind = draw(st.sampled_from(["labels", "labels", "labels", "one-hot", "multi-label", "soft"]))
     single = classes == 1 and activation != "softmax"
-    # The softmax of one channel has one class: its target is a label map of zeros.
+    # Softmax over one channel has one class: its target is a label map of zeros.
     if (kind == "labels" or classes == 1) and not single:
         if ignore_index is not None:
             labels = np.where(rng.uniform(size=labels.shape) < 0.2, ignore_index, labels)
@@ -230,10 +230,10 @@ def check(case: Case, layouts: tuple[str, str, str], channels_last: bool, reuse:
     loss, x, y, w = case.loss, case.logits, case.target, case.weight
     ndim = x.ndim
     expected = reference(loss, x, y, w, upstream=case.upstream)
-    # What the gradient is where nothing cancels: near equal probabilities.
+    # The size of the gradient without cancellation: at nearly equal probabilities.
     flat = np.clip(x, 0.4, 0.6) if loss.activation == "none" else 0.1 * x.astype(np.float64)
     scale = norm(reference(loss, flat, y, w, upstream=case.upstream)[1])
-    # Even there what is summed may cancel, most of all where there are few voxels.
+    # Even there the sums may cancel, most of all with few voxels.
     scale = max(scale, 0.3 * case.upstream / (x.shape[0] * np.sqrt(max(x[0].size, 1))))
     value_scale = 0.5
     if x.shape[1] == 1 and loss.activation == "softmax":  # everything cancels
@@ -300,7 +300,7 @@ def test_bfloat16(
 
 @given(st.data())
 def test_what_training_mostly_is(backend: str, data: st.DataObject) -> None:
-    """Softmax, Dice and cross-entropy, few classes, whole vectors of voxels: the fastest paths."""
+    """The fastest paths: softmax, Dice and cross-entropy, few classes, whole vectors of voxels."""
     draw = data.draw
     rng = np.random.default_rng(draw(st.integers(0, 2**20)))
     classes = draw(st.sampled_from([2, 2, 2, 3, 4, 14, 40]))
@@ -320,7 +320,7 @@ def test_what_training_mostly_is(backend: str, data: st.DataObject) -> None:
     weight_kind = draw(st.sampled_from(["mask", "number", "none"]))
     if weight_kind == "number":
         weight = rng.uniform(0, 2, labels.shape)
-    elif weight_kind == "mask":  # and what is masked may be anything
+    elif weight_kind == "mask":  # and masked logits may be anything
         weight = rng.uniform(size=labels.shape) < 0.8
         x = np.where(weight[:, None], x, np.array(np.nan, dtype))
     dice = fl.Dice(include_background=draw(st.booleans()), batch=draw(st.booleans()))
@@ -378,7 +378,7 @@ def test_edges_of_tiles(backend: str, classes: int, activation: str) -> None:
             y = (np.arange(2 * voxels).reshape(2, voxels) % 3 == 0).astype(int)
         expected = reference(loss, x, y)
         scale = norm(reference(loss, x * 0.1 if activation != "none" else x, y)[1])
-        scale = max(scale, 1 / np.sqrt(voxels))  # of one class, everything cancels
+        scale = max(scale, 1 / np.sqrt(voxels))  # with one class everything cancels
         assert_agree(*loss.value_and_grad(x, y), expected, scale)
 
 
@@ -440,7 +440,7 @@ def test_memory_that_is_not_aligned(backend: str, dtype: str, dense: bool) -> No
     expected = reference(loss, x, target, w, regions=regions)
     found = loss.value_and_grad(packed(x), given, packed(w), regions=packed(regions))
     assert_agree(*found, expected)
-    # What lies between the numbers of `out` stays as it is; it may be the logits.
+    # Memory between the numbers of `out` must not change; it may hold the logits.
     right = loss.gradient(x, target)
     records = np.full(x.shape, 7, [("skipped", "u1"), ("numbers", dtype)])
     loss.gradient(x, given, out=records["numbers"])

@@ -1,4 +1,4 @@
-"""What is refused: with the right error, naming the argument, before anything is written."""
+"""Bad input raises the right error, naming the argument, before anything is written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ G = one_hot(Y, 3, np.float32)
 
 
 def rejects(error: type[Exception], name: str, *args: Any, loss: Any = LOSS, **kw: Any) -> str:
-    """Every way of calling raises this error, naming the argument; the message."""
+    """Check that every way of calling raises this error, naming the argument; the message."""
     message = ""
     for call in (loss.value_and_grad, loss.gradient) + (() if kw else (loss, loss.statistics)):
         with pytest.raises(error, match=rf"^{name}: ") as caught:
@@ -218,9 +218,9 @@ def test_labels_are_checked_in_other_strides(backend: str) -> None:
     rejects(ValueError, "target", X, np.broadcast_to(y[:1], y.shape))
 
 
-# Other numbers than 0 and 1, among them those that fewer bits take for these.
+# Numbers other than 0 and 1, including some that truncation would turn into these.
 BAD_NUMBERS = {
-    "bool": [2, 255],  # whatever bytes they lie in
+    "bool": [2, 255],  # from arbitrary bytes
     "uint8": [2, 255],
     "int8": [-1, 2],
     "uint16": [256, 65535],
@@ -230,7 +230,7 @@ BAD_NUMBERS = {
     "uint64": [2**32 + 1, 2**63],
     "int64": [-255, 2**32, 2**32 + 1],
 }
-# A mask or a dense target for all that computes it: the activation, the classes, the loss.
+# A mask or a dense target for every path: the activation, the classes, the loss.
 DENSE: list[tuple[str, int, fl.Loss]] = [
     ("sigmoid", 1, LOSS),
     ("none", 1, LOSS),
@@ -244,7 +244,7 @@ DENSE: list[tuple[str, int, fl.Loss]] = [
 
 @pytest.mark.parametrize("kind", DENSE, ids=lambda kind: f"{kind[0]}, {kind[1]}")
 def test_integers_of_masks_and_dense_targets(backend: str, kind: tuple[str, int, fl.Loss]) -> None:
-    """They are 0 and 1, wherever they lie, and floating numbers are free."""
+    """Integers must be 0 or 1, wherever they are; floating-point numbers may be anything."""
     for dtype in BAD_NUMBERS:
         activation, classes, loss = kind
         loss = fl.Loss(loss, activation=activation)
@@ -252,7 +252,7 @@ def test_integers_of_masks_and_dense_targets(backend: str, kind: tuple[str, int,
         stored = "uint8" if dtype == "bool" else dtype
         g = (y[:, None] + np.arange(classes)[:, None, None] % 2 == 1).astype(stored)
         w = np.ones(y.shape, np.float32)
-        w[1, 8, 9] = 0  # where labels are checked as well
+        w[1, 8, 9] = 0  # labels are checked there too
         good = loss.value_and_grad(x, g.view(dtype), w)
         for got, exact in zip(good, loss.value_and_grad(x, g.astype(np.float32), w), strict=True):
             np.testing.assert_allclose(got, exact, rtol=1e-6, atol=1e-9)
@@ -281,7 +281,7 @@ def test_the_first_bad_number_is_of_the_first_voxel(backend: str) -> None:
 
 
 def test_a_mask_of_0_and_255(backend: str) -> None:
-    """Refused, unless 255 is what is ignored: then those voxels count for nothing."""
+    """It is refused, unless 255 is the ignore_index: then those voxels are ignored."""
     x = np.array([[[8, -8, 8, -8, 3]]], np.float32)
     mask = np.array([[1, 0, 1, 0, 255]], np.uint8)
     loss = fl.Loss(LOSS, activation="sigmoid")
@@ -303,12 +303,12 @@ def test_ignored_numbers_of_dense_targets(backend: str) -> None:
     x, _ = example(1, 3, (4, 5), dtype=np.float32)
     for dtype, ignored in (("uint8", 255), ("int8", -1), ("int64", 2**32), ("uint64", 7)):
         g = np.zeros(x.shape, dtype)
-        g[:, 1], g[0, 0, 2, 3] = 1, ignored  # in one channel, which is enough
+        g[:, 1], g[0, 0, 2, 3] = 1, ignored  # one channel is enough
         loss = fl.Loss(LOSS, activation="sigmoid", ignore_index=ignored)
         assert not loss.gradient(x, g)[..., 2, 3].any()
         g[0, 2, 3, 3] = 2
         assert f"ignore_index={ignored}" in rejects(ValueError, "target", x, g, loss=loss)
-    # A number that the dtype does not hold is not what its bits would make of it.
+    # A number that the dtype cannot hold is not truncated to one that it can.
     for dtype, number, other in (("uint8", 255, -1), ("int8", -1, 255), ("int64", 7, 7 + 2**32)):
         g = np.zeros(x.shape, dtype)
         g[0, 2, 3, 3] = number
@@ -360,7 +360,7 @@ def test_nothing_is_written_when_the_input_is_bad(backend: str) -> None:
                 call(x, target, weight, out=x)
     assert (out == 7).all()
     np.testing.assert_array_equal(x, before)
-    # And the next call is as if nothing had been.
+    # The next call is not affected.
     assert np.isfinite(LOSS(x, y))
 
 
@@ -379,7 +379,7 @@ def test_out_that_cannot_take_the_gradient() -> None:
 
 
 def test_out_of_overlapping_rows() -> None:
-    """Elements may share memory without a stride of 0."""
+    """Overlapping elements are refused even without a stride of 0."""
     x, y = example(1, 2, (4, 4), dtype=np.float32)
     rows = np.lib.stride_tricks.as_strided(np.zeros(64, np.float32), x.shape, (64, 32, 4, 4))
     rejects(ValueError, "out", x, y, out=rows)
@@ -401,7 +401,7 @@ def test_out_that_overlaps_an_input() -> None:
     rejects(ValueError, "out", X, labels, out=x)
     weight = memory[: Y.size].reshape(Y.shape)
     assert "overlaps the voxel_weight" in rejects(ValueError, "out", X, Y, weight, out=x)
-    # Interleaved, but no element in common: no overlap.
+    # Interleaved without a common element: no overlap.
     both = np.zeros((*X.shape, 2), np.float32)
     both[..., 0] = X
     np.testing.assert_array_equal(

@@ -1,4 +1,4 @@
-"""Nothing before or after the arrays is touched: they lie against pages that may not be."""
+"""No memory before or after the arrays is accessed: they border on protected pages."""
 
 from __future__ import annotations
 

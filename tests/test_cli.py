@@ -1,4 +1,4 @@
-"""``python -m fastloss``: what it prints, what it writes, and what it refuses."""
+"""``python -m fastloss``: its output, its files, and its errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import fastloss as fl
 def command(
     *arguments: str, absent: tuple[str, ...] = (), **environment: str | None
 ) -> subprocess.CompletedProcess[str]:
-    """``python -m fastloss …``, where some packages cannot be imported."""
+    """Run ``python -m fastloss …``, with some packages made unimportable."""
     return python(
         "import runpy, sys\n"
         + "".join(f"sys.modules[{name!r}] = None\n" for name in absent)
@@ -135,7 +135,7 @@ def test_a_missing_peer_is_a_line_not_an_error(tmp_path: Path) -> None:
 
 
 def test_bench_leaves_numba_out_and_says_so() -> None:
-    """Unless it is asked for: it compiles for half a minute. Time and memory come first."""
+    """By default Numba is skipped, as it compiles for half a minute. Time and memory come first."""
     need_backend("cpu")
     need_backend("numba")
     result = command("bench", "--volume", "phantom", "--size", "8", "--repeats", "1",

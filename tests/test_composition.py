@@ -1,4 +1,4 @@
-"""Sums of losses: each costs and means what it does alone."""
+"""Sums of losses: each term keeps the value and the cost that it has alone."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_functions_are_the_classes(function: Any, options: Any, loss: Any) -> No
     w = np.random.default_rng(0).uniform(size=Y.shape)
     for whole in ({}, {"activation": "sigmoid"}, {"ignore_index": 1}):
         expected = fl.Loss(loss, **whole)
-        for _ in range(2):  # made, then remembered
+        for _ in range(2):  # created, then cached
             np.testing.assert_array_equal(function(X, Y, **options, **whole), expected(X, Y))
             np.testing.assert_array_equal(function(X, Y, w, **options, **whole), expected(X, Y, w))
     last = np.ascontiguousarray(np.moveaxis(X, 1, -1))
@@ -251,7 +251,7 @@ OWN: dict[Any, dict[type[fl.Term], dict[str, str]]] = {
     fl.top_k_cross_entropy_loss: {fl.TopKCrossEntropy: {}},
     fl.tversky_loss: {fl.Tversky: {}},
 }
-"""The terms of each function, with what it calls their options where they do not."""
+"""The terms of each function, and its names of their options where they differ."""
 
 
 def named_options(what: Any) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def test_repr_shows_what_would_make_it_again() -> None:
     for part in ("Dice(", "include_background=False", "0.5 * CrossEntropy(", "ignore_index=255"):
         assert part in repr(loss)
     for term in TERMS:
-        term(X, Y)  # caches what repr should not show
+        term(X, Y)  # fills caches that repr should not show
         assert repr(term).startswith(type(term).__name__ + "(")
         assert "_loss" not in repr(term)
 
@@ -339,7 +339,7 @@ def test_losses_do_not_follow_their_arguments() -> None:
         loss.weight[0] = 9
 
 
-# ------------------------------------------------------------------ a term of one's own
+# ------------------------------------------------------------------ custom terms
 
 
 class LogCoshDice(fl.RegionTerm):
@@ -355,7 +355,7 @@ class LogCoshDice(fl.RegionTerm):
 
 
 class FowlkesMallows(fl.RegionTerm):
-    """1 − O / √(P G): another shape of formula, and an option of its own."""
+    """1 − O / √(P G): another form of formula, with its own option."""
 
     def __init__(self, *, power: float = 1.0, **options: Any) -> None:
         super().__init__(**options)

@@ -1,4 +1,4 @@
-"""The combine step for a GPU: recorded from the formulas in NumPy, and said in CUDA C++."""
+"""The combine step for a GPU: recorded from the NumPy formulas and generated as CUDA C++."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def sums_of(
     odd: str = "",
     dtype: Any = np.float64,
 ) -> Statistics:
-    """Sums such as volumes have, some classes absent; odd: "zero", "nan", "inf" or nothing."""
+    """Realistic sums, with some classes absent; odd: "zero", "nan", "inf" or nothing."""
     rng = np.random.default_rng(seed)
     request = make_request(loss.activation, dense, None, loss.needs)
     sums = np.exp(rng.uniform(0, 8, (len(request.sums), batch, classes)))
     if OVERLAP in request.index:
         for size in (PREDICTED, REFERENCE, PREDICTED_SQUARED, REFERENCE_SQUARED):
-            if size in request.index:  # no less than what they share
+            if size in request.index:  # at least their intersection
                 sums[request.index[size]] += sums[request.index[OVERLAP]]
     sums[:, rng.uniform(size=(batch, classes)) < 0.2] = 0.0
     voxels = sums[0].sum(axis=-1)
@@ -65,7 +65,7 @@ def sums_of(
 def combined(loss: fl.Loss, statistics: Statistics, upstream: Any) -> tuple[Any, np.ndarray]:
     with np.errstate(all="ignore"):
         value, pullback = loss.combine(statistics)
-        # On a GPU a sample of NaN is one with a fault, which nothing may hide.
+        # On a GPU a NaN sample is one with a fault, which must not be hidden.
         faults = np.where(np.isnan(statistics.voxels), np.nan, 0.0)
         rows = np.ndim(value) == 2 and np.shape(value)[0] == len(faults)
         value = np.asarray(value + (faults[:, None] if rows else faults.sum()), statistics.dtype)
@@ -79,7 +79,7 @@ def traced(loss: fl.Loss, statistics: Statistics) -> Program:
 
 
 def numbers_of(loss: fl.Loss) -> np.ndarray:
-    """The numbers of a loss, as the combine step takes them along."""
+    """The numbers of a loss, as arguments of the combine step."""
     return np.concatenate(loss.operands)
 
 
@@ -169,7 +169,7 @@ def test_what_is_recorded_is_the_combine_step(call: tuple[fl.Loss, Statistics]) 
     np.testing.assert_allclose(recorded[1], derivatives, rtol=1e-12)
 
 
-# ---------------------------------------------------------------------- a term of one's own
+# ---------------------------------------------------------------------- custom terms
 
 
 class LogCosh(fl.RegionTerm):
@@ -183,7 +183,7 @@ class LogCosh(fl.RegionTerm):
 
 
 class Everything(fl.RegionTerm):
-    """No loss of sense: it uses what may be used, and gives three arrays of numbers."""
+    """A meaningless loss that uses every supported operation, with three arrays of numbers."""
 
     def formula(self, overlap: Any, predicted: Any, reference: Any) -> Any:
         there = np.logical_and(reference > 0, ~(predicted == 0)) | (np.int64(3) < overlap)
@@ -223,7 +223,7 @@ def test_a_term_of_ones_own(
     np.testing.assert_allclose(recorded[1], derivatives, rtol=1e-12)
 
 
-# ---------------------------------------------------------------------- arrays as in NumPy
+# ---------------------------------------------------------------------- NumPy's array functions
 
 
 def recorded_and_numpy(function: Any, *, shape: tuple[int, int] = (3, 4)) -> tuple[Any, Any]:
@@ -240,7 +240,7 @@ def recorded_and_numpy(function: Any, *, shape: tuple[int, int] = (3, 4)) -> tup
     program = traced(loss, statistics)
     sums, numbers = statistics.sums.copy(), numbers_of(loss)
     value, derivatives = program.evaluate(sums, statistics.voxels, numbers)
-    assert not derivatives.any()  # as nothing was said to depend on the sums
+    assert not derivatives.any()  # as nothing depends on the sums
     with np.errstate(all="ignore"):
         return value, function(statistics["overlap"].copy())
 
@@ -311,7 +311,7 @@ def test_arrays_that_record_behave_as_numpy_s(function: Any) -> None:
     np.testing.assert_allclose(recorded, expected, rtol=1e-14)
 
 
-# ---------------------------------------------------------------------- what cannot be recorded
+# ---------------------------------------------------------------------- unsupported operations
 
 
 def _into_numpy(x: Any) -> Any:
@@ -377,13 +377,13 @@ def test_a_loss_whose_values_do_not_add() -> None:
 
 
 class EveryFunction(fl.Term):
-    """Each function of single elements that is allowed, on numbers in and out of its domain."""
+    """Every supported elementwise function, on numbers inside and outside its domain."""
 
     requires = frozenset({"region"})
 
     def combine(self, statistics: Statistics) -> Any:
         x, y = (statistics[name] - 2.0 for name in ("overlap", "predicted"))
-        y = y[::-1]  # so that NaN does not meet NaN alone
+        y = y[::-1]  # so that NaN is also paired with numbers
         both = x > y, np.logical_not(y > 0.1)
         values = []
         for name in sorted(ELEMENTWISE):
@@ -537,7 +537,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("classes", [4, MOST])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_numbers_that_lie_on_the_device(layout: str, classes: int) -> None:
-    """In arrays of their own, beside those that travel with the launch if they are not too many."""
+    """Separate device arrays work, beside numbers that are launch arguments if they fit."""
     w = weights(classes)
     loss = fl.Dice(weight=w) + 0.5 * fl.CrossEntropy(weight=w) + fl.Tversky(alpha=0.25, beta=0.75)
     statistics = sums_of(loss, 2, classes)
@@ -620,7 +620,7 @@ def test_kernels_are_cuda(tmp_path: Path) -> None:
 
 
 def drop_in_losses(classes: int) -> dict[str, tuple[fl.Loss, bool]]:
-    """By name, a loss and whether its target is dense."""
+    """Losses by name, and whether the target of each is dense."""
     support.need("torch")
     from fastloss.monai import _terms as monai
     from fastloss.nnunet import _terms as nnunet

@@ -1,4 +1,4 @@
-"""Arrays that a GPU cannot read where they lie: what is copied, when, and how often."""
+"""Misaligned arrays, which a GPU cannot read in place: what is copied, when, and how often."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_one_launch_for_each_array_that_is_not_aligned(launched: list[str]) -> N
     x, y = example(2, 3, (40,), dtype="float32")
     w = np.random.default_rng(0).uniform(0, 2, y.shape)
     expected = reference(loss, x, y, w)
-    for unaligned in ((0, 1, 2, 3), (1,), (3,), ()) * 2:  # the second time, as planned before
+    for unaligned in ((0, 1, 2, 3), (1,), (3,), ()) * 2:  # the second time with the cached plan
         inputs, out = [x, y, w], OnDevice(np.zeros_like(x))
         for place in unaligned:
             if place == 3:
@@ -55,7 +55,7 @@ def test_one_launch_for_each_array_that_is_not_aligned(launched: list[str]) -> N
 
 @pytest.mark.parametrize("special", [False, True])
 def test_maps(special: bool) -> None:
-    """Written by either pass, to an address that is no multiple of anything."""
+    """Both passes can write maps to misaligned addresses."""
     x, y = example(2, 3, (5, 8))
     request = Request("softmax", False, None, frozenset({CROSS_ENTROPY}))
     arrays = Arrays(x, "float64", y, "int64", False, None, "")

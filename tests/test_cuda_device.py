@@ -1,4 +1,4 @@
-"""What the library does for arrays on a GPU, on a stand-in for one."""
+"""The library's device path, on a stand-in for a GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LogCosh(fl.RegionTerm):
 
 
 class Mistaken(fl.Term):
-    """Σ (1 − g) p: of a sum that no fast path takes."""
+    """Σ (1 − g) p, a sum that no fast path takes."""
 
     requires = frozenset({Sum("rest", "p")})
 
@@ -119,7 +119,7 @@ def test_gradient_in_place_of_the_logits(launched: list[str]) -> None:
 
 
 class Boundary(fl.Term):
-    """Σ φ_c p_c: a term of one's own that reads a field."""
+    """Σ φ_c p_c, a custom term that reads a field."""
 
     requires = frozenset({Sum("one", "p", field="phi")})
 
@@ -211,7 +211,7 @@ def test_other_ways_to_choose_voxels(launched: list[str]) -> None:
 
 
 def test_launches(launched: list[str]) -> None:
-    """Two launches for the value, one for the gradient, and nothing in between."""
+    """A value takes two launches, a gradient one, with nothing in between."""
     loss = fl.Dice() + fl.CrossEntropy()
     x, y = example(2, 3, (40,), dtype=np.float32)
     loss.value_and_grad(OnDevice(x), OnDevice(y))
@@ -317,7 +317,7 @@ def test_arrays_that_run_backwards(launched: list[str]) -> None:
     loss = fl.Dice() + fl.CrossEntropy()
     x, y = example(2, 4, (40,), dtype=np.float32)
     memory, labels = np.zeros((2, 4, 48), np.float32), np.zeros((2, 48), np.uint8)
-    for first in range(8):  # whose two ends are aligned differently
+    for first in range(8):  # with different alignment at both ends
         flipped = memory[:, :, first : first + 40][:, :, ::-1]
         flipped_labels = labels[:, first : first + 40][:, ::-1]
         flipped[...], flipped_labels[...] = x, y
@@ -326,7 +326,7 @@ def test_arrays_that_run_backwards(launched: list[str]) -> None:
 
 
 def test_many_classes_and_many_sums(launched: list[str]) -> None:
-    """More than a block's shared memory holds."""
+    """Sums that exceed a block's shared memory are still right."""
     terms = fl.Dice(squared=True), fl.Jaccard(), fl.CrossEntropy(label_smoothing=0.1)
     loss = fl.Loss(*terms, fl.Focal(gamma=1), fl.Focal(gamma=2), fl.Focal(gamma=3))
     x, y = example(1, 250, (300,))
@@ -405,7 +405,7 @@ def test_the_choice_of_a_backend_is_for_arrays_in_cpu_memory(launched: list[str]
 
 
 def test_what_is_compiled_is_ascii(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """CuPy writes it to a file in the encoding of the locale."""
+    """Compiled sources are ASCII, as CuPy writes them in the locale's encoding."""
     texts = [source("passes.cu"), source("top_k.cu")]
     kernels = stand_in.RecordingDevice.kernels
     monkeypatch.setattr(
@@ -430,7 +430,7 @@ def test_no_voxel_and_no_sample(launched: list[str]) -> None:
 
 @pytest.mark.parametrize("protocol", [False, True])
 def test_launches_on_streams_of_others(monkeypatch: pytest.MonkeyPatch, protocol: bool) -> None:
-    """By the protocol that CuPy has for them, without the class that warns, where it has one."""
+    """Foreign streams use CuPy's protocol where it exists, not the class that warns."""
 
     class Stream:
         def __init__(self, address: int) -> None:

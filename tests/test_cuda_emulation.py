@@ -1,4 +1,4 @@
-"""The emulation that runs CUDA kernels on the CPU: toy kernels with known answers."""
+"""The emulation of CUDA kernels on the CPU, by toy kernels with known answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support import _absent
 if shutil.which(cuda_emulation.compiler()[0]) is None:
     _absent("c++", FileNotFoundError(cuda_emulation.compiler()[0]))
 
-# Each example starts hundreds of threads where threads are real ones.
+# Each example starts hundreds of threads if they are threads of the operating system.
 few = settings(max_examples=25)
 orders = st.sampled_from(cuda_emulation.ORDERS)
 
@@ -33,11 +33,11 @@ def pack(*arguments: np.ndarray | int) -> bytes:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["fibers", "threads"])
 def threads(request: pytest.FixtureRequest) -> bool:
-    """Tests of what both ways of running threads must get right."""
+    """Fibers or OS threads, for tests that both must pass."""
     return request.param
 
 
-# --- Copies that are not waited for ------------------------------------------------------------
+# --- Asynchronous copies -----------------------------------------------------------------------
 
 COPIES = r"""
 struct Copies { const char* x; float* out; long long latest; long long shift; };
@@ -174,7 +174,7 @@ sizes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 
 
 def run_indices(library, grid, block, order="forward", seed=0):
-    # C order with x last, as kernels count.
+    # C order with x last, as in kernels.
     shape = (*grid[::-1], *block[::-1])
     out = np.full((*shape, 7), -1, np.int32)
     arguments = pack(out, np.zeros(1, np.int32))
@@ -205,7 +205,7 @@ def test_orders_are_what_their_names_say():
     a, b = places["random", 0], places["random", 1]
     assert not np.array_equal(a, b)
     for place in (a, b):
-        # Blocks run one after another, and neither they nor their threads as they are numbered.
+        # Blocks run one after another; neither blocks nor threads run in numerical order.
         blocks = place.reshape(6, 40) // 40
         assert (blocks == blocks[:, :1]).all()
         assert not np.array_equal(blocks[:, 0], range(6))
@@ -276,7 +276,7 @@ def test_shuffles_read_the_lane_that_cuda_names(shuffles, name, kind, width, siz
         other = i - lane + source
         if other < size:
             assert out[i] == x[other]
-        else:  # a lane that is not there
+        else:  # an absent lane
             assert out[i : i + 1].tobytes() == b"\xff" * x.itemsize
 
 
@@ -464,7 +464,7 @@ def test_dynamic_shared_memory_is_aligned(memory, size):
 
 
 def test_two_libraries_share_nothing():
-    # Equal names of different sizes, which a loader that merges them would give one place.
+    # Equal names of different sizes, which a loader might merge.
     source = r"""
     struct Call { int* out; };
     template <class T> __global__ void kernel(const Call call) {
@@ -598,7 +598,7 @@ def test_functions_of_bits():
         assert row[4:] == [1, 1, 1, 3, 2, 1, 1, min(3, value % 7) * 10 + max(3, value % 7)]
 
 
-# --- Threads that do not meet ---------------------------------------------------------------------
+# --- Divergent barriers ---------------------------------------------------------------------------
 
 MISUSE = {
     "returned": (
@@ -666,7 +666,7 @@ def test_threads_that_do_not_meet_are_an_error_and_no_hang(misuse, name, order):
         misuse.launch(kernel, (2, 1, 1), (45, 1, 1), 0, pack(out), order=order)
     block = r"\(1, 0, 0\)" if order == "reverse" else r"\([01], 0, 0\)"
     raised.match(rf"^kernel '{kernel}', block {block}")
-    # Nothing is left of it in the next launch.
+    # The next launch is not affected.
     misuse.launch("good", (1, 1, 1), (45, 1, 1), 0, pack(out), order=order)
     assert (out == 15).all()
 
@@ -703,7 +703,7 @@ def test_a_library_is_compiled_once_until_a_header_changes(tmp_path: Path, monke
         '#include "number.h"\nstruct Call { int* out; };\n'
         "__global__ void k(const Call call) { *call.out = NUMBER; }\n"
     )
-    # Its own folder, so that nothing is there from before.
+    # An empty cache folder.
     monkeypatch.setattr(cuda_emulation.tempfile, "tempdir", str(tmp_path))
     compilations = []
     compile_ = cuda_emulation._compile
@@ -724,8 +724,8 @@ def test_a_library_is_compiled_once_until_a_header_changes(tmp_path: Path, monke
 
 # --- Sanitizers -----------------------------------------------------------------------------------
 
-# Bodies of kernels, in which `s` are dynamic shared integers, as many as there are threads: that,
-# and what a sanitizer says of them. Those of which it says nothing reverse 0 … n − 1.
+# Bodies of kernels, their number of threads, and the sanitizer's report. `s` is a dynamic shared
+# array of one integer per thread. Kernels without a report reverse 0 … n − 1.
 REVERSED = "call.out[i] = s[n - 1 - i];"
 ADDRESS = {
     "proper": (
@@ -772,7 +772,7 @@ THREAD = {
         """,
         "",
     ),
-    # The last to come sees what all wrote: a fence before the atomic access, and one after it.
+    # The last thread sees all writes: a fence before the atomic access, and one after it.
     "fence": (
         96,
         """
@@ -802,9 +802,9 @@ THREAD = {
     ),
     "no barrier": (96, "s[i] = i;" + REVERSED, "data race"),
     "only of a warp": (96, "s[i] = i; __syncwarp();" + REVERSED, "data race"),
-    # Lanes meet in a shuffle, but it does not order their memory.
+    # A shuffle synchronises lanes, but does not order memory.
     "only a shuffle": (32, "s[i] = i; __shfl_sync(0xffffffffu, i, 0);" + REVERSED, "data race"),
-    # Without two halves, a thread writes what a slower one may still read.
+    # Without double buffering, a thread overwrites data that a slower one may still read.
     "one half": (
         96,
         """
@@ -820,7 +820,7 @@ THREAD = {
     ),
     "two writers": (96, "if (i % 32 == 0) call.out[0] = i;", "data race"),
 }
-# Each kernel runs in a process of its own, which a sanitizer may end.
+# Each kernel runs in a separate process, which a sanitizer may terminate.
 SCRIPT = r"""
 import json, os, sys, tempfile
 import numpy as np
@@ -907,7 +907,7 @@ def test_thread_sanitizer(thread_sanitized, name):
 
 
 def test_address_sanitizer_forgets_a_failed_launch():
-    # Its threads stop with arrays on their stacks, where the next launch has its own.
+    # Its threads stop with arrays on their stacks, which the next launch reuses.
     source = """
     struct Call { int* out; };
     __device__ void use(volatile int* x, int n) { for (int k = 0; k < n; ++k) x[k] = k; }

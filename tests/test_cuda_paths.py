@@ -1,7 +1,7 @@
-"""Kinds of calls that the CUDA kernels treat apart: two classes, and few that lie last.
+"""Kinds of calls with special CUDA paths: two classes, and few channels-last classes.
 
-Here the kernels are those that are compiled for one kind of call, as on a GPU; the build that
-serves any call goes through the tests of all backends.
+These tests use kernels compiled for one kind of call, as on a GPU; the tests of all backends use
+the build that serves any call.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def channels_last(array: np.ndarray) -> np.ndarray:
-    """The same numbers, the channels last in memory."""
+    """The same numbers in channels-last layout."""
     return np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1)
 
 
 def check(loss: Any, x: np.ndarray, y: np.ndarray, w: Any = None) -> None:
     expected = reference(loss, x, y, w)
     assert_agree(*loss.value_and_grad(x, y, w), expected)
-    assert_agree(*loss.value_and_grad(x, y, w, out=x), expected)  # over the logits
+    assert_agree(*loss.value_and_grad(x, y, w, out=x), expected)  # in place
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -67,7 +67,7 @@ def test_few_classes(name: str, classes: int, last: bool, dtype: str) -> None:
 
 @pytest.mark.parametrize("spatial", [(1,), (2,), (6,), (31,), (4, 33)])
 def test_few_classes_last_of_any_size(spatial: tuple[int, ...]) -> None:
-    """Voxels that no access of 16 bytes divides, and addresses that it does not."""
+    """Numbers of voxels and addresses may be no multiple of a 16-byte access."""
     for classes in (2, 4):
         x, y = example(3, classes, spatial, dtype=np.float32)
         check(DICE_CE, channels_last(x), y)
@@ -76,7 +76,7 @@ def test_few_classes_last_of_any_size(spatial: tuple[int, ...]) -> None:
 def test_two_classes_weighted_and_ignored() -> None:
     x, y = example(2, 2, (8, 32), dtype=np.float32)
     y[:, 2] = 255
-    x[0, :, 2, :4] = [[np.nan], [np.inf]]  # of voxels that do not count
+    x[0, :, 2, :4] = [[np.nan], [np.inf]]  # of ignored voxels
     w = np.random.default_rng(0).uniform(0, 2, y.shape).astype(np.float32)
     w[1, 5] = 0
     loss = fl.Loss(fl.CrossEntropy(weight=[0.3, 2.0]), fl.Dice(), ignore_index=255)
@@ -94,7 +94,7 @@ def test_one_term_of_two_classes(term: fl.Term) -> None:
 def test_infinite_logits_of_two_classes() -> None:
     x, y = example(1, 2, (64,), dtype=np.float32)
     x[0, :, 0], x[0, :, 1], x[0, :, 2] = np.inf, -np.inf, [-np.inf, 3.0]
-    y[0, 2] = 1  # the likely one, and so the loss is finite
+    y[0, 2] = 1  # the likely class, so that the loss is finite
     check(DICE_CE, x.copy(), y)
     y[0, 2] = 0
     with np.errstate(invalid="ignore"):
@@ -105,8 +105,8 @@ def test_infinite_logits_of_two_classes() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_many_equal_logits_of_two_classes(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each voxel doubles a product, of which a logarithm is taken now and then."""
-    monkeypatch.setattr(cuda_call, "_BLOCKS", 1)  # which has all tiles
+    """Each voxel doubles the product of 1 + e, whose logarithm is taken before it overflows."""
+    monkeypatch.setattr(cuda_call, "_BLOCKS", 1)  # which then processes all tiles
     x = np.zeros((1, 2, 40, 32, 32), dtype)
     y = np.ones((1, 40, 32, 32), np.uint8)
     value, gradient = fl.CrossEntropy().value_and_grad(x, y)
@@ -152,7 +152,7 @@ def test_infinite_logits_of_sigmoid(loss: fl.Loss, weight: float | None) -> None
     with np.errstate(invalid="ignore"):
         expected = reference(loss, x, y, w)
         assert_agree(*loss.value_and_grad(x, y, w), expected)
-        y[0, 1, 5] = 0  # as wrong as can be
+        y[0, 1, 5] = 0  # the most unlikely class
         assert loss(x, y, w) == np.inf
         x[0, 0, 0] = np.nan
         assert np.isnan(loss(x, y, w))
@@ -164,7 +164,7 @@ def test_infinite_logits_of_sigmoid(loss: fl.Loss, weight: float | None) -> None
 def test_each_sum_alone(
     kind: str, name: str, classes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever a path takes, it computes without the sums that mostly come with it."""
+    """A path computes each of its sums without those that usually accompany it."""
     backend = load_backend(EMULATED)
     monkeypatch.setattr(backend, "device", EmulatedDevice())
     activation, _, dense = kind.partition(" ")
@@ -185,7 +185,7 @@ def test_each_sum_alone(
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("item", [2, 4])
 def test_layouts_of_any_number_of_classes(item: int, last: bool) -> None:
-    """A thread holds all classes of its warp's share, and a block's warps exist."""
+    """The warps' threads hold all classes, and blocks have a valid number of warps."""
     for classes, sums in itertools.product(range(1, 16 * 24), (0, 1, 2, 3)):
         layout = layout_of(classes, item, sums, last, sums > 0, 2)
         each = -(-classes // layout.warps)
@@ -196,7 +196,7 @@ def test_layouts_of_any_number_of_classes(item: int, last: bool) -> None:
 
 @pytest.mark.parametrize("classes", [2, 14, 105, 200])
 def test_what_a_call_holds(classes: int) -> None:
-    """The sums of the blocks take less than 1 MiB, however large the volume."""
+    """The sums of all blocks take less than 1 MiB, however large the volume."""
     x = np.empty((2, classes, 128, 128, 128), np.float32)
     y = np.empty((2, 128, 128, 128), np.uint8)
     passes = DICE_CE.passes(x, y, None)
@@ -208,7 +208,7 @@ def test_what_a_call_holds(classes: int) -> None:
 
 @pytest.mark.parametrize("classes", [2, 14, 40])
 def test_a_fault_in_one_block(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It makes the whole loss NaN, though the blocks' sums are joined by the step behind."""
+    """A fault makes the whole loss NaN, even if the combine step adds up the blocks' sums."""
     launched = stand_in.install(monkeypatch)
     x, y = example(2, classes, (40, 32), dtype=np.float32)
     y[1, 39, 31] = classes
@@ -219,7 +219,7 @@ def test_a_fault_in_one_block(classes: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_thousands_of_regions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sums of the blocks take no more memory for them than they may."""
+    """The sums of the blocks stay within their memory limit."""
     backend: Any = load_backend(EMULATED)
     monkeypatch.setattr(backend, "device", EmulatedDevice())
     rows, total = 20_000, Sum("one", "p")
@@ -238,7 +238,7 @@ def test_thousands_of_regions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cross_entropy_alone_of_many_classes() -> None:
-    """No sum of a class is formed but those that labels decide."""
+    """Cross-entropy alone needs only sums of weight g, none over all classes."""
     x, y = example(2, 20, (64,), dtype=np.float32)
     check(fl.Loss(fl.CrossEntropy()), x, y)
 
@@ -246,8 +246,8 @@ def test_cross_entropy_alone_of_many_classes() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("classes", [2, 3, 6, 8, 14, 16, 20, 33, 40])
 def test_channels_last_of_any_row(classes: int, dtype: str) -> None:
-    """Accesses of all widths, rows that keep lanes apart, whole tiles and a part of one."""
-    for batch in (1, 2):  # of which the second lies at no multiple of 16 bytes
+    """Staged tiles work with accesses of all widths, padded rows, and partial tiles."""
+    for batch in (1, 2):  # the second sample may be misaligned for 16-byte accesses
         x, y = example(batch, classes, (5, 63), dtype=dtype)
         check(DICE_CE, channels_last(x), y)
 

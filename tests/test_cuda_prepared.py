@@ -1,4 +1,4 @@
-"""Calls on a GPU that are like earlier ones, on a stand-in for it."""
+"""Cached launch plans, on a stand-in for a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def arranged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Grows by one whenever arrays are checked and planned for."""
+    """A list that grows by one whenever arrays are checked and planned."""
     calls: list[Any] = []
     real = Passes.__init__
 
@@ -39,7 +39,7 @@ def arranged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def shifted(array: np.ndarray, past: int) -> np.ndarray:
-    """A copy that starts ``past`` bytes behind where a line does."""
+    """A copy that starts ``past`` bytes after the start of a cache line."""
     memory = np.empty(array.nbytes + 128, np.uint8)
     start = -memory.ctypes.data % 64 + past
     copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
@@ -62,7 +62,7 @@ def test_new_numbers_in_later_calls(launched: list[str], dtype: str, weighted: b
 
 
 def test_kinds_take_turns(launched: list[str]) -> None:
-    """One loss for several outputs, as in deep supervision, and several kinds of target."""
+    """Plans are cached for several outputs, as in deep supervision, and several kinds of target."""
     loss = fl.Loss(fl.Dice(), fl.CrossEntropy(), ignore_index=2)
     shapes = [(2, 3, (8, 8)), (2, 3, (4, 4)), (1, 3, (8, 8)), (2, 4, (8, 8)), (2, 3, (64,))]
     for turn in range(3):
@@ -88,7 +88,7 @@ def test_later_calls_are_not_planned_anew(launched: list[str], arranged: list[An
 
 
 def test_other_numbers_are_not_planned_anew(launched: list[str], arranged: list[Any]) -> None:
-    """Losses that differ in numbers alone share what the first one found out."""
+    """Losses that differ only in numbers share the first one's plan."""
     x, y = example(2, 3, (40,), dtype="float32")
     counts = []
     for n in (1.0, 0.0, 0.3, 2.0):
@@ -108,7 +108,7 @@ def test_other_numbers_are_not_planned_anew(launched: list[str], arranged: list[
 
 def test_own_terms_with_other_numbers(launched: list[str]) -> None:
     class Squared(fl.RegionTerm):
-        """Does with its weights what cannot be recorded."""
+        """A term whose use of its weights cannot be recorded."""
 
         def combine(self, statistics: Any) -> Any:
             value, pullback = super().combine(statistics)
@@ -270,7 +270,7 @@ def test_steps_of_training(torch: Any, arranged: list[Any], dtype: str) -> None:
     x, y = example(2, 3, (5, 8), dtype=dtype)
     for seed in (1, 2):
         train(torch, loss, seed, dtype)
-    # But by the reference, which `train` compares with.
+    # Except by the reference, which `train` compares with.
     assert len(arranged) == 4
     with torch.no_grad():
         value = loss(torch.from_numpy(x), torch.from_numpy(y))

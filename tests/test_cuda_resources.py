@@ -1,7 +1,7 @@
-"""What the compilers make of the CUDA kernels: no registers in memory, wide loads, no error.
+"""Compiled CUDA kernels: they compile without error, do not spill registers, and use wide loads.
 
-None of it needs a GPU. ``FASTLOSS_TEST_ALL_ARCHITECTURES=1`` compiles every kind of call for every
-architecture. Run as a script, it prints what each kernel takes; see ``--help``.
+No GPU is needed. ``FASTLOSS_TEST_ALL_ARCHITECTURES=1`` compiles every kind of call for every
+architecture. Run as a script, it prints the resources of each kernel; see ``--help``.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from fastloss.backends.cuda.call import DENSE, GENERAL, LABELS, TWO_CLASSES
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100")
 MAIN = "sm_90"
-"""Every kind of call is compiled for it, and for each of the others a part of them."""
-# CuPy adds the last.
+"""Every kind of call is compiled for this architecture, and some for each of the others."""
+# CuPy adds the last option.
 OPTIONS = (*_OPTIONS, "-ftz=true")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a kernel takes of the machine; in bytes but for the registers of a thread."""
+    """The resources of a kernel: registers per thread, the others in bytes."""
 
     registers: int
     stack: int
@@ -50,7 +50,7 @@ class Usage:
 
     @property
     def in_memory(self) -> bool:
-        """Whether numbers that belong into registers are kept in memory."""
+        """Whether registers are spilled to memory."""
         return bool(self.stack or self.spill_stores or self.spill_loads)
 
 
@@ -62,7 +62,7 @@ _REPORT = re.compile(
 
 
 def usages(report: str) -> dict[str, Usage]:
-    """By function, what ``ptxas --verbose`` says. What kernels call has no registers of its own."""
+    """The report of ``ptxas --verbose`` by function. Called functions have no own registers."""
     found = {}
     for name, stack, stores, loads, registers, shared in _REPORT.findall(report):
         found[name] = Usage(
@@ -73,7 +73,7 @@ def usages(report: str) -> dict[str, Usage]:
 
 @functools.cache
 def nvcc(text: str, names: tuple[str, ...], architecture: str) -> tuple[dict[str, Usage], bytes]:
-    """`usages` of a source that must compile, to all these kernels; and the cubin."""
+    """The `usages` and the cubin of a source that must compile to all these kernels."""
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
         source.write_text(text)
@@ -93,7 +93,7 @@ def need_nvcc() -> None:
 
 
 def file_of_package(package: str, pattern: str) -> Path:
-    """A file of an installed package of NVIDIA's; else a skip that names the package."""
+    """A file of an installed NVIDIA package; skip with the package's name if missing."""
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError as error:
@@ -106,7 +106,7 @@ def file_of_package(package: str, pattern: str) -> Path:
 
 
 def for_all(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """In as many threads as there are processors; the work is a compiler's."""
+    """Run in as many threads as there are processors, as the work is a compiler's."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return list(pool.map(work, items))
 
@@ -179,7 +179,7 @@ def test_passes_keep_their_numbers_in_registers(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_general_kernel_keeps_its_numbers_in_registers(architecture: str) -> None:
-    """Of usual tables that no fast path takes."""
+    """The general kernel does not spill for common tables that no fast path takes."""
     need_nvcc()
 
     def of(kind: cuda_variants.GeneralKind) -> list[str]:
@@ -227,7 +227,7 @@ def test_report_of_a_kernel_whose_numbers_are_in_memory() -> None:
 
 
 def machine_code(cubin: Path, kernel: str) -> str:
-    """What the disassembler prints of a kernel."""
+    """The disassembly of a kernel."""
     tool = shutil.which("nvdisasm") or file_of_package("nvidia-cuda-nvdisasm", "*/bin/nvdisasm*")
     result = subprocess.run(
         [str(tool), "--print-code", str(cubin)], capture_output=True, text=True, check=False
@@ -247,7 +247,7 @@ def instructions(cubin: Path, kernel: str) -> list[str]:
 
 
 def longest_loop(code: str) -> int:
-    """How many instructions lie between the ends of the longest loop."""
+    """The number of instructions of the longest loop."""
     places: dict[str, int] = {}
     count = longest = 0
     for line in code.splitlines():
@@ -273,12 +273,12 @@ def test_longest_loop() -> None:
         cubin = Path(folder) / "made.cubin"
         cubin.write_bytes(binary)
         assert 4 <= longest_loop(machine_code(cubin, "loops")) <= 20
-        # What lies behind the end of a kernel jumps to itself.
+        # The padding after the end of a kernel jumps to itself.
         assert longest_loop(machine_code(cubin, "straight")) <= 1
 
 
 def of_width(found: list[str], name: str, bits: int) -> int:
-    """How many accesses to global memory move so many bits at once."""
+    """The number of accesses to global memory of this many bits."""
     return sum(i.split(".")[0] == name and str(bits) in i.split(".") for i in found)
 
 
@@ -299,7 +299,7 @@ def test_logits_and_gradient_move_in_wide_accesses(
         assert of_width(found, "LDG", bits) >= classes
         if kernel == "apply":
             assert of_width(found, "STG", bits) >= classes
-            # The gradient is all that the pass writes.
+            # The pass writes only the gradient.
             assert of_width(found, "STG", bits) == sum(i.startswith("STG") for i in found)
 
 
@@ -307,13 +307,13 @@ def test_logits_and_gradient_move_in_wide_accesses(
 
 
 class Nvrtc:
-    """The compiler that CuPy calls."""
+    """NVRTC, the compiler that CuPy uses."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
 
     def compile(self, text: str, options: Iterable[str]) -> tuple[int, str, bytes]:
-        """The status, 0 where all is well; the log; and the cubin."""
+        """The status, 0 on success; the log; and the cubin."""
         program = ctypes.c_void_p()
         created = self._library.nvrtcCreateProgram(
             ctypes.byref(program), text.encode(), b"kernels.cu", 0, None, None
@@ -375,7 +375,7 @@ def test_nvrtc_says_what_is_wrong() -> None:
     assert "cmath" in log
 
 
-# ------------------------------------------------------------------------------ a table, to tune by
+# ------------------------------------------------------------------------------ a table for tuning
 
 PLAN = (
     "vector", "per_thread", "warps", "groups", "rounds", "staged", "interleaved", "keep_sums"
@@ -383,8 +383,8 @@ PLAN = (
 
 
 def print_table(architecture: str, kinds: Sequence[Kind]) -> None:
-    """Registers, threads and memory of kinds of calls, and the instructions that a thread
-    executes for each logit: those of the longest loop, without what the sources call seldom."""
+    """Print registers, threads and memory of kinds of calls, and the instructions per logit of a
+    thread: those of the longest loop, without cold branches."""
     width = max(len(str(kind)) for kind in kinds)
     columns = "registers threads shared stack stores loads a-logit"
     print(f"{architecture:{width}} {columns}  {' '.join(PLAN)}")

@@ -27,11 +27,11 @@ class Job(NamedTuple):
     case: Case
     fault: str = ""
     special: bool = False
-    """Compiled for this kind of call alone."""
+    """Whether the kernels are compiled for this kind of call only."""
 
 
 def run_sanitized(jobs: Sequence[Job], sanitize: str) -> dict[Job, tuple[int, str]]:
-    """The exit code and standard error of every job; a job's reference is checked in it."""
+    """The exit code and standard error of every job; each compares with the reference itself."""
     sanitizer = sanitize.partition(",")[0]
 
     def run(part: list[Job]) -> list[tuple[int, str]]:
@@ -46,7 +46,7 @@ def run_sanitized(jobs: Sequence[Job], sanitize: str) -> dict[Job, tuple[int, st
         cuda_emulation._command(sanitizer)
     except OSError as error:
         _absent(f"sanitizer.{sanitize}", error)
-    # Processes for every type of logits, which they compile the kernels for.
+    # Separate processes for each dtype of logits, for which they compile the kernels.
     by_type = [[job for job in jobs if job.case.logits == t] for t in cuda_cases.FACTORS["logits"]]
     by_type = [part for part in by_type if part]
     parts = [part[i::2] for part in by_type for i in range(2)] if len(by_type) == 1 else by_type
@@ -87,7 +87,7 @@ SPECIAL = [
         Case("float64", 3, "packed", "softmax float32", (7,), "squared", map_kind="class"),
     )
 ]
-# Faults, each in a case in which it does harm, and what is said of it.
+# Faults, each in a case in which it does harm, and the expected report.
 ADDRESS_FAULTS = [
     (Job(Case(), "a voxel too many"), "heap-buffer-overflow"),
     (Job(Case(classes=41), "a class too many"), "heap-buffer-overflow"),
@@ -171,7 +171,7 @@ RACES = {
 }
 
 
-# What keeps threads apart, and a case that needs it.
+# The means that prevent races, and a case that needs each.
 RACE_FAULTS = {
     "exchange has one half": "40 classes",
     "warps take no turns": "40 classes",

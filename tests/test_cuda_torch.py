@@ -1,4 +1,4 @@
-"""PyTorch's autograd over a stand-in for a GPU: tensors that are taken to lie on one."""
+"""PyTorch's autograd over a stand-in for a GPU: CPU tensors are treated as device tensors."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_bad_labels_make_nan(launched: list[str]) -> None:
 
 
 class Coupled(fl.RegionTerm):
-    """A term that is not the library's, and looks at its weights as it likes."""
+    """A custom term that reads its weights arbitrarily."""
 
     couples_classes = True
 
@@ -184,7 +184,7 @@ class Coupled(fl.RegionTerm):
 
 
 def losses_with_weights() -> dict[str, Any]:
-    """By name a module, and the loss that it is with other weights."""
+    """By name, a module, and the loss that it equals with other weights."""
     import fastloss.monai as fm
     import fastloss.nnunet as fn
     import fastloss.torch as ft
@@ -225,7 +225,7 @@ def losses_with_weights() -> dict[str, Any]:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Notes what waits for a device to hand out numbers."""
+    """Records reads of device numbers that synchronise."""
     from fastloss.frameworks.torch import tensors as on_device
 
     calls: list[str] = []
@@ -249,7 +249,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     "name", ["sum", "none", "focal", "top-k", "own", "MONAI", "MONAI focal", "nnU-Net"]
 )
 def test_class_weights_on_the_device(launched: list[str], read: list[str], name: str) -> None:
-    """They are looked at where they lie, in every call, and nothing is made anew for others."""
+    """They are read on the device in every call, and changing them recompiles nothing."""
     from fastloss.backends.cuda import backend as cuda
 
     module, loss_of = losses_with_weights()[name]
@@ -263,7 +263,7 @@ def test_class_weights_on_the_device(launched: list[str], read: list[str], name:
         read.clear()
         value = module(logits, labels[:, None])
         value.sum().backward()
-        if name != "own":  # which has to be read, as it may do anything with its weights
+        if name != "own":  # whose weights must be read, as its formula may do anything with them
             assert read == []
         upstream = np.ones(value.shape)
         expected = reference(loss_of(w), x, y, upstream=upstream)
@@ -275,7 +275,7 @@ def test_class_weights_on_the_device(launched: list[str], read: list[str], name:
 
 @pytest.mark.parametrize("kind", ["none", "top-k"])
 def test_weights_that_change_before_the_gradient(launched: list[str], kind: str) -> None:
-    """The gradient is that of the value, which had other weights."""
+    """The gradient belongs to the value, with the weights of that time."""
     module, loss_of = losses_with_weights()[kind]
     logits, labels, x, y = tensors()
     w = np.array([0.1, 0.2, 0.3])
@@ -329,7 +329,7 @@ def test_functions_of_tensors_on_the_device(launched: list[str], read: list[str]
 def test_operators_take_numbers_on_the_device(
     launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As what `torch.compile` makes hands them over."""
+    """The operators accept numbers on the device, as compiled code passes them."""
     from fastloss.frameworks.torch import operators
 
     monkeypatch.setattr(

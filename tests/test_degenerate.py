@@ -1,4 +1,4 @@
-"""Inputs with nothing in them, infinities and NaN: one defined result on every backend."""
+"""Empty inputs, infinities and NaN have the same defined result on every backend."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from support import assert_agree, example, one_hot, reference
 import fastloss as fl
 from fastloss.sums import FUNCTIONS, WEIGHTS, Sum
 
-# Losses that ask for different sums, and so take different paths through the kernels; what terms
-# make of sums is in test_terms.py. Of "both" and its parts, two classes, few classes and dense
-# targets have paths of their own; "labels" is what the one of label maps computes alone.
+# Losses that request different sums, and so take different paths through the kernels; the terms'
+# formulas are tested in test_terms.py. "both" and its parts have fast paths for two classes, few
+# classes and dense targets; "labels" has sums that only the path of label maps computes.
 TABLES = {
     "regions": fl.Dice() + fl.Tversky(gamma=0.75),
     "both": fl.Dice(smooth_nr=0, smooth_dr=0) + fl.CrossEntropy(),
@@ -47,7 +47,7 @@ def arrays(activation: str, *args: Any, **options: Any) -> tuple[np.ndarray, np.
 
 
 def agree(loss: Any, x: np.ndarray, y: np.ndarray, w: Any = None) -> tuple[Any, np.ndarray]:
-    """The result, which is finite and that of the reference."""
+    """The result, checked to be finite and equal to the reference's."""
     value, gradient = loss.value_and_grad(x, y, w)
     assert np.isfinite(value).all()
     assert np.isfinite(gradient).all()
@@ -56,7 +56,7 @@ def agree(loss: Any, x: np.ndarray, y: np.ndarray, w: Any = None) -> tuple[Any, 
     return value, gradient
 
 
-# ------------------------------------------------------------------ nothing there
+# ------------------------------------------------------------------ empty inputs
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -87,7 +87,7 @@ def test_values_of_a_class_that_is_absent(backend: str) -> None:
     assert value(fl.Dice(smooth_nr=0, smooth_dr=0)) == 0
     assert value(fl.Dice()) == pytest.approx(0, abs=1e-15)
     assert value(fl.Dice(smooth_nr=0)) == pytest.approx(0.5, abs=1e-5)
-    # Predicted everywhere and absent: with smoothing a little less than 1.
+    # Predicted everywhere but absent: with smoothing a little less than 1.
     both = fl.Loss(fl.Dice(reduction="none", smooth_nr=0.5, smooth_dr=0.5), activation="none")
     np.testing.assert_allclose(both(1 - x, y), [[1 - 0.5 / 2.5, 1 - 0.5 / 2.5]])
 
@@ -275,7 +275,7 @@ def test_an_excluded_target_costs_infinitely(backend: str) -> None:
             assert value == np.inf
             assert np.isfinite(gradient).all()
             assert gradient[0, y[0, 7], 7] < 0
-        # Of no weight, it costs nothing.
+        # With weight 0 it costs nothing.
         weight = np.ones(3)
         weight[y[0, 7]] = 0
         assert np.isfinite(fl.CrossEntropy(weight=weight)(x, target))
@@ -317,7 +317,7 @@ def test_nan_in_nan_out(backend: str, name: str, activation: str) -> None:
     loss = fl.Loss(TABLES[name], activation=activation)
     for dtype, classes, at in itertools.product(DTYPES, (2, 3), (0, 150, 299)):
         x, y = arrays(activation, 2, classes, (300,), dtype=dtype)
-        x[1, y[1, at], at] = np.nan  # a probability of another class is no part of −log p_y
+        x[1, y[1, at], at] = np.nan  # −log p_y does not depend on another class's probability
         value, gradient = loss.value_and_grad(x, y)
         assert np.isnan(value)
         assert np.isnan(gradient[1, y[1, at], at])
@@ -329,7 +329,7 @@ def test_nan_in_nan_out(backend: str, name: str, activation: str) -> None:
 
 @pytest.mark.parametrize("classes", [2, 3, 20])
 def test_memory_of_ones_is_nan(backend: str, classes: int) -> None:
-    """All bits set, as memory that nobody has written may be: another NaN than NumPy's."""
+    """All bits set, as in uninitialised memory, is another NaN than NumPy's, and also gives NaN."""
     for dtype, kind in itertools.product(DTYPES, ("labels", "dense")):
         x, y = example(1, classes, (16,), dtype=dtype)
         x.view(f"i{x.itemsize}")[0, 1, 3] = -1

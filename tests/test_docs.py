@@ -1,4 +1,4 @@
-"""Examples in docstrings and in the README run and give what they say."""
+"""The examples in docstrings and in the README run and give the printed results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NEEDED = {
     "fastloss.nnunet": "torch",
     "fastloss.nnunet.trainer": "nnunetv2",
 }
-"""What the modules whose names begin so import."""
+"""The package that modules with this prefix import."""
 
 
 def has_examples(name: str) -> bool:
@@ -41,14 +41,14 @@ def has_examples(name: str) -> bool:
 
 
 def imported(name: str) -> Any:
-    """The module, or a skip that names what it needs."""
+    """The module; skip with the name of a missing package."""
     for prefix, package in NEEDED.items():
         if name.startswith(prefix):
             need(package)
     try:
         return importlib.import_module(name)
     except ImportError:
-        # Only a backend may be absent; `need_backend` skips, or fails where it is required.
+        # Only a backend may be missing; `need_backend` skips, or fails where it is required.
         need_backend(name.rpartition(".")[2])
         raise
 
@@ -79,7 +79,7 @@ def test_there_are_examples() -> None:
     ("page", "package"), [("README.md", ""), ("README.md", "torch"), ("CONTRIBUTING.md", "")]
 )
 def test_page(backend: str, page: str, package: str) -> None:
-    """The Python blocks in order, as one program; those that say they need a package with it."""
+    """The Python blocks run in order, as one program; those that need a package only with it."""
     if package:
         need(package)
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The examples run from beginning to end, and show what their page says."""
+"""The examples run to the end, and their results match their page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 2
 
 
 def train_brain(*arguments: str, absent: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """The script, where some packages cannot be found."""
+    """Run the script with some packages made unimportable."""
     program = (
         "import importlib.util, runpy, sys\n"
         "find = importlib.util.find_spec\n"
@@ -33,7 +33,7 @@ def train_brain(*arguments: str, absent: tuple[str, ...] = ()) -> subprocess.Com
         capture_output=True,
         text=True,
         timeout=300,
-        # On cores that others use, threads that wait for each other take many times as long.
+        # On shared cores, threads that wait for each other take many times as long.
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         check=False,
     )
@@ -41,12 +41,12 @@ def train_brain(*arguments: str, absent: tuple[str, ...] = ()) -> subprocess.Com
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder and the output of a few steps with each loss."""
+    """The output folder and text of a few steps with each loss."""
     for package in ("torch", "monai", "nilearn", "nibabel", "matplotlib"):
         need(package)
     out = tmp_path_factory.mktemp("example") / "not" / "there yet"
     options = ["--loss-impl", "both", "--steps", str(STEPS), "--patch", "16", "--out", str(out)]
-    # In float64 rounding is no excuse: whatever the losses differ by is seen.
+    # In float64 rounding is negligible: any difference between the losses shows.
     result = train_brain(*options, "--dtype", "float64")
     assert result.returncode == 0, result.stdout + result.stderr
     return out, result.stdout
@@ -62,7 +62,7 @@ def test_same_curve(run: tuple[Path, str]) -> None:
     }
     assert len(losses["fastloss"]) == STEPS
     assert len(set(losses["fastloss"])) == STEPS  # it learns, or at least moves
-    # The first depends on the value alone, the second on the gradient as well.
+    # The first depends on the value alone, the second also on the gradient.
     np.testing.assert_allclose(losses["fastloss"], losses["monai"], rtol=1e-11)
     summary = json.loads((out / "summary.json").read_text("utf-8"))
     expected = max(abs(a - b) / b for a, b in zip(losses["fastloss"], losses["monai"], strict=True))
@@ -81,7 +81,7 @@ def test_progress_and_table(run: tuple[Path, str]) -> None:
 
 
 def test_memory_of_the_loss(run: tuple[Path, str]) -> None:
-    """Less than MONAI's, and not less than the gradient: 4 patches of 3 classes in float64."""
+    """It is less than MONAI's, and at least the gradient's: 4 patches of 3 classes in float64."""
     out, _ = run
     measured = json.loads((out / "summary.json").read_text("utf-8"))["implementations"]
     peaks = {name: one["loss_peak_bytes"] for name, one in measured.items()}
@@ -96,7 +96,7 @@ def test_pictures_show_something(run: tuple[Path, str], name: str) -> None:
     assert min(image.shape[:2]) > 300
     assert len(np.unique(image[..., 0])) > 50
     coloured = np.ptp(image, axis=2) > 0.3
-    assert coloured.mean() > 0.0005  # of the curves, thin lines
+    assert coloured.mean() > 0.0005  # the curves are thin lines
 
 
 def test_absent_package_is_named_before_work_begins() -> None:

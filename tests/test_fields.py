@@ -89,7 +89,7 @@ def test_strides_do_not_matter(backend: str, layout: str, logits: str) -> None:
     )
     assert value == pytest.approx(right[0], rel=1e-6)
     assert np.allclose(gradient, right[1], atol=1e-7)
-    # One number for all classes of a voxel is the same as the same number for each.
+    # One number per voxel equals the same number for each class.
     value, gradient = loss.value_and_grad(x, y, fields={"distance": relayout(shared, layout)})
     right = loss.value_and_grad(x, y, fields={"distance": np.stack([shared] * 3, axis=1)})
     assert value == pytest.approx(right[0], rel=1e-6)

@@ -1,4 +1,4 @@
-"""The benchmark of GPUs, and what goes with it, tried without one."""
+"""The GPU benchmark and its tools, tested without a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _torch() -> None:
 
 
 def script(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A script of the checkout, in a process of its own."""
+    """Run a script of the checkout in a separate process."""
     code = (
         "import runpy, sys\n"
         f"sys.argv = {[str(path), *arguments]!r}\n"
@@ -43,7 +43,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_smoke_run(tmp_path: Path) -> None:
-    """Table and figures of a run on the CPU: every part, and a peer that is or is not there."""
+    """A run on the CPU has every table and figure, with or without an optional peer."""
     kept = (ROOT / "benchmarks" / "results.csv").read_bytes()
     file = tmp_path / "results.csv"
     result = bench("--device", "cpu", "--sizes", "B2C2-128", "--peers", "eager", "--run", "first",
@@ -63,7 +63,7 @@ def test_a_smoke_run(tmp_path: Path) -> None:
     assert {one["row"] for one in figures} >= {"a first call, cold", "a first call, cached"}
     values = {(one["row"], one["figure"]): float(one["value"]) for one in figures}
     assert values["1×2×32³", "F.cross_entropy, forward and backward: host"] > 0
-    if importlib.util.find_spec("monai"):  # whose network it is
+    if importlib.util.find_spec("monai"):  # which provides the network
         assert result.stdout.index("## A training step") < result.stdout.index("## Against")
         for classes in (14, 105):
             step = f"training step, B1 C{classes} 32³, bfloat16 autocast"
@@ -76,9 +76,9 @@ def test_a_smoke_run(tmp_path: Path) -> None:
             assert values[title, "time torch"] > 0
             assert values[title, "value error torch"] < 1e-6
             assert values[title, "gradient error torch"] < exact[dtype]
-    # Of peers as well: a float16 gradient that was not scaled would be 20 to 70 % off on 128³.
+    # Also for peers: an unscaled float16 gradient would be 20 to 70 % off on 128³.
     assert all(v < 1e-2 for (_, figure), v in values.items() if figure.startswith("gradient error"))
-    # The formula of nnU-Net needs nothing installed, and computes the same loss.
+    # The formula of nnU-Net needs no package, and computes the same loss.
     nnunet = [v for (_, figure), v in values.items() if figure == "value error nnunet"]
     assert nnunet
     assert min(nnunet) < 1e-5
@@ -86,7 +86,7 @@ def test_a_smoke_run(tmp_path: Path) -> None:
 
 
 def test_jax_is_a_peer() -> None:
-    """It computes on the same tensors; the report says that it is timed by the wall clock."""
+    """JAX computes on the same tensors; the report says that it is timed by the wall clock."""
     need("jax")
     code = (
         "from fastloss.bench.implementations import make_call\n"
@@ -107,7 +107,7 @@ def test_jax_is_a_peer() -> None:
 
 
 def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worst of each, and whether a size is lacking."""
+    """The report states the worst measurement of each target, and missing sizes."""
     monkeypatch.syspath_prepend(str(FOLDER))
     import cases
     import report
@@ -163,7 +163,7 @@ REFUSED = [
 
 
 def test_arguments_that_are_refused() -> None:
-    """Before anything is measured, each by its name."""
+    """Bad arguments are refused by name, before anything is measured."""
     result = python(
         f"import sys; sys.path.insert(0, {str(FOLDER)!r})\nimport bench\n"
         f"for arguments in {[arguments for arguments, _ in REFUSED]!r}:\n"
@@ -189,7 +189,7 @@ def test_the_device_has_an_index() -> None:
 
 @pytest.mark.parametrize("name", ["torch", "torch-out", "monai", "nnunet"])
 def test_gradients_in_float16_are_scaled(name: str) -> None:
-    """As in training: of a larger volume they would be rounded to few bits, or to 0."""
+    """As in training: for larger volumes they would be rounded to few bits, or to 0."""
     if name == "monai":
         need("monai")
     code = (
@@ -210,7 +210,7 @@ def test_gradients_in_float16_are_scaled(name: str) -> None:
 
 
 def test_a_wrong_gradient_is_seen() -> None:
-    """The formula that results are held against, against ones that are a little off."""
+    """The formula of the truth detects gradients that are slightly off."""
     out = run_python(
         "import fastloss as fl\n"
         "from fastloss.bench.inputs import Spec, device_case\n"
@@ -235,7 +235,7 @@ def test_a_wrong_gradient_is_seen() -> None:
 
 
 def test_tiny_volumes_have_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As those that are measured: of no constant that a kernel is compiled for they differ."""
+    """Tiny volumes compile the kernels of the measured ones: all constants agree."""
     monkeypatch.syspath_prepend(str(FOLDER))
     import cases
 
@@ -246,7 +246,7 @@ def test_tiny_volumes_have_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def constants(spec: Spec) -> list[object]:
-    """Those of each kernel that `compile.py` makes for an input, planned without its memory."""
+    """The constants of the kernels that `compile.py` compiles, planned without memory."""
     classes, spatial = spec.shape[1], spec.shape[2:]
     few = np.zeros((1, classes, 2, 2, 2), np.float32)
     labels_of_few = np.zeros((1, 2, 2, 2), np.uint8)
@@ -285,7 +285,7 @@ def test_kernels_are_compiled_by_several_processes() -> None:
 
 
 def test_small_cases() -> None:
-    """The cases for compute-sanitizer, on NumPy's arrays."""
+    """The cases for compute-sanitizer pass on NumPy arrays."""
     result = script(ROOT / "tests" / "gpu" / "small_cases.py", "numpy")
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("right: ") >= 12
@@ -305,7 +305,7 @@ def test_the_shell_script_names_its_steps() -> None:
 
 
 def test_tests_on_a_gpu_say_why_they_are_skipped() -> None:
-    """By name; and where a GPU is required, they fail."""
+    """They name the missing package or GPU; where a GPU is required, they fail."""
     code = (
         "import sys\nsys.modules['cupy'] = sys.modules['torch'] = None\nimport pytest\n"
         f"sys.exit(pytest.main(['-q', '-rs', '-p', 'no:cacheprovider', '--rootdir', {str(ROOT)!r},"

@@ -1,4 +1,4 @@
-"""The gradient's options: what it is multiplied by, and where it is written."""
+"""The gradient's options: the upstream gradient, and the output array."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_reduction_none(
     assert value.shape == shape
     expected = finite_differences(loss, x, y, upstream=upstream)
     np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=2e-8)
-    # Without an upstream gradient, that of the sum of all values.
+    # Without an upstream gradient: that of the sum of all values.
     np.testing.assert_allclose(
         loss.gradient(x, y), loss.gradient(x, y, upstream=np.ones(shape)), rtol=1e-15
     )

@@ -17,7 +17,7 @@ LOSS = fl.Loss(
     fl.CrossEntropy(),
     fl.Focal(),
 )
-SCALE = 65536.0  # where a loss scaler for float16 starts
+SCALE = 65536.0  # the initial scale of a loss scaler for float16
 
 
 def dtype_named(name: str) -> Any:
@@ -26,7 +26,7 @@ def dtype_named(name: str) -> Any:
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_a_volume_of_256_cubed(fast_backend: str, name: str) -> None:
-    """Repeats of a small block: means and Dice are those of the block, in float64."""
+    """A volume that repeats a block has the block's means and Dice, computed in float64."""
     dtype = dtype_named(name)
     block, labels = example(1, 2, (16, 16, 16), dtype=dtype)
     expected, gradient = reference(LOSS, block, labels)
@@ -34,7 +34,7 @@ def test_a_volume_of_256_cubed(fast_backend: str, name: str) -> None:
     x = np.tile(block, (1, 1, times, times, times))
     y = np.tile(labels.astype(np.uint8), (1, times, times, times))
     value, big = LOSS.value_and_grad(x, y, upstream=SCALE, out=x)
-    # The smoothing of the second Dice counts for 4096 times less.
+    # The smoothing of the second Dice weighs 4096 times less.
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
     part = big[:, :, :16, -16:, 32:48].astype(np.float64)
     fraction = SCALE / times**3
@@ -59,7 +59,7 @@ def test_a_loss_scale_lifts_small_gradients_over_the_rounding(
 
 
 def test_a_gradient_beyond_the_range_overflows_to_infinity(backend: str) -> None:
-    """A loss scaler looks for this to lower its scale."""
+    """A loss scaler relies on this to lower its scale."""
     x, y = example(1, 3, (2,), dtype=np.float16)
     gradient = fl.CrossEntropy().gradient(x, y, upstream=1e7)
     assert np.isinf(gradient).any()
@@ -93,7 +93,7 @@ def test_rounding_is_to_nearest_even(backend: str, name: str) -> None:
 def test_rounding_is_to_nearest_even_throughout_a_volume(
     backend: str, name: str, classes: int
 ) -> None:
-    """Of equal logits the cross-entropy's gradient is the upstream one times 1/C or 1/C − 1."""
+    """For equal logits the gradient of cross-entropy is the upstream times 1/C or 1/C − 1."""
     dtype = dtype_named(name)
     loss = fl.Loss(fl.CrossEntropy())
     x, y = np.zeros((1, classes, 1024), dtype), np.arange(1024)[None] % classes
@@ -110,7 +110,7 @@ def test_rounding_is_to_nearest_even_throughout_a_volume(
 @pytest.mark.parametrize("classes", [3, 9])
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_one_logit_far_from_0(backend: str, name: str, classes: int, far: float) -> None:
-    """Wherever it is, and whatever is around it: exponentials neither overflow nor get lost."""
+    """Wherever it is, and whatever its neighbours: exponentials neither overflow nor get lost."""
     dtype = dtype_named(name)
     loss = fl.CrossEntropy(reduction="sum")
     x, y = example(1, classes, (1003,), dtype=dtype)

@@ -1,4 +1,4 @@
-"""Imports run downward: what is lower knows nothing of what is built on it."""
+"""Imports run downward: a layer imports nothing from the layers above it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from support import ROOT, need
 
 
 def test_imports_run_downward_and_in_no_circle() -> None:
-    """Deferred imports and those for types included: the contracts of pyproject.toml."""
+    """The contracts of pyproject.toml hold, for deferred and typing imports too."""
     need("importlinter")
     script = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())"
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""The C++ kernels of every instruction set that this processor runs."""
+"""The C++ kernels of every instruction set that this processor supports."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def isas() -> list[str]:
 @pytest.mark.parametrize("name", isas())
 def test_every_instruction_set_is_right(name: str) -> None:
     need_backend("cpu")
-    # Memory from malloc holds 0x7f bytes, large numbers, so that none is used before it is written.
+    # Fresh memory from malloc holds 0x7f bytes, large numbers, so that use before initialisation
+    # shows.
     out = run_python(
         MATRIX, FASTLOSS_BACKEND="cpu", FASTLOSS_ISA=name, MALLOC_PERTURB_="128", timeout=300
     )

@@ -1,4 +1,4 @@
-"""More than 2³¹ logits. Runs where FASTLOSS_TEST_LARGE=1: it takes gigabytes and a while."""
+"""More than 2³¹ logits. Runs with FASTLOSS_TEST_LARGE=1, as it takes gigabytes and minutes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOSS = fl.Loss(fl.Dice(smooth_nr=0, smooth_dr=0), fl.CrossEntropy(), fl.Focal())
 
 
 def test_value_over_repeated_rows(fast_backend: str) -> None:
-    """One row of voxels, repeated without memory by a stride of 0: the value is that row's."""
+    """A row of voxels, broadcast by a stride of 0, has that row's value."""
     row, labels = example(1, CLASSES, (1, ROW), dtype=np.float16)
     x = np.broadcast_to(row, (1, CLASSES, ROWS, ROW))
     y = np.broadcast_to(labels.astype(np.uint8), (1, ROWS, ROW))
@@ -28,7 +28,7 @@ def test_value_over_repeated_rows(fast_backend: str) -> None:
 
 
 def test_gradient_in_memory(fast_backend: str) -> None:
-    """4.3 GB of float16 logits that the gradient replaces; every part of them is reached."""
+    """The gradient overwrites 4.3 GB of float16 logits, and reaches every part of them."""
     row, labels = example(1, CLASSES, (1, ROW), dtype=np.float16)
     x = np.empty((1, CLASSES, ROWS, ROW), np.float16)
     x[...] = row

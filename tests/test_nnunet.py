@@ -41,7 +41,7 @@ WHERE = {
     "DC_and_topk_loss": "compound_losses",
     "DC_and_BCE_loss": "compound_losses",
 }
-"""The losses, and the module of nnU-Net that has each."""
+"""The losses, and the nnU-Net module of each."""
 APPLY = {
     "softmax": ours.softmax_helper_dim1,
     "sigmoid": torch.sigmoid,
@@ -60,7 +60,7 @@ class Call(NamedTuple):
     mask: Any = None
 
 
-# --------------------------------------------------------------------------- what is right
+# --------------------------------------------------------------------------- definitions
 
 
 def dice(
@@ -74,7 +74,7 @@ def dice(
     clip_tp: float | None = None,
     ddp: bool = False,
 ) -> Any:
-    """The negative mean Dice of probabilities from true and false positives and negatives."""
+    """The negative mean Dice of probabilities, from true and false positives and negatives."""
     g = dense(y, p)
     m = torch.ones_like(p[:, :1]) if mask is None else mask.to(p.dtype)
     axes = [*([0] if batch_dice else []), *range(2, p.ndim)]
@@ -169,7 +169,7 @@ def formula(call: Call) -> Any:
     return compute(call.x, call.y, **options)
 
 
-# --------------------------------------------------------------------------- what is drawn
+# --------------------------------------------------------------------------- strategies
 
 
 @st.composite
@@ -254,11 +254,11 @@ def calls(draw: Any, name: str, dtype: Any) -> Call:
             ce["ignore_index"] = -100 if ignored is None else ignored
         else:
             options["ignore_label"] = ignored
-            if ignored is None and channels > 1:  # a class may be ignored by one part alone
+            if ignored is None and channels > 1:  # only one part may ignore a class
                 ce["ignore_index"] = draw(st.sampled_from([-100, 0, 255]))
         if ignored is not None:
             lost = torch.tensor(rng.random(labels.shape) < draw(st.sampled_from([0.3, 1.0])))
-            # Over no voxel at all only the compound loss is defined.
+            # Over no voxels only the compound loss is defined.
             lost.view(-1)[0] &= not alone
             y[lost] = ignored
         elif ce.get("ignore_index") == 0:
@@ -280,11 +280,11 @@ def calls(draw: Any, name: str, dtype: Any) -> Call:
     return Call(name, options, x, y)
 
 
-# --------------------------------------------------------------------------- how it is compared
+# --------------------------------------------------------------------------- comparison
 
 
 def made(modules: Any, call: Call) -> Any:
-    """The loss of this call, of classes that ``modules`` gives by name."""
+    """The loss of this call, from classes that ``modules`` gives by name."""
     options = dict(call.options)
     if "dice_class" in options:
         options["dice_class"] = modules(options["dice_class"])
@@ -292,7 +292,7 @@ def made(modules: Any, call: Call) -> Any:
         options["apply_nonlin"] = APPLY[options["apply_nonlin"]]
     for key in ("ce_kwargs", "bce_kwargs"):
         if key in options:
-            options[key] = dict(options[key])  # nnU-Net writes to it
+            options[key] = dict(options[key])  # nnU-Net modifies it
     return modules(call.name)(**options)
 
 
@@ -305,11 +305,11 @@ def their(name: str) -> Any:
 
 
 def run(function: Any, call: Call) -> tuple[Any, Any]:
-    """Value, and gradient by a fixed upstream gradient."""
+    """Value, and gradient with a fixed upstream gradient."""
     x = call.x.clone().requires_grad_()
     arrays = [call.y] if call.mask is None else [call.y, call.mask]
     value = torch.as_tensor(function(x, *arrays))
-    if not value.requires_grad:  # a part of weight 0, and one over no voxel
+    if not value.requires_grad:  # one part has weight 0, the other has no voxel
         return value, torch.zeros_like(x)
     upstream = torch.linspace(0.5, 2, max(value.numel(), 1), dtype=torch.float64)
     (gradient,) = torch.autograd.grad((value * upstream.reshape(value.shape)).sum(), x)
@@ -361,7 +361,7 @@ def test_signatures(name: str) -> None:
                 assert own[parameter].default.__name__ == other[parameter].default.__name__
 
 
-# --------------------------------------------------------------------------- what is not drawn
+# --------------------------------------------------------------------------- single cases
 
 RNG = np.random.default_rng(1)
 LOGITS = torch.tensor(2 * RNG.normal(size=(2, 3, 4, 5)))
@@ -382,7 +382,7 @@ def own_call(name: str, y: Any, x: Any = LOGITS, **options: Any) -> Call:
 
 
 class HalfDice(torch.nn.Module):
-    """A Dice class that is nobody's."""
+    """A Dice class that is neither ours nor nnU-Net's."""
 
     def __init__(self, apply_nonlin: Any, **options: Any) -> None:
         super().__init__()
@@ -413,7 +413,7 @@ PASSES: list[tuple[int, Call]] = [
 
 @pytest.mark.parametrize(("passes", "call"), PASSES)
 def test_what_is_fused(passes: int, call: Call) -> None:
-    """The passes that write a gradient; and nothing the size of the logits is kept for them."""
+    """The number of passes that write a gradient; they save nothing of the size of the logits."""
     backend, kept = fl.backends.load_backend("reference"), []
     with (
         mock.patch.object(backend, "apply", wraps=backend.apply) as apply,
@@ -483,7 +483,7 @@ def test_unusual(call: Call) -> None:
 
 
 def test_gradient_of_the_target() -> None:
-    """Of the cross-entropy alone, as nnU-Net's Dice losses give none."""
+    """Only the cross-entropy has one, as nnU-Net's Dice losses give none."""
     y = torch.rand(LOGITS.shape, dtype=torch.float64, requires_grad=True)
     assert not ours.SoftDiceLoss(torch.sigmoid, ddp=False)(LOGITS, y).requires_grad
     (gradient,) = torch.autograd.grad(ours.DC_and_BCE_loss({}, BATCH_DICE)(LOGITS, y), y)
@@ -518,7 +518,7 @@ def test_compiled_dice_is_fused() -> None:
 
 @pytest.mark.parametrize("call", [PASSES[i][1] for i in (1, 6, 9)], ids=lambda c: c.name)
 def test_compiled(call: Call) -> None:
-    """No graph break, and any size."""
+    """The losses compile without a graph break, for any size."""
     torch.compiler.reset()
     loss = made(our, call)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -547,7 +547,7 @@ def test_mean_over_no_voxel(name: str) -> None:
 
 
 def test_class_weights_are_state() -> None:
-    """They have nnU-Net's names, follow `load_state_dict`, and what is written to them counts."""
+    """They have nnU-Net's names, follow `load_state_dict`, and can be written in place."""
     call = own_call("DC_and_CE_loss", LABELS, ce_kwargs={"weight": WEIGHT})
     other = own_call("DC_and_CE_loss", LABELS, ce_kwargs={"weight": WEIGHT.flip(0)})
     loss = made(our, call)
@@ -743,12 +743,12 @@ STAND_IN = {
             return x.softmax(1)
     """,
 }
-"""A package with what nnU-Net's default trainer builds its loss of; none of it computes a loss."""
+"""A stub package with the parts of the default trainer's loss; none of it computes a loss."""
 
 
 @pytest.fixture
 def nnunet(tmp_path: Path) -> Iterator[Path]:
-    """The folder of a stand-in for nnU-Net, which is what is imported while a test runs."""
+    """The folder of a stand-in for nnU-Net, which is imported in its place during a test."""
     for name, text in STAND_IN.items():
         file = tmp_path / "nnunetv2" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -773,7 +773,7 @@ TRAINER = "fastloss.nnunet.trainer"
 
 
 def trainer(kind: Any, *, regions: bool, ignore: int | None, compiled: bool = False) -> Any:
-    """A trainer with what `_build_loss` looks at."""
+    """A trainer with the attributes that `_build_loss` reads."""
     made = object.__new__(kind)
     made.label_manager = SimpleNamespace(has_regions=regions, ignore_label=ignore)
     made.configuration_manager = SimpleNamespace(batch_dice=True)
@@ -809,7 +809,7 @@ def test_trainer(regions: bool, ignore: int | None, y: Any, compiled: bool) -> N
     backend = fl.backends.load_backend("reference")
     with mock.patch.object(backend, "reduce", wraps=backend.reduce) as reduce:
         value = loss(outputs, targets)
-    assert reduce.call_count == 2  # one for each output of a weight
+    assert reduce.call_count == 2  # one for each output of nonzero weight
     each = [formula(call._replace(x=a, y=b)) for a, b in zip(outputs, targets, strict=True)]
     np.testing.assert_allclose(value, (2 * each[0] + each[1]) / 3, rtol=1e-9)
 
@@ -828,7 +828,7 @@ def test_trainer_of_nnunet_itself(regions: bool, ignore: int | None, y: Any) -> 
 
 @pytest.mark.usefixtures("nnunet")
 def test_from_nnunet() -> None:
-    """Options and parts are kept, those that are nobody's as they are."""
+    """Options and parts are kept, and custom parts are left as they are."""
     losses = importlib.import_module("nnunetv2.training.loss.compound_losses")
     dice_options = {"batch_dice": True, "do_bg": False, "smooth": 0.5, "ddp": False}
     given = losses.DC_and_topk_loss(dice_options, {"k": 30, "ignore_index": 3}, 0.5, 2, 3)
@@ -865,7 +865,7 @@ def test_from_nnunet() -> None:
 
 @pytest.mark.usefixtures("nnunet")
 def test_dice_class_of_nnunet() -> None:
-    """A trainer that imports only the compound loss from here."""
+    """A trainer may import only the compound loss from here, with nnU-Net's Dice class."""
     theirs = importlib.import_module("nnunetv2.training.loss.dice").MemoryEfficientSoftDiceLoss
     loss = ours.DC_and_CE_loss(BATCH_DICE, {}, dice_class=theirs)
     assert type(loss.dc) is ours.MemoryEfficientSoftDiceLoss
@@ -891,8 +891,8 @@ def test_three_lines_install_the_trainer(nnunet: Path, tmp_path: Path) -> None:
 def test_nnunet_finds_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         importlib.import_module("torchvision")
-    except (ImportError, RuntimeError):  # its kernels are for another build of PyTorch
-        asks = "dynamic_network_architectures.architectures.primus"  # networks of other trainers
+    except (ImportError, RuntimeError):  # its kernels need another build of PyTorch
+        asks = "dynamic_network_architectures.architectures.primus"  # for other trainers' networks
         monkeypatch.setitem(sys.modules, asks, mock.MagicMock())
     objects = need("nnunetv2.utilities.find_objects")
     (tmp_path / "fused.py").write_text(f"from {TRAINER} import nnUNetTrainerFastloss\n")
@@ -930,13 +930,13 @@ def work(rank: int, folder: str) -> None:
             importlib.import_module("nnunetv2.training.loss.compound_losses")
             results[i, "nnU-Net"] = run(made(their, own), own)
     torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()  # one that leaves early can take the other down
+    torch.distributed.barrier()  # a rank that exits early can crash the other
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    """What each of two processes computed, for all cases."""
+    """The results of each of two processes, for all cases."""
     need_gloo()
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
@@ -1004,7 +1004,7 @@ def plain_dice(apply_nonlin: Any) -> Any:
 @pytest.mark.parametrize("name", ["fused", "other dice", "top-k", "regions"])
 @pytest.mark.filterwarnings("ignore")
 def test_traced(name: str) -> None:
-    """Other labels, and none that count, where the example had some."""
+    """A trace also computes other labels than its example's, and none that count."""
     options = {"batch_dice": True, "smooth": 1e-5, "ddp": False}
     loss = {
         "fused": lambda: ours.DC_and_CE_loss(options, {}, ignore_label=2),
@@ -1031,7 +1031,7 @@ def test_traced(name: str) -> None:
 
 
 class Spread(torch.nn.Module):
-    """A loss of a user's own."""
+    """A user's custom loss."""
 
     def forward(self, input: Any, target: Any, loss_mask: Any = None) -> Any:
         return input.var() + target.float().mean()
@@ -1077,7 +1077,7 @@ CHANGES |= {
 @pytest.mark.parametrize("name", ["DC_and_CE_loss", "DC_and_topk_loss", "DC_and_BCE_loss"])
 @pytest.mark.parametrize("ignore", [False, True])
 def test_changed_parts(name: str, ignore: bool) -> None:
-    """Whatever a user does to a part of a sum does what it does in nnU-Net, converted or not."""
+    """Changes of a user to a part of a sum have the effect that they have in nnU-Net."""
     compound = need("nnunetv2.training.loss.compound_losses")
     options: dict[str, Any] = {"smooth": 1e-5, "ddp": False}
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Numba's kernels on disk: those of several processes are right together."""
+"""Numba's kernels cached on disk by several processes work together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_kernels_that_different_processes_compiled_agree(tmp_path: Path) -> None:
-    """One validates, another trains, and a third finds on disk what both compiled."""
+    """One process validates, another trains, and a third loads the kernels that both compiled."""
     need_backend("numba")
     for step in (VALUE, GRADIENT, GRADIENT):
         run_python(SCRIPT + step, NUMBA_CACHE_DIR=str(tmp_path))

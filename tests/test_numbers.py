@@ -1,6 +1,6 @@
-"""The numbers of a loss, which may be others in every call: factors, class weights, alpha.
+"""The numbers of a loss may change in every call: factors, class weights, alpha.
 
-However they are written they are computed with, and nothing is compiled anew for them.
+However they are written, the new ones take effect, without recompilation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if torch is not None:
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Any:
-    """Recompilations of one test do not count against the limit of the next."""
+    """Reset the recompile limit before each test."""
     yield
     if torch is not None:
         torch.compiler.reset()
@@ -48,7 +48,7 @@ def compiled(function: Any) -> Any:
 
 # ------------------------------------------------------------------ written in place
 
-WEIGHTED, UNWEIGHTED = 0.145561, 0.220095  # by hand, of the case below
+WEIGHTED, UNWEIGHTED = 0.145561, 0.220095  # by hand, for the case below
 
 
 def small() -> tuple[Any, Any, Any]:
@@ -74,7 +74,7 @@ WRITES: dict[str, Callable[[Any, Any], None]] = {
 
 
 def places() -> dict[str, tuple[Any, Callable[[Any], Any], bool]]:
-    """By name a module of cross-entropy, its weights, and whether its labels have a channel."""
+    """By name, a cross-entropy module, its weights, and whether its labels have a channel axis."""
     ones = torch.ones(2)
     dice = {"softmax": True, "to_onehot_y": True, "lambda_dice": 0.0}
     return {
@@ -167,7 +167,7 @@ def test_bad_weights_that_are_written() -> None:
 # ------------------------------------------------------------------ another number in every epoch
 
 NUMBERS = (1.0, 0.9, 0.5, 0.0, 1.0, 2.0, 0.3, 0.25, 0.0, 0.7, 1, 0.1)
-"""Of twelve epochs; through 0 and 1, and once a whole number."""
+"""The numbers of twelve epochs, including 0, 1 and an integer."""
 
 
 def weights(epoch: int) -> Any:
@@ -175,7 +175,7 @@ def weights(epoch: int) -> Any:
 
 
 def writes(*names: str) -> Callable[[Any, int], None]:
-    """Class weights of that name are written in place."""
+    """A function that writes the class weights of these names in place."""
 
     def change(module: Any, epoch: int) -> None:
         for name in names:
@@ -186,7 +186,7 @@ def writes(*names: str) -> Callable[[Any, int], None]:
 
 
 def sets(*names: str) -> Callable[[Any, int], None]:
-    """Attributes are set to numbers, each to another."""
+    """A function that sets these attributes to different numbers."""
 
     def change(module: Any, epoch: int) -> None:
         for i, name in enumerate(names):
@@ -334,7 +334,7 @@ SCHEDULES: dict[str, tuple[Callable[[], Any], Callable[[Any, int], None], str]] 
 
 
 def arrays(kind: str) -> tuple[Any, Any]:
-    """Logits and target, and how a module is called with them."""
+    """Logits and target, and how to call a module with them."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 5, generator=generator)
     y = torch.randint(0, 3, (2, 1, 4, 5), generator=generator)
@@ -394,7 +394,7 @@ FUNCTIONS: dict[str, Callable[[Any, Any, Any], Any]] = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_made_anew(name: str) -> None:
-    """Outside of what is compiled, which is handed them."""
+    """Losses recreated outside a compiled function and passed to it are not recompiled."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 3, 4, 5, generator=generator), torch.zeros(2, 4, 5, dtype=torch.long)
     counter = CompileCounterWithBackend("aot_eager")
@@ -437,7 +437,7 @@ def test_outputs_of_weight_0_are_left_out_of_compiled_code() -> None:
         assert len(seen) == 1
 
 
-# ------------------------------------------------------------------ made of anybody's array
+# ------------------------------------------------------------------ from any framework's array
 
 
 def of_anybody() -> dict[str, Any]:
@@ -529,13 +529,13 @@ def test_exported_programs_keep_their_numbers(tmp_path: Any, strict: bool) -> No
 
 
 def test_pickles_of_former_versions() -> None:
-    """Their states: losses had caches beside their terms, and modules what told of a change."""
+    """Pickles of former versions load: losses had caches, and modules counters of changes."""
     x, y, w = small()
     term = fl.CrossEntropy(weight=w)
     options = {k: v for k, v in vars(term).items() if k != "_described"}
     old = fl.CrossEntropy.__new__(fl.CrossEntropy)
     loss = fl.Loss.__new__(fl.Loss)
-    old.__setstate__({**options, "_loss": loss})  # the loss that a term is, which had it in turn
+    old.__setstate__({**options, "_loss": loss})  # the term's own loss, which refers back to it
     loss.__setstate__(
         {
             "terms": ((1.0, old),),

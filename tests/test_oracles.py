@@ -275,7 +275,7 @@ def test_sigmoid_regions_as_monai(term: str, reduction: str) -> None:
     losses, torch = monai_losses(), need("torch")
     x, _ = example(B, C, SPATIAL, seed=9)
     g = multi_label()
-    # For multi-label targets MONAI's forms are those of soft labels with 0 and 1.
+    # For multi-label targets MONAI's forms equal those of soft labels of 0 and 1.
     if term == "tversky":
         oracle = losses.TverskyLoss(
             sigmoid=True, alpha=0.3, beta=0.6, reduction=reduction, **SMOOTHING
@@ -328,7 +328,7 @@ def test_generalized_dice_as_monai(
         y[y == 2] = 1
     shared = {"include_background": include_background, "batch": batch, **SMOOTHING}
     oracle = losses.GeneralizedDiceLoss(softmax=True, w_type=weighting, **shared)
-    # MONAI forms the weights in float32.
+    # MONAI computes the weights in float32.
     compare(
         fl.GeneralizedDice(weighting=weighting, **shared),
         lambda t: oracle(t, onehot_tensor(y)),

@@ -1,4 +1,4 @@
-"""What is released: the source distribution, and the package that is built from it."""
+"""The released source distribution, and the package built from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses of every region of a sample: each region is to its terms as a sample is."""
+"""Losses of every region of a sample: terms treat each region like a sample."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def volume(seed: int = 0, dtype: Any = np.float64) -> tuple[np.ndarray, np.ndarr
 def alone(
     term: fl.Term, x: np.ndarray, y: np.ndarray, regions: np.ndarray
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Value and gradient of every region, by calls whose voxel weight is that region."""
+    """Value and gradient of every region, by calls with that region as the voxel weight."""
     values, gradients = [], []
     for b in range(len(x)):
         for r in range(regions[b].max() + 1):
@@ -79,7 +79,7 @@ def test_terms_of_single_voxels(backend: str, term: fl.VoxelwiseTerm) -> None:
     assert found.shape == (8, 1)
     assert np.allclose(found[[0, 1, 2, 3, 4, 5], 0], values, rtol=1e-10)
     assert (found[[6, 7]] == 0).all()  # the second sample has two regions
-    # Over all voxels, regions only decide which count.
+    # In sums over all voxels, regions only decide which voxels count.
     counted = (regions >= 0).astype(np.float64)
     right = term.value_and_grad(x, y, counted)
     value, gradient = term.value_and_grad(x, y, regions=regions)
@@ -137,7 +137,7 @@ def test_hundreds_of_regions_ignored_labels_dense_targets_and_sigmoid(backend: s
     regions = np.arange(1200).reshape(1, 30, 40) // 4
     y[0, :3] = 255
     loss = fl.Loss(fl.Dice(), fl.CrossEntropy(), ignore_index=255)
-    # A region whose voxels are all ignored is left out of the mean.
+    # A region whose voxels are all ignored is excluded from the mean.
     values = [
         fl.Loss(fl.Dice(), ignore_index=255)(x, y, (regions == r).astype(float))
         for r in range(30, 300)
@@ -154,7 +154,7 @@ def test_chunks_may_lack_regions(backend: str) -> None:
     x, y, regions = volume()
     loss = fl.Dice() + fl.CrossEntropy()
     right = loss.value_and_grad(x, y, regions=regions)
-    cuts = [slice(0, 2), slice(2, 9)]  # the first one has no voxel of two regions
+    cuts = [slice(0, 2), slice(2, 9)]  # the first chunk lacks two regions
     chunks = [(x[:, :, c], y[:, c], regions[:, c]) for c in cuts]
     total = sum(loss.statistics(a, b, regions=r) for a, b, r in chunks)
     assert loss.value(total) == pytest.approx(right[0], rel=1e-12)

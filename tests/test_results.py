@@ -1,4 +1,4 @@
-"""The table that runs of the benchmarks add their figures to."""
+"""The table to which benchmark runs append their figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def test_runs_add_to_a_table(tmp_path: Path) -> None:
-    """Under one header; a figure that could not be measured is no row."""
+    """Runs share one header; a figure that could not be measured has no row."""
     path = tmp_path / "results.csv"
     Table(path, machine(), "first").add([Figure("B1C4-128", "time fastloss", 2.0663, "ms")])
     second = Table(path, machine())
@@ -32,7 +32,7 @@ def test_runs_add_to_a_table(tmp_path: Path) -> None:
 
 
 def test_the_kept_table() -> None:
-    """Every line is a number of one run, measured once."""
+    """Every line has a number, and no run has a figure twice."""
     rows = read(ROOT / "benchmarks" / "results.csv")
     keys = [
         tuple(row[c] for c in COLUMNS if c not in ("value", "unit", "versions")) for row in rows

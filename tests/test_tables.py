@@ -1,4 +1,4 @@
-"""Every backend computes any table of sums, with fields, regions and maps, as the reference."""
+"""Every backend agrees with the reference on any table of sums, with fields, regions and maps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def borrowed(array: np.ndarray) -> Borrowed:
 
 @st.composite
 def sums(draw: st.DrawFn, kinds: tuple[str, ...]) -> frozenset[Any]:
-    """Any table: named families, which fast paths know, beside sums that none does."""
+    """Any table: named families, which fast paths take, mixed with sums that none takes."""
     families = st.sampled_from(
         ["region", "squared", "cross_entropy", "uniform", "focal:2.0", "focal:0.5"]
     )
@@ -72,11 +72,11 @@ def problems(draw: st.DrawFn) -> tuple[Request, Arrays]:
     else:
         x = draw(st.sampled_from([1.0, 3.0, 60.0])) * rng.normal(size=shape)
         if dtype != "float64":
-            # Computed in float32, which 1 − p leaves where logits are more than 87 apart.
+            # In float32 1 − p underflows where logits are more than 87 apart.
             x = np.clip(x, -40.0, 40.0)
     labels = np.repeat(rng.integers(0, classes, 10**4), draw(st.sampled_from([1, 20, 700])))
     labels = labels[: batch * int(np.prod(spatial))].reshape(batch, *spatial)
-    # The softmax of one channel has one class: its target is a label map.
+    # Softmax over one channel has one class: its target is a label map.
     dense = (draw(st.booleans()) and classes > 1) or (classes == 1 and activation != "softmax")
     ignore = draw(st.sampled_from([None, None, 0, 255]))
     if dense:
@@ -126,7 +126,7 @@ def problems(draw: st.DrawFn) -> tuple[Request, Arrays]:
 
 
 def in_float64(arrays: Arrays) -> Arrays:
-    """The same numbers, so that the reference is asked the same."""
+    """The same numbers in float64, so that the reference gets the same input."""
     return replace(arrays, logits=arrays.logits.astype(np.float64), logits_dtype="float64")
 
 
@@ -139,7 +139,7 @@ def reduced(backend: Backend, request: Request, arrays: Arrays) -> tuple[np.ndar
 
 
 def magnitude(request: Request, arrays: Arrays) -> np.ndarray:
-    """Σ |summand| of every sum, as sums of both signs cancel: (S, rows, C)."""
+    """Σ |summand| of every sum, (S, rows, C), as sums of both signs cancel."""
     fields = tuple(
         f._replace(array=np.abs(f.array)) if f.kind != "labels" else f for f in arrays.fields
     )
@@ -159,7 +159,7 @@ def test_sums_and_gradients_of_any_table(name: str, problem: tuple[Request, Arra
     tolerance = 1e-11 if double else 3e-6
     assert np.allclose(voxels, expected_voxels, rtol=tolerance, atol=0)
     scale = magnitude(request, wide) + 1e-30
-    assume(np.isfinite(scale).all())  # of the softmax of one channel 1 − p is 0, and has no log
+    assume(np.isfinite(scale).all())  # softmax over one channel: 1 − p is 0, its log infinite
     assert (np.abs(own - expected) <= tolerance * scale + 1e-12 * double).all() or np.allclose(
         own, expected, rtol=tolerance, atol=float(tolerance * scale.max()), equal_nan=True
     )
@@ -171,7 +171,7 @@ def test_sums_and_gradients_of_any_table(name: str, problem: tuple[Request, Arra
     error = np.linalg.norm((out.astype(np.float64) - right).ravel())
     step = {"float64": 1e-11, "float32": 3e-6, "float16": 1e-3}[arrays.logits_dtype]
     least = 2.0**-24 * np.sqrt(right.size) if arrays.logits_dtype == "float16" else 1e-30
-    # Coefficients are near 1: what cancels in a gradient leaves rounding errors of that size.
+    # Coefficients are near 1, so cancellation in a gradient leaves rounding errors of that size.
     cancelled = step * np.sqrt(right.size)
     assert error <= step * np.linalg.norm(right.ravel()) * 2 + least + cancelled
 

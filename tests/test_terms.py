@@ -1,6 +1,6 @@
-"""What terms make of sums: classes that are absent, samples without voxels, and derivatives.
+"""The formulas of terms on given sums: absent classes, samples without voxels, and derivatives.
 
-No kernel runs here: the sums are written down.
+No kernel runs here.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def crafted(
     regions: int = 0,
     **given: Any,
 ) -> Statistics:
-    """Sums that this term reads, of no array: random ones, or those given by name."""
+    """The sums that this term reads, without arrays: random ones, or those given by name."""
     rng = np.random.default_rng(0)
     request = make_request(activation, dense, None, frozenset(term.requires))
     rows = batch * max(regions, 1)
@@ -86,7 +86,7 @@ def crafted(
 def fill(request: Any, sums: np.ndarray, key: str, numbers: np.ndarray) -> None:
     try:
         place = request.index[key]
-    except KeyError:  # which this term does not read
+    except KeyError:  # not read by this term
         return
     sums[place] = numbers
 
@@ -117,7 +117,7 @@ def alone(term: fl.Term, statistics: Statistics) -> tuple[Any, dict[Any, np.ndar
 
 
 def assert_derivatives(term: fl.Term, statistics: Statistics) -> None:
-    """The derivative by each sum is that of central differences of the value."""
+    """The derivative by each sum equals central differences of the value."""
     _, derivatives = alone(term, statistics)
     step = 1e-5
     for key, derivative in derivatives.items():
@@ -267,7 +267,7 @@ def test_a_mean_whose_weights_are_all_0_is_0() -> None:
         assert not np.any(derivatives["cross_entropy"])
 
 
-# ------------------------------------------------------------------ nothing there
+# ------------------------------------------------------------------ empty samples
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -293,7 +293,7 @@ def test_a_sample_without_voxels_has_the_mean_0_and_changes_no_other(name: str) 
         assert values[0] == alone(each, full)[0][0] > 0
         for derivative in derivatives.values():
             assert not np.broadcast_to(derivative, (2, 3))[1].any()
-        # The mean over both is that over the voxels of the other.
+        # The mean over both samples equals the mean over the other's voxels.
         assert alone(mean, empty(full, 1))[0] == pytest.approx(values[0, 0], rel=1e-14)
 
 
@@ -302,7 +302,7 @@ def test_a_region_without_voxels_is_left_out_of_the_mean_and_has_the_value_0(nam
     mean, each = REGIONS[name], REGIONS[name].with_options({"reduction": "none"})
     full = crafted(mean, regions=2)
     values = alone(each, full)[0]
-    # Rows 1 and 3 are the second regions of both samples; a sum that is left over must not count.
+    # Rows 1 and 3 are the second regions of both samples; the sums of an empty row must not count.
     voxels = np.array([VOXELS, 0.0, VOXELS, VOXELS])
     three = replace(full, voxels=voxels)
     kept = np.array([0, 2, 3])
@@ -320,7 +320,7 @@ def test_a_region_without_voxels_in_any_sample_is_left_out_of_the_mean(name: str
     term = REGIONS[name]
     full = crafted(term, regions=2)
     each = alone(term.with_options({"reduction": "none"}), full)[0]
-    voxels = np.array([VOXELS, 0.0, VOXELS, VOXELS])  # region 1 is in the second sample
+    voxels = np.array([VOXELS, 0.0, VOXELS, VOXELS])  # region 1 exists in the second sample
     assert alone(term, replace(full, voxels=voxels))[0] == pytest.approx(each.mean(), rel=1e-14)
     value, derivatives = alone(term, replace(full, voxels=voxels * [1, 0, 1, 0]))
     assert value == pytest.approx(each[0].mean(), rel=1e-14)
@@ -332,7 +332,7 @@ def test_a_region_without_voxels_in_any_sample_is_left_out_of_the_mean(name: str
 
 @pytest.mark.parametrize("name", OF_ONE_CLASS)
 def test_one_class_of_probability_1_costs_nothing(name: str) -> None:
-    """That is what a softmax over one class gives."""
+    """As in a softmax over one class."""
     term = TERMS[name]
     statistics = crafted(term, classes=1)
     for place, total in enumerate(statistics.request.sums):

@@ -43,7 +43,7 @@ def test_cross_entropy_of_equal_logits_is_log_c() -> None:
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("most", [1.0, 1.2, 1.4])
 def test_a_thousand_classes_cost_float32_no_precision(most: float, dense: bool) -> None:
-    # All classes but the first alike: added one by one, their roundings would go the same way.
+    # All classes but the first are equal: added one by one, their rounding errors would accumulate.
     classes = 1024
     logits = np.full((1, classes, 64), 0.7, np.float32)
     logits[:, 0] = most
@@ -189,7 +189,7 @@ def test_focal_tversky() -> None:
     ("weighting", "expected"), [("square", 5 / 12), ("simple", 1 / 3), ("uniform", 1 / 4)]
 )
 def test_generalized_dice(weighting: str, expected: float) -> None:
-    # Overlaps 2½ and ½, sizes 3 and 1 both predicted and there.
+    # Overlaps 2½ and ½; sizes 3 and 1, both predicted and true.
     loss = probabilities(fl.GeneralizedDice(weighting=weighting, **NO_SMOOTHING))
     assert loss(HALVES, LAST) == pytest.approx(expected)
 

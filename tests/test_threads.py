@@ -1,4 +1,4 @@
-"""Threads and processes: the same bits from any number of them, and no one else is disturbed."""
+"""Threads and processes: any number gives the same bits, and others are not disturbed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_same_bits_wherever_the_gradient_lies(
     native_backend: str, classes: int, dtype: str, loss: fl.Loss
 ) -> None:
     size = np.dtype(dtype).itemsize
-    # More than 1 MiB is written past the caches, by whole lines of them.
+    # More than 1 MiB is written with non-temporal stores, by whole cache lines.
     voxels = (1 << 20) // (size * classes) // 2 + 1037
     x, y = example(2, classes, (voxels,), dtype=dtype)
     y[0] = np.arange(voxels) // 97 % classes
@@ -128,7 +128,7 @@ def test_a_backend_is_chosen_per_thread(backend: str) -> None:
             same_bits([LOSS.gradient(x, y)], [expected])
 
 
-# ------------------------------------------------------------------ how many
+# ------------------------------------------------------------------ the number of threads
 
 
 @pytest.mark.parametrize("wrong", [1.5, "2", None, [1]])
@@ -205,7 +205,7 @@ def check(_=None):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_computes(native_backend: str) -> None:
-    """As in a data loader's worker, when the parent has computed before."""
+    """A forked worker of a data loader computes, even if its parent has computed before."""
     out = run_python(
         PREPARE + "child = os.fork()\n"
         "if child == 0:\n"
@@ -248,7 +248,7 @@ def test_a_spawned_process_computes_from_a_pickled_loss(native_backend: str) -> 
 
 
 def test_denormal_numbers_survive(backend: str) -> None:
-    """A library linked with -ffast-math flushes them to zero for everyone."""
+    """A library linked with -ffast-math would flush them to zero in the whole process."""
     out = run_python(
         "import threading, numpy as np\n"
         "def small():\n"
@@ -271,7 +271,7 @@ def test_denormal_numbers_survive(backend: str) -> None:
 
 
 def test_small_gradients_are_not_flushed_to_zero(backend: str) -> None:
-    """A float32 gradient below 1e-38 is stored as the denormal number it is."""
+    """A float32 gradient below 1e-38 is stored as a denormal number."""
     x, y = example(1, 3, (300,), dtype=np.float32)
     gradient = fl.CrossEntropy().gradient(x, y, upstream=1e-37)
     assert (gradient != 0).all()

@@ -122,7 +122,7 @@ def test_at_least_one_voxel(backend: str) -> None:
 
 def test_ties_share_the_last_places(backend: str) -> None:
     x, y = np.zeros((1, 2, 8)), np.zeros((1, 8), np.uint8)
-    x[0, 0, 0] = -3  # the hardest; the others tie for the second of two places
+    x[0, 0, 0] = -3  # the hardest voxel; the others tie for the second of two places
     gradient = fl.TopKCrossEntropy(k=25).gradient(x, y)
     hard = np.exp(3) / (1 + np.exp(3)) / 2
     np.testing.assert_allclose(gradient[0, 1], [hard, *[0.25 / 7] * 7], rtol=1e-12)

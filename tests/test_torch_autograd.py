@@ -1,4 +1,4 @@
-"""A loss of PyTorch tensors is differentiated by autograd, as users of PyTorch know it."""
+"""Autograd differentiates losses of PyTorch tensors, with all its features."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def compiled(function: Any) -> Any:
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
-# ------------------------------------------------------------------ what is right
+# ------------------------------------------------------------------ values and gradients
 
 
 @pytest.mark.parametrize("part", PARTS, ids=repr)
@@ -59,7 +59,7 @@ def test_gradcheck_of_the_hardest_voxels(part: Any, backend: str) -> None:
 
 @pytest.mark.parametrize("part", PARTS, ids=repr)
 def test_gradcheck_of_a_random_direction(part: Any, backend: str) -> None:
-    """All entries of ``reduction="none"`` at once, each with an upstream of its own."""
+    """All entries of ``reduction="none"`` at once, each with its own upstream gradient."""
     x, y, w = tensors(weighted=True, spatial=(3, 4, 5))
     x.requires_grad_()
     loss = fl.Loss(part)
@@ -153,7 +153,7 @@ def test_expanded_logits(fast_backend: str) -> None:
 
 
 def test_loss_scaling_of_half_logits(fast_backend: str) -> None:
-    """The gradient of each voxel is far below float16's least number; scaled, it is not."""
+    """Each voxel's gradient is far below float16's least number, unless it is scaled."""
     x, y, _ = tensors(spatial=(32, 32, 32))
     half = x.half().requires_grad_()
     scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
@@ -164,7 +164,7 @@ def test_loss_scaling_of_half_logits(fast_backend: str) -> None:
     torch.testing.assert_close(half.grad.double(), exact.grad, rtol=2e-3, atol=6e-8)
 
 
-# ------------------------------------------------------------------ what a user of autograd does
+# ------------------------------------------------------------------ uses of autograd
 
 
 def test_without_a_gradient() -> None:
@@ -193,7 +193,7 @@ def test_value_and_grad_records_nothing() -> None:
 
 def test_autograd_notices_out() -> None:
     x, y, _ = tensors()
-    result = x.requires_grad_().exp()  # whose backward needs the result
+    result = x.requires_grad_().exp()  # its backward needs the result
     LOSS.value_and_grad(result, y, out=result)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.sum().backward()
@@ -348,7 +348,7 @@ def test_subclasses_are_tensors() -> None:
     assert torch.equal(parameter.grad, expected[1])
 
 
-# ------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------ errors
 
 
 def test_second_derivatives() -> None:
@@ -413,11 +413,11 @@ def test_nothing_is_kept_after_backward() -> None:
     gone = weakref.ref(logits)
     del logits
     assert gone() is None
-    assert value.grad_fn is not None  # though the value lives on
+    assert value.grad_fn is not None  # while the value is alive
 
 
 def test_memory_is_the_gradient_and_nothing_else() -> None:
-    """Counted where it is taken: PyTorch's allocator, and Python's, which NumPy takes from."""
+    """Counted in PyTorch's allocator, and in Python's, which NumPy uses."""
     from torch.profiler import profile
 
     with fl.use_backend(need_backend("cpu")):
@@ -486,7 +486,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_of_a_data_loader(tmp_path: Path, method: str) -> None:
-    """A worker computes after its parent has, whose threads it did not inherit."""
+    """A worker computes after its parent has, though it does not inherit the parent's threads."""
     need_backend("cpu")
     script = tmp_path / "workers.py"
     script.write_text(_WORKERS)

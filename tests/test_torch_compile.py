@@ -1,4 +1,4 @@
-"""Losses inside graphs: torch.compile, torch.export, torch.jit.trace, and the operators in them."""
+"""Losses inside graphs: torch.compile, torch.export, torch.jit.trace, and their operators."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LOSS = fl.Dice() + 0.5 * fl.CrossEntropy(label_smoothing=0.1)
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Any:
-    """Recompilations of one test do not count against the limit of the next."""
+    """Reset the recompile limit before each test."""
     yield
     if torch is not None:
         torch.compiler.reset()
@@ -43,7 +43,7 @@ def compiled(function: Any, **how: Any) -> Any:
 
 
 def operand_of(loss: Any) -> Any:
-    """The numbers of a loss, as the operators take them."""
+    """The numbers of a loss, as arguments of the operators."""
     return torch.tensor(np.concatenate(loss.operands))
 
 
@@ -57,7 +57,7 @@ def name_of(loss: Any) -> str:
 
 @pytest.mark.parametrize("part", [*PARTS, *TOP_K], ids=repr)
 def test_opcheck(part: Any) -> None:
-    """PyTorch's own tests of an operator: schema, fake tensors, autograd, dynamic shapes."""
+    """The operators pass PyTorch's checks: schema, fake tensors, autograd, dynamic shapes."""
     import fastloss.torch  # noqa: F401  registers the operators
 
     x, y, w = tensors(weighted=True, dtype=np.float32)
@@ -131,7 +131,7 @@ def gradients(net: Any, *arguments: Any) -> list[Any]:
     "loss", [*SUMS, *TOP_K, fl.Dice(), LogCoshDice(), fl.Loss(LOSS, activation="sigmoid")], ids=repr
 )
 def test_model_and_loss_in_one_graph_of_any_shape(loss: Any) -> None:
-    loss = copy.deepcopy(loss)  # that nothing has called yet
+    loss = copy.deepcopy(loss)  # a copy that was never called
     net = Net(loss)
     fast = compiled(net, dynamic=True)
     for batch, size in ((2, 5), (3, 6), (2, 7)):
@@ -168,7 +168,7 @@ def test_every_way_of_calling() -> None:
 
 
 def test_the_first_tensor_that_arrives_is_traced() -> None:
-    """Nothing of what serves PyTorch has been imported then, as no tensor was there before."""
+    """Tracing works though the PyTorch adapter is not imported before the first tensor."""
     run_python(
         "import fastloss as fl\n"
         "loss, term = fl.Dice() + fl.CrossEntropy(), fl.Focal()\n"
@@ -212,7 +212,7 @@ def test_class_weights_inside_a_compiled_function() -> None:
 
 
 def test_backend_of_a_compiled_loss() -> None:
-    """Chosen where it runs, not where it was compiled."""
+    """The backend is chosen when the loss runs, not when it is compiled."""
     x, y, _ = tensors(spatial=(16, 16), dtype=np.float32)
     fast = compiled(LOSS.__call__)
     seen = {}
@@ -246,7 +246,7 @@ def test_errors_of_a_compiled_loss() -> None:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(tmp_path: Path, strict: bool) -> None:
-    """Exported with any batch, saved, and run by a process that knows no more than the file."""
+    """An exported loss accepts any batch, and runs from a file in another process."""
     net = Net(fl.Dice(weight=[1, 2, 3]) + 0.5 * fl.CrossEntropy(weight=[0.5, 1, 2]))
     volume, labels = volumes(2, 4)
     batch = {0: torch.export.Dim.AUTO}
@@ -288,12 +288,12 @@ def test_export_of_a_foreign_term_stays_in_its_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", [*PARTS, *TOP_K], ids=repr)
 def test_traced(part: Any) -> None:
-    """What is recorded is the loss, of any arrays, and no number of the example."""
+    """A trace records the loss for any arrays, and no number of the example."""
     x, y, w = tensors(weighted=True)
     traced = torch.jit.trace(part.__call__, (x, y, w))
     for seed, batch, spatial in ((1, 2, (2, 3)), (2, 3, (4, 2))):
         arrays = tensors(weighted=True, seed=seed, batch=batch, spatial=spatial)
-        for _ in range(3):  # the runtime optimises after the first calls
+        for _ in range(3):  # the runtime optimises after a few calls
             got = value_and_gradient(traced, *arrays)
         torch.testing.assert_close(got, value_and_gradient(part, *arrays), rtol=0, atol=0)
 
@@ -392,5 +392,5 @@ def test_bad_names() -> None:
 def test_a_pickled_loss_is_named_anew() -> None:
     loss = LogCoshDice() + fl.Dice()
     name = name_of(loss)
-    assert name_of(pickle.loads(pickle.dumps(loss))) != name  # another term, not known by that name
+    assert name_of(pickle.loads(pickle.dumps(loss))) != name  # not registered under that name
     assert name_of(loss) == name

@@ -1,4 +1,4 @@
-"""One loss over two processes: they train as one process with all the data does."""
+"""One loss over two processes: they train like one process with all the data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CASES += [
 ]
 EMPTY = [(shard, 0, rank) for shard in ("batch", "volume") for rank in (0, 1)]
 EMPTY += [("volume", 1, 1)]
-"""The kind of shard; the axis, of samples or of space, along which a rank has nothing; the rank."""
+"""The kind of shard; the axis, of samples or space, along which a rank is empty; the rank."""
 NNUNET = {
     "DC_and_CE_loss": ({}, {}),
     "DC_and_topk_loss": ({}, {"k": 100}),
@@ -57,7 +57,7 @@ def one_step(net: Any, value: Any) -> tuple[Any, list[Any]]:
 
 
 def part_of(rank: int, shard: str) -> tuple[Any, ...]:
-    """The samples, or the slab of every sample, that a rank holds: unequal parts."""
+    """The samples of a rank, or its slab of every sample: unequal parts."""
     if shard == "batch":
         return (slice(0, 1) if rank == 0 else slice(1, 3),)
     return (..., slice(0, 2) if rank == 0 else slice(2, 6), slice(None), slice(None))
@@ -69,7 +69,7 @@ def logits_and_more() -> tuple[Any, Any, Any]:
 
 
 def without(arrays: Any, axis: int) -> list[Any]:
-    """Logits, labels and weights with nothing along an axis of samples or of space."""
+    """Logits, labels and weights that are empty along an axis of samples or of space."""
     logits, *others = arrays
     return [logits.narrow(axis + (axis > 0), 0, 0), *(a.narrow(axis, 0, 0) for a in others)]
 
@@ -89,12 +89,12 @@ def nnunet_target(name: str, labels: Any) -> Any:
 
 
 def is_compiled(i: int, shard: str) -> bool:
-    """A few, as it takes long; samples of other ranks cannot be counted under torch.compile."""
+    """Whether to compile: a few losses, as it is slow; it cannot count other ranks' samples."""
     return not i % 4 and (shard == "volume" or fl.Loss(PARTS[i]).sums_over_batch)
 
 
 def steps_of_empty_rank(rank: int) -> dict[Any, Any]:
-    """Value and gradient by this rank's logits, of every loss where one rank holds nothing."""
+    """Value and gradient by this rank's logits, for every loss with an empty rank."""
     import fastloss.torch as ft
 
     results: dict[Any, Any] = {}
@@ -162,7 +162,7 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    """What each of two processes computed, for all cases."""
+    """The results of each of two processes, for all cases."""
     need_gloo()
     folder: Path = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
@@ -187,7 +187,7 @@ def test_counting_samples_under_compile_is_refused(ranks: Any) -> None:
 
 @pytest.mark.parametrize("i", range(len(PARTS)), ids=lambda i: repr(PARTS[i]))
 def test_a_rank_that_holds_nothing(ranks: Any, i: int) -> None:
-    """The value is that of all the data on every rank, and so is the gradient."""
+    """Value and gradient on every rank are those of all the data, even if a rank is empty."""
     arrays = logits_and_more()
     value, gradient = value_and_gradient(fl.Loss(PARTS[i]), *arrays)
     for rank, results in enumerate(ranks):
@@ -217,7 +217,7 @@ def test_nnunets_dice_of_all_ranks_where_one_holds_nothing(
     dice, of_dice = value_and_gradient(module.dc, logits, target)
     got, got_gradient = ranks[0][name, compiled]
     torch.testing.assert_close(got, value)
-    torch.testing.assert_close(got_gradient, gradient + of_dice)  # whose ranks are two
+    torch.testing.assert_close(got_gradient, gradient + of_dice)  # times two ranks
     got, got_gradient = ranks[1][name, compiled]
     torch.testing.assert_close(got, dice)
     assert got_gradient.shape == (0, *logits.shape[1:])

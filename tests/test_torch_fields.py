@@ -25,7 +25,7 @@ class Boundary(fl.VoxelwiseTerm):
 
 
 def tensors(dtype: Any = torch.float64) -> tuple[Any, Any, Any, Any]:
-    """Logits, labels, a field of every class, and regions: three, two and −1."""
+    """Logits, labels, a field of every class, and regions: three and two, and voxels of −1."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 5, 6, generator=generator, dtype=torch.float64).to(dtype)
     y = torch.randint(0, 3, (2, 5, 6), generator=generator)
@@ -76,7 +76,7 @@ def test_autograd(name: str, as_module: bool) -> None:
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(name: str, backend: str) -> None:
-    torch._dynamo.reset()  # which compiles one function a few times and no more
+    torch._dynamo.reset()  # Dynamo recompiles a function only a few times
     loss, names = CALLS[name]
     x, y, _, _ = tensors(torch.float32)
     given = options(names)

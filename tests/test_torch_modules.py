@@ -1,4 +1,4 @@
-"""The losses as modules: what they compute, keep, copy and show; and the memory of the logits."""
+"""The losses as modules: results, state, copies and repr; and reuse of the logits' memory."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_class_weights_are_buffers() -> None:
     same(module, expected, x, y)
     other.term1_weight = torch.tensor(changed)
     same(other, expected, x, y)
-    third = ft.Focal(alpha=[0.1, 0.2, 0.3]).half()  # which rounds them
+    third = ft.Focal(alpha=[0.1, 0.2, 0.3]).half()  # rounds them
     same(third, fl.Focal(alpha=np.float16([0.1, 0.2, 0.3])), x, y)
     assert before != module(x, y)
     with pytest.raises(ValueError, match=r"^weight: .* at least 0"):
@@ -106,7 +106,7 @@ def test_copies(again: Any) -> None:
     )
     twin = again(module)
     assert repr(twin) == repr(module)
-    twin._ranks = module._ranks = None  # there is one process
+    twin._ranks = module._ranks = None  # in a single process
     same(twin, module, x, y)
     before = module(x, y)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def pyramid(x: Any, steps: int) -> list[Any]:
 
 
 def nearest(labels: Any, size: tuple[int, ...]) -> Any:
-    """PyTorch's own nearest neighbour, on numbers it knows how to resize."""
+    """PyTorch's nearest-neighbour interpolation, on numbers that it can resize."""
     resized = torch.nn.functional.interpolate(
         labels[:, None].double(), size=size, mode="nearest-exact"
     )
@@ -198,7 +198,7 @@ def test_deep_supervision_with_arrays_of_other_kinds() -> None:
 
 
 class DlpackOnly:
-    """An array of a framework that is known for nothing else."""
+    """An array of a framework that supports only DLPack."""
 
     def __init__(self, tensor: Any) -> None:
         self.tensor = tensor
@@ -251,7 +251,7 @@ def test_deep_supervision_compiled() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("view", ["whole", "channels last", "slice"])
 def test_reuse_logits(dtype: str, view: str, fast_backend: str) -> None:
-    """The same gradient, in the memory of the logits."""
+    """The gradient is the same, and overwrites the logits."""
     x, y, w = tensors(weighted=True, spatial=(4, 6, 5))
     x = x.to(getattr(torch, dtype))
     if view == "channels last":
@@ -285,7 +285,7 @@ def test_reused_logits_and_others_who_need_them() -> None:
         module(x.exp(), y).backward()  # exp needs its result
     logits = x * 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (fl.CrossEntropy()(logits, y) + module(logits, y)).backward()  # the last goes first
+        (fl.CrossEntropy()(logits, y) + module(logits, y)).backward()  # the last runs first
 
     def in_a_good_order(x: Any) -> Any:
         logits = x * 1
@@ -318,7 +318,7 @@ def test_logits_that_cannot_be_reused() -> None:
 
 
 def test_reuse_logits_compiled() -> None:
-    """Nothing is reused, and nothing else differs."""
+    """Under torch.compile the memory is not reused, and results are the same."""
     x, y, _ = tensors()
     module = ft.DiceCE(reuse_logits=True)
     fast = torch.compile(lambda x: module(x * 1, y), fullgraph=True, backend="aot_eager")

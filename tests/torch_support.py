@@ -1,4 +1,4 @@
-"""What the tests of PyTorch share: every term with every option, and tensors to try it on."""
+"""Helpers of the PyTorch tests: every term with every option, and tensors to try it on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ except ImportError:
 
 @pytest.fixture(autouse=True)
 def needs_torch() -> None:
-    """In the modules that import it: without PyTorch each test is skipped by name."""
+    """A mark for test modules: without PyTorch each test is skipped by name."""
     need("torch")
 
 
@@ -26,7 +26,7 @@ W3, W2 = [0.5, 1.0, 2.0], [1.5, 0.5]
 
 
 class LogCoshDice(fl.RegionTerm):
-    """A term that is not the library's."""
+    """A custom term."""
 
     def formula(
         self, overlap: np.ndarray, predicted: np.ndarray, reference: np.ndarray

@@ -23,7 +23,7 @@ python setup.py -q build_ext --inplace > build.log 2>&1 || { cat build.log; exit
 ls fastloss/_cpu*.so > /dev/null
 
 cxx=${CXX:-g++}
-# CPython and its packages keep memory to the end of the process: leaks are not looked for here.
+# CPython and its packages keep memory until process exit: leaks are not checked.
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 preload="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libubsan.so)"
 if [ "$short" = 1 ]; then

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/bench.py [--sizes LIST] [--peers all|plain|eager|none] [--out FILE.csv]
 
-Dice + cross-entropy, value and gradient. README.md beside this file says what is measured and how.
+Dice + cross-entropy, value and gradient. README.md in this folder describes the measurements.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ OURS = ("torch", "torch-out", "torch-compile")
 LOSS_NAME = "dice_ce"
 LOSS = fl.Dice() + fl.CrossEntropy()
 _TRAINING, _COMPILING = 25.0, 15.0
-"""Seconds that are kept for the training step, and that a compiled peer must have left."""
+"""Seconds reserved for the training step, and the least seconds left to start a compiled peer."""
 _WRONG = 1e-4
-"""A relative error of the value beyond which our own row makes the run fail."""
+"""The relative error of the value above which our own row fails the run."""
 
 
 def _of_torch(names: Iterable[str]) -> tuple[str, ...]:
@@ -62,7 +62,7 @@ def _of_torch(names: Iterable[str]) -> tuple[str, ...]:
 
 
 class Trivial(torch.autograd.Function):
-    """No computation: what a function of Python's costs the host."""
+    """No computation: the host's cost of a Python autograd function."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ class Trivial(torch.autograd.Function):
 
 
 class Output(torch.autograd.Function):
-    """Gives logits the place of a network's output in a graph, without memory of its own."""
+    """Makes logits an intermediate result of a graph, like a network's output, without a copy."""
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ class Output(torch.autograd.Function):
 
 
 class Run:
-    """What the measurements share."""
+    """The state that the measurements share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -98,7 +98,7 @@ class Run:
         self.reserve = _TRAINING if "train" in options.parts and not self.smoke else 0.0
         self.threads = threads()
         self.report = GpuReport(machine(self.device), smoke=self.smoke)
-        self.kept = 0  # rows that are in the table of results
+        self.kept = 0  # rows already in the table of results
         self.table = options.out and Table(options.out, self.report.machine, options.run)
         self.copied = (8 << 20) if self.smoke else (1 << 30)
         self._truth: Truth | None = None
@@ -114,7 +114,7 @@ class Run:
         self.clear()
 
     def clear(self) -> None:
-        """Give back what nobody holds: one implementation's memory must not fail the next."""
+        """Free cached memory, so that one implementation's does not fail the next."""
         if not self.smoke:
             gc.collect()
             torch.cuda.empty_cache()
@@ -122,15 +122,15 @@ class Run:
     # ------------------------------------------------------------------ times
 
     def stages(self) -> Iterator[tuple[Spec, tuple[str, ...]]]:
-        """What is measured, the most telling first: it may be cut where the time runs out."""
+        """The measurements, the most important first, as time may run out."""
         options = self.options
         specs = all_specs(options.sizes, options.dtypes, options.device, self.smoke)
         plain = [spec for spec in specs if is_plain(spec)]
         others = [spec for spec in specs if not is_plain(spec)]
-        fair = [s for s in others if s.target == "uint8"]  # peers have their own in any case
+        fair = [s for s in others if s.target == "uint8"]  # peers have their own label dtype anyway
         mine, peers = OURS[:2], options.peers
         eager = EAGER if peers != "none" else ()
-        compiled = COMPILED if peers in ("all", "plain") else ()  # seconds for every input
+        compiled = COMPILED if peers in ("all", "plain") else ()  # takes seconds per input
         main_first = sorted(plain, key=lambda spec: not (is_main(spec)))
         yield from ((spec, mine + eager) for spec in plain)
         yield from ((spec, mine) for spec in others)
@@ -185,13 +185,13 @@ class Run:
                 both = self.clock.time(call.forward_backward, call.reset)
             row.forward_backward, row.low, row.high = both.median, both.low, both.high
             if not (call.own_stream or name.endswith(("-compile", "-out"))):
-                # Without the graph's memory; compiled, it would be compiled once more.
+                # Without the graph's memory; a compiled peer would be recompiled.
                 row.forward = self.clock.time(call.forward, call.reset).median
         except Unavailable as error:
             row.note = str(error)
         except torch.cuda.OutOfMemoryError:
             row.note = "out of memory"
-        except Exception as error:  # a peer may fail in any way, which must not end the run
+        except Exception as error:  # no failure of a peer may end the run
             row.note = f"failed: {reason(error)}"
             if name in OURS:
                 self.report.problems.append(f"{title}: {row.note}")
@@ -207,7 +207,7 @@ class Run:
         return row
 
     def reuse(self, case: Case) -> None:
-        """The memory of a backward pass that writes over the logits."""
+        """The memory of a backward pass that overwrites the logits."""
         import fastloss.torch
 
         module, logits, labels = fastloss.torch.DiceCE(reuse_logits=True), case.logits, case.target
@@ -308,12 +308,12 @@ class Run:
         measure("PyTorch, value_and_grad(out=)", lambda: through("torch-out"), calls)
         measure("CuPy, value_and_grad", lambda: cupy_call(False), calls)
         measure("CuPy, value_and_grad(out=)", lambda: cupy_call(True), calls)
-        if self.options.peers in ("all", "eager"):  # they take half a minute, with their imports
+        if self.options.peers in ("all", "eager"):  # take half a minute, imports included
             for name in EAGER:
                 measure(TITLES[name], lambda name=name: through(name), calls // 5)  # type: ignore[misc]
 
     def graph(self) -> None:
-        """Forward and backward captured once, replayed on new data, and compared with eager."""
+        """Capture forward and backward once, replay them on new data, and compare with eager."""
         if self.smoke:
             self.report.missing.append(Missing("", "CUDA graph", "needs a GPU"))
             return
@@ -367,9 +367,9 @@ class Run:
         self.say(f"CUDA graph: same bits {same}, replay {seconds * 1e6:.1f} µs")
 
     def startup(self) -> None:
-        """The first call of a process, its kernels to be compiled or in the cache."""
+        """The first call of a process, with kernels to be compiled or cached."""
         with tempfile.TemporaryDirectory() as folder:
-            # The driver has a cache of its own.
+            # The driver has its own cache.
             caches = {"CUPY_CACHE_DIR": f"{folder}/cupy", "CUDA_CACHE_PATH": f"{folder}/driver"}
             for name in ("cold", "cached"):
                 result = subprocess.run(
@@ -412,7 +412,7 @@ class Run:
         return 1 if self.report.problems else 0
 
     def keep(self) -> None:
-        """Add the new rows to the table of results, so that a run that is ended leaves them."""
+        """Add the new rows to the table of results, so that an aborted run keeps them."""
         if self.table:
             for row in self.report.rows[self.kept :]:
                 self.table.add(self.report.figures(row))
@@ -446,7 +446,7 @@ def main() -> int:
             options.out = RESULTS
     elif options.out is not None and options.out.resolve() == RESULTS:
         parser.error("argument --out: a smoke run on a CPU does not go into benchmarks/results.csv")
-    warnings.simplefilter("ignore")  # of the peers' own making
+    warnings.simplefilter("ignore")  # from the peers
     return Run(options).all()
 
 

@@ -17,9 +17,9 @@ SIZES: dict[str, tuple[int, int, int]] = {
 """Batch, classes and edge of the volume."""
 DTYPES = ("float32", "float16", "bfloat16")
 MAIN = "B2C14-128"
-"""The size on which int64 labels are measured, and compiled peers in every dtype and layout."""
+"""The size for int64 labels, and for compiled peers in every dtype and layout."""
 TINY = 32
-"""The edge of volumes for which the same kernels are compiled as for those that are measured."""
+"""The edge of volumes that compile the same kernels as the measured ones."""
 
 
 def spec_of(size: str, device: str, edge: int | None = None, **options: str) -> Spec:

@@ -1,9 +1,9 @@
-"""Time and memory of what runs on a device.
+"""Time and memory of calls on a device.
 
-On a GPU by CUDA events. Before each sample the device is kept waiting, so that the host has queued
-the call by the time it starts: what is measured is the device's time, as in training, where the
-host runs ahead. Then the L2 cache is filled with something else, by reading, which leaves nothing
-to be written back during the sample.
+A GPU is timed by CUDA events. Before each sample the device waits until the host has queued the
+call, so that the device's time is measured, as in training, where the host runs ahead. Then the L2
+cache is flushed by reading other memory, which leaves no dirty lines to write back during the
+sample.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 FEWEST, SECONDS = 20, 0.5
-"""A time is the median of so many samples, or of those of so many seconds if that is less."""
+"""The number of samples of a median, or the seconds of sampling if that gives fewer."""
 _AT_LEAST = 5
 _ROUND = 5
 _FLUSH = 256 << 20  # bytes; the L2 cache of an H100 has 50 MB
@@ -27,7 +27,7 @@ _LONGEST_WAIT = 0.01  # seconds
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds: the median, and what 10 and 90 % of the samples are below."""
+    """Seconds: the median and the 10 % and 90 % quantiles of the samples."""
 
     median: float
     low: float
@@ -59,7 +59,7 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def time(self, run: Callable[[], object], reset: Callable[[], None]) -> Samples:
-        """Seconds of ``run``, which has been called before; ``reset`` comes before each sample."""
+        """Seconds of ``run``, which must be warm; ``reset`` runs before each sample."""
         reset()
         start = perf_counter()
         run()
@@ -77,7 +77,7 @@ class Clock:
         return _samples(seconds)
 
     def wall_time(self, run: Callable[[], object], reset: Callable[[], None]) -> Samples:
-        """As `time`, by the wall clock: of a call that waits for a stream of its own."""
+        """As `time`, by the wall clock, for a call that synchronises with its own stream."""
         seconds = []
         for _ in range(FEWEST if self.cuda else _AT_LEAST):
             reset()
@@ -126,14 +126,14 @@ class Clock:
         return float(cycles / (start.elapsed_time(end) / 1e3))
 
     def copy_bandwidth(self, nbytes: int) -> float:
-        """Bytes read and written per second by a copy of so many bytes."""
+        """Bytes read and written per second by a copy of this many bytes."""
         source = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
         target = torch.zeros_like(source)
         target.copy_(source)
         return 2 * nbytes / self.time(lambda: target.copy_(source), lambda: None).median
 
     def peak_memory(self, run: Callable[[], object], reset: Callable[[], None]) -> int | None:
-        """The most bytes that ``run`` holds at once beside what was there; None on a CPU."""
+        """The peak memory of ``run`` in bytes beyond what was allocated; None on a CPU."""
         if not self.cuda:
             return None
         reset()
@@ -148,11 +148,11 @@ class Clock:
         return int(peak)
 
     def held(self) -> int:
-        """The bytes that PyTorch has handed out."""
+        """The bytes that PyTorch has allocated."""
         return torch.cuda.memory_allocated(self.device) if self.cuda else 0
 
     def step(self, run: Callable[[], object]) -> tuple[float, int | None]:
-        """Seconds of one call that the host queues in less, and the peak of all memory in bytes."""
+        """Seconds of a call that takes longer than its queueing, and the peak memory in bytes."""
         self.synchronize()
         if not self.cuda:
             start = perf_counter()
@@ -167,7 +167,7 @@ class Clock:
         return begin.elapsed_time(end) / 1e3, int(torch.cuda.max_memory_allocated(self.device))
 
     def host_time(self, run: Callable[[], object], calls: int, repeats: int = 5) -> dict[str, Any]:
-        """Seconds of the host per call, nothing waiting for the device, and of both together."""
+        """Seconds per call: of the host without waiting for the device, and of both together."""
         for _ in range(max(10, calls // 20)):
             run()
         alone, together = [], []

@@ -1,12 +1,12 @@
-"""Compiles what the benchmark runs, by several processes, before anything is timed.
+"""Compiles the benchmark's kernels and peers in several processes, before anything is timed.
 
     python benchmarks/gpu/compile.py [--device cuda] [--processes 8] [--dtypes LIST]
         [--peers LIST] [--limit SECONDS] [SIZE ...]
 
 The library's kernels go into CuPy's cache (CUPY_CACHE_DIR), the compiled peers into Inductor's
 (TORCHINDUCTOR_CACHE_DIR). A kernel is compiled for the classes, dtypes and layout of a call, not
-for its number of voxels: tiny volumes do. Peers are compiled for the shape that is measured, one
-process for each peer, which is ended when the limit is reached.
+for its number of voxels: tiny volumes suffice. Peers are compiled for the measured shape, in one
+process per peer, which is terminated at the limit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SMALL = (1, 2, 32, 32, 32)
 
 
 def compile_all(spec: Spec, names: tuple[str, ...]) -> float:
-    """Run each implementation once; the seconds that it took."""
+    """Run each implementation once; return the seconds that it took."""
     start = perf_counter()
     case = device_case(spec)
     for name in names:
@@ -48,8 +48,8 @@ def compile_all(spec: Spec, names: tuple[str, ...]) -> float:
 
 
 def own_kernels(specs: Iterable[Spec], processes: int) -> list[str]:
-    """Compile the library's kernels for these inputs; what went wrong."""
-    # Those of many classes take longest.
+    """Compile the library's kernels for these inputs; return the errors."""
+    # Kernels of many classes take longest.
     todo = sorted({tiny(spec) for spec in specs}, key=lambda spec: -spec.shape[1])
     problems = []
     context = get_context("spawn")  # CUDA cannot be used in a fork
@@ -63,7 +63,7 @@ def own_kernels(specs: Iterable[Spec], processes: int) -> list[str]:
 
 
 def start_peer(name: str, options: argparse.Namespace) -> subprocess.Popen[bytes]:
-    """A process that compiles a peer for every size, without processes of its own."""
+    """A process that compiles a peer for every size, without child processes."""
     command = [sys.executable, str(Path(__file__).resolve()), "--device", options.device]
     return subprocess.Popen(
         [*command, "--only", name, *options.sizes],

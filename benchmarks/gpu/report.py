@@ -29,18 +29,18 @@ SHARES = {
         lambda spec: is_plain(spec) and spec.shape[:2] == SIZES["B2C2-128"][:2],
     ),
 }
-"""The least share of the limit, and on which inputs."""
+"""The least share of the limit, and the inputs that it holds for."""
 TARGETS = {"eager": 10.0, "compiled": 4.0, "host": 1.0, "spare": 1 << 20}
 SMALL_CALL = "PyTorch, forward and backward"
 BESIDE = "F.cross_entropy, forward and backward"
-"""The small call that ours is held against: no loss of PyTorch's own does less."""
+"""The small call that ours is compared with: no PyTorch loss does less."""
 EAGER = ("monai", "nnunet")
 COMPILED = ("nnunet-compile", "jax", "monai-compile")
 
 
 @dataclass
 class GpuReport(Report):
-    """A report with the measurements that only a GPU has."""
+    """A report with the measurements that are specific to a GPU."""
 
     smoke: bool = False
     steps: list[Step] = field(default_factory=list)
@@ -52,7 +52,7 @@ class GpuReport(Report):
 
 
 def other_figures(report: GpuReport) -> list[Figure]:
-    """The figures that belong to no row, for the table of results."""
+    """The figures outside any row, for the table of results."""
     found = [Figure("", "copy bandwidth", report.copy_bandwidth / 1e9, "GB/s")]
     for title, memory in report.reuse_memory.items():
         value = None if memory is None else memory / 2**20
@@ -152,7 +152,7 @@ def training(steps: list[Step]) -> list[str]:
     without = {one.classes: one for one in steps if one.loss == "none"}
 
     def beyond(one: Step) -> tuple[float | None, float | None]:
-        """Seconds and bytes over those of the step without a loss."""
+        """Seconds and bytes beyond those of the step without a loss."""
         none = without[one.classes]
         seconds = peak = None
         if one.seconds is not None and none.seconds is not None:
@@ -202,7 +202,7 @@ def _gibibytes(count: float | None) -> str:
 
 
 def targets(report: GpuReport) -> list[tuple[str, str, str, str]]:
-    """One line for each: target, the worst that was seen, where, and whether it is met."""
+    """One line each: target, the worst measurement, its input, and whether the target is met."""
     rows = [row for row in report.rows if row.forward_backward is not None]
     ours = {row.spec: row for row in rows if row.implementation == "torch"}
     lines = []
@@ -216,7 +216,7 @@ def targets(report: GpuReport) -> list[tuple[str, str, str, str]]:
         seen: int = 0,
         wanted: int = 0,
     ) -> None:
-        """``seen``: on how many sizes of those ``wanted`` it was measured."""
+        """``seen``: how many of the ``wanted`` sizes were measured."""
         if not found:
             lines.append((target, "-", "not measured", "-"))
             return

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Proves and measures the CUDA backend on this machine's GPU, without a network.
+# Tests and measures the CUDA backend on this machine's GPU, without a network.
 #
 #   benchmarks/gpu/run.sh [STEP…] [OPTION…] [OUTPUT FOLDER]
 #
@@ -13,9 +13,9 @@
 #   --keep-going  go on after a step that failed; the exit status still tells
 #   --python CMD  the interpreter (default: python3)
 # The output folder (default: build/gpu) gets a log of each step, and results.csv.
-# All steps together take at most about FASTLOSS_LIMIT seconds (540). Seconds of single ones:
-# FASTLOSS_TESTS_LIMIT (130), FASTLOSS_MATRIX_LIMIT (120), FASTLOSS_SANITIZER_LIMIT (45, for each
-# tool) and FASTLOSS_BENCH_BUDGET (up to 240, or with --quick 150: what is left, compiling included).
+# All steps together take at most about FASTLOSS_LIMIT seconds (540). Limits of single steps in
+# seconds: FASTLOSS_TESTS_LIMIT (130), FASTLOSS_MATRIX_LIMIT (120), FASTLOSS_SANITIZER_LIMIT (45, for
+# each tool) and FASTLOSS_BENCH_BUDGET (the rest, up to 240, or 150 with --quick, with compilation).
 # FASTLOSS_TEST_PROCESSES: 8.
 set -u -o pipefail
 
@@ -54,7 +54,7 @@ out=${out:-$root/build/gpu}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$root" || exit 2
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-# What one step compiled serves the next; what other runs did does not.
+# Steps share their compiled kernels; those of other runs are not used.
 export CUPY_CACHE_DIR="${CUPY_CACHE_DIR:-$out/.kernels}"
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$out/.inductor}"
 clean() {
@@ -67,12 +67,12 @@ notes=() failed=()
 
 have() { "$python" -c "import $1" 2>/dev/null; }
 
-# As `have`, where importing takes seconds.
+# As `have`, for packages whose import takes seconds.
 installed() {
   "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)" 2>/dev/null
 }
 
-# Run a command into a log, no longer than so many seconds; its last lines are printed.
+# Run a command with a time limit in seconds, write its output to a log, and print the last lines.
 logged() {
   local log=$out/$1.log seconds=$2 lines=$3 started=$SECONDS status=0
   shift 3
@@ -168,7 +168,7 @@ tests() {
     -k 'cuda and not emulated' || matrix=$?
   if ((matrix == 124 || matrix == 137)); then
     notes+=("tests: those of every backend were ended after $limit s; FASTLOSS_MATRIX_LIMIT gives more")
-    # Of those that ran, a line of pytest's progress tells whether one failed.
+    # pytest's progress line tells whether any of the tests that ran failed.
     if ! grep -qE '^[.sxFE]*\.[.sxFE]* +\[ *[0-9]+%\]' "$out/matrix.log"; then
       notes+=('tests: of every backend none had passed by then')
     elif ! grep -qE '^[.sxFE]*[FE][.sxFE]* +\[ *[0-9]+%\]' "$out/matrix.log"; then
@@ -189,11 +189,11 @@ sanitizer() {
     return 0
   fi
   echo '--- without a sanitizer'
-  # Compiles the kernels, too.
+  # Also compiles the kernels.
   logged sanitizer 90 20 "$python" tests/gpu/small_cases.py "$through" || return 1
   for check in memcheck racecheck; do
     echo "--- $check"
-    # What CuPy asks the driver to find out what there is fails now and then, and means nothing.
+    # CuPy's probing calls to the driver may fail, which is harmless.
     local extra=() one=0
     [[ $check == memcheck ]] && extra=(--report-api-errors no)
     logged sanitizer "${FASTLOSS_SANITIZER_LIMIT:-45}" 6 "$tool" --tool "$check" "${extra[@]}" \
@@ -212,12 +212,12 @@ sanitizer() {
 bench() {
   : >"$out/bench.log"
   : >"$out/compile.log"
-  # What is left of the whole, as a case that has begun is finished.
+  # The rest of the total limit, as a started case is finished.
   local left=$((${FASTLOSS_LIMIT:-540} - SECONDS - 40)) most=240 limit=90
   local sizes=(B2C2-128 B2C4-128 B2C14-128 B2C105-128 B1C14-256)
   local peers=(nnunet-compile monai-compile) chosen=() dtypes=float32,float16,bfloat16
   if [[ -n $quick ]]; then
-    # Less what it took to see what is there, and what imports and a case that has begun will take.
+    # Minus the time for probing, and for imports and a case that has started.
     most=$((150 - started - 20)) limit=35
     sizes=(B2C2-128 B2C14-128 B2C105-128) dtypes=float32,bfloat16
     chosen=(--peers plain --parts host,times,train)

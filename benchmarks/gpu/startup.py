@@ -1,8 +1,8 @@
-"""Seconds until a first result, in a process of its own: prints them as JSON.
+"""Prints the seconds until a first result, in a separate process, as JSON.
 
     python benchmarks/gpu/startup.py DEVICE
 
-Kernels come from the folder CUPY_CACHE_DIR if they are there, and else are compiled.
+Kernels come from the folder CUPY_CACHE_DIR if cached there, and otherwise are compiled.
 """
 
 from __future__ import annotations

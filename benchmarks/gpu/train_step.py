@@ -1,7 +1,7 @@
-"""A whole training step with a network: its time and peak memory, by loss.
+"""Time and peak memory of a whole training step with a network, by loss.
 
-MONAI's BasicUNet under bfloat16 autocast, SGD. All losses take their step in turn, with the same
-network, images and labels; "none" computes no loss, its backward pass begins from a constant
+MONAI's BasicUNet under bfloat16 autocast, SGD. The losses take steps in turn, with the same
+network, images and labels; "none" computes no loss, and its backward pass starts from a constant
 gradient.
 """
 
@@ -37,7 +37,7 @@ _OPTIONS |= {"smooth_nr": SMOOTH, "smooth_dr": SMOOTH}
 
 @dataclass
 class Step:
-    """The step with one loss. Seconds are medians, the peak is of all that training holds."""
+    """The step with one loss. Seconds are medians; the peak is that of all memory in training."""
 
     title: str
     classes: int
@@ -90,7 +90,7 @@ class Training:
         return run
 
     def _criterion(self, loss: str) -> tuple[Callable[[Any, Any], Any] | None, Any]:
-        """The loss, and the labels in the dtype that its library's pipeline has."""
+        """The loss, and the labels in the dtype of its library's pipeline."""
         if loss == "none":
             return None, None
         if loss == "nnunet":
@@ -105,7 +105,7 @@ class Training:
 def measure(
     clock: Clock, classes: int, losses: tuple[str, ...] = LOSSES, *, small: bool = False
 ) -> list[Step]:
-    """The step with each of these losses, of a network with so many classes.
+    """Measure the step with each of these losses, for a network with this many classes.
 
     Raises:
         Unavailable: MONAI is not there.
@@ -120,7 +120,7 @@ def measure(
             runs[one.loss] = training.step(one.loss)
             for _ in range(warm_up):
                 runs[one.loss]()
-        except Exception as error:  # a peer may fail in any way, which must not end the run
+        except Exception as error:  # no failure of a peer may end the run
             one.note = f"failed: {reason(error)}"
             runs.pop(one.loss, None)
             training.optimiser.zero_grad(set_to_none=True)

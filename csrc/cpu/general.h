@@ -1,13 +1,13 @@
-// Every table of sums, and every map: any activation, target, fields and regions, row by row.
+// Any table of sums and any map: any activation, target, fields and regions, row by row.
 //
 // by_p, by_log and by_rest are Σ over the sums of coefficient · weight · derivative, by p, by log p
 // and by log q, with q = 1 − p. Through sigmoid the gradient by the logit is
 //   by_p p q + by_log q − by_rest p.
 // Through softmax it is t_c − p_c Σ_j t_j, where t_c, the derivative by log p_c, is
 //   by_p_c p_c + by_log_c − by_rest_c p_c / q_c.
-// Of the one class k that may have p > ½, whose q is small and may be 0, the last part is left out
-// of t and its products are formed: −by_rest_k p_k at k itself, as q_k cancels, and elsewhere p_c
-// (by_rest_k p_k / q_k), where p_c ≤ q_k.
+// At most one class k has p > ½; its q is small and may be 0. Its last part is left out of t and
+// added to the gradient instead: −by_rest_k p_k at k itself, where q_k cancels, and
+// p_c (by_rest_k p_k / q_k) at the others, where p_c ≤ q_k.
 #pragma once
 
 #include "softmax.h"
@@ -30,12 +30,12 @@ struct Fields {
   }
 };
 
-// The rows that are wanted beside p.
+// The optional rows beside p.
 struct Wanted {
   bool logs = false, log_rests = false, rests = false;
 };
 
-// Softmax: x holds e^(x−largest) and second the x−largest, where more than p is wanted.
+// Loads the logits. For softmax x becomes e^(x−largest) and, with `gaps`, second largest − x.
 template <class T>
 void begin_general(Tile<T>& t, bool gaps) {
   constexpr int L = lanes<T>;
@@ -53,7 +53,7 @@ void begin_general(Tile<T>& t, bool gaps) {
       store<T>(t.row(kLargest) + v, log_one_plus<T>(load<T>(t.row(kRest) + v)));
 }
 
-// −log(1−p): as log(1 + p/q) exact where p is small, and as −log q where q is.
+// −log(1−p): log(1 + p/q) is exact where p is small, −log q where q is.
 template <class T>
 FL_INLINE Vec<T> loss_of_rest(Vec<T> p, Vec<T> q) {
   return select<T>(p < T(0.5), log_one_plus<T>(p / q), -logarithm<T>(q));
@@ -109,7 +109,7 @@ FL_INLINE double sum_row(int padded, F term) {
   return total<T>(a);
 }
 
-// The sums of one class that most losses have: those of g and p, and the cross-entropies.
+// The common sums of one class: those of g and p, and the cross-entropies.
 struct ClassTotals {
   double reference, overlap, predicted, loss, loss_rest;
 };
@@ -130,18 +130,18 @@ ClassTotals class_totals(int padded, const T* m, const T* g, const Fields<T>& f)
           total<T>(rests)};
 }
 
-// The sums that `class_totals` makes, and those whose derivatives `apply_general` takes together.
+// The sums that `class_totals` computes, and those that `apply_general` differentiates together.
 constexpr uint32_t kTotals = fastloss::kReference | fastloss::kOverlap | fastloss::kPredicted |
                              fastloss::kCrossEntropy | fastloss::kCrossEntropyRest;
 constexpr uint32_t kTogether = kTotals | fastloss::kPredictedSquared | fastloss::kReferenceSquared |
                                fastloss::kUniform | fastloss::kUniformRest;
 
-// Whether a sum is one of these named ones, without a field.
+// Whether a sum is one of these named sums, without a field.
 inline bool is_among(const Sum& sum, uint32_t named) {
   return sum.field < 0 && (fastloss::name_of(sum) & named) != 0;
 }
 
-// m · weight · field for class c, in a row; `to` may take it.
+// A row of m · weight · field for class c, written to `to` or in place.
 template <class T>
 const T* weight_row(Tile<T>& t, const Sum& sum, int64_t c, const T* g, T* to) {
   constexpr int L = lanes<T>;
@@ -190,7 +190,7 @@ inline Wanted wanted_for_values(const Job& job) {
   return wanted;
 }
 
-// Where a map has its numbers of a tile: of its voxels, or of those of class c.
+// Where a map stores a tile: one number per voxel, or that of class c.
 template <class N, class T>
 N* map_row(Tile<T>& t, int64_t c = -1) {
   const Job& job = t.job;
@@ -198,8 +198,8 @@ N* map_row(Tile<T>& t, int64_t c = -1) {
   return (N*)job.map_out + row * job.voxels + t.voxel;
 }
 
-// Adds a tile to the sums of its block, (rows, S + 1, C) and (rows,), or where they are null does
-// not; and writes its part of a map, if one is wanted.
+// Adds a tile to the sums of its block, (rows, S + 1, C) and (rows,), unless they are null, and
+// writes its part of a map, if one is requested.
 template <class T>
 void reduce_general(Tile<T>& t, double* sums, double* weights) {
   constexpr int L = lanes<T>;
@@ -213,7 +213,7 @@ void reduce_general(Tile<T>& t, double* sums, double* weights) {
   t.load_fields();
   T *m = t.row(kWeight), *g = t.row(kE), *each = t.row(kG), *mapped = t.row(kH);
 
-  // Adds a row of numbers to what its voxels' rows have at `to`.
+  // Adds a row of numbers to the accumulators of its voxels' regions.
   auto by_region = [&](const T* numbers, double* to, int64_t step) {
     t.each_stretch([&](int64_t row, int first, int count) {
       double sum = 0;
@@ -272,11 +272,11 @@ void reduce_general(Tile<T>& t, double* sums, double* weights) {
   if (job.map == MapKind::voxel) std::memcpy(map_row<T>(t), mapped, sizeof(T) * size_t(t.n));
 }
 
-// The class of the largest logit of every voxel, the first of equal ones or the first NaN; of a
-// single class whether p > ½.
+// The class of the largest logit of every voxel, the first of equal ones or the first NaN; for a
+// single class, whether p > ½.
 template <class T>
 void label_map(Tile<T>& t) {
-  t.holes = false;  // voxels that do not count have a label too
+  t.holes = false;  // voxels of weight 0 get a label too
   t.load_logits();
   int32_t found[kMaxTile];
   const T* first = t.x;
@@ -292,7 +292,7 @@ void label_map(Tile<T>& t) {
     for (int64_t c = 1; c < t.job.classes; ++c) {
       const T* x = t.x + c * t.stride;
       for (int v = 0; v < t.n; ++v) {
-        // A NaN is above all numbers, and nothing is above a NaN.
+        // NaN ranks above all numbers, and nothing above NaN.
         const bool above = (x[v] > most[v]) | ((x[v] != x[v]) & (most[v] == most[v]));
         most[v] = above ? x[v] : most[v];
         found[v] = above ? int32_t(c) : found[v];
@@ -329,8 +329,8 @@ void apply_general(Tile<T>& t) {
   const int64_t classes = job.classes;
   const bool softmax = job.activation == Activation::softmax;
   const bool sigmoid = job.activation == Activation::sigmoid;
-  // The usual sums are taken together, but where every region has coefficients of its own. In
-  // softmax no usual sum is of log q.
+  // The common sums are differentiated together, unless every region has its own coefficients; for
+  // softmax, none of them is of log q.
   const uint32_t of_log_q = fastloss::kCrossEntropyRest | fastloss::kUniformRest;
   const uint32_t together = job.regions ? 0 : softmax ? kTogether & ~of_log_q : kTogether;
   Wanted wanted;
@@ -360,7 +360,7 @@ void apply_general(Tile<T>& t) {
     std::memset(sum, 0, sizeof(T) * kMaxTile);
     std::memset(t.row(kSumOfMany), 0, sizeof(T) * kMaxTile);
   }
-  // Without other sums to add to them, the derivatives need no rows of their own.
+  // Without other sums the derivatives need no rows.
   const bool joined = softmax && !others;
   auto k = [&](int slot, int64_t c, bool taken = true) {
     return slot >= 0 && together && taken ? t.table[slot * classes + c] : T(0);
@@ -411,7 +411,7 @@ void apply_general(Tile<T>& t) {
     }
     T* x = t.x + c * t.stride;
     if (softmax) {
-      // t_c, the derivative by log p_c, takes the place of x − largest in `second`.
+      // t_c, the derivative by log p_c, replaces largest − x in `second`.
       T* turn = t.second + c * t.stride;
       auto take = [&](int64_t v, Vec<T> value) {
         store<T>(turn + v, value);

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "distance_job.h"
 #include "voxel.h"
 
 namespace fastloss {
@@ -33,8 +34,8 @@ constexpr int kMaxAxes = 64;
 constexpr int kMaxGammas = 8;
 constexpr int kMaxSums = 64;
 
-// An array (B, C, *spatial) or (B, *spatial) in somebody's memory. Strides in bytes. Spatial axes
-// that step through memory evenly are merged, so a contiguous or channels-last array has one.
+// A borrowed array (B, C, *spatial) or (B, *spatial). Strides in bytes. Spatial axes that step
+// through memory evenly are merged, so a contiguous or channels-last array has one.
 struct Array {
   char* data = nullptr;
   DType dtype = DType::f32;
@@ -55,10 +56,10 @@ struct Sum {
   Weight weight = Weight::one;
   Function function = Function::one;
   double parameter = 0;
-  int32_t field = -1;  // its place in `Job::fields`, or −1
+  int32_t field = -1;  // its index in `Job::fields`, or −1
 };
 
-// Sums that have a name, as bits: a fast path lists those that it takes.
+// Named sums, as bits: a fast path lists those that it takes.
 enum Named : uint32_t {
   kReference = 1,
   kOverlap = 2,
@@ -91,7 +92,7 @@ inline uint32_t name_of(const Sum& sum) {
   return kUnnamed;
 }
 
-// Positions of the named sums in the (S, B, C) arrays; -1 where a sum is not wanted.
+// Positions of the named sums in the (S, B, C) arrays; −1: not requested.
 struct Slots {
   int32_t reference = 0;
   int32_t overlap = -1;
@@ -102,12 +103,12 @@ struct Slots {
   int32_t cross_entropy_rest = -1;
   int32_t uniform = -1;
   int32_t uniform_rest = -1;
-  int32_t top_k = -1;  // Σ field · g (−log p), where the field is what `losses` holds
+  int32_t top_k = -1;  // Σ field · g (−log p), where the field is `losses`
   int32_t focal[kMaxGammas];
   double gamma[kMaxGammas];
   int32_t gammas = 0;
   int32_t count = 0;   // of all sums
-  uint32_t kinds = 0;  // the bits of `Named` that there are
+  uint32_t kinds = 0;  // the bits of `Named` that occur
 };
 
 enum class FieldKind : int32_t { voxel, of_class, labels };
@@ -116,7 +117,7 @@ struct Field {
   FieldKind kind;
 };
 
-// The number that a map has of a voxel: see fastloss/maps.py.
+// The kinds of map: see fastloss/maps.py.
 enum class MapKind : int32_t { none, voxel, of_class, error, label, mask };
 
 struct Job {
@@ -129,13 +130,13 @@ struct Job {
   int64_t classes = 0;
   int64_t voxels = 0;  // of one sample
   Array logits, target, weight, out;
-  bool weighted = false;                 // `weight` is there
+  bool weighted = false;                 // `weight` is given
   bool stream = false;                   // write the gradient past the caches
   const double* coefficients = nullptr;  // (S, B, C), apply only
   const Sum* sums = nullptr;             // as many as slots.count
   const Field* fields = nullptr;
   int32_t field_count = 0;
-  // The region of every voxel; null: every sample is one row.
+  // The region of every voxel; null: each sample is a row.
   const Array* regions = nullptr;
   int64_t rows = 1;  // of a sample
   MapKind map = MapKind::none;
@@ -143,11 +144,11 @@ struct Job {
   DType map_dtype = DType::f32;
   const double* map_coefficients = nullptr;  // (S, C)
   // One number per voxel, (B, voxels) of the working type: reduce writes m w_y (−log p_y) there,
-  // and apply multiplies by it the derivative by the slot `top_k`.
+  // and apply multiplies the derivative by the slot `top_k` by it.
   void* losses = nullptr;
   const double* loss_weights = nullptr;  // w, (C,), reduce only
 
-  // Whether nothing is asked for but these sums, of `Named`.
+  // Whether only these sums, of `Named`, are requested.
   bool asks_only_for(uint32_t named) const {
     return (slots.kinds & ~named) == 0 && !regions && map == MapKind::none;
   }
@@ -157,9 +158,9 @@ struct Job {
   }
 };
 
-// Faults in the caller's data, in voxel order.
+// Faults in the caller's data; "first" is by voxel order.
 struct Faults {
-  int64_t labels = 0;  // or, in a dense target, integers other than 0 and 1
+  int64_t labels = 0;  // bad labels or, in a dense target, integers other than 0 and 1
   double first_label = 0;
   int64_t weights = 0;
   double first_weight = 0;
@@ -172,19 +173,19 @@ struct Faults {
   }
 };
 
-// The voxels of a tile, which is computed at once; few enough that its rows stay in the caches,
-// and enough that what is done once per tile does not count.
+// The voxels of a tile: few enough that its rows stay in the caches, and enough to amortise the
+// work per tile.
 inline int tile_voxels(int64_t classes) {
   int64_t most = 65536 / (classes > 0 ? classes : 1) / 16 * 16, limit = 512;
   return int(most < 16 ? 16 : most > limit ? limit : most);
 }
 
-// The voxels of a block, which has sums of its own: a number that no thread count changes, so
-// that sums added in block order have the same bits however many threads there are.
+// The voxels of a block, which has its own sums. It does not depend on the number of threads: sums
+// added in block order are bit-identical for any number.
 inline int64_t block_voxels(int64_t classes, int64_t voxels, int64_t sums = 0) {
   int64_t tile = tile_voxels(classes);
   int64_t wanted = 16384 / (classes > 0 ? classes : 1);
-  // Bounds the memory of the sums, of which many regions have many.
+  // Bounds the memory of the sums, which many regions multiply.
   int64_t blocks = sums > 8192 ? (int64_t(1) << 22) / sums : 512;
   if (blocks < 4) blocks = 4;
   if (wanted < voxels / blocks) wanted = voxels / blocks;
@@ -192,9 +193,8 @@ inline int64_t block_voxels(int64_t classes, int64_t voxels, int64_t sums = 0) {
   return wanted < tile ? tile : wanted;
 }
 
-// The voxels of a sample before the first whose gradient starts a cache line, where the gradient is
-// written past the caches: parts of a line cost several times as much. Tiles of the apply pass
-// start there.
+// The voxels of a sample before the first whose gradient starts a cache line, for non-temporal
+// stores: partial lines cost several times as much. Tiles of the apply pass start there.
 inline int64_t voxels_to_line(const Job& job, int64_t sample) {
   const int64_t item = item_size(job.out.dtype), size = job.out.stride[0];
   const bool rows = size == item;
@@ -206,12 +206,12 @@ inline int64_t voxels_to_line(const Job& job, int64_t sample) {
   return 0;
 }
 
-// Blocks of a sample that follow each other, and what the reduce pass finds in them.
+// Consecutive blocks of a sample, and the results of the reduce pass over them.
 struct Blocks {
   int64_t first, last;  // voxels
   int64_t size;         // voxels of every block but the last
-  double* sums;         // (blocks, rows, S + 1, C), the last slot being waste; zeros at first
-  double* weights;      // (blocks, rows), the sums of voxel weights; zeros at first
+  double* sums;         // (blocks, rows, S + 1, C), the last slot unused; initially zeros
+  double* weights;      // (blocks, rows), the sums of voxel weights; initially zeros
   Faults* faults;       // (blocks,)
 
   int64_t of(int64_t voxel) const { return (voxel - first) / size; }
@@ -223,11 +223,11 @@ struct Blocks {
   }
 };
 
-// Bytes of working memory that a thread needs.
+// Bytes of scratch memory of a thread.
 using ScratchSize = size_t (*)(const Job&);
 using Reduce = void (*)(const Job&, int64_t sample, const Blocks&, void* scratch);
 using Apply = void (*)(const Job&, int64_t sample, int64_t first, int64_t last, void* scratch);
-// Writes a map; what is wrong in the data goes to the faults.
+// Writes a map, and records faults in the data.
 using WriteMap = void (*)(const Job&, int64_t sample, int64_t first, int64_t last, Faults*,
                           void* scratch);
 
@@ -237,6 +237,10 @@ struct Kernels {
   Reduce reduce;
   Apply apply;
   WriteMap write_map;
+  DistanceKernels distance;
 };
+
+// Those of the chosen instruction set.
+extern const Kernels* kernels;
 
 }  // namespace fastloss

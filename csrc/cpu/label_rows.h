@@ -1,6 +1,6 @@
 // The loops over all logits of softmax with a label map. Each works on the rows of some classes of
-// a tile; two of them can run as one loop, one on each of two tiles: what reads memory and what is
-// computed or written then goes on at the same time.
+// a tile. Two of them can run as one loop over two tiles, so that reading one tile overlaps with
+// computing and writing the other.
 #pragma once
 
 #include "loops.h"
@@ -8,7 +8,7 @@
 
 namespace {
 
-// Exponentials of logits this small need no maximum taken off, nor do their quotients overflow.
+// Where |x| ≤ 36, Σ e^x and its quotients do not overflow without subtracting the maximum.
 constexpr int kNear = 36;
 
 // The coefficients of a slot, (C,), or null.
@@ -16,8 +16,8 @@ template <class T>
 const T* coefficients(const Tile<T>& t, int slot) {
   return slot >= 0 ? t.table + slot * t.job.classes : nullptr;
 }
-// The row of Σ e_c · (derivative by p_c) over the classes but the label, without the overlap's part
-// and without m.
+// The row of Σ e_c · (derivative by p_c) over the classes but the label, excluding the overlap's
+// part and m.
 template <class T>
 T* other_slopes(Tile<T>& t) {
   return t.row(kA);
@@ -26,11 +26,11 @@ T* other_slopes(Tile<T>& t) {
 // Steps of loops over exponentials: compute them from the logits, sum them per voxel, or both.
 enum class Exponentials { made, added, both };
 
-// Of R classes from c on: x becomes e^x; the exponentials are added to `rest` of their voxels, or,
-// the label's, to `own`; and with `kDot`, times the derivatives by p, to a row of their own. Labels
-// decide by masks: a branch would be guessed wrongly wherever organs meet. Classes are added one by
-// one, so that how many are taken at a time changes no bit. The logits are numbers of type S.
-// `kAll`: there are no other classes, and the sums start here.
+// For R classes from c on: x becomes e^x; the label's exponential goes to `own`, the others are
+// added to `rest` and, with `kDot`, times the derivatives by p to a row of their own. Labels select
+// by masks: a branch would be mispredicted at the borders of organs. Classes are added one by one,
+// so that R changes no bit. S is the type of the logits. `kAll`: there are no other classes, and
+// the sums start here.
 template <class S, class T, int R, bool kPresent, bool kDot,
           Exponentials kWhat = Exponentials::both, bool kAll = false>
 struct ExponentialRows {
@@ -59,9 +59,9 @@ struct ExponentialRows {
       from[r] = soon[r] = (const S*)to[r];
       if (kMade && t.direct) {
         from[r] = t.template source_row<S>(c + r);
-        // The processor follows each row by itself but cannot guess where the next one starts.
+        // The hardware prefetcher follows each row but cannot guess where the next one starts.
         soon[r] = t.template row_ahead<S>(c + r + kAhead);
-        prefetch(soon[r] + t.padded - 1);  // one line more where rows do not start with a line
+        prefetch(soon[r] + t.padded - 1);  // one line more where rows are not aligned to lines
       }
       number[r] = class_number<T>(c + r);
       factor[r] = splat<T>(slope ? slope[c + r] : T(0));
@@ -124,8 +124,8 @@ struct ClassSums {
   double *reference, *overlap, *predicted, *loss;
 };
 
-// Adds to the sums of R classes: m g, m p g, m p and the loss, where m p is x · scale, and `value`
-// that of the label. Without `kPresent` only m p.
+// Adds m g, m p g, m p and the loss to the sums of R classes, where m p = x · scale, and `value` is
+// m p of the label. Without `kPresent` only m p is added.
 template <class T, int R, bool kPresent>
 struct SumRows {
   static constexpr int L = lanes<T>;
@@ -183,18 +183,21 @@ FL_INLINE void with_constant(bool value, const F& f) {
   if (value) f(std::true_type{});
   else f(std::false_type{});
 }
-// f(S{}) with the type of the numbers that the exponentials of a tile are made of.
+// Calls f(S{}) with the type of the logits that the exponentials are computed from.
 template <class T, class F>
 FL_INLINE void with_source(const Tile<T>& t, const F& f) {
   if (t.direct) with_storage<T>(t.job.logits.dtype, f);
   else f(T{});
 }
 
-// The label's part of a voxel's gradient, but for its weight: all of it at the label's class, and
-// of another class, whose gradient is e_c (inverse · derivative by p_c − inverse · turn), the
-// latter. `own` is e of the label, `rest` the sum of the others', `rests` Σ p_c · (derivative by
-// p_c) over them. `once` blocks FMA contraction, so that results are bit-identical across call
-// sites.
+// The label's part of a voxel's gradient, without the voxel weight. With k_c the derivative by p_c
+// and o and l those by overlap and cross-entropy at the label y, the derivatives by log p_c are
+// t_c = p_c k_c for c ≠ y and t_y = p_y (k_y + o) − l, and ∂L/∂x_c = t_c − p_c Σ_j t_j. Thus
+//   turn = Σ_j t_j = rests + p_y k_y + (p_y o − l)  with rests = Σ_{c≠y} p_c k_c,
+//   ∂L/∂x_c = p_c (k_c − turn) for c ≠ y,
+//   ∂L/∂x_y = t_y (1 − p_y) − p_y rests = p_y (k_y q − rests) + (p_y o − l) q,
+// where q = rest / Σe is exact however near 1 p_y is. `own` is e of the label, `rest` the sum of
+// the others. `once` blocks FMA contraction, so that results are bit-identical across call sites.
 template <class T>
 struct LabelGradient {
   Vec<T> at_label, turn;
@@ -208,15 +211,15 @@ struct LabelGradient {
   }
 };
 
-// What the label decides of the gradients of a tile's voxels: that at the label's class, and of the
-// others' e_c (slope · k_c − turn), with k_c the derivative by p_c, or null for zeros.
+// The label's part of the gradients of a tile: `at_label` is the gradient at the label's class, and
+// e_c (slope · k_c − turn) that of another class c. k: the derivatives by p, or null for zeros.
 template <class T>
 struct LabelGradients {
   const T *k, *slope, *turn, *at_label;
 };
 
-// Writes the gradients of R classes, two vectors at a time: memory takes smaller pieces of several
-// rows more slowly.
+// Writes the gradients of R classes, two vectors at a time: alternating between rows in smaller
+// pieces is slower.
 template <class T, int R, bool kPresent, class P, class Put>
 struct GradientRows {
   static constexpr int L = lanes<T>;

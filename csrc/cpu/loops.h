@@ -16,7 +16,7 @@ FL_INLINE void in_pairs(int64_t classes, const F& f) {
   if (c < classes) f(c, std::integral_constant<int, 1>{});
 }
 
-// A loop over the `voxels` of a tile, whole vectors, from `first` on: rows.step<N>(v) takes N
+// Loops over the `voxels` of a tile, whole vectors, from `first` on: rows.step<N>(v) takes N
 // vectors of each row.
 template <class Rows>
 FL_INLINE void run(Rows& rows, int64_t first, int64_t voxels) {
@@ -26,7 +26,7 @@ FL_INLINE void run(Rows& rows, int64_t first, int64_t voxels) {
   rows.finish();
 }
 
-// Two of them as one loop.
+// Runs two such loops as one.
 template <class In, class Out>
 FL_INLINE void run_both(In& in, int64_t in_voxels, Out& out, int64_t out_voxels) {
   constexpr int L = In::L;

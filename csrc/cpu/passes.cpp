@@ -1,4 +1,5 @@
-// The two passes over one block of voxels. Compiled once per instruction set.
+// The passes over one block of voxels, and along lines of them. Compiled once per instruction set.
+#include "distance_kernels.h"
 #include "general.h"
 #include "softmax_dense.h"
 #include "softmax_labels.h"
@@ -95,6 +96,10 @@ void write_map(const Job& job, int64_t sample, int64_t first, int64_t last, Faul
 
 namespace fastloss {
 extern const Kernels FASTLOSS_JOIN(kernels_, FASTLOSS_ISA);
-const Kernels FASTLOSS_JOIN(kernels_, FASTLOSS_ISA) = {FASTLOSS_TEXT(FASTLOSS_ISA), scratch_size,
-                                                       reduce, apply, write_map};
+const Kernels FASTLOSS_JOIN(kernels_, FASTLOSS_ISA) = {FASTLOSS_TEXT(FASTLOSS_ISA),
+                                                       scratch_size,
+                                                       reduce,
+                                                       apply,
+                                                       write_map,
+                                                       {plane_of_distances, lines_of_distances}};
 }  // namespace fastloss

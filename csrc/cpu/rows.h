@@ -1,4 +1,5 @@
-// Rows of a tile between memory and working buffers: the only place that knows dtypes and strides.
+// Moves rows of a tile between arrays and working buffers: the only place that knows dtypes and
+// strides.
 #pragma once
 
 #include <type_traits>
@@ -13,7 +14,7 @@ using fastloss::DType;
 
 constexpr int kMaxTile = 512;
 
-// A tile's voxels in memory: stretches at an even stride.
+// A tile's voxels in memory: runs of even stride.
 struct Runs {
   struct Run {
     int64_t offset;  // bytes
@@ -72,8 +73,8 @@ FL_INLINE float widen(Brain value) {
   return result;
 }
 FL_INLINE float widen(Half value) {
-  // Shifted into place the exponent is 112 too small, which a product with 2^112 mends, for
-  // subnormal numbers as well; infinities and NaN get the full exponent.
+  // Shifted into place, the exponent is 112 too small (biases 127 and 15): multiplying by 2^112
+  // corrects it, for subnormal numbers as well. Infinities and NaN get the full exponent.
   uint32_t magnitude = uint32_t(value.bits & 0x7fff) << 13;
   uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
   float scaled;
@@ -94,7 +95,7 @@ FL_INLINE S widen(S value) {
 FL_INLINE Brain narrow_brain(float value) {
   uint32_t wide;
   std::memcpy(&wide, &value, sizeof wide);
-  uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;  // to nearest, ties to even
+  uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;  // to nearest even
   uint32_t result = (wide & 0x7fffffff) > 0x7f800000u ? 0x7fc0u : rounded;
   return {uint16_t(result)};
 }
@@ -102,9 +103,10 @@ FL_INLINE Half narrow_half(float value) {
   uint32_t wide;
   std::memcpy(&wide, &value, sizeof wide);
   uint32_t sign = (wide >> 16) & 0x8000, magnitude = wide & 0x7fffffff;
-  // Normal results: rebias the exponent and round to nearest even.
+  // Normal results: subtract 112 from the exponent (adding 0xc8000000) and round to nearest even.
   uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13;
-  // Subnormal results: adding ½ leaves the rounded mantissa in the low bits.
+  // Subnormal results: the ulp of ½ is 2^−24, float16's least number, so that adding ½ leaves the
+  // rounded mantissa in the low bits.
   float small, half = 0.5f;
   std::memcpy(&small, &magnitude, sizeof small);
   small += half;
@@ -117,7 +119,7 @@ FL_INLINE Half narrow_half(float value) {
   return {uint16_t(result | sign)};
 }
 
-// The number type in memory of a dtype that is computed in T: f(S{}) with S as it lies there.
+// Calls f(S{}) with the storage type S of a dtype that is computed in T.
 template <class T, class F>
 void with_storage(DType dtype, const F& f) {
   if constexpr (sizeof(T) == 8) f(double{});
@@ -139,7 +141,7 @@ FL_INLINE Vec<T> load_as(const S* p) {
 #elif defined(__AVX2__) && defined(__F16C__)
     __m128i narrow = _mm_loadu_si128((const __m128i*)p);
     if constexpr (std::is_same<S, Half>::value) return (Vec<T>)_mm256_cvtph_ps(narrow);
-    // One shuffle of a loaded and repeated half puts each number above two bytes of zeros.
+    // One shuffle of the broadcast load puts each number above two bytes of zeros.
     const __m256i places =
         _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
                          -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
@@ -207,14 +209,14 @@ void load_row(const char* base, DType dtype, const Runs& runs, T* row) {
   }
 }
 
-// As load_row, of integers that are to be 0, 1 or, if it `skips`, `skip`: whether all are.
+// As load_row, for integers. Returns whether all are 0, 1 or, if `skips`, `skip`.
 template <class S, class T>
 bool load_binary_runs(const char* base, const Runs& runs, bool skips, int64_t skip, T* row) {
   using U = typename std::make_unsigned<S>::type;
-  // S may not hold that number; 0 is good anyhow.
+  // If S cannot hold `skip`, it does not occur: 0 then stands for it, as 0 passes anyway.
   const bool holds = int64_t(S(skip)) == skip && (std::is_signed<S>::value || skip >= 0);
   const S passed = skips && holds ? S(skip) : S(0);
-  U all = 0;  // bits: of 0 and 1 there is only the lowest
+  U all = 0;  // the bits of all numbers: 0 and 1 set only the lowest
   for (int r = 0; r < runs.count; ++r) {
     const char* p = base + runs.run[r].offset;
     T* to = row + runs.run[r].first;
@@ -232,7 +234,7 @@ bool load_binary_runs(const char* base, const Runs& runs, bool skips, int64_t sk
   return all <= 1;
 }
 
-// Reads a row of a dense target, see load_row: false if integers are not as above.
+// As load_row, for a row of a dense target. Returns false if its integers are not as above.
 template <class T>
 bool load_dense_row(const char* base, DType dtype, const Runs& runs, bool skips, int64_t skip,
                     T* row) {
@@ -264,7 +266,7 @@ FL_INLINE void narrow(float v, Half* p) { *p = narrow_half(v); }
 FL_INLINE void narrow(float v, Brain* p) { *p = narrow_brain(v); }
 FL_INLINE void narrow(double v, double* p) { std::memcpy(p, &v, sizeof v); }
 
-// The bits of bfloat16 numbers in words of 32 bits: rounded to nearest, ties to even; NaN stays.
+// The bits of bfloat16 numbers in 32-bit words, rounded to nearest even; NaN stays NaN.
 FL_INLINE IVec<float> brain_words(Vec<float> v) {
   typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
   IVec<float> w = bits<float>(v), rounded = w + 0x7fff + ((w >> 16) & 1);
@@ -272,8 +274,8 @@ FL_INLINE IVec<float> brain_words(Vec<float> v) {
   return (IVec<float>)((Words)rounded >> 16);
 }
 
-// Vectors of halves, rounded likewise. Without `kAnyNan` the lower half of what is NaN must be 0,
-// as that of the processor's own NaN is, and of those that come from halves.
+// Vectors of half-precision numbers, rounded likewise. Without `kAnyNan` the lower 16 bits of any
+// NaN must be 0, as in the NaN that the processor generates and those converted from half types.
 #if defined(__AVX512F__)
 #define FL_HALVES
 template <class S>
@@ -306,15 +308,15 @@ template <class S, bool kAnyNan = true>
 FL_INLINE __m256i narrow_vectors(Vec<float> a, Vec<float> b) {
   if constexpr (std::is_same<S, Half>::value)
     return _mm256_set_m128i(narrow_vector<S>(b), narrow_vector<S>(a));
-  // The upper and the lower halves of all numbers, then one more in the upper where the lower is
-  // more than half of it, or half and the upper is odd. NaN stays: what made it has set its upper
-  // mantissa.
+  // Splits all numbers into upper and lower 16 bits and adds 1 to the upper where the lower is
+  // above one half, or equal to it and the upper is odd. NaN stays NaN, as its upper mantissa bits
+  // are set.
   const __m256i apart = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
   __m256i u = _mm256_shuffle_epi8((__m256i)a, apart), v = _mm256_shuffle_epi8((__m256i)b, apart);
   __m256i low = _mm256_unpacklo_epi64(u, v), high = _mm256_unpackhi_epi64(u, v);
   const __m256i one = _mm256_set1_epi16(1);
-  // (low + 0x7fff + odd) >> 1 has bit 15 where that sum passes 16 bits.
+  // (low + 0x7fff + odd) >> 1 has bit 15 set where that sum exceeds 16 bits.
   __m256i addend = _mm256_add_epi16(_mm256_and_si256(high, one), _mm256_set1_epi16(0x7ffe));
   __m256i up = _mm256_srai_epi16(_mm256_avg_epu16(low, addend), 15);
   if (kAnyNan) {
@@ -331,8 +333,8 @@ FL_INLINE void store_halves(void* p, __m128i v) {
 }
 #endif
 
-// Whether numbers that lie in memory as S are from −most to most; NaN may count either way. Each is
-// shown both as what was loaded and where it lies.
+// Whether numbers of type S are in [−most, most]; NaN may count either way. Each number is passed
+// both as loaded and by its address.
 template <class S, class T>
 struct Extent {
   Vec<T> low{}, high{};
@@ -346,7 +348,8 @@ struct Extent {
   FL_INLINE bool within(int most) const { return !any<T>((low < -T(most)) | (high > T(most))); }
 };
 #if defined(FL_HALVES)
-// Of halves the bits without the sign are in order, and a vector holds twice as many.
+// The bits of half-precision numbers without the sign are ordered, and a vector holds twice as
+// many.
 template <class S>
 struct ExtentOfHalves {
   __m256i largest = _mm256_setzero_si256();
@@ -379,8 +382,8 @@ template <>
 struct Extent<Brain, float> : ExtentOfHalves<Brain> {};
 #endif
 
-// A vector of numbers to memory, rounded to nearest, ties to even; `kStream`: past the caches,
-// for which p must be aligned to what is written.
+// Stores a vector, rounded to nearest even. `kStream`: a non-temporal store, for which p must be
+// aligned to the bytes written.
 template <class S, bool kStream, class T>
 FL_INLINE void store_as(S* p, Vec<T> v) {
   if constexpr (std::is_same<S, T>::value) {
@@ -397,7 +400,7 @@ FL_INLINE void store_as(S* p, Vec<T> v) {
   }
 }
 
-// Two vectors; halves in one store.
+// Stores two vectors; half types in one store.
 template <class S, bool kStream, bool kAnyNan, class T>
 FL_INLINE void store_two_as(S* p, Vec<T> a, Vec<T> b) {
 #if defined(FL_HALVES)
@@ -412,8 +415,8 @@ FL_INLINE void store_two_as(S* p, Vec<T> a, Vec<T> b) {
   store_as<S, kStream, T>(p + lanes<T>, b);
 }
 
-// `count` numbers, of whole vectors, to p and their negatives to q. Halves are rounded once for
-// both, and stored by whole vectors.
+// Stores `count` numbers, whole vectors, to p and their negatives to q. Half types are rounded once
+// for both and stored in whole vectors.
 template <class S, bool kStream, class T>
 FL_INLINE void store_opposites(const T* from, int64_t count, S* p, S* q) {
   constexpr int L = lanes<T>;
@@ -438,7 +441,7 @@ FL_INLINE void store_opposites(const T* from, int64_t count, S* p, S* q) {
   }
 }
 
-// `count` numbers, of whole vectors, each behind its negative.
+// Stores `count` numbers, whole vectors, each after its negative.
 template <class S, bool kStream>
 FL_INLINE void store_pairs(const float* from, int64_t count, S* p) {
   constexpr int L = lanes<float>;
@@ -497,7 +500,7 @@ void store_row(char* base, DType dtype, const Runs& runs, const T* row, bool pas
   }
 }
 
-// Reads labels: y in [0, classes), −2 where ignored, −1 where it is no class.
+// Reads labels: y in [0, classes), −2 where ignored, −1 where the label is no class.
 template <class S, class I, bool kContiguous, bool kIgnore>
 FL_INLINE void load_label_run(const char* p, int64_t stride, int count, I classes, I ignore,
                               int32_t* y) {
@@ -513,7 +516,7 @@ FL_INLINE void load_label_run(const char* p, int64_t stride, int count, I classe
 }
 
 #if defined(__AVX2__)
-// As load_plain_labels, for bytes: 32 at a time.
+// As load_plain_labels for bytes, 32 at a time.
 FL_INLINE bool load_byte_labels(const char* p, int count, int64_t classes, int32_t* y) {
   __m256i high = _mm256_setzero_si256();
   int i = 0;
@@ -531,7 +534,7 @@ FL_INLINE bool load_byte_labels(const char* p, int count, int64_t classes, int32
                           _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + i + j))));
 #endif
   }
-  // The largest byte is, of its complement, the smallest word.
+  // The largest byte: the complement of the smallest word of complements.
   __m128i top = _mm_max_epu8(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
   top = _mm_max_epu8(top, _mm_srli_epi16(top, 8));
   top = _mm_minpos_epu16(_mm_andnot_si128(top, _mm_set1_epi16(0xff)));
@@ -545,7 +548,7 @@ FL_INLINE bool load_byte_labels(const char* p, int count, int64_t classes, int32
 }
 #endif
 
-// How many of `count` bytes, at most kMaxTile, are 1; −1 if any is neither 0 nor 1.
+// The number of 1s among `count` bytes, at most kMaxTile; −1 if any is neither 0 nor 1.
 inline int count_ones(const uint8_t* p, int count) {
   typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
   Bytes v, any{}, sums{};
@@ -569,7 +572,7 @@ inline int count_ones(const uint8_t* p, int count) {
   return all & 0xfefefefefefefefe ? -1 : ones;
 }
 
-// Whether `count` bytes are all the same.
+// Whether `count` bytes are all equal.
 inline bool all_same(const uint8_t* p, int count) {
   constexpr int L = lanes<float> * 4;
   IVec<float> others{}, v;
@@ -584,7 +587,7 @@ inline bool all_same(const uint8_t* p, int count) {
   return !any_other;
 }
 
-// Widens labels that are all in [0, classes), which is quickly seen; false if some are not.
+// Widens labels; returns false if some are outside [0, classes), which is quick to check.
 template <class S, class I>
 FL_INLINE bool load_plain_labels(const char* p, int count, I classes, int32_t* y) {
 #if defined(__AVX2__)
@@ -662,7 +665,7 @@ inline bool load_labels(const char* base, DType dtype, const Runs& runs, int64_t
       return load_labels_as<uint32_t, int64_t>(base, runs, classes, has_ignore, ignore, y);
     case DType::i64:
       return load_labels_as<int64_t, int64_t>(base, runs, classes, has_ignore, ignore, y);
-    case DType::u64:  // what int64 cannot hold becomes negative: no class either
+    case DType::u64:  // beyond int64 a label becomes negative, which is no class either
       return load_labels_as<int64_t, int64_t>(base, runs, classes, has_ignore && ignore >= 0,
                                               ignore, y);
     default: {
@@ -679,7 +682,7 @@ inline bool load_labels(const char* base, DType dtype, const Runs& runs, int64_t
   }
 }
 
-// A 4×4 block between rows and columns.
+// Transposes a 4×4 block.
 FL_INLINE void transpose4(const float* from, int64_t from_step, float* to, int64_t to_step) {
 #if defined(__SSE2__)
   __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_step);
@@ -696,8 +699,7 @@ FL_INLINE void transpose4(const float* from, int64_t from_step, float* to, int64
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// An 8×8 block. Halves of rows are put together as they are loaded, which takes no pipe that
-// shuffles.
+// Transposes an 8×8 block. Half rows are combined as they are loaded, which needs no shuffle port.
 FL_INLINE void transpose8(const float* from, int64_t from_step, float* to, int64_t to_step) {
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
@@ -720,14 +722,14 @@ FL_INLINE void transpose8(const float* from, int64_t from_step, float* to, int64
 #endif
 
 #if defined(__AVX512F__)
-// Four 4×4 blocks, one in each quarter of the vectors.
+// Transposes four 4×4 blocks, one in each quarter of the vectors.
 FL_INLINE void transpose_quarters(__m512 (&r)[4]) {
   __m512 a = _mm512_unpacklo_ps(r[0], r[1]), b = _mm512_unpackhi_ps(r[0], r[1]);
   __m512 c = _mm512_unpacklo_ps(r[2], r[3]), d = _mm512_unpackhi_ps(r[2], r[3]);
   r[0] = _mm512_shuffle_ps(a, c, 0x44), r[1] = _mm512_shuffle_ps(a, c, 0xee);
   r[2] = _mm512_shuffle_ps(b, d, 0x44), r[3] = _mm512_shuffle_ps(b, d, 0xee);
 }
-// A block of 16 rows and 4 columns.
+// Transposes a block of 16 rows and 4 columns.
 FL_INLINE void transpose16x4(const float* from, int64_t from_step, float* to, int64_t to_step) {
   __m512 r[4];
 #pragma GCC unroll 4
@@ -742,7 +744,7 @@ FL_INLINE void transpose16x4(const float* from, int64_t from_step, float* to, in
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) _mm512_storeu_ps(to + j * to_step, r[j]);
 }
-// A block of 4 rows and 16 columns.
+// Transposes a block of 4 rows and 16 columns.
 FL_INLINE void transpose4x16(const float* from, int64_t from_step, float* to, int64_t to_step) {
   __m512 r[4];
 #pragma GCC unroll 4
@@ -759,8 +761,8 @@ FL_INLINE void transpose4x16(const float* from, int64_t from_step, float* to, in
 }
 #endif
 
-// Calls block(i, j) for blocks of kRows × kColumns that cover rows and columns: the last ones
-// overlap those before them where the sizes do not divide.
+// Calls block(i, j) for blocks of kRows × kColumns that cover the matrix; the last ones overlap
+// those before them where the sizes do not divide.
 template <int kRows, int kColumns, class F>
 FL_INLINE void cover(int64_t rows, int64_t columns, const F& block) {
   for (int64_t i = 0; i < rows; i += kRows) {
@@ -770,7 +772,7 @@ FL_INLINE void cover(int64_t rows, int64_t columns, const F& block) {
   }
 }
 
-// As transpose, for a number of columns known to the compiler, which makes vectors of it.
+// As transpose, for a compile-time number of columns, which the compiler vectorises.
 template <int kColumns>
 void split_columns(const float* __restrict from, float* __restrict to, int64_t to_step,
                    int64_t rows) {
@@ -784,7 +786,7 @@ void join_rows(const float* __restrict from, int64_t from_step, float* __restric
     for (int i = 0; i < kRows; ++i) to[j * kRows + i] = from[i * from_step + j];
 }
 
-// to[j][i] = from[i][j] for `rows` i and `columns` j. `from` and `to` are apart.
+// to[j][i] = from[i][j] for `rows` i and `columns` j. `from` and `to` do not overlap.
 inline void transpose(const float* from, int64_t from_step, float* to, int64_t to_step,
                       int64_t rows, int64_t columns) {
   if (columns == 2 && from_step == 2) return split_columns<2>(from, to, to_step, rows);

@@ -5,7 +5,8 @@
 
 namespace {
 
-// Loads the logits to x and their maximum to a row; turns them into x − largest where infinite.
+// Loads the logits to x and their maximum to a row. Where the maximum is infinite, x becomes 0 for
+// the classes at the maximum and −∞ for other numbers.
 template <class T>
 void load_and_maximum(Tile<T>& t) {
   constexpr int L = lanes<T>;
@@ -17,9 +18,9 @@ void load_and_maximum(Tile<T>& t) {
       const T *from = t.source_row(c), *next = t.source_row(c + 1 < classes ? c + 1 : c);
       const T* before = c ? largest : from;
       T *to = t.x + c * t.stride, *to_next = c + 1 < classes ? to + t.stride : to;
-      // The processor follows each row by itself but cannot guess where the next one starts.
+      // The hardware prefetcher follows each row but cannot guess where the next one starts.
       const T *soon = t.row_ahead(c + kAhead), *soon_next = t.row_ahead(c + kAhead + 1);
-      prefetch(soon + t.padded - 1);  // one line more where rows do not start with a line
+      prefetch(soon + t.padded - 1);  // one line more where rows are not aligned to lines
       prefetch(soon_next + t.padded - 1);
       for (int64_t v = 0, end = t.padded; v < end; v += L) {
         if (v % (64 / int(sizeof(T))) == 0) {
@@ -56,7 +57,7 @@ void load_and_maximum(Tile<T>& t) {
   }
 }
 
-// As `exponentials`, for the U vectors of voxels that start at v, whose sums stay in registers.
+// As `exponentials`, for U vectors of voxels from v on, whose sums stay in registers.
 template <bool kGaps, int U, class T, class Ahead>
 FL_INLINE void exponential_columns(Tile<T>& t, int v, const Ahead& ahead) {
   constexpr int L = lanes<T>;
@@ -65,7 +66,7 @@ FL_INLINE void exponential_columns(Tile<T>& t, int v, const Ahead& ahead) {
   IVec<T> ties[U] = {};  // −(number of classes at the maximum)
 #pragma GCC unroll 4
   for (int u = 0; u < U; ++u) largest[u] = load<T>(t.row(kLargest) + v + u * L);
-  // Sums of many classes are made of sums of a few: rounding errors then do not pile up.
+  // Many classes are summed in groups of a few, which bounds the rounding error.
   for (int64_t first = 0; first < classes; first += kFewClasses) {
     int64_t last = first + kFewClasses < classes ? first + kFewClasses : classes;
     Vec<T> few[U] = {};
@@ -79,8 +80,8 @@ FL_INLINE void exponential_columns(Tile<T>& t, int v, const Ahead& ahead) {
         IVec<T> top = d == T(0);
         store<T>(x + u * L, e);
         if (kGaps) store<T>(gaps + u * L, -d);
-        // The sum without its largest member is exact to the last bit where one class dominates,
-        // and with it 1−p and log p are.
+        // Without its largest member the sum is exact where one class dominates, and so are
+        // 1 − p = rest / (1 + rest) and −log p = log(1 + rest).
         few[u] += drop<T>(top, e);
         ties[u] += top;
       }
@@ -96,9 +97,9 @@ FL_INLINE void exponential_columns(Tile<T>& t, int v, const Ahead& ahead) {
   }
 }
 
-// x becomes e^(x−largest); rest, the sum but for one largest member, and 1 / sum. With `kGaps`
-// second becomes largest − x. `ahead(c, v, U)` is called before U vectors of class c, from the
-// voxel v on.
+// x becomes e^(x−largest). Writes rows of 1 / Σe and of rest = Σe − 1, the sum without one of the
+// largest. With `kGaps` second becomes largest − x, and −log p = gap + log(1 + rest).
+// `ahead(c, v, U)` is called before U vectors of class c, from the voxel v on.
 template <bool kGaps, class T, class Ahead>
 void exponentials(Tile<T>& t, const Ahead& ahead) {
   constexpr int L = lanes<T>, U = kVectorBytes < 32 ? 4 : 2;
@@ -107,7 +108,8 @@ void exponentials(Tile<T>& t, const Ahead& ahead) {
   for (; v < t.padded; v += L) exponential_columns<kGaps, 1>(t, v, ahead);
 }
 
-// 1 − p from what `exponentials` leaves, where `gap` is largest − x.
+// 1 − p from the results of `exponentials`, where `gap` is largest − x: rest / Σe at the largest,
+// and (Σe − e) / Σe elsewhere.
 template <class T>
 FL_INLINE Vec<T> complement(Vec<T> e, Vec<T> gap, Vec<T> rest, Vec<T> inverse) {
   return select<T>(gap == T(0), rest, (rest + T(1)) - e) * inverse;

@@ -1,5 +1,9 @@
-// Softmax with a dense target, where no loss asks for more than g, p and log p at a time: Dice,
-// cross-entropy and what is made of the same sums. A tile's logits and target are read once.
+// Softmax with a dense target, for Dice, cross-entropy and other losses of the same sums. A tile's
+// logits and target are read once.
+//
+// As ∂ log p_j / ∂x_c = δ_jc − p_c, the gradient is
+//   ∂L/∂x_c = t_c − p_c Σ_j t_j,  t_c = m (p_c (o_c g_c + k_c) − l_c g_c),
+// with o, k and l the derivatives by overlap, predicted and cross-entropy.
 #pragma once
 
 #include "loops.h"
@@ -17,7 +21,7 @@ inline bool suits_softmax_dense(const Job& job) {
          !job.losses;
 }
 
-// Asks for lines of rows while others are computed, where the rows are contiguous.
+// Prefetches contiguous rows while others are computed.
 struct RowsAhead {
   const char* first = nullptr;  // of class 0
   int64_t row = 0, item = 0;    // bytes from row to row, and of a number
@@ -27,7 +31,7 @@ struct RowsAhead {
     first = data + runs.run[0].offset;
     row = array.channel_stride, item = runs.stride;
   }
-  // The line of a voxel of class c, and those behind it that N vectors more of T reach.
+  // The cache lines that N vectors of T from voxel v of class c on span.
   template <class T, int N>
   FL_INLINE void fetch(int64_t c, int64_t v) const {
     if (!first) return;
@@ -37,7 +41,7 @@ struct RowsAhead {
   }
 };
 
-// The target's row of a class and its neighbour: where they lie, or loaded to two rows.
+// The target's rows of a class and its neighbour, in place or loaded to two buffers.
 template <class T, int R>
 struct TargetRows {
   const T* g[R];
@@ -93,7 +97,7 @@ struct DenseSumRows {
   FL_INLINE void finish() {}
 };
 
-// The loss of a class where some logits are infinite: one of no weight costs nothing.
+// The loss of a class where some logits are infinite: weight 0 times an infinite loss is 0.
 template <class T>
 double dense_loss(Tile<T>& t, int64_t c, const T* g) {
   const T *m = t.row(kWeight), *gap = t.second + c * t.stride, *log_sum = t.row(kLargest);
@@ -154,8 +158,7 @@ void reduce_softmax_dense(Tile<T>& t, double* sums, double* weight) {
   run(t, sums);
 }
 
-// Of R classes: p times the derivative by log p, t_c = m p (k g + k') − m l g, to `second`, and its
-// sum over the classes.
+// Writes t_c of R classes to `second`, and adds t_c to its sum over the classes.
 template <class T, int R>
 struct DenseSlopeRows {
   static constexpr int L = lanes<T>;
@@ -205,7 +208,7 @@ struct DenseSlopeRows {
   FL_INLINE void finish() {}
 };
 
-// Writes the gradients of R classes, t_c − p_c Σ t, two vectors at a time.
+// Writes the gradients of R classes, t_c − p_c Σ_j t_j, two vectors at a time.
 template <class T, int R, class P, class Put>
 struct DenseGradientRows {
   static constexpr int L = lanes<T>;

@@ -1,6 +1,10 @@
-// Softmax of three or four classes with a label map, where every voxel counts alike and no logit is
-// large: what becomes of a vector of voxels stays in registers. A gradient has the very bits that
-// the loops of softmax_labels.h give: which tile a voxel is of depends on where the gradient lies.
+// Softmax of three or four classes with a label map, where every voxel has weight 1 and no logit is
+// large: a vector of voxels stays in registers. Gradients are bit-identical to those of
+// softmax_labels.h, as the address of the gradient decides which tile a voxel belongs to.
+//
+// As |x| ≤ 36, no maximum is subtracted: p_c = e^x_c / Σ e^x, and with own = e^x_y and
+// rest = Σ_{c≠y} e^x_c the loss is −log p_y = log(1 + rest / own). `LabelGradient` of label_rows.h
+// derives the gradient.
 #pragma once
 
 #include "label_rows.h"
@@ -17,8 +21,8 @@ inline bool suits_few_classes(const Job& job) {
          !job.losses;
 }
 
-// The exponentials of C classes' logits, numbers of type S. `kOne`: all voxels have the label
-// `first`, which then is the first of the classes here; the others keep their order.
+// The exponentials of C classes' logits of type S. `kOne`: all voxels have the label `first`, which
+// then is the first class here; the others keep their order.
 template <class S, int C, bool kOne>
 struct FewClasses {
   using T = float;
@@ -88,8 +92,8 @@ FL_INLINE Pair<float> own_and_rest(const Vec<float> (&e)[C], IVec<float> y) {
   return {own, rest};
 }
 
-// Makes rows of the label's p, where there are several labels, and of rest / own, and adds Σ p.
-// False, and nothing added, if some logits are too large.
+// Writes rows of the label's p, if there are several labels, and of rest / own, and adds Σ p.
+// Returns false and adds nothing if some logit is too large.
 template <class S, int C, bool kOne>
 bool reduce_few_classes(Tile<float>& t, int only, const ClassSums& to) {
   using T = float;
@@ -99,8 +103,8 @@ bool reduce_few_classes(Tile<float>& t, int only, const ClassSums& to) {
   classes.each(t.padded,
                [&](int64_t v, const Vec<T>(&e)[C], IVec<T> y) __attribute__((always_inline)) {
                  auto [own, rest] = own_and_rest<C, kOne>(e, y);
-                 // One division for 1 / sum and for rest / own, which near logits do not make
-                 // overflow.
+                 // One division instead of two: with b = 1 / (sum own), 1 / sum = b own and
+                 // rest / own = rest sum b. As |x| ≤ 36, sum own < 4 e^72 does not overflow.
                  const Vec<T> sum = own + rest, both = T(1) / (sum * own), inverse = both * own;
 #pragma GCC unroll 4
                  for (int c = 0; c < C; ++c) sums[c] += e[c] * inverse;
@@ -114,7 +118,7 @@ bool reduce_few_classes(Tile<float>& t, int only, const ClassSums& to) {
   return true;
 }
 
-// Adds the other sums, from those rows.
+// Adds the other sums, read from those rows.
 template <int C, bool kOne, bool kLogs>
 void reduce_few_labels(Tile<float>& t, int only, const ClassSums& to) {
   using T = float;
@@ -151,7 +155,8 @@ void reduce_few_labels(Tile<float>& t, int only, const ClassSums& to) {
   }
 }
 
-// Makes the gradients, rows of `second`. False if some logits are too large for what it made.
+// Writes the gradients to rows of `second`. Returns false, and the rows are invalid, if some logit
+// is too large.
 template <class S, int C, bool kOne>
 bool apply_few_classes(Tile<float>& t, int only) {
   using T = float;
@@ -198,7 +203,7 @@ bool apply_few_classes(Tile<float>& t, int only) {
   return classes.extent.within(kNear);
 }
 
-// Writes them.
+// Stores these rows to the output.
 inline void write_few_classes(Tile<float>& t) {
   with_storage<float>(t.job.out.dtype, [&](auto number) {
     using S = decltype(number);
@@ -223,7 +228,7 @@ inline void write_few_classes(Tile<float>& t) {
 // The outcome of a tile.
 enum class Few { done, too_large, unsuited };
 
-// Calls run(S{}, count, one, only) for a tile whose logits are where they can be read.
+// Calls run(S{}, count, one, only) for a tile whose logits can be read in place.
 template <class Run>
 Few few_classes(Tile<float>& t, const Run& run) {
   if (!t.even) return Few::unsuited;

@@ -1,6 +1,11 @@
-// Softmax with a label map: the case that training mostly is.
+// Softmax with a label map, the common case in training.
 //
-// What a voxel's label decides is computed once per voxel, not once per class.
+// The label's part is computed once per voxel, not once per class. With own = e of the label y and
+// rest = Σ of the others' e, p_y = own / (own + rest), 1 − p_y = rest / (own + rest), and
+//   −log p_y = log(1 + rest / own).
+// `LabelGradient` of label_rows.h derives the gradient. Squared probabilities of coefficient s_c
+// add 2 s_c p_c to the derivative by p_c, and focal terms add to the cross-entropy's. Σ_c u_c (−log
+// p_c) over all classes adds −u_c to t_c: −Σ_j u_j to Σ_j t_j, and −u_c to the gradient.
 #pragma once
 
 #include "label_rows.h"
@@ -20,17 +25,17 @@ inline bool suits_softmax_labels(const Job& job) {
   return job.activation == Activation::softmax && !job.dense && job.asks_only_for(kLabelSums);
 }
 
-// The gap of a voxel whose logits are near: no maximum was taken off there.
+// Marks a voxel whose logits are near (|x| ≤ kNear): no maximum was subtracted.
 constexpr int kNoGap = -1;
 
-// Fewer classes than this stay in the first cache, where loops are faster one by one.
+// Fewer classes than this stay in the L1 cache, where unfused loops are faster.
 constexpr int64_t kFusedClasses = 8;
-// Up to this many are taken at once.
+// Up to this many classes are summed in one loop.
 constexpr int64_t kClassesAtOnce = 4;
 
-// As where all logits of a tile are near, for one with others: where those of a voxel are, x
-// becomes e^x, so that what is around a voxel changes no bit of it; else e^(x−largest), and the
-// label's gap to the largest is kept.
+// The exponentials of a tile with some logits that are not near. Where all logits of a voxel are, x
+// becomes e^x as in any other tile, so that a voxel's bits do not depend on its neighbours; else
+// e^(x−largest), and the label's gap to the largest is stored.
 template <class T>
 void exponentials_far(Tile<T>& t) {
   constexpr int L = lanes<T>;
@@ -43,7 +48,7 @@ void exponentials_far(Tile<T>& t) {
   for (int64_t c = 0; c < classes; ++c)
     for (int64_t v = 0; v < end; v += L)
       store<T>(least + v, smaller(load<T>(t.x + c * t.stride + v), load<T>(least + v)));
-  // One class alone has p = 1 exactly, which only the maximum makes sure of.
+  // A single class has p = 1 exactly only if the maximum is subtracted.
   for (int64_t v = 0; classes > 1 && v < end; v += L) {
     const Vec<T> high = load<T>(largest + v), low = load<T>(least + v);
     const IVec<T> near = (low >= -T(kNear)) & (high <= T(kNear));
@@ -62,7 +67,7 @@ void exponentials_far(Tile<T>& t) {
   }
 }
 
-// Starts the sums of a tile's exponentials.
+// Clears the sums of a tile's exponentials.
 template <bool kDot, class T>
 void clear_sums(Tile<T>& t) {
   const int64_t classes = t.job.classes;
@@ -77,8 +82,8 @@ void clear_sums(Tile<T>& t) {
   }
 }
 
-// Sums of many classes are made of sums of a few: rounding errors then do not pile up. To be called
-// when the exponentials of all classes below c have been added.
+// Many classes are summed in groups of a few, which bounds the rounding error. Call it when the
+// exponentials of all classes below c have been added.
 template <bool kDot, class T>
 FL_INLINE void sum_few(Tile<T>& t, int64_t c) {
   const int64_t classes = t.job.classes;
@@ -90,8 +95,8 @@ FL_INLINE void sum_few(Tile<T>& t, int64_t c) {
   if (kDot) t.add_row(t.row(kDotOfMany), other_slopes(t));
 }
 
-// The exponentials of R classes of a tile; what labels decide is left out for the many classes that
-// a tile, a small part of the volume, has nothing of.
+// The exponentials of R classes of a tile. The label's part is skipped for the many classes that do
+// not occur in the tile, a small part of the volume.
 template <class S, int R, bool kDot, Exponentials kWhat, class T>
 void exponentials_of(Tile<T>& t, int64_t c) {
   with_constant(t.has_any(c, R), [&](auto present) {
@@ -99,16 +104,15 @@ void exponentials_of(Tile<T>& t, int64_t c) {
     run(rows, 0, t.padded);
   });
 }
-// Those of all of R classes are added up.
+// Adds up the exponentials of all of R classes.
 template <int R, bool kDot, class T>
 void add_all(Tile<T>& t) {
   ExponentialRows<T, T, R, true, kDot, Exponentials::added, true> rows(t, 0);
   run(rows, 0, t.padded);
 }
 
-// The exponentials of a tile, whose logits are numbers of type S: the label's, and the sum of the
-// others. Kept apart, that sum is exact to the last bit where the label dominates, and with it 1−p
-// and log p are.
+// The exponentials of a tile with logits of type S: the label's, and the sum of the others. Without
+// the label's, that sum is exact where the label dominates, and so are 1−p and log p.
 template <class S, bool kDot, Exponentials kWhat, class T>
 void exponentials(Tile<T>& t) {
   const int64_t classes = t.job.classes;
@@ -129,8 +133,8 @@ void exponentials(Tile<T>& t) {
   if (classes == 4) add_all<4, kDot>(t);
 }
 
-// Makes the exponentials of the tile `next` while `now`, another tile, gets the loops that make(c,
-// count, present) gives for its classes.
+// Computes the exponentials of the tile `next` while the loops of make(c, count, present) run on
+// the tile `now`.
 template <class S, bool kDot, class T, class Make>
 void exponentials_beside(Tile<T>& next, Tile<T>& now, const Make& make) {
   in_pairs(next.job.classes, [&](int64_t c, auto count) {
@@ -151,7 +155,7 @@ void exponentials_beside(Tile<T>& next, Tile<T>& now, const Make& make) {
     sum_few<kDot>(next, c + R);
   });
 }
-// Those loops alone.
+// Runs those loops alone.
 template <class T, class Make>
 void finish(Tile<T>& now, const Make& make) {
   in_pairs(now.job.classes, [&](int64_t c, auto count) {
@@ -162,10 +166,10 @@ void finish(Tile<T>& now, const Make& make) {
   });
 }
 
-// Goes through the tiles from the voxel `first` to `last`: move(tile, v) moves one to v, and
-// finish(tile, next) does what is left to do when its exponentials are known. `fused`: two tiles
-// are under way, and `next`, where it is not null, gets its exponentials from there. Else few(tile)
-// may do all of it at once.
+// Loops over the tiles from the voxel `first` to `last`: move(tile, v) moves a tile to v, and
+// finish(tile, next) completes it once its exponentials are known. `fused`: two tiles are in
+// flight, and `finish` also computes the exponentials of `next` unless it is null. Otherwise
+// few(tile) may do all of a tile.
 template <bool kDot, class T, class Move, class AtOnce, class Finish>
 void over_tiles(const Job& job, int64_t sample, int64_t first, int64_t last, void* scratch,
                 bool fused, const Move& move, const AtOnce& few, const Finish& finish) {
@@ -202,7 +206,8 @@ void over_tiles(const Job& job, int64_t sample, int64_t first, int64_t last, voi
   }
 }
 
-// −log p of the label's class, for a vector of voxels.
+// −log p of the label's class, for a vector of voxels: log(1 + rest / own) where the logits are
+// near, else gap + log Σe, with Σe = 1 + rest where the label is at the maximum.
 template <class T>
 FL_INLINE Vec<T> label_loss(Tile<T>& t, int64_t v, Vec<T> own, Vec<T> rest) {
   if (t.near) return log_one_plus<T>(rest / own);
@@ -253,8 +258,8 @@ void look_up(const Tile<T>& t, const T* table, T* to) {
   for (int64_t v = 0; v < end; ++v) to[v] = table[y[v]];
 }
 
-// What a pass adds of a tile's voxels to the sums, but for the sums over all classes. `kOnes`:
-// every voxel has weight 1. `kExtras`: reduce_extras follows.
+// Prepares the rows that `SumRows` adds, and adds the voxel weights. `kOnes`: every voxel has
+// weight 1. `kExtras`: reduce_extras follows.
 template <bool kOnes, bool kExtras, class T>
 void reduce_voxels(Tile<T>& t, bool logs, double* weight) {
   constexpr int L = lanes<T>;
@@ -266,7 +271,8 @@ void reduce_voxels(Tile<T>& t, bool logs, double* weight) {
     const Vec<T> e = load<T>(own + v), others = load<T>(rest + v), sum = e + others;
     Vec<T> i;
     if (near) {
-      // One division for 1 / sum and for others / e, which near logits do not make overflow.
+      // One division instead of two: with b = 1 / (sum e), 1 / sum = b e and others / e = others
+      // sum b. Near logits keep sum e in range.
       const Vec<T> both = T(1) / (sum * e);
       i = both * e;
       store<T>(loss + v, others * (sum * both));
@@ -283,8 +289,8 @@ void reduce_voxels(Tile<T>& t, bool logs, double* weight) {
     store<T>(value + v, e * i);
   }
   *weight += kOnes ? double(t.n) : total<T>(all);
-  // Loops of their own keep the chains of dependent operations short. A voxel without weight has
-  // finite logits, so these products are never 0 · ∞.
+  // A separate loop keeps the dependency chains short. A voxel of weight 0 has its logits cleared,
+  // so these products are never 0 · ∞.
   if (!logs) return;
   for (int64_t v = 0, end = t.padded; v < end; v += L) {
     Vec<T> l;
@@ -294,7 +300,7 @@ void reduce_voxels(Tile<T>& t, bool logs, double* weight) {
   }
 }
 
-// The sums that not every loss has.
+// Adds the less common sums.
 template <class T>
 void reduce_extras(Tile<T>& t, double* sums) {
   constexpr int L = lanes<T>;
@@ -316,7 +322,7 @@ void reduce_extras(Tile<T>& t, double* sums) {
   if (t.job.losses) {
     look_up(t, t.table, value);
     T* losses = t.losses();
-    // A class of weight 0 costs nothing, even where its loss is infinite.
+    // Class weight 0 times an infinite loss is 0.
     for (int64_t v = 0, end = t.n; v < end; ++v)
       losses[v] = value[v] == T(0) && loss[v] == T(INFINITY) ? T(0) : value[v] * loss[v];
   }
@@ -328,8 +334,8 @@ void reduce_extras(Tile<T>& t, double* sums) {
     add_by_label(t, value, sums + s.focal[f] * classes);
   }
   if (s.uniform >= 0) {
-    // −log p_c = log Σe − x_c, x less its largest if far. The exponentials have replaced x, so it
-    // is loaded again.
+    // −log p_c = log Σe − x_c, or log Σe + largest − x_c where the maximum was subtracted. The
+    // exponentials have replaced x, so it is loaded again.
     T* log_sum = t.row(kD);
     for (int64_t v = 0, end = t.padded; v < end; v += L)
       store<T>(log_sum + v, logarithm<T>(load<T>(rest + v) + load<T>(own + v)));
@@ -397,8 +403,8 @@ void reduce_softmax_labels(const Job& job, int64_t sample, const Blocks& blocks,
                        job.classes >= kFusedClasses, move, few, finish_tile);
 }
 
-// Adds the part of squared probabilities: to `others` that of the classes but the label, to
-// `own_region` that of the label.
+// Adds the derivatives by squared probabilities: 2 s_c p_c² of the classes but the label to
+// `others`, and 2 s_y p_y to `own_region`.
 template <class T>
 void add_squares(Tile<T>& t, const T* by_squared, T* others, T* own_region) {
   constexpr int L = lanes<T>;
@@ -421,7 +427,7 @@ void add_squares(Tile<T>& t, const T* by_squared, T* others, T* own_region) {
     own_region[v] += 2 * by_squared[t.y[v]] * own[v] * inverse[v];
 }
 
-// Focal slopes join the cross-entropy's coefficient; two rows are for working.
+// Adds the focal slopes to the cross-entropy's coefficient; `loss` and `k` are scratch rows.
 template <class T>
 void add_focal_slopes(Tile<T>& t, T* loss, T* k, T* own_loss) {
   constexpr int L = lanes<T>;
@@ -440,8 +446,8 @@ void add_focal_slopes(Tile<T>& t, T* loss, T* k, T* own_loss) {
   }
 }
 
-// A table's number for each voxel's label: picked from registers that hold a table of kVectors
-// vectors, or, for 0, from a row that has them already.
+// Looks up a table by each voxel's label: in registers, if the table fits kVectors vectors, or, for
+// kVectors = 0, in a row of looked-up values.
 template <class T, int kVectors>
 struct ByLabel {
   Vec<T> low{}, high{};
@@ -460,10 +466,9 @@ struct ByLabel {
   }
 };
 
-// What the label decides of a voxel's gradient: all of it at the label's class, to `at_label`; of
-// the other classes, whose gradient is e_c (slope · derivative by p_c − turn), those two factors.
-// `others` has Σ e_c · (derivative by p_c) over the other classes. `kInverted`: 1 / Σe is there
-// already, and in `others`.
+// Writes the rows of `LabelGradients`: the gradient at the label's class, and the factors slope and
+// turn of the others, e_c (slope · k_c − turn). `others` has Σ e_c k_c over the other classes.
+// `kInverted`: the row 1 / Σe exists already, and `others` is multiplied by it.
 template <class T, int kVectors, bool kInverted>
 void label_gradients(Tile<T>& t, const ByLabel<T, kVectors>& overlap,
                      const ByLabel<T, kVectors>& region, const ByLabel<T, kVectors>& loss,
@@ -489,7 +494,7 @@ void label_gradients(Tile<T>& t, const ByLabel<T, kVectors>& overlap,
   }
 }
 
-// The part of a tile's gradients that its labels decide.
+// The label's part of a tile's gradients.
 template <class T>
 LabelGradients<T> apply_voxels(Tile<T>& t) {
   constexpr int L = lanes<T>;
@@ -547,8 +552,8 @@ LabelGradients<T> apply_voxels(Tile<T>& t) {
   return {by_predicted, slope, turn, at_label};
 }
 
-// Writes the gradients of a tile; while the exponentials of the next one, if there is one, are
-// made.
+// Writes the gradients of a tile, and computes the exponentials of `next`, unless it is null, in
+// the same loops.
 template <class T>
 void write_gradients(Tile<T>& t, const LabelGradients<T>& gradients, Tile<T>* next) {
   write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
@@ -563,7 +568,7 @@ void write_gradients(Tile<T>& t, const LabelGradients<T>& gradients, Tile<T>* ne
   });
 }
 
-// The same where squared probabilities or all classes' losses count.
+// The same with squared probabilities or the losses of all classes.
 template <class T>
 void write_gradients_with_extras(Tile<T>& t, const LabelGradients<T>& gradients) {
   constexpr int L = lanes<T>;
@@ -596,7 +601,7 @@ template <class T>
 void apply_softmax_labels(const Job& job, int64_t sample, int64_t first, int64_t last,
                           void* scratch) {
   const bool extras = job.slots.predicted_squared >= 0 || job.slots.uniform >= 0;
-  // To round numbers takes too many instructions for more in one loop.
+  // Rounding takes too many instructions to fuse further loops.
   const bool rounds = item_size(job.out.dtype) != int(sizeof(T));
   const int64_t lead = fastloss::voxels_to_line(job, sample);
   auto move = [&](Tile<T>& t, int64_t v) { t.move(v, tile_from(v, last, lead, t.step), nullptr); };

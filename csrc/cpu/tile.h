@@ -1,4 +1,4 @@
-// A tile: some hundred voxels with all their classes, loaded and brought to working form.
+// A tile: some hundred voxels with all their classes, loaded and converted to the working type.
 #pragma once
 
 #include "job.h"
@@ -7,9 +7,9 @@
 
 namespace {
 
-// How many rows before a row is read it is brought to the caches.
+// The prefetch distance in rows.
 constexpr int kAhead = 4;
-// The same of voxels whose classes lie side by side, in bytes.
+// The prefetch distance in bytes for channels-last logits.
 constexpr int kBytesAhead = kVectorBytes < 64 ? 16384 : 8192;
 
 using fastloss::Activation;
@@ -23,7 +23,7 @@ FL_INLINE IVec<T> label_lanes(const typename Types<T>::Int* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-// The same of bytes.
+// The same for labels stored as bytes.
 template <class T>
 FL_INLINE IVec<T> label_lanes(const uint8_t* p) {
 #if defined(__AVX512F__)
@@ -37,7 +37,7 @@ FL_INLINE IVec<T> label_lanes(const uint8_t* p) {
   for (int i = 0; i < lanes<T>; ++i) v[i] = p[i];
   return v;
 }
-// A class as the labels' lanes hold it.
+// A class number in all lanes.
 template <class T>
 FL_INLINE IVec<T> class_number(int64_t c) {
   return IVec<T>{} + typename Types<T>::Int(c);
@@ -45,14 +45,14 @@ FL_INLINE IVec<T> class_number(int64_t c) {
 
 // Named rows of one number per voxel.
 enum Row {
-  kWeight,     // m; 0 for voxels that do not count and for padding
-  kLabel,      // the label as an integer of 64 bits, where the working type is double
+  kWeight,     // m; 0 for ignored voxels and for padding
+  kLabel,      // the label as a 64-bit integer, if the working type is double
   kLargest,    // largest logit
   kRest,       // Σ e^(x−largest) over the classes below the largest
   kInverse,    // 1 / Σ e^(x−largest)
   kLabelExp,   // e^(x−largest) of the label
   kLabelGap,   // largest − x of the label
-  kSumOfMany,  // sums over many classes, made of sums over a few
+  kSumOfMany,  // sums over many classes, accumulated from sums over a few
   kDotOfMany,
   kA,
   kB,
@@ -68,11 +68,11 @@ enum Row {
 };
 
 constexpr int64_t kFewClasses = 32;
-// Rows a power of two apart would share few places of the caches.
+// Padding of a row: rows a power of two apart would collide in few cache sets.
 constexpr int kPad = 16;
 
-// The voxels of the tile of the apply pass that starts at v: one ends at the voxel `lead`, where
-// the lines of the gradient start.
+// The number of voxels of the apply pass's tile that starts at v. A tile ends at the voxel `lead`,
+// where the gradient starts a cache line.
 inline int tile_from(int64_t v, int64_t last, int64_t lead, int step) {
   int64_t next = v + step;
   if (v < lead && next > lead) next = lead;
@@ -85,35 +85,35 @@ struct Tile {
   int64_t sample;
   int step;               // voxels of a tile
   int stride;             // numbers from row to row of the buffers
-  T* x;                   // logits, later what is made of them: (C, stride)
-  T* second;              // another buffer like it
+  T* x;                   // logits, later exponentials or gradients: (C, stride)
+  T* second;              // a second buffer of that shape
   T* rows;                // (kRows, kMaxTile)
   T* table;               // coefficients of the sample: (S, C)
   int32_t* y;             // labels
-  uint8_t* present;       // (C,): whether a label is there, of what `find_present` has looked at
+  uint8_t* present;       // (C,): whether a label occurs in the tile; see `find_present`
   T* field_rows;          // (fields, kMaxTile)
-  int32_t* field_labels;  // (fields, kMaxTile), of those that are label maps
-  int32_t* region;        // the row of each voxel; negative where it is of none
+  int32_t* field_labels;  // (fields, kMaxTile), for fields that are label maps
+  int32_t* region;        // the row of each voxel; negative: none
   Runs logit_runs, target_runs, weight_runs, out_runs;
   int64_t voxel = 0;   // the first one
   int n = 0;           // voxels
-  int padded = 0;      // n up to whole vectors
+  int padded = 0;      // n rounded up to whole vectors
   bool even = true;    // every m is 1 and there is no padding
   bool ones = false;   // the row of m holds ones
   bool holes = false;  // some voxel has m = 0
-  bool binary = true;  // the integers of a dense target, so far as loaded, are 0, 1 or ignored
+  bool binary = true;  // all integers of a dense target loaded so far are 0, 1 or ignored
   // For softmax with a label map.
-  bool direct = false;  // the logits are used where they lie
-  bool near = false;    // they are so small that no maximum need be taken off
+  bool direct = false;  // the logits are read in place
+  bool near = false;    // all |x| ≤ kNear: no maximum is subtracted
   // For softmax of two classes.
-  bool keeps_bytes = false;              // labels that are bytes may stay where they lie
-  const uint8_t* label_bytes = nullptr;  // they do: all are 0 or 1, `y` is not filled
+  bool keeps_bytes = false;              // byte labels may be read in place
+  const uint8_t* label_bytes = nullptr;  // not null: all are 0 or 1, and `y` is not filled
   int ones_among = 0;                    // how many of them are 1
 
   T* row(int which) { return rows + which * kMaxTile; }
   const char* logits() const { return job.logits.data + sample * job.logits.batch_stride; }
 
-  // The working memory of a tile.
+  // The scratch memory of a tile.
   static size_t bytes(const Job& job) {
     size_t tile = size_t(fastloss::tile_voxels(job.classes) + kPad) * size_t(job.classes);
     size_t numbers = tile * 2 + kRows * kMaxTile + size_t(job.slots.count) * size_t(job.classes);
@@ -141,13 +141,13 @@ struct Tile {
       for (int32_t i = 0; i < j.slots.count; ++i)
         for (int64_t c = 0; c < j.classes; ++c) {
           const T k = T(j.coefficients[(i * j.batch + b) * j.classes + c]);
-          table[i * j.classes + c] = k == k ? k : T(NAN);  // a caller's may have any bits
+          table[i * j.classes + c] = k == k ? k : T(NAN);  // the caller's NaN may have any bits
         }
     else if (j.loss_weights)
       for (int64_t c = 0; c < j.classes; ++c) table[c] = T(j.loss_weights[c]);
   }
 
-  // Moves to the tile that starts at a voxel: weights, labels, and where everything lies.
+  // Moves to the tile that starts at a voxel: finds the runs, and loads weights and labels.
   void move(int64_t first, int voxels, Faults* faults) {
     constexpr int L = lanes<T>;
     voxel = first;
@@ -165,7 +165,7 @@ struct Tile {
     if (job.regions) find_regions();
   }
 
-  // Takes the weight from voxels of no region.
+  // Sets the weight of voxels without a region to 0.
   void find_regions() {
     const Array& a = *job.regions;
     Runs runs;
@@ -180,7 +180,7 @@ struct Tile {
       }
   }
 
-  // Calls f(row, first, count) for the stretches of voxels that are of one region.
+  // Calls f(row, first, count) for each run of voxels of equal region.
   template <class F>
   void each_stretch(const F& f) const {
     for (int v = 0, first = 0; v < n; first = v) {
@@ -189,7 +189,7 @@ struct Tile {
     }
   }
 
-  // Loads what fields have for all classes at once.
+  // Loads the fields that all classes share.
   void load_fields() {
     for (int i = 0; i < job.field_count; ++i) {
       const auto& field = job.fields[i];
@@ -206,7 +206,7 @@ struct Tile {
       }
     }
   }
-  // A field's numbers for class c.
+  // The row of a field for class c.
   const T* field_row(int i, int64_t c) {
     const auto& field = job.fields[i];
     T* to = field_rows + i * kMaxTile;
@@ -288,7 +288,7 @@ struct Tile {
     }
   }
 
-  // Takes the weight from voxels whose label is ignored or no class.
+  // Sets the weight of voxels whose label is ignored or no class to 0.
   void find_unlabelled(Faults* faults) {
     int32_t lowest = 0;
     for (int v = 0; v < n; ++v) lowest = y[v] < lowest ? y[v] : lowest;
@@ -304,13 +304,13 @@ struct Tile {
     holes = true;
   }
 
-  // The labels as integers of the vectors' lanes.
+  // The labels as integers of the lanes' width.
   const typename Types<T>::Int* labels() const {
     if constexpr (sizeof(T) == 4) return y;
     else return (const int64_t*)(rows + kLabel * kMaxTile);
   }
 
-  // The label that all voxels have, or −1.
+  // The label that all voxels share, or −1.
   int32_t only_label() const {
     constexpr int L = lanes<float>;
     if (job.target.dtype == DType::u8 && target_runs.count == 1 && target_runs.stride == 1 && even)
@@ -324,7 +324,7 @@ struct Tile {
     return any_other ? -1 : y[0];
   }
 
-  // Finds the classes that the labels name: few, as a tile is a small part of the volume.
+  // Finds the classes that occur: few, as a tile is a small part of the volume.
   void find_present() {
     constexpr int L = lanes<float>;
     std::memset(present, 0, size_t(job.classes));
@@ -346,14 +346,14 @@ struct Tile {
     for (; v < padded; ++v) present[y[v]] = 1;
   }
 
-  // Whether labels name any of `count` classes.
+  // Whether any of `count` classes from c on occurs.
   bool has_any(int64_t c, int count) const {
     bool any = false;
     for (int i = 0; i < count; ++i) any |= present[c + i] != 0;
     return any;
   }
 
-  // The tile's part of the losses of single voxels.
+  // The tile's part of the per-voxel losses.
   T* losses() const { return (T*)job.losses + sample * job.voxels + voxel; }
 
   double raw_label(int v) {
@@ -367,13 +367,13 @@ struct Tile {
     return job.target.data + sample * job.target.batch_stride + c * job.target.channel_stride;
   }
 
-  // In a dense target: whether voxels that hold the number are ignored, which else is a class.
+  // For a dense target: whether ignore_index is a number to be ignored; otherwise it is a class.
   bool ignores_number() const {
     const bool is_class = job.classes > 1 && job.ignore >= 0 && job.ignore < job.classes;
     return job.has_ignore && !is_class;
   }
 
-  // Counts the integers of a dense target that are neither 0 nor 1 nor ignored, of all voxels.
+  // Counts the integers of a dense target that are neither 0 nor 1 nor ignored, over all voxels.
   void find_bad_numbers(Faults* faults) {
     double values[kMaxTile], number = 0;
     int first = n;
@@ -391,7 +391,8 @@ struct Tile {
     faults->labels += found;
   }
 
-  // In a dense target: more than half of the ignored class, or the ignored number anywhere.
+  // For a dense target: ignores voxels whose ignored class is above ½, or with the ignored number
+  // in any class.
   void find_ignored() {
     T* m = row(kWeight);
     T* g = row(kA);
@@ -412,7 +413,7 @@ struct Tile {
     }
   }
 
-  // Row c of the target as numbers: dense, or 1 where the label is c.
+  // Row c of the target: dense, or 1 where the label is c.
   void load_target(int64_t c, T* g) {
     if (job.dense) {
       binary &= load_dense_row<T>(target_row(c), job.target.dtype, target_runs, ignores_number(),
@@ -427,7 +428,7 @@ struct Tile {
     }
   }
 
-  // Row c of a dense target, as it lies in memory or loaded to a buffer.
+  // Row c of a dense target, in place or loaded to a buffer.
   const T* target_numbers(int64_t c, T* buffer) {
     const bool direct = target_runs.count == 1 && target_runs.stride == int64_t(sizeof(T)) &&
                         job.target.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64) &&
@@ -445,14 +446,14 @@ struct Tile {
     }
   }
 
-  // A voxel that does not count may hold anything, NaN included.
+  // An ignored voxel may hold anything, NaN included.
   void clear_holes(T* r) {
     const T* m = row(kWeight);
     for (int64_t v = 0, end = padded; v < end; v += lanes<T>)
       store<T>(r + v, drop<T>(load<T>(m + v) == T(0), load<T>(r + v)));
   }
 
-  // Whether the rows of the logits can be used where they lie, numbers of type S.
+  // Whether the rows of the logits can be read in place.
   bool contiguous() const {
     return logit_runs.count == 1 && logit_runs.stride == item_size(job.logits.dtype) &&
            n == padded && !holes;
@@ -461,7 +462,7 @@ struct Tile {
   const S* source_row(int64_t c) const {
     return (const S*)(logits() + c * job.logits.channel_stride + logit_runs.run[0].offset);
   }
-  // Row c where rows past the last class are those of the next tile. For prefetching only.
+  // Row c, where rows past the last class are those of the next tile. For prefetching only.
   template <class S = T>
   const S* row_ahead(int64_t c) const {
     int64_t tiles = 0;
@@ -480,7 +481,7 @@ struct Tile {
     const char* base = logits();
     if (sizeof(T) == 4 && channels_last(a, logit_runs)) {
       const char* from = base + logit_runs.run[0].offset;
-      // About 1 KB at a time: more lines asked for at once would hold up the loads behind them.
+      // About 1 KB at a time: more prefetches at once would stall the loads behind them.
       const int64_t some = job.classes < 16 ? 256 / job.classes / 16 * 16 : 16;
       for (int64_t v = 0; v < n; v += some) {
         const int64_t voxels = n - v < some ? n - v : some, count = voxels * job.classes;
@@ -493,7 +494,7 @@ struct Tile {
         const char *soon = from + kBytesAhead, *end = soon + bytes;
         for (int64_t c = 0, few; c < job.classes; c += few) {
           few = job.classes - c < 32 ? job.classes - c : 16;
-          // The processor does not follow a place that moves to and fro between voxels.
+          // The hardware prefetcher does not follow an address that jumps between voxels.
           const char* part = few < job.classes - c ? soon + bytes / job.classes * few : end;
           for (; soon < part; soon += 64) prefetch(soon);
           transpose(numbers + c, job.classes, (float*)x + c * stride + v, stride, voxels, few);
@@ -526,7 +527,7 @@ struct Tile {
     }
   }
 
-  // Voxels whose classes, side by side, leave room in the first cache.
+  // A number of voxels whose classes leave room in the L1 cache.
   int64_t few_voxels() const { return job.classes < 128 ? 2048 / job.classes / 16 * 16 : 16; }
 
   void store_flat(char* to, DType dtype, int64_t count, const T* from) {
@@ -551,7 +552,7 @@ struct Tile {
     if (sizeof(T) == 4 && channels_last(a, out_runs)) {
       char* to = out_base(0) + out_runs.run[0].offset;
       const int64_t size = item_size(a.dtype);
-      // A few voxels at a time, which stay in the first cache.
+      // A few voxels at a time, which stay in the L1 cache.
       const int64_t some = few_voxels();
       for (int64_t v = 0; v < n; v += some) {
         const int64_t voxels = n - v < some ? n - v : some;
@@ -565,8 +566,8 @@ struct Tile {
   }
 };
 
-// Where the rows of a gradient are written: straight to memory, as numbers of type S, where they
-// are contiguous there; else to a buffer of T, and from there by `finish`.
+// Where the rows of a gradient are written: straight to the output, as numbers of type S, if they
+// are contiguous there, else to a buffer of T first.
 template <class T, class S>
 struct Writer {
   Tile<T>& tile;
@@ -584,13 +585,13 @@ struct Writer {
   S* row(int64_t c) const { return (S*)(tile.out_base(c) + tile.out_runs.run[0].offset); }
 };
 
-// Stores what was computed in T as numbers of type S.
+// Stores numbers computed in T as S.
 template <class T, class S, bool kStream>
 struct Put {
   static constexpr bool kRounds = !std::is_same<S, T>::value;
   // A vector.
   FL_INLINE void operator()(S* p, Vec<T> v) const { store_as<S, kStream, T>(p, v); }
-  // Two vectors, one behind the other; see narrow_vectors for NaN among them.
+  // Two consecutive vectors; see narrow_vectors for NaN.
   FL_INLINE void two(S* p, Vec<T> a, Vec<T> b) const {
     store_two_as<S, kStream, false, T>(p, a, b);
   }
@@ -600,8 +601,8 @@ struct Put {
   }
 };
 
-// Calls write(row, put) with the place of row c, row(c), and a Put for such places; `buffer` takes
-// what cannot go straight to memory, `spare` is another such buffer.
+// Calls write(row, put): row(c) is the address of row c, and `put` stores there. Rows that cannot
+// be written straight to the output go through `buffer`; `spare` is a scratch buffer of that size.
 template <class T, class F>
 void write_rows(Tile<T>& t, T* buffer, T* spare, const F& write) {
   with_storage<T>(t.job.out.dtype, [&](auto number) {

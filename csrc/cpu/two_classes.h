@@ -1,7 +1,9 @@
-// Softmax of two classes: one exponential a voxel, all in registers.
+// Softmax of two classes: one exponential per voxel, all in registers.
 //
-// With d = x₁ − x₀ the probabilities are 1/(1+e^−|d|) and e^−|d|/(1+e^−|d|), and the gradient by x₀
-// is the negative of that by x₁.
+// With d = x₁ − x₀ and e = e^−|d| ≤ 1 the probabilities are 1/(1+e) and e/(1+e), and
+//   −log p_c = max(0, x_other − x_c) + log(1+e).
+// As ∂p₁/∂x₁ = p₀ p₁ = −∂p₀/∂x₁, with k_c the derivative by p_c and l_c that by −log p_c,
+//   ∂L/∂x₁ = p₀ p₁ (k₁ − k₀) + p₁ l₀ − p₀ l₁ = −∂L/∂x₀.
 #pragma once
 
 #include "tile.h"
@@ -19,9 +21,9 @@ inline bool suits_two_classes(const Job& job) {
 
 constexpr int kPrefetch = kVectorBytes < 64 ? 256 : 512;  // voxels
 
-// Fills two rows with d = x₁ − x₀ and e^−|d|; pair(v) has the logits. In a loop of its own, and
-// what follows in another: the processor looks only so many operations ahead, and keeps busy if
-// chains of them are short. `ahead(v)` prefetches, once per U vectors.
+// Fills two rows with d = x₁ − x₀ and e^−|d|; pair(v) returns the logits. The next step has a loop
+// of its own: short dependency chains fit the reorder buffer. `ahead(v)` prefetches, once per U
+// vectors.
 template <int U, class T, class Load, class Ahead>
 FL_INLINE void fill_differences(Tile<T>& t, const Load& pair, const Ahead& ahead) {
   constexpr int L = lanes<T>;
@@ -29,7 +31,7 @@ FL_INLINE void fill_differences(Tile<T>& t, const Load& pair, const Ahead& ahead
   const IVec<T> sign = bits<T>(splat<T>(T(-0.0)));
   auto one = [&](int64_t v) {
     auto [a, b] = pair(v);
-    Vec<T> d = drop<T>(a == b, b - a);  // equal infinities share
+    Vec<T> d = drop<T>(a == b, b - a);  // equal infinities: p = ½
     store<T>(difference + v, d);
     store<T>(exponentials + v, exponential<T>(from_bits<T>(bits<T>(d) | sign)));
   };
@@ -79,14 +81,14 @@ void differences(Tile<T>& t) {
       [](int64_t) {});
 }
 
-// p of a class and of the other one; `less`: where the class is the less probable.
+// p of a class and of the other class; `less` masks where the class is the less probable one.
 template <class T>
 FL_INLINE Pair<T> probabilities(Vec<T> e, IVec<T> less) {
   const Vec<T> big = T(1) / (e + T(1)), little = e * big;
   return {select<T>(less, little, big), select<T>(less, big, little)};
 }
 
-// Adds what two vectors hold to the sums of both classes in a slot, if it is wanted.
+// Adds the totals of two vectors to the sums of both classes in a slot; −1: no slot.
 template <class T>
 FL_INLINE void add_totals(double* sums, int slot, Vec<T> a, Vec<T> b) {
   if (slot < 0) return;
@@ -94,15 +96,15 @@ FL_INLINE void add_totals(double* sums, int slot, Vec<T> a, Vec<T> b) {
   sums[slot * 2 + 1] += total<T>(b);
 }
 
-// Where a vector of voxels has the label 0: labels of a tile that has both.
+// zero(v) masks the voxels of label 0, in a tile that has both labels.
 template <class T, class Number>
 struct BothLabels {
   static constexpr bool k0 = true, k1 = true, kCounted = sizeof(Number) == 1;
   const Number* label;
-  int ones = 0;  // if kCounted: of how many voxels it is 1
+  int ones = 0;  // if kCounted: the number of voxels of label 1
   FL_INLINE IVec<T> zero(int64_t v) const { return label_lanes<T>(label + v) == IVec<T>{}; }
 };
-// The same of a tile that has the label kLabel alone.
+// The same for a tile whose voxels all have the label kLabel.
 template <class T, int kLabel>
 struct OneLabel {
   static constexpr bool k0 = kLabel == 0, k1 = kLabel == 1, kCounted = true;
@@ -115,7 +117,7 @@ template <class Labels, class T>
 FL_INLINE Vec<T> choose(IVec<T> zero, Vec<T> a, Vec<T> b) {
   return !Labels::k1 ? a : !Labels::k0 ? b : select<T>(zero, a, b);
 }
-// Adds to the sum of either label.
+// Adds v to the sum of each voxel's label.
 template <class Labels, class T>
 FL_INLINE void add(IVec<T> zero, Vec<T> v, Vec<T>& sum0, Vec<T>& sum1) {
   if (Labels::k0) sum0 = Labels::k1 ? select<T>(zero, sum0 + v, sum0) : sum0 + v;
@@ -143,8 +145,8 @@ void load_two(Tile<T>& t) {
   t.load_logits();
 }
 
-// Calls use(even, x0, x1, labels) for a tile with a label map, with its logits, where they lie if
-// they can be read there, and again, with logits that are loaded, if the first one gives false.
+// Calls use(even, x0, x1, labels) for a tile with a label map. The logits are read in place where
+// possible; if `use` then returns false, it is called again with loaded logits.
 template <class T, class Use>
 void with_labels(Tile<T>& t, const Use& use) {
   auto with_numbers = [&](auto even, const auto* x0, const auto* x1) {
@@ -175,12 +177,12 @@ void with_labels(Tile<T>& t, const Use& use) {
   use(std::false_type{}, x0, x1, BothLabels<T, typename Types<T>::Int>{t.labels()});
 }
 
-// Where exp underflows: it gives 0 for this number itself.
+// −127 ln 2 (−1023 ln 2), where 2^n becomes 0: `NearExponential` returns exactly 0.
 template <class T>
 constexpr T kNothing = sizeof(T) == 4 ? T(-88.029692) : T(-709.0895657128241);
 
-// Adds the sums of a tile; false, and nothing added, if `kEven` and some logits are no numbers or
-// share an infinity.
+// Adds the sums of a tile. Returns false and adds nothing if `kEven` and some voxel has a NaN or
+// two equal infinities.
 template <bool kEven, bool kLogs, class T, class S, class Labels>
 bool reduce_two_labels(Tile<T>& t, const S* x0, const S* x1, const Labels& labels, double* sums,
                        double* weight) {
@@ -189,17 +191,18 @@ bool reduce_two_labels(Tile<T>& t, const S* x0, const S* x1, const Labels& label
   const T* m = t.row(kWeight);
   const IVec<T> sign = bits<T>(splat<T>(T(-0.0)));
   const NearExponential<T> exponential;
-  // For the voxels of each label: their number, Σ p of the label, Σ p of the other class, Σ loss.
+  // Per label: the number of its voxels, Σ p of the label, Σ p of the other class, Σ loss.
   Vec<T> n0{}, n1{}, own0{}, own1{}, other0{}, other1{}, loss0{}, loss1{};
-  // Σ log(1+e) = log Π(1+e), of which the product less 1 is exact where the e are small.
+  // Σ log(1+e) = log(1+P) with P = Π(1+e) − 1: one logarithm for up to 64 voxels. The recurrence
+  // P ← P (1+e) + e never adds 1, so that P is exact where all e are small.
   Vec<T> product0{}, product1{};
   IVec<T> count0{};
   auto one = [&](int64_t v) __attribute__((always_inline)) {
     const Vec<T> a = load_as<S, T>(x0 + v), b = load_as<S, T>(x1 + v);
     const IVec<T> zero = labels.zero(v);
-    // The other logit less the label's.
+    // z = x_other − x_label
     Vec<T> z = choose<Labels, T>(zero, b - a, a - b);
-    if (!kEven) z = drop<T>(a == b, z);  // equal infinities share
+    if (!kEven) z = drop<T>(a == b, z);  // equal infinities: p = ½
     const Vec<T> e = exponential(larger(splat<T>(kNothing<T>), from_bits<T>(bits<T>(z) | sign)));
     const Vec<T> sum = e + T(1), big = T(1) / sum, little = e * big;
     const IVec<T> more = bits<T>(z) < 0;
@@ -215,7 +218,7 @@ bool reduce_two_labels(Tile<T>& t, const S* x0, const S* x1, const Labels& label
     add<Labels, T>(zero, own, own0, own1);
     add<Labels, T>(zero, other, other0, other1);
     if (!kLogs) return;
-    // −log p of the label is its logit's gap to the larger one, and log(1+e).
+    // −log p_label = max(0, z) + log(1+e)
     const Vec<T> gap = larger(splat<T>(0), z);
     if (kEven) {
       add<Labels, T>(zero, gap, loss0, loss1);
@@ -303,7 +306,6 @@ void reduce_two_dense_rows(Tile<T>& t, double* sums, double* weight) {
       a *= w;
       b *= w;
     }
-    // −log p is the logit's gap to the larger one, and log(1+e).
     loss0 += product<T>(a, larger(splat<T>(0), d) + rest);
     loss1 += product<T>(b, larger(splat<T>(0), -d) + rest);
   }
@@ -331,8 +333,8 @@ void reduce_two_classes(Tile<T>& t, double* sums, double* weight) {
   });
 }
 
-// The gradient by x₁ to a row, of a dense target: p₀ p₁ (k₁ − k₀) + p₁ l₀ − p₀ l₁, where k is the
-// derivative by p and l the cross-entropy's coefficient times the target.
+// Writes the gradient by x₁ to a row, for a dense target: p₀ p₁ (k₁ − k₀) + p₁ l₀ − p₀ l₁, where l
+// is the cross-entropy's coefficient times the target.
 template <class T>
 void two_dense_gradients(Tile<T>& t, T* gradient) {
   constexpr int L = lanes<T>;
@@ -355,7 +357,10 @@ void two_dense_gradients(Tile<T>& t, T* gradient) {
   }
 }
 
-// The same of a label map; false if `kEven` and some logits are no numbers or share an infinity.
+// The same for a label map. As only the label's l is not 0, with z = x_other − x_label,
+// own = 1/(1+e^z) and other = e^z own, the gradient is
+//   label 1: p₀ (p₁ k − l₁),  label 0: p₁ (p₀ k + l₀),  with k = k₁ − k₀.
+// Returns false if `kEven` and some voxel has a NaN or two equal infinities.
 template <bool kEven, class T, class S, class Labels>
 bool two_label_gradients(Tile<T>& t, const S* x0, const S* x1, const Labels& labels, T* gradient) {
   constexpr int L = lanes<T>;
@@ -371,13 +376,11 @@ bool two_label_gradients(Tile<T>& t, const S* x0, const S* x1, const Labels& lab
   auto one = [&](int64_t v) __attribute__((always_inline)) {
     const Vec<T> a = load_as<S, T>(x0 + v), b = load_as<S, T>(x1 + v);
     const IVec<T> zero = labels.zero(v);
-    // The other logit less the label's.
     Vec<T> z = choose<Labels, T>(zero, b - a, a - b);
-    if (!kEven) z = drop<T>(a == b, z);  // equal infinities share
+    if (!kEven) z = drop<T>(a == b, z);  // equal infinities: p = ½
     z = larger(splat<T>(kNothing<T>), smaller(splat<T>(-Numbers<T>::smallest_exponent), z));
     const Vec<T> e = exponential(z), own = T(1) / (e + T(1)), other = e * own;
     if (kEven) probe += own;
-    // Label 1: p₀ (p₁ k − loss₁); label 0: p₁ (p₀ k + loss₀).
     Vec<T> g = other * (own * choose<Labels, T>(zero, region0, region1) +
                         choose<Labels, T>(zero, loss0, loss1));
     if (!kEven) g *= load<T>(m + v);
@@ -399,8 +402,7 @@ bool two_label_gradients(Tile<T>& t, const S* x0, const S* x1, const Labels& lab
 
 template <class T>
 void apply_two_classes(Tile<T>& t) {
-  // Computed for the whole tile first: stores to the result between the loads of the logits would
-  // hold those up wherever both have the same place in a page.
+  // The whole tile is computed first: stores between the loads would stall them by 4 KiB aliasing.
   T* gradient = t.row(kC);
   if (t.job.dense) {
     differences(t);

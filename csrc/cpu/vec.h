@@ -1,7 +1,7 @@
-// Vectors of float or double, as wide as the instruction set has them, with exp and log.
+// Vectors of float or double, as wide as the instruction set allows, with exp and log.
 //
 // Everything here is in an unnamed namespace: the file is compiled once per instruction set into
-// one library, and a shared copy of any function could be one that the processor cannot run.
+// one library, and the linker could keep a copy of a shared function that the processor cannot run.
 #pragma once
 
 #include <cmath>
@@ -68,8 +68,8 @@ template <class T>
 FL_INLINE Vec<T> from_bits(IVec<T> v) {
   return (Vec<T>)v;
 }
-// Loads that are wanted several times over: left to itself, GCC repeats them where an operation can
-// take its operand from memory, and loads are what limits a loop then.
+// Keeps a loaded value in a register. Otherwise GCC repeats the load as a memory operand wherever
+// it can, and the loop is bound by loads. Also blocks FMA contraction across it.
 template <class V>
 FL_INLINE V once(V v) {
 #if defined(__AVX512F__)
@@ -87,13 +87,13 @@ FL_INLINE Vec<T> keep(IVec<T> mask, Vec<T> v) {
 template <class T>
 FL_INLINE Vec<T> drop(IVec<T> mask, Vec<T> v) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  // Written plainly, GCC makes a blend of it, which fewer pipes execute.
+  // GCC would turn the plain form into a blend, which fewer ports execute.
   return (Vec<T>)_mm256_andnot_si256((__m256i)mask, (__m256i)v);
 #else
   return from_bits<T>(~mask & bits<T>(v));
 #endif
 }
-// The one of two that is not 0.
+// The nonzero one of a and b, of which one is 0.
 template <class T>
 FL_INLINE Vec<T> either(Vec<T> a, Vec<T> b) {
   return from_bits<T>(bits<T>(a) | bits<T>(b));
@@ -130,13 +130,13 @@ FL_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) {
 }
 FL_INLINE Vec<double> smaller(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
 
-// Lookups in a table of as many numbers as two vectors hold, without memory.
+// Whether tables of up to two vectors are looked up in registers.
 template <class T>
 constexpr bool kPicks = false;
 #if defined(__AVX2__)
 template <>
 constexpr bool kPicks<float> = true;
-// from[index], of a table that one vector holds.
+// from[index], for a table of one vector.
 FL_INLINE Vec<float> pick(Vec<float> from, IVec<float> index) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_permutexvar_ps((__m512i)index, (__m512)from);
@@ -169,25 +169,25 @@ FL_INLINE bool any(IVec<T> mask) {
   return all != 0;
 #endif
 }
-// a b, and 0 where a is 0 though b be infinite: the limit of x log x.
+// a b, but 0 for a = 0 and infinite b: the limit of x log x.
 template <class T>
 FL_INLINE Vec<T> product(Vec<T> a, Vec<T> b) {
   IVec<T> zero = (a == T(0)) & (b == b);
   return drop<T>(zero, a * b);
 }
 
-// The same where b may be the one that is 0.
+// The same, also for b = 0 and infinite a.
 template <class T>
 FL_INLINE Vec<T> product_of_both(Vec<T> a, Vec<T> b) {
   return drop<T>(((a == T(0)) & (b == b)) | ((b == T(0)) & (a == a)), a * b);
 }
 
-// Two vectors, or what they hold side by side.
+// Two vectors.
 template <class T>
 struct Pair {
   Vec<T> first, second;
 };
-// Deinterleave two vectors of pairs: the first number of every pair, and the second.
+// Deinterleaves two vectors of pairs: the first number of every pair, and the second.
 FL_INLINE Pair<float> unzip(Vec<float> u, Vec<float> v) {
 #if defined(__AVX512F__)
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -209,7 +209,7 @@ FL_INLINE Pair<float> unzip(Vec<float> u, Vec<float> v) {
   return result;
 #endif
 }
-// The other way round.
+// Interleaves two vectors, the inverse of `unzip`.
 FL_INLINE Pair<float> zip(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -231,7 +231,7 @@ FL_INLINE Pair<float> zip(Vec<float> a, Vec<float> b) {
   return result;
 #endif
 }
-// Σ of the lanes, in pairs.
+// Σ of the lanes, added pairwise.
 template <class T>
 FL_INLINE double total(Vec<T> v) {
   T parts[lanes<T>];
@@ -256,9 +256,9 @@ FL_INLINE double total<float>(Vec<float> v) {
   return double(_mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two))));
 }
 #endif
-// Brings the cache line at p to the caches; any address will do. With AVX2 (measured on Zen 4) the
-// first level takes so few lines at once that asking for them there halves what memory delivers;
-// with AVX-512 (on Zen 5) lines in the second level come too late.
+// Prefetches the cache line at p, at any address: with AVX2 into L2, as L1 accepts so few misses at
+// once that prefetching into it halves the bandwidth (measured on Zen 4); with AVX-512 into L1, as
+// L2 is too late (Zen 5).
 FL_INLINE void prefetch(const void* p) {
 #if defined(__AVX512F__)
   __builtin_prefetch(p, 0, 3);
@@ -266,9 +266,9 @@ FL_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p, 0, 2);
 #endif
 }
-// The same to the second level, for what is needed later.
+// Prefetches into L2, for data that is needed later.
 FL_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
-// All lines from p on, of kBytes in all.
+// Prefetches the lines of kBytes from p on.
 template <int kBytes>
 FL_INLINE void prefetch_lines(const void* p) {
 #pragma GCC unroll 4
@@ -288,7 +288,7 @@ FL_INLINE void stream(T* p, Vec<T> v) {
 #endif
 }
 
-// The numbers that exp and log of a type are made with.
+// The constants of exp and log for a type.
 template <class T>
 struct Numbers;
 template <>
@@ -299,7 +299,7 @@ struct Numbers<float> {
   static constexpr int32_t mantissa_mask = 0x007fffff;
   static constexpr int32_t sqrt_half_bits = 0x3f3504f3;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr float smallest_exponent = -87.33f;  // below, exp is no normal number
+  static constexpr float smallest_exponent = -87.33f;  // below, exp is subnormal
   static constexpr float smallest = 1.17549435e-38f, rescale = 33554432.f, rescale_log = 25;
 };
 template <>
@@ -317,8 +317,8 @@ struct Numbers<double> {
 };
 
 // e^r for |r| ≤ ln2 / 2; 1 for r = 0.
-// Polynomials are summed in pairs, not by Horner's rule: what limits the speed is how long the
-// chain of dependent operations is, not their number.
+// Polynomials in float are evaluated in pairs, as in Estrin's scheme: the latency of the dependency
+// chain bounds the speed, not the number of operations.
 FL_INLINE Vec<float> exp_core(Vec<float> r) {  // minimax, relative error 9e-8
   Vec<float> r2 = r * r;
   Vec<float> high = r * 0.008290229365229607f + 0.041898392140865326f;
@@ -338,16 +338,19 @@ FL_INLINE Vec<double> exp_core(Vec<double> r) {  // Taylor
 }
 
 #if defined(__AVX2__) && defined(__FMA__)
-// e^x and log(1+x) with tables of as many numbers as one or two registers hold: the short
-// polynomials that then suffice leave more of the two pipes that multiply to others.
+// e^x and log(1+x) with tables in one or two registers: shorter polynomials then suffice, which
+// relieves the two multiply ports.
 #define FL_BY_TABLE
 
-// e^x = 2^q 2^(j/n) e^r with j < n, |r| ≤ ln2 / 2n, where n is 8, or 32 in two registers. The
-// constants are held: GCC would load them anew for every use, and loads are what limits the loops.
+// e^x = 2^q 2^(j/n) e^r with j < n, |r| ≤ ln2 / 2n, where n is 8, or 32 in two registers:
+//   x n / ln 2 rounds to n q + j, which adding 1.5 · 2^23 leaves in the low bits of `parts`;
+//   parts << (23 − log2 n) puts q into the exponent field and j right below it;
+//   adding powers[j], the bits of 2^(j/n) less those of j there, gives 2^q 2^(j/n).
+// The constants stay in registers: GCC would reload them for every use, and loads bound the loops.
 struct ExponentialByTable {
 #if defined(__AVX512F__)
   static constexpr int kBits = 5;
-  // The bits of 2^(j/32) less those of j that the shift below puts there.
+  // The bits of 2^(j/32) less j << 18, which the shift below adds.
   IVec<float> powers = {0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a,
                         0x3f79c3d3, 0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043,
                         0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6};
@@ -386,8 +389,10 @@ struct ExponentialByTable {
 };
 #endif
 
-// e^x, to about 1 ulp, where neither x nor the result, or 2^q near it, is out of the range of
-// normal numbers.
+// e^x = 2^n e^r with n = x / ln 2, rounded, and r = x − n ln 2, |r| ≤ ln2 / 2. Adding N::round
+// leaves n in the low bits of `shifted`, and shifting it into the exponent field gives 2^n. In
+// double, and in float without FMA, ln 2 is split into two parts so that n ln2_high is exact. About
+// 1 ulp, if x, the result and 2^n are in the range of normal numbers.
 template <class T>
 struct NearExponential {
   FL_INLINE Vec<T> operator()(Vec<T> x) const {
@@ -402,8 +407,7 @@ struct NearExponential {
 #else
     Vec<T> r = (x - n * N::ln2_high) - n * N::ln2_low;
 #endif
-    // 2^q as a factor: added to the exponent instead, the bits of some NaN would make numbers of
-    // it.
+    // 2^n is a factor: adding n to the exponent would turn some NaN into numbers.
     const IVec<T> one = bits<T>(splat<T>(1));
     return exp_core(r) * from_bits<T>((bits<T>(shifted) << N::mantissa) + one);
   }
@@ -436,7 +440,9 @@ FL_INLINE Vec<double> log1p_core(Vec<double> f) {
   return 2.0 * z * q;
 }
 
-// log s for a normal s > 0, of which the part above 1 may be known better than s can hold it.
+// log s for a normal s > 0: s = 2^k m with m in [√½, √2), so log s = k ln 2 + log(1 + (m − 1)).
+// Subtracting the bits of √½ first makes the exponent field that k. `above_one` is s − 1, perhaps
+// more exact than s holds it, and replaces m − 1 where k = 0.
 template <class T>
 FL_INLINE Vec<T> log_normal(Vec<T> s, Vec<T> above_one) {
   using N = Numbers<T>;
@@ -448,13 +454,15 @@ FL_INLINE Vec<T> log_normal(Vec<T> s, Vec<T> above_one) {
   return exponent * N::ln2_high + (exponent * N::ln2_low + r);
 }
 
-// log(1+x) for x from 0 to 1e37, or NaN; relatively exact for small x too.
+// log(1+x) for x from 0 to 1e37, or NaN, to a small relative error even for small x.
 template <class T>
 FL_INLINE Vec<T> log_one_plus(Vec<T> x) {
 #if defined(FL_BY_TABLE)
   if constexpr (sizeof(T) == 4) {
-    // 1+x = 2^k (1 + j/n) (1+f) with |f| ≤ 1/2n, where n is the vectors' length: `parts` has k from
-    // bit 23 on and j in the bits below.
+    // 1+x = 2^k (1 + j/n) (1+f) with |f| ≤ 1/2n, where n is the number of lanes: `parts` has k from
+    // bit 23 on and j in the bits below. With scale = 2^−k / (1 + j/n),
+    //   f = (1+x) scale − 1 = x scale + (scale − 1), which is x itself where k = j = 0, and
+    //   log(1+x) = k ln 2 + log(1 + j/n) + log(1+f).
 #if defined(__AVX512F__)
     constexpr int kBits = 4;
     const IVec<T> scales = {0x3f800000, 0x3f70f0f1, 0x3f638e39, 0x3f579436, 0x3f4ccccd, 0x3f430c31,
@@ -492,7 +500,7 @@ FL_INLINE Vec<T> log_one_plus(Vec<T> x) {
     const IVec<T> parts = bits<T>(x + 1.f) + ((1 << (22 - kBits)) - 0x3f800000);
     const IVec<T> j = parts >> (23 - kBits), k = parts & ~0x7fffff;  // k times 2^23
     Vec<T> scale = from_bits<T>(bits<T>(pick(from_bits<T>(scales), j)) - k);
-    Vec<T> f = x * scale + (scale - 1.f), f2 = f * f;  // x itself where x is small
+    Vec<T> f = x * scale + (scale - 1.f), f2 = f * f;
 #if defined(__AVX512F__)
     Vec<T> high = f * -0.2502308487892151f + 0.333495557308197f;  // relative error 3e-8
     Vec<T> r = (high * f - 0.4999999403953552f) * f2 + f;
@@ -541,12 +549,13 @@ FL_INLINE Vec<T> power(Vec<T> q, T gamma) {
   return select<T>(q == T(0), splat<T>(gamma > 0 ? T(0) : T(INFINITY)), r);
 }
 
-// The mathematics that voxel.h needs.
+// The M of voxel.h.
 template <class T>
 struct Mathematics {
   static FL_INLINE Vec<T> splat(T n) { return ::splat<T>(n); }
   static FL_INLINE Vec<T> power(Vec<T> v, T n) { return ::power<T>(v, n); }
   static FL_INLINE Vec<T> unless(Vec<T> zero, Vec<T> v) { return drop<T>(zero == T(0), v); }
+  // 1 − e^−v cancels for small v, where v (1 − v/2 (1 − v/3 (…))), its Taylor series, does not.
   static FL_INLINE Vec<T> one_less_exponential(Vec<T> v) {
     constexpr int kTerms = sizeof(T) == 4 ? 8 : 15;  // of the series, to 1 ulp
     Vec<T> series = ::splat<T>(1);

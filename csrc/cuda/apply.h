@@ -1,4 +1,5 @@
-// The apply pass: the gradient by the logits, from the derivative by every sum.
+// The apply pass: the gradient by the logits, from the derivative by every sum. Through softmax it
+// is t_c − p_c Σ_j t_j, where t_c is the derivative by log p_c.
 #pragma once
 
 #include "softmax.h"
@@ -13,7 +14,7 @@ struct Coefficients {
   const T* table;        // (S, C), or in global memory:
   const double* global;  // (S, C) at `slot_stride`
   double scale;
-  T held[K];  // those by the sum of the classes' probabilities, of this thread's classes
+  T held[K];  // the derivatives by Σ p_c, for this thread's classes
 
   FL_DEVICE explicit Coefficients(const Block<In, V>& block)
       : call(block.call), table(block.table) {
@@ -34,7 +35,7 @@ struct Coefficients {
           block.exists(0, k) ? (*this)(CONST(slot_predicted), block.first_class(0) + k) : T(0);
   }
 
-  // Whether they fit the registers: of several warps, which have few voxels each.
+  // Whether `held` fits the registers: where several warps share a voxel, each has few voxels.
   FL_DEVICE bool holds() const {
     return CONST(warps) > 1 && CONST(rounds) == 1 && !CONST(global_table) && sizeof(T) == 4;
   }
@@ -52,7 +53,13 @@ struct Coefficients {
   }
 };
 
-// A tile, softmax of a label map.
+// A tile of softmax with a label map. k, s and u: the derivatives by Σ p_c, Σ p_c², Σ (−log p_c); o
+// and l: those by overlap and cross-entropy (with focal slopes) at the label y. Omitting m,
+//   t_c = p_c (k_c + 2 s_c p_c) − u_c, and at y additionally p_y o − l.
+// With q = 1 − p_y, r = k_y + 2 s_y p_y and rests = Σ_{c≠y} p_c (k_c + 2 s_c p_c) − Σ_c u_c,
+//   turn = Σ_j t_j = rests + p_y r + (p_y o − l),
+//   ∂L/∂x_c = p_c (k_c + 2 s_c p_c − turn) − u_c for c ≠ y,
+//   ∂L/∂x_y = p_y (r q − rests) + (p_y o − l) q − u_y, without cancellation where p_y is near 1.
 template <class In, int V, int K>
 FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
                             const Coefficients<In, V, K>& by,
@@ -65,8 +72,7 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
   LabelPart<T> part[V];
   label_parts(block, v, x, part, factor, own_x, by);
 
-  // What the label decides: the whole gradient at its class, and for the other classes Σ_j t_j,
-  // where t_j is the derivative by log p_j.
+  // The label's part: the gradient at its class, and for the other classes Σ_j t_j.
   T at_label[V], turn[V], slope[V], inverse[V];
   int own_class[V];
 #pragma unroll
@@ -78,7 +84,7 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
     T own_region = by.of_label(CONST(slot_predicted), y) +
                    T(2) * by.of_label(CONST(slot_predicted_squared), y) * p;
     T own_loss = by.of_label(CONST(slot_cross_entropy), y);
-    // A voxel that counts for nothing does so whatever the field holds there.
+    // An ignored voxel contributes nothing, whatever the field holds there.
     if (CONST(slot_top_k) >= 0 && v.inside && (counts_all(call) || m != T(0)))
       own_loss += by.of_label(CONST(slot_top_k), y) *
                   static_cast<const T*>(call.losses)[block.sample * call.voxels + v.first + j];
@@ -94,7 +100,7 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
     at_label[j] = m * (p * (own_region * q - rests) + own_slope * q);
     if (CONST(slot_uniform) >= 0) at_label[j] -= m * by.of_label(CONST(slot_uniform), y);
     own_class[j] = forget(call, y);
-    // From e as this thread has it.
+    // Relative to this thread's e.
     inverse[j] = i * factor[j];
     slope[j] = m * inverse[j];
     turn[j] = slope[j] * (rests + p * own_region + own_slope);
@@ -130,7 +136,8 @@ FL_DEVICE void apply_labels(Block<In, V>& block, const Voxels<typename ComputedI
   if (block.stores_rows()) block.store_rows(v, x);
 }
 
-// For one class of a voxel: the derivative by the logit itself, or for softmax by log p.
+// For one class of a voxel: the derivative by log p for softmax, else by the logit. Through sigmoid
+// that is by_p p q + by_log q − by_rest p, as dp/dx = p q, d log p/dx = q and d log q/dx = −p.
 template <class T, class By>
 FL_DEVICE T turn_of(const Call& call, const By& by, int c, const Probability<T>& f, T m, T g) {
   const bool sigmoid = CONST(activation) == kSigmoid;
@@ -152,7 +159,7 @@ FL_DEVICE T turn_of(const Call& call, const By& by, int c, const Probability<T>&
   return by_p + (by_log == T(0) ? T(0) : by_log / f.p);
 }
 
-// A tile of any other kind: dense targets, sigmoid, or given probabilities.
+// A tile of dense targets, sigmoid, or given probabilities.
 template <class In, int V, int K>
 FL_DEVICE void apply_dense(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
                            const Coefficients<In, V, K>& by) {
@@ -166,7 +173,7 @@ FL_DEVICE void apply_dense(Block<In, V>& block, const Voxels<typename ComputedIn
   if (once || softmax) softmax_parts<In, V, K>(block, v, x, whole, logs);
 #pragma unroll
   for (int j = 0; j < V; ++j) total[j] = T(0);
-  // Without softmax every class stands alone, and its turn is the gradient.
+  // Without softmax the classes are independent, and turn is the gradient.
   for (int round = 0; round < (once || softmax ? CONST(rounds) : 0); ++round) {
     T here[V];
 #pragma unroll
@@ -236,7 +243,7 @@ FL_DEVICE void apply_dense(Block<In, V>& block, const Voxels<typename ComputedIn
 template <class In, int V, int K>
 FL_DEVICE void apply_block(const Call& call) {
   using T = typename ComputedIn<In>::type;
-  // Backwards: what the reduce pass read last is in the cache still.
+  // In reverse order: the data that the reduce pass read last is still in the cache.
   Block<In, V> block(call, false, true);
   Coefficients<In, V, K> by(block);
   const bool labels = CONST(path) == kLabels;

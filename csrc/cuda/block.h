@@ -1,8 +1,8 @@
-// The threads of a block, and what they share.
+// The threads of a block and their shared memory.
 //
-// A block takes tiles of consecutive voxels. Of a tile, each group of `warps` warps takes the
-// voxels of one warp's lanes, V for every lane, and shares out the classes: a thread holds
-// `per_thread` classes of its voxels in registers. With few classes a group is one warp.
+// A block processes tiles of consecutive voxels. Each group of `warps` warps takes 32 V voxels of a
+// tile, V per lane, and splits the classes: a thread holds `per_thread` classes of its voxels in
+// registers. With few classes a group is one warp.
 #pragma once
 
 #include "voxels.h"
@@ -18,14 +18,14 @@ struct Block {
   int sample, number;  // of the block in its sample
   int thread, lane, warp, group, warp_in_group;
   Index first, last;  // voxels
-  // In shared memory, in this order; what a call does without takes no room.
+  // In shared memory, in this order; parts that a call does not use take no space.
   double* sums;           // (groups, S · C + 2), reduce only
   T* table;               // (S, C), apply only
   Pack<T, V>* exchanged;  // (groups, 2, warps, `exchanged`, lanes), if a group is several warps
   char* tiles;            // (stages, voxels of a tile), each `row_bytes` of In, if staged
   T* tally;               // (tallies, C, threads), reduce only
-  char* tile;             // the one of `tiles` that is computed
-  int turn;               // which half of `exchanged` comes next
+  char* tile;             // the current one of `tiles`
+  int turn;               // the half of `exchanged` that is used next
 
   FL_DEVICE Block(const Call& call, bool reduce, bool backwards) : call(call), turn(0) {
     FL_DYNAMIC_SHARED(shared);
@@ -54,23 +54,23 @@ struct Block {
     tally = reinterpret_cast<T*>(at);
   }
 
-  // Numbers in a block's row of `partial`.
+  // The length of a block's row of `partial`.
   FL_DEVICE int sum_count() const { return CONST(slots) * CONST(classes) + 2; }
   FL_DEVICE int tile_voxels() const { return CONST(groups) * kLanes * V; }
   // The first voxel of this thread in the tile that starts at `tile_start`.
   FL_DEVICE int place_in_tile() const { return (group * kLanes + lane) * V; }
-  // Bytes from one voxel to the next in a staged tile: an odd number of the accesses that threads
-  // make, so that lanes meet all banks.
+  // Bytes from one voxel to the next in a staged tile: an odd multiple of the access width, to
+  // avoid bank conflicts.
   FL_DEVICE int row_bytes() const {
     int bytes = CONST(classes) * int(sizeof(In));
     return bytes % 32 ? bytes : bytes + 16;
   }
-  // Where the i-th logit of a staged tile lies in it.
+  // The address of the i-th logit of a staged tile.
   FL_DEVICE char* of_tile(int i) const {
     int padding = row_bytes() - CONST(classes) * int(sizeof(In));
     return tile + i * int(sizeof(In)) + (padding ? i / CONST(classes) * padding : 0);
   }
-  // Where a class of a voxel of this thread does.
+  // The address of class c of this thread's j-th voxel.
   FL_DEVICE char* in_tile(int j, int c) const {
     return tile + (place_in_tile() + j) * row_bytes() + c * int(sizeof(In));
   }
@@ -78,8 +78,7 @@ struct Block {
   FL_DEVICE int first_class(int round) const {
     return (round * CONST(warps) + warp_in_group) * CONST(per_thread);
   }
-  // The classes of a thread in a round are its first and those that follow, of which those of the
-  // last warp may not exist.
+  // Whether the thread's k-th class in a round exists: the last warp may have fewer classes.
   FL_DEVICE bool exists(int round, int k) const {
     int before_last = (CONST(rounds) * CONST(warps) - 1) * CONST(per_thread);
     return k < CONST(classes) - before_last || first_class(round) + k < CONST(classes);
@@ -99,12 +98,12 @@ struct Block {
         for (int j = 0; j < V; ++j) pack.item[j] = said[n][j];
         half[(warp_in_group * CONST(exchanged) + n) * kLanes + lane] = pack;
       }
-    // One barrier is enough: the other half is written before the next one.
+    // One barrier is enough, as the next exchange writes the other half.
     __syncthreads();
     hear_again(said, hear);
   }
 
-  // The numbers of the last exchange once more.
+  // Reads the numbers of the last exchange again.
   template <int N, class Hear>
   FL_DEVICE void hear_again(const T (&)[N][V], const Hear& hear) const {
     const Pack<T, V>* half =
@@ -123,10 +122,10 @@ struct Block {
     }
   }
 
-  // Staged: the bytes of a tile's room. Rows that are no multiple of 16 are not padded.
+  // Staged: the bytes of a tile buffer.
   FL_DEVICE int stage_bytes() const { return tile_voxels() * row_bytes(); }
 
-  // Staged: the first tiles are on their way.
+  // Staged: prefetches the first tiles.
   FL_DEVICE void begin_tiles() {
     for (int stage = 0; stage + 1 < CONST(stages); ++stage) {
       tile = tiles + stage * stage_bytes();
@@ -134,8 +133,8 @@ struct Block {
     }
   }
 
-  // Staged: the logits of the n-th tile, from voxel `start` on, are in `tile` for all threads, and
-  // those of a later one are on their way. All threads have done with the tile before.
+  // Staged: waits until the n-th tile, which starts at voxel `start`, is in `tile` for all threads,
+  // and prefetches a later one. All threads must have finished with the previous tile.
   FL_DEVICE void next_tile(Index start, int n) {
     const int ahead = CONST(stages) - 1;
     tile = tiles + (n + ahead) % CONST(stages) * stage_bytes();
@@ -152,7 +151,7 @@ struct Block {
     commit_copies();
   }
 
-  // Staged: the gradient in the tile goes out.
+  // Staged: stores the gradient in the tile.
   FL_DEVICE void store_tile(Index start) {
     __syncthreads();
     move_tile<false>(start, call.data[kOut] + sample * call.sample_stride[kOut] +
@@ -160,7 +159,7 @@ struct Block {
     __syncthreads();
   }
 
-  // Between memory and the tile: one logit, or all of the tile that starts at a voxel.
+  // Copies between memory and the tile: one logit, or the whole tile that starts at a voxel.
   template <bool kInto>
   FL_DEVICE void move_one(int i, char* memory) {
     In *here = reinterpret_cast<In*>(of_tile(i)), *there = reinterpret_cast<In*>(memory) + i;
@@ -183,9 +182,9 @@ struct Block {
       for (int i = thread * kPiece; i < full; i += threads * kPiece)
         copy_later(of_tile(i), memory + i * sizeof(In));
     } else {
-      // All that a thread moves is on its way at the same time.
+      // Several loads of a thread are in flight at a time.
       constexpr int kSeveral = 4;
-      using Piece = Pack<unsigned, 4>;  // whatever its numbers are
+      using Piece = Pack<unsigned, 4>;  // of any type
 #pragma unroll
       for (int done = 0; done < full; done += kSeveral * threads * kPiece) {
         Piece pieces[kSeveral];
@@ -205,13 +204,13 @@ struct Block {
     }
   }
 
-  // Logits in the tile.
+  // The number of logits in the tile.
   FL_DEVICE int tile_count(Index start) const {
     Index voxels = last - start < Index(tile_voxels()) ? last - start : Index(tile_voxels());
     return int(voxels) * CONST(classes);
   }
 
-  // The logits of class c of this thread's voxels; 0 where a voxel counts for nothing.
+  // Loads the logits of class c of this thread's voxels; 0 for ignored voxels.
   FL_DEVICE void load_class(const Voxels<T, V>& voxels, int c, T (&x)[V]) const {
     if (!voxels.inside) {
 #pragma unroll
@@ -235,7 +234,7 @@ struct Block {
         if (voxels.m[j] == T(0)) x[j] = T(0);
   }
 
-  // Where a class of this thread's voxels lies. From one to the next it is `channel_stride`.
+  // The address of class c of this thread's voxels. Classes are `channel_stride` apart.
   FL_DEVICE char* at_class(const Voxels<T, V>& voxels, int operand, int c) const {
     return call.data[operand] + voxels.offset[operand] + c * call.channel_stride[operand];
   }
@@ -252,7 +251,7 @@ struct Block {
       x[j] = counts_all(call) || voxels.m[j] != T(0) ? as_number(pack.item[j]) : T(0);
   }
 
-  // The logits of the classes that this thread has in a round.
+  // Loads the logits of this thread's classes in a round.
   template <int K>
   FL_DEVICE void load_round(const Voxels<T, V>& voxels, int round, T (&x)[K][V]) const {
     if (CONST(interleaved)) return load_interleaved(voxels, x);
@@ -273,7 +272,7 @@ struct Block {
       for (int j = 0; j < V; ++j) x[k][j] = T(0);
   }
 
-  // Whether a thread's classes lie side by side, and are stored at once when all are known.
+  // Whether a thread's classes are adjacent in memory and stored together at the end.
   FL_DEVICE bool stores_rows() const { return CONST(interleaved) || CONST(staged); }
 
   template <int K>
@@ -282,7 +281,7 @@ struct Block {
     else store_staged(voxels, gradient);
   }
 
-  // Staged: calls with(a pack) for the widest accesses by which a thread's classes are whole.
+  // Staged: calls with(pack) for the widest access that divides a thread's classes.
   template <class With>
   FL_DEVICE void in_packs(const With& with) const {
     int bytes = (CONST(classes) | CONST(per_thread)) * int(sizeof(In)) | 16;
@@ -330,7 +329,7 @@ struct Block {
     });
   }
 
-  // Interleaved: accesses of this thread's voxels.
+  // Interleaved: the number of accesses for this thread's voxels.
   FL_DEVICE int pieces() const { return V * CONST(classes) / kPiece; }
 
   template <int K>
@@ -363,7 +362,7 @@ struct Block {
     }
   }
 
-  // The logit of every voxel's own class.
+  // Loads the logit of each voxel's label.
   FL_DEVICE void load_own(const Voxels<T, V>& voxels, T (&x)[V]) const {
     const char* from = call.data[kLogits] + voxels.offset[kLogits];
 #pragma unroll
@@ -380,8 +379,8 @@ struct Block {
     }
   }
 
-  // The target of class c, from a dense target, where it lies there, or a label map; 0 where a
-  // voxel counts for nothing. Returns whether a dense target has a fault there.
+  // The target of class c, from a dense target at `from` or from the labels; 0 for ignored voxels.
+  // Returns whether a dense target has a fault there.
   FL_DEVICE bool load_target(const Voxels<T, V>& voxels, int c, const char* from, T (&g)[V]) const {
 #pragma unroll
     for (int j = 0; j < V; ++j) g[j] = T(voxels.y[j] == c ? 1 : 0);
@@ -394,7 +393,7 @@ struct Block {
     return bad;
   }
 
-  // Writes the gradient of the class that lies there.
+  // Stores the gradient of the class at `to`.
   FL_DEVICE void store_voxels(const Voxels<T, V>& voxels, char* to, const T (&gradient)[V]) const {
     if (!voxels.inside) return;
     Pack<In, V> pack;

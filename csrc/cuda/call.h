@@ -1,9 +1,9 @@
 // The arguments of one launch of a pass, and how a kernel reads them.
 //
-// A kernel is compiled for one kind of call: FL_SPECIAL is then defined, and FL_name for every
-// field that CONST(name) asks for, so that branches, loops and array sizes are decided by the
-// compiler. Without FL_SPECIAL the same source reads all of them at run time: one build that
-// computes every kind of call, which tests use.
+// A kernel is compiled for one kind of call: FL_SPECIAL is defined, and FL_name for every field
+// that CONST(name) reads, so that branches, loop counts and array sizes are compile-time constants.
+// Without FL_SPECIAL the same source reads all of them at run time: one build that serves any call,
+// for tests.
 #pragma once
 
 #ifndef FL_EMULATION
@@ -40,7 +40,7 @@ enum Ignore { kNothing, kValue, kClass };
 // The paths that compute a tile; fastloss/backends/cuda/call.py says which sums each of them takes.
 enum Path { kGeneral, kTwoClasses, kLabels, kDense };
 
-// The number of a voxel, of a sample or of a block's end.
+// The index of a voxel in its sample.
 #if defined(FL_SPECIAL) && !FL_large
 using Index = unsigned;
 #else
@@ -49,8 +49,8 @@ using Index = long long;
 
 // Mirrored field by field in fastloss/backends/cuda/call.py.
 struct Call {
-  // The arrays: (B, C, *spatial) or (B, *spatial), strides in bytes. The spatial axes are merged
-  // where all arrays step evenly.
+  // The arrays: (B, C, *spatial) or (B, *spatial), strides in bytes. Spatial axes are merged where
+  // the strides of all arrays allow it.
   char* data[kOperands];
   long long sample_stride[kOperands];
   long long channel_stride[kOperands];
@@ -59,18 +59,18 @@ struct Call {
   long long voxels;  // of a sample
   long long chunk;   // voxels of a block; a multiple of the voxels of a tile
   // Reduce: the sums of every block, (B, blocks, S · C + 2); the last two are the sum of the voxel
-  // weights and the number of faults. Then what they add up to: (S, B, C) and (B,).
+  // weights and the number of faults. Then their totals: (S, B, C) and (B,).
   void* partial;
   double* sums;
   double* voxel_sums;
-  // Apply: the derivative by every sum, times `scale` times what `upstream` points at.
+  // Apply: the derivative by every sum, to be multiplied by `scale` and by *upstream.
   const double* coefficients;
   long long slot_stride;
   long long row_stride;
   const void* upstream;
   double scale;
-  // One number per voxel, (B, voxels): reduce writes m w_y (−log p_y) there; of apply it is the
-  // field of the slot `top_k`.
+  // One number per voxel, (B, voxels): reduce writes m w_y (−log p_y) there; apply reads the field
+  // of the slot `top_k` from it.
   void* losses;
   const double* loss_weights;  // w, (C,)
   double gamma[kMaxGammas];
@@ -78,7 +78,7 @@ struct Call {
   int batch;
   int blocks;  // of a sample
 
-  // From here on: what CONST asks for.
+  // From here on: the fields that CONST reads.
   int upstream_type;  // kNoType, kF32 or kF64
   int logits_type, target_type, weight_type;
   int path;
@@ -90,22 +90,22 @@ struct Call {
   int per_thread;    // classes of a thread at a time
   int warps;         // that share the classes of a voxel
   int groups;        // of such warps in a block
-  int rounds;        // how often they go through memory to see all classes
-  int exchanged;     // numbers per voxel that warps tell each other at a time
-  int staged;        // channels last: tiles go through shared memory
-  int stages;        // tiles that have room there, all but one of them on their way
-  int staged_bytes;  // 16, or the size of one logit: of each access when staged
+  int rounds;        // passes over memory until all classes are seen
+  int exchanged;     // numbers per voxel that warps exchange at a time
+  int staged;        // channels last: tiles are staged in shared memory
+  int stages;        // tile buffers there; all but one are being prefetched
+  int staged_bytes;  // the width of a staged access: 16, or the size of one logit
   int interleaved;   // channels last of few classes: whole voxels are loaded at once
   int packed_target, packed_weight;  // `vector` numbers are loaded at once
   int keep_sums;                     // in registers; else summed over the warp at once
-  int by_label;      // sums that labels alone decide are added voxel by voxel, not class by class
-  int tallies;       // so many of them in shared memory, every thread its own; 0: by the warp
-  int kept_slots;    // sums of a class that a thread forms
+  int by_label;                      // sums of weight g or g² are added per voxel, not per class
+  int tallies;       // how many of these have accumulators per thread in shared memory; 0: per warp
+  int kept_slots;    // sums per class in a thread's registers
   int global_sums;   // too many classes for sums in shared memory
-  int narrow_sums;   // `partial` is float32: each number is rounded once, when a block has it
+  int narrow_sums;   // `partial` is float32: each block's float64 sum is rounded once
   int global_table;  // too many classes for coefficients in shared memory
   int with_losses;
-  int least_blocks;  // of a multiprocessor at a time
+  int least_blocks;  // resident per multiprocessor
   int slots, gammas;
   int slot_reference, slot_overlap, slot_predicted, slot_predicted_squared, slot_reference_squared;
   int slot_cross_entropy, slot_cross_entropy_rest, slot_uniform, slot_uniform_rest;

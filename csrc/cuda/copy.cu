@@ -1,5 +1,5 @@
-// Copies numbers byte by byte, between an array that lies anywhere and aligned memory: a GPU
-// accesses numbers only at multiples of their size.
+// Copies numbers byte by byte between a misaligned array and aligned memory: a GPU accesses numbers
+// only at multiples of their size.
 
 // Mirrored in fastloss/backends/cuda/copies.py.
 constexpr int kCopyAxes = 18;

@@ -1,13 +1,13 @@
-// The sums of a batch, from those of its blocks.
+// Adds the blocks' sums to those of the batch.
 #pragma once
 
 #include "numbers.h"
 
 constexpr int kFinishSlices = 32;
 
-// B · ⌈count / 32⌉ blocks of (32, kFinishSlices) threads: every column of threads adds one of the
-// `count` numbers that a block leaves in `partial`, its threads those of consecutive blocks each.
-// Behind them stands the number of faults: a sample with a fault becomes NaN throughout. Calls
+// B · ⌈count / 32⌉ blocks of (32, kFinishSlices) threads: each column of threads adds one of the
+// `count` numbers of every row of `partial`, and each of its threads takes consecutive rows. The
+// last number of a row is its number of faults: all sums of a sample with a fault become NaN. Calls
 // store(sample, i, sum of the i-th number).
 template <class Number, class Store>
 FL_DEVICE void finish_numbers(const Call& call, int count, const Store& store) {

@@ -1,9 +1,10 @@
-// The sums of a batch from those of its blocks, by one block of threads: the step between the
-// passes begins with it where they are few, which saves a launch.
+// Adds the blocks' sums to those of the batch in one block of threads. The combine step begins with
+// it where the sums are few, which saves a launch.
 #pragma once
 
-// Of (B, blocks, S · C + 2), as `Sums` of reduce.h leaves them: (S, B, C), and the voxel weights
-// (B). Threads that share a column take consecutive blocks each; the order of the sums is fixed.
+// From (B, blocks, S · C + 2), the results of `Sums` in reduce.h, to (S, B, C) and the voxel
+// weights (B). Threads that share a column take consecutive blocks each; the order of summation is
+// fixed.
 template <int kThreads, class Number>
 static __device__ __forceinline__ void fl_finish(const Number* partial, int blocks, int batch,
                                                  int slots, int classes, double* sums,

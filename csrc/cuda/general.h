@@ -1,16 +1,16 @@
-// Any table of sums, of any activation, target, fields, regions and layout, and the maps.
+// Any table of sums and any map, with any activation, target, fields, regions and layout.
 //
-// A thread takes one voxel at a time and walks its classes: once for the maximum and the sum of the
-// softmax, and again for what is asked. A warp adds the sums of a class over its voxels, and each
-// sum to accumulators that are the warp's own: nothing is atomic, and the order never changes.
+// A thread takes one voxel at a time and loops over its classes: once for the maximum and the sum
+// of the softmax, and again for the sums and maps. A warp sums each class over its voxels and adds
+// to the warp's own accumulators: no atomics, and a fixed order.
 //
-// Softmax keeps its first largest logit x_t apart. With the others relative to the largest x_s of
-// them, o = Σ_{j≠t} e^{x_j − x_s} and r = o e^{x_s − x_t},
+// Softmax treats its first largest logit x_t separately. With the others relative to their largest
+// x_s, o = Σ_{j≠t} e^{x_j − x_s} and r = o e^{x_s − x_t},
 //
 //   p_t = 1 / (1 + r),  1 − p_t = r / (1 + r),  −log p_t = log(1 + r),
 //   −log(1 − p_t) = log(1 + r) − log o − (x_s − x_t),
 //
-// exact to the last bit however much t dominates. With a_c the derivative by log p_c and b_c that
+// exact however much t dominates. With a_c the derivative by log p_c and b_c that
 // by log(1 − p_c), as d log(1 − p_c) / d x_j = p_c p_j / (1 − p_c) for j ≠ c, and −p_c at c itself,
 //
 //   g_t = a_t (1 − p_t) − b_t p_t + p_t (B − A)
@@ -24,7 +24,7 @@
 #include "voxels.h"
 
 constexpr int kMaxFields = 8;
-constexpr int kMaxSums = 32;  // of the build that serves any call
+constexpr int kMaxSums = 32;  // in the build that serves any call
 
 enum FieldKind { kOfVoxel, kOfClass, kOfLabels };
 enum MapKind { kNoMap, kVoxelMap, kClassMap, kErrorMap, kLabelMap, kMaskMap };
@@ -37,10 +37,9 @@ constexpr int kFields = FL_fields, kSums = FL_slots;
 constexpr int kFields = kMaxFields, kSums = kMaxSums;
 #endif
 
-// Mirrored field by field in fastloss/backends/cuda/general.py. A map is written where `data` of
-// kOut says.
+// Mirrored field by field in fastloss/backends/cuda/general.py. A map is written to `data` of kOut.
 struct GeneralCall : Call {
-  // The arrays beside the operands of every call: the regions, then the fields.
+  // Further arrays: the regions, then the fields.
   char* more[1 + kMaxFields];
   long long more_sample_stride[1 + kMaxFields];
   long long more_channel_stride[1 + kMaxFields];
@@ -49,12 +48,12 @@ struct GeneralCall : Call {
   double parameter[kMaxSums];
   int rows;  // of a sample
 
-  // From here on: what CONST asks for.
+  // From here on: the fields that CONST reads.
   int map_kind, map_type;
   int regions_type;
   int fields;
   int field_kind[kMaxFields], field_type[kMaxFields];
-  // For every sum; the field −1: none, −2: one that is not there, and the sum is 0.
+  // For every sum; a field of −1: none, −2: absent, and the sum is 0.
   int sum_weight[kMaxSums], sum_function[kMaxSums], sum_field[kMaxSums];
 };
 
@@ -63,7 +62,7 @@ FL_DEVICE double exact_exponential(double x) { return exp(x); }
 FL_DEVICE float exact_log_one_plus(float x) { return log1pf(x); }
 FL_DEVICE double exact_log_one_plus(double x) { return log1p(x); }
 
-// x − most, and 0 where both are the same infinity: such classes share the probability.
+// x − most, but 0 for equal infinities: such classes share the probability.
 template <class T>
 FL_DEVICE T gap_below(T x, T most) {
   return x == most ? T(0) : x - most;
@@ -71,7 +70,7 @@ FL_DEVICE T gap_below(T x, T most) {
 
 FL_DEVICE bool has_regions(const GeneralCall& call) { return CONST(regions_type) != kNoType; }
 
-// Whether a sum is formed.
+// Whether a sum is computed.
 FL_DEVICE bool is_there(const GeneralCall& call, int s) {
   return s < CONST(slots) && CONST(sum_field[s]) != -2;
 }
@@ -87,7 +86,7 @@ FL_DEVICE bool has_rests(const GeneralCall& call) {
   return found;
 }
 
-// The voxel of a thread, and where it lies in the arrays.
+// The voxel of a thread, and its offsets in the arrays.
 template <class In>
 struct Spot {
   using T = typename ComputedIn<In>::type;
@@ -95,7 +94,7 @@ struct Spot {
   Voxels<T, 1> voxel;
   long long offset[1 + kFields];  // of the regions and the fields, in bytes, sample included
   int row;                        // of the sample; −1: none
-  T number[kFields + 1];          // of the fields that have one for the voxel
+  T number[kFields + 1];          // of the fields with one number per voxel
 
   FL_DEVICE Spot(const GeneralCall& call, int sample, Index first, Index last) : call(call) {
     move_to(call, sample, first, last, voxel);
@@ -160,7 +159,7 @@ struct Spot {
       case kI32:
         found = load_one<int>(from);
         break;
-      default:  // numbers of 64 bits without a sign that are too large become negative
+      default:  // uint64 numbers beyond int64 become negative
         found = load_one<long long>(from);
     }
     return found >= 0 && found < call.rows ? int(found) : -1;
@@ -168,7 +167,7 @@ struct Spot {
 
   FL_DEVICE bool counts() const { return voxel.m[0] != T(0); }
 
-  // A field's number for class c; 0 where the voxel counts for nothing.
+  // A field's number for class c; 0 for an ignored voxel.
   FL_DEVICE T load_field(int f, int c) const {
     T x[1] = {T(0)};
     if (voxel.inside && counts())
@@ -219,7 +218,7 @@ struct Spot {
   }
 };
 
-// Softmax of a voxel, as at the top of this file.
+// Softmax of a voxel, as derived at the top of this file.
 template <class T>
 struct Softmax {
   T largest, second, others;
@@ -236,7 +235,7 @@ struct Softmax {
 #pragma unroll 1
     for (int c = 1; c < CONST(classes); ++c) {
       T x = spot.logit(c), joins = larger_of(x, c);
-      // `joins` is one of the others, perhaps their largest.
+      // `joins` enters the others, perhaps as their largest: o is then rescaled.
       bool more = joins > second;
       T e = exact_exponential(more ? gap_below(second, joins) : gap_below(joins, second));
       others = more ? others * e + T(1) : others + e;
@@ -249,7 +248,7 @@ struct Softmax {
     log_rest = logarithm(others) + apart;
   }
 
-  // Takes x for the largest if it is, and returns the one that is not.
+  // Makes x the largest if it is, and returns the smaller of the two.
   FL_DEVICE T larger_of(T x, int c) {
     if (!(x > largest)) return x;
     T before = largest;
@@ -276,7 +275,7 @@ FL_DEVICE Probability<T> sigmoid_of(T x) {
   Probability<T> v;
   v.p = x > T(0) ? big : little;
   v.q = x > T(0) ? little : big;
-  v.loss = larger(-x, T(0)) + l;  // of NaN l is NaN too
+  v.loss = larger(-x, T(0)) + l;  // for NaN, l is NaN
   v.loss_rest = larger(x, T(0)) + l;
   return v;
 }
@@ -333,7 +332,7 @@ FL_DEVICE T mapped(const Spot<In>& spot, int c, T g, const Probability<T>& v) {
 
 template <class In, class T>
 FL_DEVICE void store_map(const Spot<In>& spot, int c, T value) {
-  // A fault of the data is not lost.
+  // Faults in the data become NaN.
   *reinterpret_cast<T*>(spot.at_class(kOut, c)) =
       spot.voxel.faults ? T(__uint_as_float(0x7fc00000u)) : value;
 }
@@ -366,8 +365,9 @@ __device__ constexpr int power_of_two_from(int count) {
   return power;
 }
 
-// Each step halves what a lane is responsible for: of N numbers, a power of two, the lanes from
-// i · 32 / N on get the sum of the i-th, in front.
+// Sums N numbers, a power of two, over groups of lanes: after the last step the lanes from i · 32 /
+// N on hold partial sums of the i-th number, at the front. In each step lanes exchange half their
+// numbers.
 template <int Count, class T, int N>
 FL_DEVICE void halve(T (&numbers)[N], int lane) {
   if constexpr (Count > 1) {
@@ -383,7 +383,7 @@ FL_DEVICE void halve(T (&numbers)[N], int lane) {
   }
 }
 
-// Where a warp adds: (rows, S · C + 1), a row's voxel weights last, and the number of faults.
+// A warp's accumulators: (rows, S · C + 1), a row's voxel weights last, then the number of faults.
 template <class In>
 struct Accumulators {
   using T = typename ComputedIn<In>::type;
@@ -407,7 +407,7 @@ struct Accumulators {
     return static_cast<double*>(call.partial) + size_t(blockIdx.x) * size_t(width());
   }
 
-  // The voxels of a warp that are `mine`, all of one row. All lanes call.
+  // Adds the voxels of a warp that are `mine`, all in one row. All lanes must call.
   FL_DEVICE void add(const Spot<In>& spot, int row, bool mine, T& map) {
     double* here = to + size_t(row) * row_size();
     for_classes(spot, [&](int c, T, const Probability<T>& v) {
@@ -442,7 +442,7 @@ struct Accumulators {
     if (part.lane == 0 && bad) to[width() - 1] += double(bad);
   }
 
-  // Writes the sums of the block, those of the warps in order.
+  // Writes the sums of the block, adding the warps in order.
   FL_DEVICE void write_partial() const {
     if (CONST(global_sums)) return;
     __syncthreads();
@@ -469,7 +469,7 @@ FL_DEVICE void general_reduce(const GeneralCall& call) {
     if (!has_regions(call)) {
       sums.add(spot, 0, spot.voxel.inside, map);
     } else {
-      // Voxels of a region lie together: mostly there is one.
+      // Voxels of a region are adjacent: usually there is one region per warp.
       unsigned left = __ballot_sync(kAllLanes, spot.row >= 0);
       while (left) {
         int row = __shfl_sync(kAllLanes, spot.row, __ffs(int(left)) - 1);
@@ -500,7 +500,7 @@ FL_DEVICE void general_finish(const GeneralCall& call) {
 // --- Apply
 // ----------------------------------------------------------------------------------------
 
-// The derivative by the sums of a sample.
+// The derivatives by the sums of a sample.
 template <class T>
 struct Derivatives {
   const GeneralCall& call;
@@ -528,7 +528,7 @@ struct Derivatives {
   }
 };
 
-// The derivative by p, by log p and by log(1 − p) of a class.
+// The derivatives by p, by log p and by log(1 − p) of a class.
 template <class T>
 struct Slopes {
   T p, log_p, log_q;
@@ -607,7 +607,7 @@ template <class In>
 FL_DEVICE void general_apply(const GeneralCall& call) {
   using T = typename ComputedIn<In>::type;
   FL_DYNAMIC_SHARED(shared);
-  // Backwards: what the reduce pass read last is in the cache still.
+  // In reverse order: the data that the reduce pass read last is still in the cache.
   const Part part(call, true);
   const Derivatives<T> by(call, part, shared);
   for (Index start = part.first; start < part.last; start += Index(part.threads)) {
@@ -634,7 +634,7 @@ FL_DEVICE void general_apply(const GeneralCall& call) {
 // --- Maps
 // -----------------------------------------------------------------------------------------
 
-// The class of the largest logit, the first of equal ones or the first NaN; of one class whether
+// The class of the largest logit, the first of equal ones or the first NaN; for one class, whether
 // p > ½.
 template <class In>
 FL_DEVICE int likeliest(const Spot<In>& spot) {

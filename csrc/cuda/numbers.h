@@ -1,9 +1,9 @@
-// Numbers in memory and in registers, and functions of them.
+// Storage types, their conversions, and mathematical functions.
 #pragma once
 
 #include "call.h"
 
-// float16 and bfloat16 as they lie in memory.
+// float16 and bfloat16 in memory.
 struct Half {
   unsigned short bits;
 };
@@ -11,7 +11,7 @@ struct BFloat {
   unsigned short bits;
 };
 
-// The type that numbers of a type are computed in.
+// The type in which a storage type is computed.
 template <class In>
 struct ComputedIn {
   using type = float;
@@ -57,7 +57,7 @@ FL_DEVICE BFloat from_number<BFloat>(float x) {
   BFloat b;
 #if defined(FL_EMULATION) || __CUDA_ARCH__ < 800
   unsigned bits = __float_as_uint(x);
-  // To the nearest, ties to even; NaN stays NaN.
+  // Rounds to nearest even; NaN stays NaN.
   bits = x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fc0u;
   b.bits = static_cast<unsigned short>(bits);
 #else
@@ -66,7 +66,7 @@ FL_DEVICE BFloat from_number<BFloat>(float x) {
   return b;
 }
 
-// The storage type of numbers of a type.
+// The storage type of a Type.
 template <int type>
 struct InMemory;
 template <>
@@ -86,7 +86,7 @@ struct InMemory<kF64> {
   using type = double;
 };
 
-// V numbers that are loaded and stored at once.
+// V numbers that are loaded or stored in one access.
 template <class In, int V>
 struct __align__(sizeof(In) * V > 16 ? 16 : sizeof(In) * V) Pack {
   In item[V];
@@ -101,12 +101,12 @@ FL_DEVICE In load_one(const char* from) {
   return *reinterpret_cast<const In*>(from);
 }
 
-// Copies of 16 bytes into shared memory that a thread does not wait for, in groups: see
-// cp.async of the PTX manual. Older GPUs copy at once.
+// Asynchronous copies of 16 bytes into shared memory, in groups: cp.async of the PTX manual. GPUs
+// before sm_80 copy synchronously.
 #ifdef FL_EMULATION
 FL_DEVICE void copy_later(char* to, const char* from) { fl_emulation::copy_later(to, from, 16); }
 FL_DEVICE void commit_copies() { fl_emulation::commit_copies(); }
-// Until all groups but the latest so many have arrived.
+// Waits until all groups but the `latest` most recent ones have arrived.
 FL_DEVICE void wait_for_copies(int latest) { fl_emulation::wait_for_copies(latest); }
 #elif __CUDA_ARCH__ >= 800
 FL_DEVICE void copy_later(char* to, const char* from) {
@@ -157,14 +157,15 @@ FL_DEVICE T log_of_2() {
   return T(0.6931471805599453);
 }
 
-// e^x: its error grows with |x|, as the result shrinks.
+// e^x = 2^(x log2 e). Rounding the product adds a relative error of about |x| 2^−24, which grows as
+// the result for x < 0 shrinks.
 template <class T>
 FL_DEVICE T exponential(T x) {
   return power_of_two(x * log2_of_e<T>());
 }
 FL_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FL_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
-// a − b, never taken together with a product that made one of them: of equal numbers it is 0.
+// a − b, never contracted with a product into an FMA: for equal numbers it is 0.
 #ifdef FL_EMULATION
 FL_DEVICE float difference(float a, float b) { return a - b; }
 FL_DEVICE double difference(double a, double b) { return a - b; }
@@ -172,7 +173,7 @@ FL_DEVICE double difference(double a, double b) { return a - b; }
 FL_DEVICE float difference(float a, float b) { return __fsub_rn(a, b); }
 FL_DEVICE double difference(double a, double b) { return __dsub_rn(a, b); }
 #endif
-// The larger one, the smaller one; of a number and NaN, the number.
+// The larger, the smaller of two; of a number and NaN, the number.
 FL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 FL_DEVICE double larger(double a, double b) { return fmax(a, b); }
 FL_DEVICE float smaller(float a, float b) { return fminf(a, b); }
@@ -181,7 +182,8 @@ FL_DEVICE float size_of(float x) { return fabsf(x); }
 FL_DEVICE double size_of(double x) { return fabs(x); }
 FL_DEVICE float logarithm(float x) { return logf(x); }
 FL_DEVICE double logarithm(double x) { return log(x); }
-// log(1 + x) for x in [0, 1], shorter than what serves all numbers: minimax, relative error 3e-8.
+// log(1 + x) for x in [0, 1], cheaper than log1p: x + x² · (minimax polynomial), relative error
+// 3e-8.
 FL_DEVICE float log_one_plus_small(float x) {
   float sum = 0.0053648208267986774f;
   sum = fmaf(sum, x, -0.030065778642892838f);
@@ -194,7 +196,7 @@ FL_DEVICE float log_one_plus_small(float x) {
   return fmaf(x * x, sum, x);
 }
 FL_DEVICE double log_one_plus_small(double x) { return log1p(x); }
-// log(1 + x) for x ≥ 0.
+// log(1 + x) for x ≥ 0. Above 1, 1 + x loses at most an ulp and log2(1 + x) ln 2 is exact enough.
 FL_DEVICE float log_one_plus(float x) {
   return x <= 1.0f ? log_one_plus_small(x) : log2_of(1.0f + x) * log_of_2<float>();
 }
@@ -202,7 +204,7 @@ FL_DEVICE double log_one_plus(double x) { return log1p(x); }
 FL_DEVICE float general_power(float x, float y) { return powf(x, y); }
 FL_DEVICE double general_power(double x, double y) { return pow(x, y); }
 
-// x^y; the exponents of focal losses are mostly small whole numbers.
+// x^y; focal exponents are mostly small integers.
 template <class T>
 FL_DEVICE T power(T x, T y) {
   if (y == T(0)) return T(1);
@@ -212,8 +214,8 @@ FL_DEVICE T power(T x, T y) {
   return general_power(x, y);
 }
 
-// The same number, of which the compiler knows nothing. What it concluded from comparing the
-// original it would else keep in registers, at more cost than to compare again.
+// The same number, opaque to the compiler. Otherwise it would keep the results of comparisons with
+// the original in registers, which costs more than comparing again.
 FL_DEVICE int forget(const Call& call, int x) { return x + (call.batch >> 31); }
 
 template <class T>
@@ -226,13 +228,13 @@ FL_DEVICE bool is_infinite(T x) {
   return x == infinity<T>() || x == -infinity<T>();
 }
 
-// a b, and 0 where a is 0 though b be infinite: the limit of x log x.
+// a b, but 0 for a = 0 and infinite b: the limit of x log x.
 template <class T>
 FL_DEVICE T product(T a, T b) {
   return a == T(0) && b == b ? T(0) : a * b;
 }
 
-// The mathematics of numbers for voxel.h: products as they are,
+// The M of voxel.h, with plain products.
 struct Plain {
   template <class T>
   static FL_DEVICE T splat(T x) {
@@ -255,7 +257,7 @@ struct Plain {
     return sizeof(T) == 4 ? T(-expm1f(float(-x))) : T(-expm1(double(-x)));
   }
 };
-// and 0 where a factor is 0 though the other be infinite.
+// The same, but 0 · ∞ = 0.
 struct Careful : Plain {
   template <class T>
   static FL_DEVICE T product(T a, T b) {
@@ -263,7 +265,7 @@ struct Careful : Plain {
   }
 };
 
-// The sum over the lanes of a warp, which every lane gets.
+// The sum over the lanes of a warp, returned to every lane.
 template <class T>
 FL_DEVICE T warp_sum(T x) {
 #pragma unroll
@@ -271,7 +273,7 @@ FL_DEVICE T warp_sum(T x) {
   return x;
 }
 
-// A floating number of a label map.
+// A label of a floating-point label map.
 FL_DEVICE double floating_at(const char* from, int type) {
   switch (type) {
     case kF32:

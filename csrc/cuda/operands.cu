@@ -1,12 +1,12 @@
-// Numbers in the memory of the device. Those that the processor knows travel with the launch: no
-// copy waits for the stream, and a launch that is captured keeps them.
+// Writes numbers to device memory. Numbers known on the host are launch arguments: no copy
+// synchronises with the stream, and a captured launch keeps them.
 
 // Mirrored in fastloss/backends/cuda/operands.py.
 constexpr int kMost = 384;
 
 struct OperandCall {
   double* to;
-  const void* from;  // null where the numbers are here
+  const void* from;  // device memory, or null: `numbers`
   long long count;
   int step;  // 0: the first one every time
   int is_float;

@@ -5,7 +5,8 @@
 #ifdef FL_SPECIAL
 
 using In = InMemory<FL_logits_type>::type;
-// The registers that so many blocks leave are taken; without the number a few are spilled.
+// Stating the number of resident blocks gives a kernel all registers that they leave; without it
+// some kernels spill.
 #define FL_BOUNDS __launch_bounds__(FL_warps * FL_groups * kLanes, FL_least_blocks)
 #define FL_PASS(pass) pass<In, FL_vector, FL_per_thread>(call)
 

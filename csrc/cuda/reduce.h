@@ -5,7 +5,8 @@
 #include "softmax.h"
 #include "two_classes.h"
 
-// Tiles, so that float32 sums stay short: of 64 voxels a thread, or 128 where it has eight.
+// The number of tiles between flushes to float64: a float32 sum has at most 64 summands per thread
+// (128 for V = 8). Summing n numbers ≥ 0 in float32 adds a relative error of at most about n 2^−24.
 template <int V>
 __device__ constexpr int flush_every() {
   return V < 4 ? 64 / V : 16;
@@ -13,8 +14,9 @@ __device__ constexpr int flush_every() {
 
 __device__ constexpr int whole_warps(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// The sums over the lanes of a warp of N numbers, a multiple of the lanes. Lane i gets those from
-// i · N / 32 on, in front. Each step halves what a lane is responsible for.
+// Sums N numbers, a multiple of 32, over the lanes of a warp. Lane i gets the sums from i · N / 32
+// on, at the front of `numbers`. In each step lanes a distance apart exchange one half of their
+// numbers and add the other: N / 2 + N / 4 + … shuffles instead of 5 N.
 template <int Count, class T, int N>
 FL_DEVICE void warp_sums(T (&numbers)[N], int lane) {
   constexpr int kHalf = Count / 2, kStep = kLanes * Count / N / 2;
@@ -30,7 +32,7 @@ FL_DEVICE void warp_sums(T (&numbers)[N], int lane) {
   }
 }
 
-// The slots of the sums that labels alone decide, −1 for those that are not there.
+// The slots of the sums of weight g or g², which only the label's class adds to; −1: absent.
 #define FL_OF_GAMMA(i) (i < CONST(gammas) ? CONST(slot_focal[i]) : -1)
 #define FL_OWN_SLOTS              \
   {CONST(slot_reference),         \
@@ -46,11 +48,11 @@ FL_DEVICE void warp_sums(T (&numbers)[N], int lane) {
    FL_OF_GAMMA(6),                \
    FL_OF_GAMMA(7)}
 
-// The sums that a thread forms, and where a block keeps them.
+// The accumulators of a thread and of its block.
 //
-// Kept in registers, or summed over the warp and added to the block's at once. Every sum of a
-// group belongs to one of its warps, and one lane alone adds to it: nothing is atomic, and the
-// order never changes.
+// A thread accumulates in registers, or each value is summed over the warp and added to the block's
+// sums at once. Every sum of a group belongs to one of its warps, and only one lane adds to it: no
+// atomics, and a fixed order.
 template <class In, int V, int K>
 struct Sums {
   using T = typename ComputedIn<In>::type;
@@ -67,7 +69,8 @@ struct Sums {
   T kept[kKept];  // (`kept_slots`, classes of a thread), and zeros
   T weight;
   int faults;
-  // Two classes: Π (1 + e) − 1 over the voxels of each label, which is exact where the e are small.
+  // Two classes: P = Π (1 + e) − 1 over the voxels of each label, as Σ log(1 + e) = log(1 + P). The
+  // recurrence P ← P (1 + e) + e is exact where all e are small.
   T product[2];
 
   FL_DEVICE explicit Sums(const Block<In, V>& block) : block(block), call(block.call) {
@@ -88,7 +91,7 @@ struct Sums {
     clear();
   }
 
-  // Where a thread keeps the sums of a slot, and back. With `by_label` there are at most three.
+  // The register index of a slot's sums, and its inverse. With `by_label` there are at most three.
   FL_DEVICE int place_of(int slot) const {
     if (!CONST(by_label)) return slot;
     if (slot == CONST(slot_predicted)) return 0;
@@ -108,7 +111,7 @@ struct Sums {
     product[0] = product[1] = T(0);
   }
 
-  // Adds the logarithms of the products to the cross-entropy.
+  // Adds log(1 + P) to the cross-entropy.
   FL_DEVICE void take_products() {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -117,13 +120,13 @@ struct Sums {
     }
   }
 
-  // The sum of a slot and of the k-th class of this thread, to add to and to give back to `take`.
+  // The sum of a slot and of this thread's k-th class, to add to and to pass to `take`.
   FL_DEVICE T start(int slot, int k) const {
     if (slot < 0 || !CONST(keep_sums)) return T(0);
     return kept[place_of(slot) * CONST(per_thread) + k];
   }
 
-  // For one round. All lanes call.
+  // Stores a sum of one round. All lanes must call.
   FL_DEVICE void take(int slot, int round, int k, T value) {
     if (slot < 0) return;
     if (CONST(keep_sums)) {
@@ -139,13 +142,13 @@ struct Sums {
     take(slot, round, k, start(slot, k) + value);
   }
 
-  // Adds values of voxels to the sums of their classes: to the slots of a list, in which places
-  // without a slot are −1. All lanes of the group's warps call; each takes the labels of which it
-  // is the turn in this tile, as a tile may have many labels, or mostly one.
+  // Adds values of voxels to the sums of their classes, in a list of slots; −1: no slot. All lanes
+  // of the group's warps must call. Which labels a warp handles rotates with the tiles, as a tile
+  // may have many labels, or mostly one.
   template <int N>
   FL_DEVICE void add_by_label(const int (&slots)[N], const int (&y)[V], const T (&values)[N][V],
                               int tile) {
-    // Mostly all voxels of a warp are of one class.
+    // Usually all voxels of a warp have one class.
     int one = __shfl_sync(kAllLanes, y[0], 0);
     bool alike = one >= 0;
 #pragma unroll
@@ -166,7 +169,7 @@ struct Sums {
     return (label + tile) % CONST(warps) == block.warp_in_group;
   }
 
-  // The same, one class of the warp after the other.
+  // The same, looping over the classes in the warp.
   template <int N>
   FL_DEVICE void add_one_by_one(const int (&slots)[N], const int (&y)[V], const T (&values)[N][V],
                                 int tile) {
@@ -185,8 +188,8 @@ struct Sums {
     }
   }
 
-  // Adds the sums over a warp's lanes to those of a class, four at a time: two steps share out the
-  // numbers among the lanes, so that one lane in eight has a number when all are added.
+  // Adds the sums over a warp's lanes to those of a class, four at a time: two steps distribute the
+  // four numbers over the lanes, and three more sum each over eight lanes.
   template <int N>
   FL_DEVICE void add_of_warp(const int (&slots)[N], int label, const T (&values)[N]) {
     static_assert(N % 4 == 0, "by fours");
@@ -206,8 +209,8 @@ struct Sums {
     }
   }
 
-  // The same, where a thread has numbers of its own for every class: it alone adds to them, one
-  // voxel after the other, which costs less than to look through the classes.
+  // The same with accumulators per thread and class, one voxel after the other, which costs less
+  // than looping over the classes.
   template <int N>
   FL_DEVICE void tally(const int (&slots)[N], const int (&y)[V], const T (&values)[N][V]) {
     bool alike = true;
@@ -238,7 +241,7 @@ struct Sums {
     if (y < 0) return;
     T* at = block.tally + y * threads_of(call) + block.thread;
     const int step = CONST(classes) * threads_of(call);
-    // All are read before any is written: the compiler does not know that they differ.
+    // All loads come before all stores, as the compiler must assume that the addresses alias.
     T sum[N];
     int place = 0;
 #pragma unroll
@@ -250,8 +253,8 @@ struct Sums {
       if (slots[n] >= 0) at[place++ * step] = sum[n];
   }
 
-  // Adds what the threads of a warp have for each class, and begins anew. Lanes start at different
-  // threads so that they meet all banks.
+  // Adds the tallies of a warp's threads to the sums of each class, and clears them. Lanes start at
+  // different threads to avoid bank conflicts.
   template <int N>
   FL_DEVICE void take_tallies(const int (&slots)[N]) {
     __syncwarp();
@@ -295,11 +298,11 @@ struct Sums {
       clear();
     }
     if (checks_numbers(call)) {
-      // NaN tells of a bad number, which only the warp that has its class has seen.
+      // NaN marks a bad number, which only the warp that holds its class has seen.
       int bad_number = weight != weight;
       faults += CONST(warps) > 1 ? __syncthreads_or(bad_number) : bad_number;
     }
-    // All warps of a group see the same voxels; the first one counts them.
+    // All warps of a group see the same voxels; only the first counts them.
     double sum = warp_sum(double(weight)), bad = warp_sum(double(faults));
     if (block.lane == 0 && block.warp_in_group == 0) {
       to[CONST(slots) * CONST(classes)] += sum;
@@ -309,7 +312,7 @@ struct Sums {
     faults = 0;
   }
 
-  // Writes the block's sums, those of the groups in order; NaN if there was a fault.
+  // Writes the block's sums, adding the groups in order; NaN after a fault.
   FL_DEVICE void finish() {
     flush();
     __syncthreads();
@@ -340,7 +343,7 @@ struct Sums {
   }
 };
 
-// A tile, softmax of a label map: what the label decides is computed once per voxel.
+// A tile of softmax with a label map. The label's part is computed once per voxel.
 template <class In, int V, int K>
 FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
                              Sums<In, V, K>& sums, int tile) {
@@ -359,7 +362,7 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
     Label<T> own = label_of(call, part[j], own_x[j]);
     T m = v.m[j];
     own_class[j] = forget(call, v.y[j]);
-    weight[j] = counts_all(call) ? T(1) : m;  // where it matters below
+    weight[j] = counts_all(call) ? T(1) : m;
     inverse[j] = v.inside ? own.inverse * factor[j] : T(0);
     own_p[j] = m * (own.own * own.inverse);
     q[j] = part[j].rest * own.inverse;
@@ -371,7 +374,7 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       T w = v.y[j] >= 0 ? T(call.loss_weights[v.y[j]]) : T(0);
-      // A class of weight 0 costs nothing, even where its loss is infinite.
+      // Class weight 0 times an infinite loss is 0.
       T value = w == T(0) && loss[j] == infinity<T>() ? T(0) : w * loss[j];
       static_cast<T*>(call.losses)[block.sample * call.voxels + v.first + j] = value;
     }
@@ -443,15 +446,15 @@ FL_DEVICE void reduce_labels(Block<In, V>& block, const Voxels<typename Computed
   }
 }
 
-// Adds what the voxels of a thread are for one class to its sums, in the order of Call's slots:
-// those up to `uniform_rest`, then those of the focal exponents.
+// Adds a thread's voxels to the sums of one class, in the order of Call's slots: those up to
+// `uniform_rest`, then those of the focal exponents.
 template <class In, int V, class T, int N>
 FL_DEVICE void add_voxels(const Block<In, V>& block, const Voxels<T, V>& v, T (&x)[V],
                           const T (&g)[V], const Whole<T> (&whole)[V], bool logs, T (&sum)[N]) {
   const Call& call = block.call;
   const bool sigmoid = CONST(activation) == kSigmoid;
   if (sigmoid && logs) {
-    // Infinite losses are added here: then a product with 0 needs no care below.
+    // Infinite losses are added here, so that plain products suffice below.
     bool infinite = false;
 #pragma unroll
     for (int j = 0; j < V; ++j) infinite |= size_of(x[j]) == infinity<T>();
@@ -499,7 +502,7 @@ FL_DEVICE void add_voxels(const Block<In, V>& block, const Voxels<T, V>& v, T (&
   }
 }
 
-// A tile of any other kind: dense targets, sigmoid, or given probabilities.
+// A tile of dense targets, sigmoid, or given probabilities.
 template <class In, int V, int K>
 FL_DEVICE void reduce_dense(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
                             Sums<In, V, K>& sums) {
@@ -523,7 +526,7 @@ FL_DEVICE void reduce_dense(Block<In, V>& block, const Voxels<typename ComputedI
       T g[V];
       if (there) {
         if (!once) block.load_class(v, c, x[k]);
-        // Kept where a number is kept anyhow, as a counter would take a register.
+        // A fault is recorded as NaN in the weight, as a counter would take a register.
         if (block.load_target(v, c, target, g)) sums.weight = infinity<T>() - infinity<T>();
       }
       T sum[kMaxSlots] = {};
@@ -561,7 +564,7 @@ FL_DEVICE void reduce_block(const Call& call) {
     sums.faults += voxels.faults;
     if (is_of_two_classes(call)) {
       reduce_two_classes<In, V, K>(block, voxels, sums);
-      // A product of 64 factors of at most 2 is far from overflow.
+      // P < 2^64 after 64 factors 1 + e ≤ 2, far from overflow.
       if (FL_UNLIKELY(flush_every<V>() * V > 64 && (tiles + 1) % (64 / V) == 0))
         sums.take_products();
     } else if (CONST(path) == kLabels) reduce_labels<In, V, K>(block, voxels, sums, tiles);
@@ -573,7 +576,7 @@ FL_DEVICE void reduce_block(const Call& call) {
   sums.finish();
 }
 
-// The sums of the batch.
+// Adds the blocks' sums to those of the batch.
 FL_DEVICE void finish_sums(const Call& call) {
   const int weight = CONST(slots) * CONST(classes);
   auto store = [&](int sample, int i, double sum) {

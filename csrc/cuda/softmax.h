@@ -1,36 +1,39 @@
 // Softmax over classes that threads, warps and rounds share.
 //
-// Each part knows its largest logit and sums relative to it; parts merge in a fixed order.
+// Each part has its largest logit and sums relative to it; parts merge in a fixed order.
+// Exponentials are powers of two: e_c = 2^(z_c − L) with z_c = x_c log2 e and L = max z. A part
+// whose maximum is L' enters a sum relative to L times 2^(L' − L). With own = e_y of the label y
+// and rest = Σ_{c≠y} e_c, p_y = own / (rest + own) and
+//   −log p_y = log(1 + rest / own) = ln 2 · (log2(rest + own) − (z_y − L)).
 #pragma once
 
 #include "block.h"
 #include "voxel.h"
 
-// 2^(part − whole) of a part that is not larger, and 1 where both are the same infinity: of NaN
-// and a number the smaller one is the number.
+// 2^(part − whole) for part ≤ whole, and 1 where both are the same infinity: `smaller` turns the
+// NaN of the difference into 0.
 template <class T>
 FL_DEVICE T rescale(T part, T whole) {
   return power_of_two(smaller(difference(part, whole), T(0)));
 }
 
-// x − largest, and 0 where both are the same infinity: such classes share the probability.
+// x − largest, but 0 for equal infinities: such classes share the probability.
 template <class T>
 FL_DEVICE T below(T x, T largest) {
   return x == largest ? T(0) : x - largest;
 }
 
-// Of a voxel and the classes that a thread holds, or all: the largest logit, in units of log 2 so
-// that exponentials are powers of two, and sums relative to it over the classes but the label. The
-// label's own exponential is kept apart: the sum of the others is then exact to the last bit where
-// the label dominates, and with it 1 − p and log p are.
+// The part of some classes of a voxel, or of all: the largest logit in units of ln 2, and sums
+// relative to it over the classes but the label. Without the label's exponential the sum of the
+// others is exact where the label dominates, and so are 1 − p and log p.
 template <class T>
 struct LabelPart {
   T largest;      // log2 of the largest e^x
   T rest;         // Σ e, with e = e^x / 2^largest
-  T dot, square;  // Σ k e and Σ k e², apply only
+  T dot, square;  // Σ k e and Σ 2 s e², apply only; k, s: the derivatives by Σ p_c and Σ p_c²
 };
 
-// Merges the parts of a group's warps; `exchanged` says which numbers matter.
+// Merges the parts of a group's warps; `exchanged` says how many of the numbers are used.
 template <class In, int V, class T>
 FL_DEVICE void exchange_labels(Block<In, V>& block, LabelPart<T> (&part)[V]) {
   const Call& call = block.call;
@@ -59,7 +62,7 @@ FL_DEVICE void exchange_labels(Block<In, V>& block, LabelPart<T> (&part)[V]) {
   });
 }
 
-// The same for rounds of one warp.
+// The same for the rounds of a warp.
 template <class T>
 FL_DEVICE void merge(LabelPart<T>& a, const LabelPart<T>& b) {
   T largest = larger(a.largest, b.largest);
@@ -68,31 +71,30 @@ FL_DEVICE void merge(LabelPart<T>& a, const LabelPart<T>& b) {
        a.square * (fa * fa) + b.square * (fb * fb)};
 }
 
-// Whether numbers of this size, times log2 e, leave too little of what follows the point. The
-// voxels with an infinite logit are among them.
+// Whether a logit times log2 e is so large, or infinite, that too few fractional bits remain.
 template <class T>
 FL_DEVICE bool is_far(T largest) {
   return !(largest < T(1e8) && largest > T(-1e8));
 }
 
-// log2 of e^x, less `largest`, for any of them; 0 where both are the same infinity.
+// log2(e^x) − largest for far logits; 0 where both are the same infinity.
 template <class T>
 FL_DEVICE T far_below(T x, T largest) {
   T scaled = x * log2_of_e<T>();
   return scaled == largest ? T(0) : scaled - largest;
 }
 
-// The same, to the last bit consistent between classes.
+// The same for any logit, rounded alike for all classes.
 template <class T>
 FL_DEVICE T scaled_below(T x, T largest) {
   T near = multiply_add(x, log2_of_e<T>(), -largest);
   return is_far(largest) ? far_below(x, largest) : near;
 }
 
-// Whether a thread holds all classes of its voxels, the label's among them.
+// Whether a thread holds all classes of its voxels, including the label's.
 FL_DEVICE bool holds_label(const Call& call) { return CONST(warps) == 1 && CONST(rounds) == 1; }
 
-// The label of a voxel, once all its classes are seen.
+// The label of a voxel, after all its classes are summed.
 template <class T>
 struct Label {
   T own;      // e of the label
@@ -100,7 +102,7 @@ struct Label {
   T inverse;  // 1 / Σ e
 };
 
-// `own` is the label's logit, or if the thread held it `below` already.
+// `own` is the label's logit or, if `holds_label`, its `below`.
 template <class T>
 FL_DEVICE Label<T> label_of(const Call& call, const LabelPart<T>& part, T own) {
   T below = holds_label(call) ? own : scaled_below(own, part.largest);
@@ -108,9 +110,8 @@ FL_DEVICE Label<T> label_of(const Call& call, const LabelPart<T>& part, T own) {
   return {e, below, inverse_of(part.rest + e)};
 }
 
-// −log p of the label. Where it is likelier than the others together, log(1 + Σ / e) is exact for
-// ratios that 1 + ratio cannot hold; else the loss is at least log 2, and the label's exponential
-// may be 0.
+// −log p of the label. Where p ≥ ½, log(1 + rest / own) is exact even if 1 + rest / own rounds to
+// 1; else the loss is at least ln 2, and own may underflow to 0, so the second form is used.
 template <class T>
 FL_DEVICE T label_loss(const LabelPart<T>& part, const Label<T>& label) {
   T ratio = part.rest * inverse_of(label.own);
@@ -118,8 +119,8 @@ FL_DEVICE T label_loss(const LabelPart<T>& part, const Label<T>& label) {
   return ratio <= T(1) ? log_one_plus_small(ratio) : unlikely;
 }
 
-// A round of classes, which a thread holds: x becomes e relative to the largest of the round, and
-// `own` log2 of the label's if it is among them.
+// A round of a thread's classes: x becomes e relative to the largest of the round, and `own`
+// becomes log2 of the label's e if the label is among them.
 template <class In, int V, int K, class By>
 FL_DEVICE void label_round(const Block<In, V>& block,
                            const Voxels<typename ComputedIn<In>::type, V>& v, int round,
@@ -146,7 +147,7 @@ FL_DEVICE void label_round(const Block<In, V>& block,
     any_far = any_far || is_far(center[j]);
   }
   if (FL_UNLIKELY(any_far)) {
-    // The classes at an infinite maximum share the probability.
+    // Classes at an infinite maximum share the probability.
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       bool far = is_far(center[j]);
@@ -187,8 +188,8 @@ struct NoCoefficients {
   FL_DEVICE T predicted(int, int) const { return T(0); }
 };
 
-// All rounds, and the part of the whole voxel. Where there is one round, x times `factor` is e.
-// `own` is what `label_of` takes.
+// Runs all rounds and computes the part of the whole voxel. With one round, x times `factor` is e.
+// `own` is the argument of `label_of`.
 template <class In, int V, int K, class By>
 FL_DEVICE void label_parts(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
                            typename ComputedIn<In>::type (&x)[K][V],
@@ -198,7 +199,7 @@ FL_DEVICE void label_parts(Block<In, V>& block, const Voxels<typename ComputedIn
   using T = typename ComputedIn<In>::type;
   const Call& call = block.call;
   if (holds_label(call)) {
-    // A voxel that does not count has no label, and its loss must be finite.
+    // An ignored voxel has no label, and its loss must be finite.
 #pragma unroll
     for (int j = 0; j < V; ++j) own[j] = T(0);
   } else {
@@ -219,7 +220,7 @@ FL_DEVICE void label_parts(Block<In, V>& block, const Voxels<typename ComputedIn
     factor[j] = CONST(rounds) == 1 && CONST(warps) > 1 ? rescale(factor[j], part[j].largest) : T(1);
 }
 
-// For any voxel.
+// The part of some classes of a voxel with any target.
 template <class T>
 struct Part {
   T largest;
@@ -243,10 +244,12 @@ FL_DEVICE void merge(Part<T>& a, const Part<T>& b) {
   a.largest = largest;
 }
 
-// Softmax of a whole voxel, from its Part.
+// Softmax of a whole voxel, from its Part. With rest = Σe − 1, p_c = e_c / (1 + rest),
+//   1 − p_c = rest / (1 + rest) at the largest and (1 + rest − e_c) / (1 + rest) elsewhere,
+//   −log p_c = largest − x_c + log(1 + rest).
 template <class T>
 struct Whole {
-  T largest, rest, inverse, log_sum;  // rest: the sum without one of the largest
+  T largest, rest, inverse, log_sum;
 };
 
 template <class T>
@@ -270,7 +273,7 @@ FL_DEVICE Probability<T> activate(const Call& call, T x, const Whole<T>& whole, 
     f.p = x > T(0) ? big : little;
     f.q = x > T(0) ? little : big;
     T l = logs ? log_one_plus_small(e) : T(0);
-    f.loss = larger(-x, T(0)) + l;  // of NaN l is NaN too
+    f.loss = larger(-x, T(0)) + l;  // for NaN, l is NaN
     f.loss_rest = larger(x, T(0)) + l;
     if (!logs && x != x) f.loss = f.loss_rest = x;
   } else {
@@ -282,7 +285,8 @@ FL_DEVICE Probability<T> activate(const Call& call, T x, const Whole<T>& whole, 
   return f;
 }
 
-// The logits of a thread's classes, where one round sees all, and what softmax needs of the voxels.
+// Loads the logits of a thread's classes; x holds those of the last round. For softmax also
+// computes the Whole of each voxel.
 template <class In, int V, int K>
 FL_DEVICE void softmax_parts(Block<In, V>& block, const Voxels<typename ComputedIn<In>::type, V>& v,
                              typename ComputedIn<In>::type (&x)[K][V],

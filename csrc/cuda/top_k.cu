@@ -1,5 +1,5 @@
-// The largest losses of all voxels: a radix selection, whose counts are whole numbers, so that the
-// order in which blocks count does not matter.
+// The largest losses of all voxels, by radix selection. Its counts are integers, so the order of
+// the blocks does not matter.
 #include "numbers.h"
 
 constexpr int kDigits = 256;
@@ -10,7 +10,7 @@ struct TopKCall {
   void* losses;  // (count,), of the working type: losses, then shares in their mean
   double* mean;  // the mean of the largest
   unsigned long long*
-      found;  // (2,): the leading digits of the least one kept; how many of its like
+      found;  // (2,): the leading digits of the least loss kept; how many equal ones are kept
   unsigned long long* histogram;  // (rounds, kDigits)
   double* partial;                // (blocks,)
   long long count;
@@ -21,7 +21,7 @@ struct TopKCall {
   int round;
 };
 
-// Losses are not negative, so their bits are ordered as they are; NaN is above all.
+// Losses are not negative, so their bits are ordered like them; NaN ranks highest.
 FL_DEVICE unsigned long long key_of(float x) { return __float_as_uint(x); }
 FL_DEVICE unsigned long long key_of(double x) {
   return static_cast<unsigned long long>(__double_as_longlong(x));
@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(kDigits)
   call.histogram[blockIdx.x * kDigits + threadIdx.x] = 0;
 }
 
-// Counts the digits of this round among the losses that have the leading digits found so far.
+// Counts the digits of this round among the losses with the leading digits found so far.
 template <class T>
 FL_DEVICE void count_digits(const TopKCall& call) {
   __shared__ unsigned counts[kDigits];
@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   else count_digits<float>(call);
 }
 
-// One thread: the digit at which the losses that are kept run out.
+// One thread: finds the digit of the least loss kept.
 extern "C" __global__ void fastloss_top_k_choose(const __grid_constant__ TopKCall call) {
   const unsigned long long* counts = call.histogram + call.round * kDigits;
   unsigned long long left = call.round ? call.found[1] : call.kept;
@@ -76,7 +76,8 @@ extern "C" __global__ void fastloss_top_k_choose(const __grid_constant__ TopKCal
   call.found[1] = left;
 }
 
-// The block's sum of the losses above the least one kept; each loss becomes its share in the mean.
+// Sums the block's losses above the least one kept, and replaces each loss by its share in the
+// mean.
 template <class T>
 FL_DEVICE void share(const TopKCall& call) {
   __shared__ double sums[kThreads / kLanes];
@@ -84,7 +85,7 @@ FL_DEVICE void share(const TopKCall& call) {
   unsigned long long alike =
       call.histogram[(int(sizeof(T)) - 1) * kDigits + static_cast<int>(least & 255)];
   T above = T(1.0 / double(call.kept));
-  // Where more than one has the least loss that is kept, all of them share the places left.
+  // Voxels that tie for the last places share them.
   T at = T(double(call.found[1]) / (double(call.kept) * double(alike)));
   double sum = 0;
   for (long long i = blockIdx.x * call.chunk + threadIdx.x; i < end_of_block(call); i += kThreads) {
@@ -107,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   else share<float>(call);
 }
 
-// One warp: the mean.
+// One warp: computes the mean.
 extern "C" __global__ void __launch_bounds__(kLanes)
     fastloss_top_k_mean(const __grid_constant__ TopKCall call) {
   double sum = 0;

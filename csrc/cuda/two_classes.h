@@ -1,7 +1,10 @@
-// Softmax of two classes with a label map: one exponential and one reciprocal a voxel.
+// Softmax of two classes with a label map: one exponential and one reciprocal per voxel.
 //
-// With d = x₁ − x₀ the probabilities are 1 / (1 + e^−|d|) and e^−|d| / (1 + e^−|d|), and the
-// gradient by x₀ is the negative of that by x₁.
+// With d = x₁ − x₀ and e = e^−|d| ≤ 1 the probabilities are 1 / (1 + e) and e / (1 + e), and
+//   −log p_label = max(0, x_other − x_label) + log(1 + e).
+// As ∂p₁/∂x₁ = p₀ p₁ = −∂p₀/∂x₁, with k_c the derivative by p_c and l_c that by −log p_c,
+//   ∂L/∂x₁ = p₀ p₁ (k₁ − k₀) + p₁ l₀ − p₀ l₁ = −∂L/∂x₀,
+// where only the label's l is not 0.
 #pragma once
 
 #include "block.h"
@@ -14,7 +17,7 @@ struct TwoClasses {
   T difference, e, big, little;
 
   FL_DEVICE TwoClasses(T x0, T x1) {
-    difference = x0 == x1 ? T(0) : x1 - x0;  // equal infinities share
+    difference = x0 == x1 ? T(0) : x1 - x0;  // equal infinities: p = ½
     e = exponential(-size_of(difference));
     big = inverse_of(T(1) + e);
     little = e * big;
@@ -28,7 +31,7 @@ FL_DEVICE void reduce_two_classes(const Block<In, V>& block,
   using T = typename ComputedIn<In>::type;
   const Call& call = block.call;
   if (!v.inside) return;
-  T x[K < 2 ? 2 : K][V];  // of one class this is never run
+  T x[K < 2 ? 2 : K][V];  // never runs for K = 1
   block.load_round(v, 0, x);
   if (counts_all(call)) sums.weight += T(V);
   const int by_predicted = CONST(slot_predicted), by_overlap = CONST(slot_overlap);
@@ -40,7 +43,6 @@ FL_DEVICE void reduce_two_classes(const Block<In, V>& block,
     const T m = counts_all(call) ? T(1) : v.m[j];
     T p0 = m * (two.difference < T(0) ? two.big : two.little);
     T p1 = m * (two.difference < T(0) ? two.little : two.big);
-    // −log p is the logit's gap to the larger one, and log(1 + e).
     T gap = larger(one ? -two.difference : two.difference, T(0)), factor = T(0);
     if (counts_all(call)) factor = two.e;
     else gap = m * (gap + log_one_plus_small(two.e));
@@ -61,8 +63,8 @@ FL_DEVICE void reduce_two_classes(const Block<In, V>& block,
   }
 }
 
-// What the apply pass needs of a sample's coefficients, by label: the gradient by x₁ is
-// other · (own · region + loss), where own is the label's probability and other the other one.
+// A sample's coefficients by label: the gradient by x₁ is other · (own · region + loss), where own
+// is the label's probability and other = 1 − own.
 template <class T>
 struct TwoClassSlopes {
   T region[2] = {}, loss[2] = {};
@@ -83,7 +85,7 @@ template <class In, int V, int K, class T>
 FL_DEVICE void apply_two_classes(const Block<In, V>& block, const Voxels<T, V>& v,
                                  const TwoClassSlopes<T>& slopes) {
   const Call& call = block.call;
-  T x[K < 2 ? 2 : K][V];  // of one class this is never run
+  T x[K < 2 ? 2 : K][V];  // never runs for K = 1
   block.load_round(v, 0, x);
 #pragma unroll
   for (int j = 0; j < V; ++j) {

@@ -1,4 +1,4 @@
-// The voxels of a thread: where they lie, what they weigh, which class they are.
+// The voxels of a thread: their offsets, weights and labels.
 #pragma once
 
 #include "numbers.h"
@@ -14,8 +14,8 @@ FL_DEVICE int size_of_type(int type) {
                                         : 2;
 }
 
-// Bytes from a voxel to the next, of arrays with one axis: known to the compiler where neighbours
-// are loaded at once.
+// Bytes from a voxel to the next, for arrays with one axis: a compile-time constant where
+// neighbours are loaded in one access.
 FL_DEVICE long long step_of(const Call& call, int operand) {
   bool logits = operand == kLogits || operand == kOut;
   if (logits && CONST(interleaved)) return CONST(classes) * size_of_type(CONST(logits_type));
@@ -25,7 +25,7 @@ FL_DEVICE long long step_of(const Call& call, int operand) {
   return call.stride[operand][0];
 }
 
-// The offsets in bytes of a voxel in every array, from the start of its sample.
+// The offsets of a voxel in every array, in bytes from the start of its sample.
 FL_DEVICE void offsets_of(const Call& call, Index voxel, long long (&offset)[kOperands]) {
 #pragma unroll
   for (int o = 0; o < kOperands; ++o)
@@ -44,7 +44,7 @@ FL_DEVICE void offsets_of(const Call& call, Index voxel, long long (&offset)[kOp
   }
 }
 
-// A label as the number of its class, kIgnored or kFault; faults are counted.
+// Converts a label to its class, kIgnored or kFault, and counts faults.
 FL_DEVICE int class_of(const Call& call, long long label, int& faults) {
   if (CONST(ignore_kind) != kNothing && label == call.ignore) return kIgnored;
   bool good = label >= 0 && label < CONST(classes);
@@ -52,7 +52,7 @@ FL_DEVICE int class_of(const Call& call, long long label, int& faults) {
   return good ? int(label) : kFault;
 }
 FL_DEVICE int class_of(const Call& call, unsigned long long label, int& faults) {
-  // Those that are not representable are neither a class nor ignored.
+  // Labels beyond int64 are neither a class nor ignored.
   if (label >> 63) {
     faults += 1;
     return kFault;
@@ -92,7 +92,7 @@ FL_DEVICE void load_labels_as(const Call& call, const char* from, long long step
   }
 }
 
-// Bytes, which are taken from words of four: one instruction each.
+// Byte labels, extracted from 32-bit words by one instruction each.
 template <int V>
 FL_DEVICE void load_byte_labels(const Call& call, const char* from, long long step, int (&y)[V],
                                 int& faults) {
@@ -162,7 +162,7 @@ FL_DEVICE void load_numbers_as(const char* from, long long step, bool packed, T 
   }
 }
 
-// V numbers of a target or of voxel weights.
+// Loads V numbers of a target or of voxel weights.
 template <class T, int V>
 FL_DEVICE void load_numbers(const char* from, long long step, int type, bool packed, T (&to)[V]) {
   switch (type) {
@@ -193,34 +193,34 @@ FL_DEVICE void load_numbers(const char* from, long long step, int type, bool pac
   }
 }
 
-// The V consecutive voxels that a thread looks at.
+// The V consecutive voxels of a thread.
 template <class T, int V>
 struct Voxels {
-  bool inside;                  // the sample ends at a multiple of V, if V > 1
-  Index first;                  // its number in the sample
+  bool inside;                  // all V or none, as the sample ends at a multiple of V
+  Index first;                  // the index of the first one in the sample
   long long offset[kOperands];  // in bytes from `data`, sample included
-  T m[V];                       // their weights: 0 counts for nothing
-  int y[V];                     // their classes, or below 0
+  T m[V];                       // voxel weights; 0: ignored
+  int y[V];                     // labels, or below 0
   int faults;
 };
 
-// Whether every voxel inside counts, unless there is a fault, of which the result is NaN anyhow.
+// Whether every voxel inside has weight 1. After a fault the result is NaN anyway.
 FL_DEVICE bool counts_all(const Call& call) {
   return CONST(weight_type) == kNoType && CONST(ignore_kind) == kNothing;
 }
 
-// The numbers of a dense target that lie there.
+// Loads the numbers of a dense target.
 template <class T, int V>
 FL_DEVICE void target_row(const Call& call, const char* from, T (&g)[V]) {
   load_numbers(from, call.stride[kTarget][0], CONST(target_type), CONST(packed_target) != 0, g);
 }
 
-// Whether they are integers, which are to be 0 and 1.
+// Whether a dense target has integers, which must be 0 or 1.
 FL_DEVICE bool checks_numbers(const Call& call) {
   return CONST(dense) && CONST(target_type) >= kU8 && CONST(target_type) != kNoType;
 }
-// Whether any is neither, nor ignored. As floating numbers all other integers have one of the two
-// highest bits.
+// Whether any number is neither 0, 1 nor ignored. As floating-point numbers, all other integers set
+// one of the two highest bits.
 FL_DEVICE unsigned high_bits(float x) { return __float_as_uint(x); }
 FL_DEVICE unsigned high_bits(double x) { return unsigned(__double_as_longlong(x) >> 32); }
 template <class T, int V>

@@ -14,7 +14,7 @@ from brain.history import History
 from brain.volume import CLASSES, Brain, planes
 
 TISSUE_COLOURS = ("tab:orange", "tab:cyan")
-# The second is drawn in dashes over the first, so that both are seen where they agree.
+# The second is dashed over the first, so that both are visible where they agree.
 LINES = ({"linestyle": "-", "linewidth": 3.5, "alpha": 0.5}, {"linestyle": "--", "linewidth": 1.2})
 VIEWS = {2: "axial", 1: "coronal", 0: "sagittal"}
 
@@ -42,7 +42,7 @@ def draw_curves(histories: list[History], path: Path) -> None:
         apart = np.abs(first - second) / np.abs(second)
         dtype = histories[0].dtype
         digit = float(np.finfo(dtype).eps)
-        # A logarithm has no place for the steps at which both are the same number.
+        # A logarithmic axis cannot show the steps at which both are equal.
         floor = digit / 100
         axes[2].semilogy(range(1, len(apart) + 1), np.maximum(apart, floor), color="tab:grey")
         axes[2].axhline(digit, color="black", linewidth=0.8, linestyle=":")
@@ -56,7 +56,7 @@ def draw_curves(histories: list[History], path: Path) -> None:
 
 
 def draw_overlay(brain: Brain, histories: list[History], path: Path) -> None:
-    """A row each for the anatomy, the true tissues and the predicted ones; a column a view."""
+    """Rows: the anatomy, the true tissues and the predicted ones; columns: the views."""
     views = planes(brain)
     rows: dict[str, list[np.ndarray | None]] = {
         "T1": [None for _ in views],

@@ -1,4 +1,4 @@
-"""What is kept of one training. Without PyTorch, so that its reader does not need to load it."""
+"""The record of one training, without PyTorch, so that reading it does not import PyTorch."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy as np
 
 @dataclass
 class History:
-    """What was seen while one implementation trained."""
+    """The record of training with one implementation."""
 
     implementation: str
     dtype: str
-    """Of the network and its logits."""
+    """The dtype of the network and its logits."""
     loss: list[float] = field(default_factory=list)
-    """At each step."""
+    """The loss at each step."""
     seconds: list[float] = field(default_factory=list)
-    """Of each step."""
+    """The seconds of each step."""
     held_out: dict[int, dict[str, float]] = field(default_factory=dict)
     """By step: the Dice of each tissue in the held-out slab."""
     slices: list[np.ndarray] = field(default_factory=list)
-    """The labels predicted in the planes of `planes`."""
+    """The predicted labels in the planes of `planes`."""
     loss_seconds: float = 0.0
-    """Forward and backward of the loss alone, on the last step's logits."""
+    """The seconds of forward and backward of the loss alone, on the last step's logits."""
     step_memory: int | None = None
-    """Bytes that forward and backward of a step take at most, over those before it."""
+    """The peak memory of forward and backward of a step in bytes, over that before it."""
     loss_memory: int | None = None
-    """The same for the loss alone, its gradient by the logits among them."""
+    """The same for the loss alone, including its gradient by the logits."""

@@ -1,4 +1,4 @@
-"""The memory that a call takes at most."""
+"""The peak memory of a call."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def peak(call: Callable[[], object]) -> int | None:
-    """The highest resident memory of this process during the call over that before it, in bytes.
+    """The peak resident memory of this process during the call over that before it, in bytes.
 
-    None where the system does not tell: only Linux sets the peak back.
+    None where it cannot be measured: only Linux can reset the peak.
     """
     gc.collect()
     with suppress(AttributeError, OSError, TypeError):  # with glibc
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that was kept would hide a peak
+        ctypes.CDLL(None).malloc_trim(0)  # cached free memory would hide a peak
     try:
         _CLEAR.write_text("5")
         before = _resident("VmRSS")

@@ -1,4 +1,4 @@
-"""Training with one implementation of the loss, and what a step of it costs."""
+"""Training with one implementation of the loss, and the cost of its steps."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from brain.volume import CLASSES, Brain, Patches, planes
 
 BATCH = 4
 LEARNING_RATE = 0.01
-"""Low enough that steps do not overshoot, which would amplify rounding from step to step."""
+"""Low enough that steps do not overshoot, which would amplify rounding errors."""
 SMOOTH = 1e-5
 POINTS = 12
-"""How often the held-out Dice is taken, at equal distances."""
+"""How often the held-out Dice is measured, at equal intervals."""
 CONTEXT = 12
-"""Voxels seen on each side of what is predicted."""
+"""Voxels of context on each side of the predicted part."""
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,7 +32,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 def make_loss(implementation: str) -> LossFunction:
     """Dice + cross-entropy of logits (B, C, D, H, W) and a label map (B, 1, D, H, W).
 
-    The Dice is that of the batch as a whole: a tissue that one patch lacks would cost it 1.
+    The Dice is that of the whole batch: per patch, a missing tissue would cost 1.
     """
     if implementation == "monai":
         from monai.losses import DiceCELoss
@@ -49,11 +49,11 @@ def make_loss(implementation: str) -> LossFunction:
 def train(
     implementation: str, brain: Brain, steps: int, size: int, seed: int, dtype: str
 ) -> History:
-    """Train a new network, and print how it goes. Start it in a fresh process."""
+    """Train a new network, and print its progress. Run it in a fresh process."""
     history = History(implementation, dtype)
     torch.set_default_dtype(getattr(torch, dtype))
     brain = replace(brain, image=brain.image.astype(dtype))
-    # First, as what training leaves behind would hide a peak.
+    # First, as memory left by training would hide a peak.
     history.loss_memory, history.step_memory = _peak_memory(implementation, brain, size)
     torch.manual_seed(seed)
     net = UNet(len(CLASSES))
@@ -108,13 +108,13 @@ def _seconds(loss_function: LossFunction, logits: Tensor, labels: Tensor) -> flo
 
 
 def _peak_memory(implementation: str, brain: Brain, size: int) -> tuple[int | None, int | None]:
-    """Of the loss alone, and of forward and backward of a whole step."""
+    """The peak memory of the loss alone, and of forward and backward of a whole step."""
     loss_function = make_loss(implementation)
     net = UNet(len(CLASSES))
     image, labels = map(torch.from_numpy, Patches(brain, size, seed=0).draw(BATCH))
     logits = torch.randn(BATCH, len(CLASSES), size, size, size, requires_grad=True)
 
-    # Once on a corner, for what is loaded or started at the first call.
+    # Once on a corner, for one-time initialisation.
     edge = slice(0, SMALLEST_PATCH)
     corner = (..., edge, edge, edge)
     loss_function(net(image[corner]), labels[corner]).backward()
@@ -141,11 +141,11 @@ def held_out_dice(net: UNet, brain: Brain) -> dict[str, float]:
 
 @torch.inference_mode()
 def _predict(net: UNet, brain: Brain, axis: int, part: slice) -> np.ndarray:
-    """The labels of a part of the volume along one axis, seen with what is around it."""
+    """The labels of a part of the volume along one axis, predicted with its surroundings."""
     start = max(0, part.start - CONTEXT)
     around = brain.image.take(range(start, min(part.stop + CONTEXT, brain.image.shape[axis])), axis)
     pad = [(0, -n % DIVISOR) for n in around.shape]
-    # In float32 whatever it trains in: PyTorch's float64 convolutions take gigabytes here.
+    # In float32 whatever the training dtype: PyTorch's float64 convolutions take gigabytes here.
     trained = deepcopy(net).float().eval()
     image = np.pad(around, pad, mode="edge").astype(np.float32)
     logits = trained(torch.from_numpy(image)[None, None])

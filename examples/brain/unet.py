@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 
 DIVISOR = 4
-"""What the edges of its input are multiples of: they are halved twice."""
+"""The edges of its input must be multiples of this, as they are halved twice."""
 SMALLEST_PATCH = 16
 
 
 def _convolutions(before: int, after: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for channels in (before, after):
-        # The normalisation takes the mean away, and a bias with it.
+        # The normalisation subtracts the mean, and a bias with it.
         layers.append(nn.Conv3d(channels, after, 3, padding=1, bias=False))
         layers.append(nn.BatchNorm3d(after))
-        # Smooth: where a kink is passed on one side or the other, rounding would change the
-        # gradient, and two runs that differ by rounding would soon be two runs.
+        # Smooth: at a kink rounding would change the gradient, and two runs that differ only by
+        # rounding would soon diverge.
         layers.append(nn.GELU())
     return nn.Sequential(*layers)
 

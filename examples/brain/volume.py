@@ -1,4 +1,4 @@
-"""A brain to learn from: the MNI152 template that nilearn ships, its tissues and patches of it."""
+"""The training brain: the MNI152 template that nilearn ships, its tissues and patches of it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 CLASSES = ("other", "grey matter", "white matter")
-# The template is symmetric: one hemisphere is the mirror image of the other, and a network that
-# trains on the left has seen the right. A coronal slab has no twin.
+# The template is symmetric: a network that trains on the left hemisphere has seen the right one. A
+# coronal slab has no mirror image.
 HELD_OUT_MM = (-44, -12)
 
 
@@ -22,11 +22,11 @@ class Brain:
     labels: np.ndarray
     """uint8: an index into `CLASSES` for each voxel."""
     held_out: slice
-    """The coronal slab along the second axis of which no voxel is trained on."""
+    """The coronal slab along the second axis that is excluded from training."""
 
     @property
     def parts(self) -> tuple[slice, slice]:
-        """What lies behind and in front of the held-out slab, along the second axis."""
+        """The parts behind and in front of the held-out slab, along the second axis."""
         return slice(0, self.held_out.start), slice(self.held_out.stop, self.image.shape[1])
 
     @property
@@ -37,11 +37,11 @@ class Brain:
 
 
 def load_brain() -> Brain:
-    """The template's T1 and the likelier of its tissue maps, cut to the brain. No download."""
+    """The template's T1 and the likelier of its tissue maps, cropped to the brain. No download."""
     from nilearn import datasets
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a template is the 2009 one, at each call
+        warnings.simplefilter("ignore")  # nilearn names the template's version at each call
         template = datasets.load_mni152_template(resolution=1)
         grey_map = datasets.load_mni152_gm_template(resolution=1)
         white_map = datasets.load_mni152_wm_template(resolution=1)
@@ -65,7 +65,7 @@ def planes(brain: Brain) -> list[tuple[int, int]]:
     """Axis and index of the planes to show: axial, coronal in the held-out slab, sagittal."""
     width, _, height = brain.image.shape
     held_out = (brain.held_out.start + brain.held_out.stop) // 2
-    # The sagittal one beside the middle, where the hemispheres part.
+    # The sagittal plane is off the middle, where the hemispheres meet.
     return [(2, height // 2), (1, held_out), (0, width // 2 - width // 8)]
 
 

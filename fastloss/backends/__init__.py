@@ -51,7 +51,7 @@ def load_backend(name: str) -> Backend:
 
 
 def add_backend(backend: Backend) -> None:
-    """Make a backend known by its name in this process, as tests do with theirs."""
+    """Register a backend under a name in this process, as tests do."""
     _loaded[backend.name] = backend
 
 
@@ -67,7 +67,7 @@ def limit_threads(number: int) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Compute with this backend inside the ``with`` block, in this thread.
 
-    Arrays on a GPU are computed there, whatever is chosen here.
+    Arrays on a GPU are always computed there.
 
     Args:
         name: "cpu" (C++), "numba" or "reference" (NumPy, float64).
@@ -84,7 +84,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def current_backend() -> Backend:
-    """The backend chosen by `use_backend`, else ``FASTLOSS_BACKEND``, else the fastest there is."""
+    """The backend of `use_backend`, else ``FASTLOSS_BACKEND``, else the fastest available one."""
     chosen = _chosen.get()
     if chosen is not None:
         return chosen

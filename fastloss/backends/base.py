@@ -22,15 +22,15 @@ class Backend:
 
     A backend defines `reduce`, `apply` and `write_map`. The steps of a loss are built on them.
 
-    A row is a sample, or, where there are regions, one of `Arrays.rows` regions of a sample; the
-    rows of a sample follow each other. Voxels of weight 0, of the ignored label or of no region
-    count for nothing, whatever logits and fields hold there.
+    A row is a sample or, with regions, one of the `Arrays.rows` regions of a sample; the rows of a
+    sample are consecutive. Voxels of weight 0, of the ignored label or of no region contribute
+    nothing, whatever logits and fields hold there.
     """
 
     name = ""
 
     place: Place | None = None
-    """The GPU in whose memory it computes; None: the processor's."""
+    """The GPU in whose memory it computes; None: CPU memory."""
 
     def reduce(
         self,
@@ -42,7 +42,7 @@ class Backend:
     ) -> None:
         """Write the sums of ``request.sums``, (S, rows, C), and of the voxel weights, (rows,).
 
-        Also a map of kind "voxel", if one is wanted, in the same pass.
+        Also writes a map of kind "voxel", if one is requested, in the same pass.
 
         Raises:
             ValueError: a label outside [0, C) that is not ignored, an integer other than 0 and 1 in
@@ -86,7 +86,7 @@ class Backend:
             sums = np.empty((len(request.sums), batch, classes))
             self.reduce(request, arrays, sums, voxels)
             return Statistics(request, sums, voxels, arrays.value_dtype, None, regions), None
-        # The field is made of the map that the pass over the other sums writes.
+        # The field is computed from the map that the pass over the other sums writes.
         others = make_request(
             request.activation, request.dense, request.ignore_index, request.needs - {term.ranking}
         )
@@ -105,24 +105,24 @@ class Backend:
         return Statistics(request, sums, voxels, arrays.value_dtype, None, regions), field
 
     def combine(self, loss: FusedLoss, statistics: Statistics) -> tuple[Any, Callable[[Any], Any]]:
-        """The value, and from its upstream gradient the coefficients for `gradient`."""
+        """The value, and its pullback from upstream to the coefficients for `gradient`."""
         return loss.combine(statistics)
 
     def gradient(
         self, request: Request, arrays: Arrays, coefficients: Any, out: np.ndarray
     ) -> None:
-        """As `apply`, given the result of the pullback of `combine`."""
+        """As `apply`, given the result of `combine`'s pullback."""
         self.apply(request, arrays, coefficients, out)
 
     def check(self, request: Request, arrays: Arrays) -> None:
-        """Raise ValueError for bad labels and weights, where `write_map` gives NaN instead."""
+        """Raise ValueError for bad labels and weights, if `write_map` writes NaN instead."""
 
     def with_numbers(self, loss: FusedLoss) -> FusedLoss:
-        """The loss with its numbers in the processor's memory."""
+        """The loss with its numbers in CPU memory."""
         return loss
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        """A new array in C order in the memory that it computes in."""
+        """A new array in C order in the backend's memory."""
         return np.empty(shape, dtype)
 
     def get_num_threads(self) -> int:
@@ -134,14 +134,14 @@ class Backend:
 
 
 def with_ranked(request: Request, arrays: Arrays, term: Any, ranked: Field) -> Arrays:
-    """The arrays with the field that a ranking term made, in the order of the request."""
+    """The arrays with the field that a ranking term computed, in the order of the request."""
     given = iter(arrays.fields)
     fields = (ranked if name == term.ranking.field else next(given) for name in request.fields)
     return replace(arrays, fields=tuple(fields))
 
 
 def bad_labels(count: int, first: Any, request: Request, classes: int) -> ValueError:
-    """The error for labels that are no class, or what `bad_numbers` says of a dense target."""
+    """The error for labels that are no class; for a dense target that of `bad_numbers`."""
     if request.dense:
         number = request.ignore_index if request.ignores_number(classes) else None
         return bad_numbers(count, first, number, classes)

@@ -20,12 +20,12 @@ class CpuBackend(Backend):
 
     @property
     def isa(self) -> str:
-        """The instruction set that computes."""
+        """The instruction set in use."""
         return _cpu.isa()
 
     @property
     def isas(self) -> tuple[str, ...]:
-        """The instruction sets that this processor runs; ``FASTLOSS_ISA`` forces one."""
+        """The instruction sets that this processor supports; ``FASTLOSS_ISA`` forces one."""
         return tuple(_cpu.available_isas())
 
     def reduce(
@@ -87,7 +87,7 @@ class CpuBackend(Backend):
         _cpu.set_num_threads(number)
 
     def copy_bandwidth(self, nbytes: int) -> float:
-        """Bytes read plus written per second by a copy past the caches on the same threads."""
+        """Bytes read plus written per second by a non-temporal copy on the same threads."""
         return _cpu.copy_bandwidth(nbytes)
 
     def read_bandwidth(self, nbytes: int) -> float:
@@ -103,7 +103,7 @@ def _raise(faults: tuple[int, float, int, float], request: Request, arrays: Arra
 
 
 def _more(arrays: Arrays) -> tuple[Any, ...] | None:
-    """Fields and regions, as the kernels take them."""
+    """Fields and regions as arguments of the kernels."""
     if not arrays.fields and arrays.regions is None:
         return None
     fields = tuple((f.array, f.dtype, _FIELDS.index(f.kind)) for f in arrays.fields)

@@ -1,4 +1,4 @@
-"""The definition: the passes in plain NumPy and float64, without care for speed or memory."""
+"""The reference: the passes in plain NumPy and float64, not optimised for speed or memory."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 class _Sample(NamedTuple):
     """One sample in float64: logits and target (C, N), voxel weights and rows (N,), fields (C, N).
 
-    A row of −1: the voxel is of no region.
+    A row of −1: the voxel has no region.
     """
 
     x: np.ndarray
@@ -115,7 +115,7 @@ class ReferenceBackend(Backend):
             sample = _sample(request, arrays, b)
             rows = coefficients[:, b * arrays.rows : (b + 1) * arrays.rows]
             with np.errstate(all="ignore"):
-                # Every voxel's coefficients, those of its row: (S, C, N).
+                # The coefficients of every voxel's row: (S, C, N).
                 k = rows.transpose(0, 2, 1)[:, :, np.maximum(sample.row, 0)]
                 gradient = _gradient(request, k, sample)
                 out[b] = _store(gradient.reshape(out[b].shape), arrays.logits_dtype)
@@ -124,7 +124,7 @@ class ReferenceBackend(Backend):
         check_targets(request, arrays)
         for b in range(arrays.logits.shape[0]):
             sample = _sample(request, arrays, b)
-            if voxel_map.kind == "label":  # of all voxels, whether they count or not
+            if voxel_map.kind == "label":  # for all voxels, including ignored ones
                 x = _load(arrays.logits[b], arrays.logits_dtype).reshape(len(sample.x), -1)
                 sample = sample._replace(x=x)
             with np.errstate(all="ignore"):
@@ -200,23 +200,23 @@ def _gradient(request: Request, k: np.ndarray, sample: _Sample) -> np.ndarray:
 
 
 def _focal_slope(p: np.ndarray, log_p: np.ndarray, q: np.ndarray, gamma: float) -> np.ndarray:
-    """The derivative of q^γ log p by log p, with q = 1−p."""
+    """The derivative of q^γ log p by log p, with q = 1−p: q^γ − γ p log p · q^(γ−1)."""
     if gamma == 0:
         return np.ones_like(p)
-    # Near p = 1 it is like −q^γ, which below γ = 1 is no longer seen from its factors.
+    # At q = 0 the second part has the limit 0, as log p ≈ −q, though for γ < 1 q^(γ−1) is infinite.
     product = np.where(q == 0, 0.0, _product(_product(p, log_p), q ** (gamma - 1)))
     return q**gamma - gamma * product
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a b, and 0 where a factor is 0 though the other be infinite: the limit of x log x."""
+    """a b, but 0 for 0 · ∞: the limit of x log x."""
     return np.where((a == 0) & ~np.isnan(b) | (b == 0) & ~np.isnan(a), 0.0, a * b)
 
 
 def _activate(activation: str, x: np.ndarray) -> Probability:
     if activation == "softmax":
-        # Apart from one largest member the sum is exact to the last bit where that one dominates,
-        # and with it 1−p and log p are.
+        # Without one largest member the sum is exact where that one dominates, and so are
+        # 1 − p = rest / (1 + rest) and −log p = log(1 + rest).
         first = _is_largest(x)
         largest = x.max(axis=0)
         # Classes that share an infinite maximum share the probability.
@@ -269,14 +269,14 @@ def _sample(request: Request, arrays: Arrays, b: int) -> _Sample:
             numbers = (numbers.reshape(-1) == np.arange(classes)[:, None]).astype(np.float64)
         numbers = np.broadcast_to(numbers.reshape(-1, x.shape[1]), x.shape)
         fields[name] = np.where(m == 0, 0.0, numbers)
-    # A voxel that counts for nothing does so even if it holds NaN.
+    # An ignored voxel contributes nothing even if it holds NaN.
     return _Sample(np.where(m == 0, 0.0, x), np.where(m == 0, 0.0, g), m, row, fields)
 
 
 def check_targets(request: Request, arrays: Arrays) -> None:
     """Raise ValueError for labels that are no class and for bad voxel weights.
 
-    In a dense target integers are 0 or 1, as labels are classes; floating numbers are free.
+    Integers in a dense target must be 0 or 1; floating-point numbers may be anything.
     """
     classes = arrays.logits.shape[1]
     if arrays.dense:
@@ -300,7 +300,7 @@ def check_dense(request: Request, arrays: Arrays) -> None:
     if arrays.target_dtype not in INTEGERS:
         return
     classes = arrays.logits.shape[1]
-    numbers = np.moveaxis(arrays.target, 1, -1)  # the first is one of the first voxel's
+    numbers = np.moveaxis(arrays.target, 1, -1)  # so that the first bad number is in voxel order
     if arrays.target_dtype == "bool":
         numbers = numbers.view(np.uint8)
     bad = (numbers != 0) & (numbers != 1)
@@ -320,7 +320,7 @@ def _store(array: np.ndarray, dtype: str) -> np.ndarray:
     if dtype != "bfloat16":
         return array.astype(dtype)
     bits = array.astype(np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to the nearest, ties to even
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest even
     return np.where(np.isnan(array), 0x7FC0, rounded).astype(np.uint16)
 
 

@@ -1,4 +1,4 @@
-"""Measurements that need a process of their own."""
+"""Measurements in a separate process."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from fastloss.bench.inputs import Case, save_case
 
 @contextmanager
 def saved(case: Case) -> Iterator[Path]:
-    """A folder that holds the case for as long as the ``with`` block runs."""
+    """A folder that holds the case while the ``with`` block runs."""
     with tempfile.TemporaryDirectory(prefix="fastloss-") as folder:
         save_case(case, Path(folder))
         yield Path(folder)
 
 
 def run_apart(task: str, folder: Path, **options: Any) -> dict[str, Any]:
-    """Run a task of `fastloss.bench.worker` on a saved case; its answer.
+    """Run a task of `fastloss.bench.worker` on a saved case; return its answer.
 
     Raises:
-        Unavailable: it failed; the message is the last line that it wrote.
+        Unavailable: it failed; the message is its last line of output.
     """
     order = json.dumps({"task": task, "folder": str(folder), **options})
     environment = os.environ | {
-        # Memory that malloc freed goes back at once, whatever was allocated before.
+        # malloc returns freed memory to the system at once, whatever was allocated before.
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "PYTHONPATH": os.pathsep.join(_search_path()),
     }
@@ -58,9 +58,9 @@ def _search_path() -> list[str]:
 
 
 def peak_memory(name: str, folder: Path, loss: str, threads: int) -> int | None:
-    """Bytes that one call for value and gradient takes at most, over its inputs.
+    """The peak memory of one call for value and gradient in bytes, without its inputs.
 
-    The gradient is among them. None where the system does not tell.
+    The gradient is included. None where the system does not report it.
     """
     peak = run_apart("memory", folder, implementation=name, loss=loss, threads=threads)["peak"]
     return None if peak is None else int(peak)

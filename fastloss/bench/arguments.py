@@ -1,4 +1,4 @@
-"""Arguments that several commands take."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def results_file(text: str) -> Path:
-    """A CSV file that can be added to: better said now than after minutes of measuring."""
+    """A CSV file that can be appended to, checked before minutes of measuring."""
     path = Path(text)
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise argparse.ArgumentTypeError(f"expected a CSV file in a folder there is, got {text!r}")
@@ -17,7 +17,7 @@ def results_file(text: str) -> Path:
 
 
 def subset(choices: Sequence[str], *, everything: bool = False) -> Callable[[str], tuple[str, ...]]:
-    """A comma-separated choice; with ``everything``, also "all" and "none"."""
+    """A comma-separated selection; with ``everything``, also "all" and "none"."""
 
     def convert(text: str) -> tuple[str, ...]:
         if everything and text in ("all", "none"):
@@ -38,11 +38,11 @@ def subset(choices: Sequence[str], *, everything: bool = False) -> Callable[[str
 
 
 def device_name(text: str, count: int | None = None) -> str:
-    """A device of PyTorch's, by its full name.
+    """The full name of a PyTorch device.
 
     Args:
         text: "cuda" (the first device), "cuda:N" or "cpu".
-        count: the number of CUDA devices; None: as many as there are.
+        count: the number of CUDA devices; None: as many as exist.
     """
     import torch
 
@@ -62,4 +62,4 @@ def device_name(text: str, count: int | None = None) -> str:
             f"{text} is not there, PyTorch {torch.__version__} sees {count} CUDA devices; "
             "--device cpu makes a smoke run"
         )
-    return f"cuda:{index}"  # torch.cuda.set_device takes no device without an index
+    return f"cuda:{index}"  # torch.cuda.set_device needs an index

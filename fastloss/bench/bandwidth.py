@@ -1,4 +1,4 @@
-"""How fast this machine's memory is: the limit that the losses are held against."""
+"""The memory bandwidth of this machine: the limit that losses are compared with."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _NBYTES = 128 << 20  # far more than the caches hold
 
 
 class Bandwidth:
-    """One measurement a call, to be spread over a run.
+    """One measurement per call, to be spread over a run.
 
-    The C++ backend copies with non-temporal stores, on the threads that the losses run on. Where
-    it is not there, NumPy copies with as many threads, which can fall short of the machine.
+    The C++ backend copies with non-temporal stores, on the threads that the losses run on. Without
+    it, NumPy copies with as many threads, which can fall short of the machine's bandwidth.
     """
 
     def __init__(self, threads: int, nbytes: int = _NBYTES) -> None:
@@ -53,11 +53,11 @@ class Bandwidth:
     @cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
         count = self.nbytes // 4
-        # Written at once: the first touch of a page costs more than the copy.
+        # Written now, as the first touch of a page costs more than the copy.
         return np.ones(count, np.float32), np.ones(count, np.float32)
 
     def _time(self, work: Callable[[slice], object]) -> float:
-        # Blocks that stay in no cache, small enough that the threads end together.
+        # Blocks too large for any cache, and small enough that the threads end together.
         count, step = self.nbytes // 4, 1 << 20
         parts = [slice(i, i + step) for i in range(0, count, step)]
         with ThreadPoolExecutor(self.threads) as pool:

@@ -8,12 +8,12 @@ from typing import Any
 
 
 class Call(ABC):
-    """An implementation with its inputs in the form that it wants them, on their device."""
+    """An implementation with its inputs in the form that it expects, on their device."""
 
     loss_scale: float = 1.0
-    """What the gradient is multiplied by: `fastloss.bench.losses.loss_scale`."""
+    """The factor of the gradient: `fastloss.bench.losses.loss_scale`."""
     own_stream = False
-    """Whether it runs on a stream that CUDA events of PyTorch's do not see."""
+    """Whether it runs on a stream that PyTorch's CUDA events do not time."""
 
     @abstractmethod
     def forward(self) -> object:
@@ -24,19 +24,19 @@ class Call(ABC):
         """Compute value and gradient, as a training loop would."""
 
     def reset(self) -> None:  # noqa: B027  most leave nothing behind
-        """Drop what the last call left behind; not timed."""
+        """Drop the results of the last call; not timed."""
 
     @abstractmethod
     def active(self) -> AbstractContextManager[None]:
-        """Surrounds the calls; not timed."""
+        """A context around the calls; not timed."""
 
     @abstractmethod
     def result(self) -> tuple[float, Any]:
         """Value, and gradient times the loss scale.
 
-        The gradient is an array or a tensor as the case has, in any floating dtype.
+        The gradient is an array or a tensor, like the case's, in any floating dtype.
         """
 
     def with_new_gradient(self) -> object:
-        """As `forward_backward`, where the gradient is a new array."""
+        """As `forward_backward`, with a newly allocated gradient."""
         return self.forward_backward()

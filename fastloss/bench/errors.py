@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class BadArgument(ValueError):
-    """An option of the benchmark that cannot be honoured; the message names it."""
+    """An invalid option of the benchmark; the message names it."""
 
     def __init__(self, argument: str, message: str) -> None:
         super().__init__(f"argument {argument}: {message}")

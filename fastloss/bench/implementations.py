@@ -1,4 +1,4 @@
-"""The implementations that are measured, and how to make a call of one."""
+"""The implementations that are measured, and their calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastloss.bench.losses import loss_scale, make_loss
 PEERS = ("monai", "monai-compile", "nnunet", "nnunet-compile", "jax")
 
 FRAMEWORKS = ("torch",)
-"""The library through the automatic differentiation of a framework."""
+"""The library under the automatic differentiation of a framework."""
 
 TITLES = {
     "cpu": "fastloss (C++)",
@@ -35,7 +35,7 @@ TITLES = {
 
 
 class FastlossCall(Call):
-    """This library, writing the gradient into a buffer that is used again."""
+    """This library, writing the gradient into a reused buffer."""
 
     def __init__(self, backend: str, case: Case, loss: str) -> None:
         self.backend, self.loss = backend, make_loss(loss)
@@ -59,7 +59,7 @@ class FastlossCall(Call):
         return float(value), gradient
 
     def with_new_gradient(self) -> object:
-        # Before the new one is made, or the old one would count as well.
+        # Freed before the new one is allocated, or both would count.
         self.out = np.empty(0)
         return self._value_and_grad(None)
 
@@ -89,7 +89,7 @@ def make_call(name: str, case: Case, loss: str, threads: int) -> Call:
 
 
 def backend_remedy(name: str, error: ImportError) -> str:
-    """Why a backend is not there, and how to get it."""
+    """Why a backend is missing, and how to get it."""
     return f"{error}; {REMEDIES[name]}" if name in REMEDIES else str(error)
 
 

@@ -1,4 +1,4 @@
-"""One input to all implementations: labels, and logits as a network might give them."""
+"""One input for all implementations: labels, and logits like a network's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "B1C14-128": (1, 14, 128),
     "B1C105-64": (1, 105, 64),
 }
-"""Batch, classes and edge of the volumes that the library is compared on."""
+"""Batch, classes and edge of the volumes of the comparison."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Case:
     """Logits, and a target for them: NumPy arrays, or tensors on the spec's device.
 
     The target is a label map (B, D, H, W) in the smallest unsigned dtype, or dense (B, C, D, H,
-    W); the peers take label maps alone.
+    W); the peers take only label maps.
     """
 
     spec: Spec
@@ -108,15 +108,15 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def make_case(volume: Volume, *, batch: int = 1, dtype: str = "float32", seed: int = 0) -> Case:
-    """Logits that favour the right class, unsure at its borders and now and then wrong.
+    """Logits that favour the right class, uncertain at its borders and wrong now and then.
 
-    Every sample shows the same volume, every other one mirrored, with noise of its own.
+    Every sample shows the same volume, every other one mirrored, with independent noise.
     """
     classes, size = volume.classes, volume.labels.shape
     rng = np.random.default_rng(seed)
     logits = np.empty((batch, classes, *size), numpy_dtype(dtype))
     labels = np.empty((batch, *size), np.min_scalar_type(classes - 1))
-    # Noise that varies over about 8 voxels errs in patches, as networks do.
+    # Noise with a correlation length of about 8 voxels errs in patches, as networks do.
     upsample = [_linear_interpolation(n, n // 8 + 2) for n in size]
     for b in range(batch):
         labels[b] = volume.labels[:: -1 if b % 2 else 1]
@@ -148,8 +148,8 @@ def phantom_case(
 def device_case(spec: Spec, seed: int = 0) -> Case:
     """Tensors of this spec, of the phantom, made on its device.
 
-    Logits favour the label, with noise: plainer ones than those of `make_case`, which would take
-    minutes for what a GPU holds.
+    Logits favour the label, with noise. They are simpler than those of `make_case`, which would
+    take minutes to fill a GPU.
     """
     import torch
 
@@ -165,7 +165,7 @@ def device_case(spec: Spec, seed: int = 0) -> Case:
         device=device,
         memory_format=torch.channels_last_3d if last else torch.contiguous_format,
     )
-    for b in range(batch):  # a sample at a time, for the sake of memory
+    for b in range(batch):  # a sample at a time, to save memory
         sample = torch.randn((classes, *spatial), generator=generator, device=device)
         favoured = torch.full((1, *spatial), 4.0, device=device)
         sample.scatter_add_(0, labels[b].long()[None], favoured)
@@ -193,7 +193,7 @@ def with_label_dtype(case: Case, dtype: str) -> Case:
 
 
 def channels_last(case: Case) -> Case:
-    """The same logits, with the classes of a voxel side by side in memory."""
+    """The same logits in channels-last layout."""
     memory = np.ascontiguousarray(np.moveaxis(case.logits, 1, -1))
     spec = replace(case.spec, layout="channels_last")
     return replace(case, spec=spec, logits=np.moveaxis(memory, -1, 1))
@@ -208,7 +208,7 @@ def dense(case: Case, dtype: str = "float32") -> Case:
 
 
 def save_case(case: Case, folder: Path) -> None:
-    """Write a case where `load_case` of another process finds it."""
+    """Write a case for `load_case` in another process."""
     logits = case.logits.view(np.uint16) if case.dtype == "bfloat16" else case.logits
     np.save(folder / "logits.npy", logits)
     np.save(folder / "target.npy", case.target)

@@ -1,4 +1,4 @@
-"""The plain formulas under jax.jit, as one would write them down."""
+"""The textbook formulas under jax.jit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastloss.bench.losses import GAMMA, SMOOTH, TVERSKY_ALPHA, TVERSKY_BETA
 class JaxCall(Call):
     """`jax.jit` of the value, and of `jax.value_and_grad`. Tensors are shared by DLPack.
 
-    There is no loss scale: the formula computes in the dtype of the logits, where it overflows.
+    There is no loss scale, as the formula computes in the dtype of the logits and would overflow.
     """
 
     own_stream = True
@@ -25,11 +25,11 @@ class JaxCall(Call):
     def __init__(self, case: Case, loss: str, threads: int) -> None:
         self.is_numpy = isinstance(case.logits, np.ndarray)
         cuda = not self.is_numpy and case.logits.is_cuda
-        # XLA reads these once, when it starts.
+        # XLA reads these once, at startup.
         for name in ("NPROC", "PJRT_NPROC"):
             os.environ.setdefault(name, str(threads))
         os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if cuda else "cpu")
-        # Or it takes three quarters of the GPU's memory, which PyTorch is to share.
+        # By default JAX takes three quarters of the GPU's memory, which PyTorch shares.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         try:
             import jax
@@ -74,7 +74,7 @@ class JaxCall(Call):
 
 
 def _shared(jax: Any, case: Case, platform: str) -> tuple[Any, Any]:
-    """Logits and labels of a case as JAX's arrays, in the same memory."""
+    """Logits and labels of a case as JAX arrays, in the same memory."""
     import torch
 
     try:

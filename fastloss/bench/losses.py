@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import fastloss as fl
 
-# Options that all implementations are given alike.
+# Options that are the same for all implementations.
 GAMMA = 2.0
 TVERSKY_ALPHA, TVERSKY_BETA = 0.3, 0.7
 SMOOTH = 1e-5
-_LOSS_SCALE = 65536.0  # where torch.amp.GradScaler begins
+_LOSS_SCALE = 65536.0  # the initial scale of torch.amp.GradScaler
 
 _LOSSES: dict[str, Callable[[], fl.Loss]] = {
     "dice_ce": lambda: fl.Dice() + fl.CrossEntropy(),
@@ -27,13 +27,13 @@ LOSSES = tuple(_LOSSES)
 
 
 def make_loss(name: str) -> fl.Loss:
-    """The loss of this name, on softmax logits, with smoothing 1e-5 where there is any."""
+    """The loss of this name, on softmax logits, with smoothing 1e-5 where it has smoothing."""
     return _LOSSES[name]()
 
 
 def loss_scale(dtype: str) -> float:
-    """What the gradient of logits of this dtype is multiplied by, as in training.
+    """The loss scale for logits of this dtype, as in training.
 
-    Of float16 logits it is about one over the number of voxels, below float16's smallest number.
+    Unscaled gradients are about one over the number of voxels, below float16's smallest number.
     """
     return _LOSS_SCALE if dtype == "float16" else 1.0

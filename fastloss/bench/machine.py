@@ -1,4 +1,4 @@
-"""The machine and the versions that the numbers were measured with."""
+"""The machine and the versions of a measurement."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def cores() -> int:
 
 
 def available_memory() -> int | None:
-    """The bytes that processes can still take, where the system tells."""
+    """The available memory in bytes, where the system reports it."""
     try:
         with open("/proc/meminfo", encoding="utf-8") as lines:
             for line in lines:
@@ -63,16 +63,16 @@ def available_memory() -> int | None:
 
 
 def threads() -> int:
-    """The threads that everything is measured on: those of the default backend."""
+    """The number of threads of the measurements: that of the default backend."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a faster backend is missing is said elsewhere
+        warnings.simplefilter("ignore")  # a missing faster backend is reported elsewhere
         backend = current_backend()
-    # The reference has one thread, which would slow down the others for no reason.
+    # The reference has one thread, which would slow down the others needlessly.
     return cores() if backend.name == "reference" else backend.get_num_threads()
 
 
 def instruction_sets() -> tuple[str, tuple[str, ...]]:
-    """The instruction set that the C++ backend chose, and those it has; empty without it."""
+    """The instruction set that the C++ backend chose, and those it supports; empty without it."""
     try:
         backend: Any = load_backend("cpu")
     except ImportError:
@@ -84,7 +84,7 @@ def machine(device: Any = None) -> dict[str, Any]:
     """Processor, cores, threads, instruction set and versions, ready for JSON.
 
     Args:
-        device: a torch.device; of a GPU, what it is and what drives it are there as well.
+        device: a torch.device; for a GPU, its name and driver are included.
     """
     made: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -152,7 +152,7 @@ def machine_text(made: dict[str, Any]) -> str:
 
 
 def versions_text(made: dict[str, Any], packages: Iterable[str]) -> str:
-    """The versions of these in a line, those that are there."""
+    """The versions of these packages in a line, if installed."""
     found = {"fastloss": made["fastloss"], "Python": made["python"], "NumPy": made["numpy"]}
     found |= {name: made["packages"].get(name) for name in packages}
     return ", ".join(f"{name} {number}" for name, number in found.items() if number)

@@ -31,13 +31,13 @@ class Timed:
     reset: Callable[[], None] = _nothing
     active: Callable[[], AbstractContextManager[None]] = nullcontext
     number: int = 1
-    """Calls in a row that make one sample, for functions that take microseconds."""
+    """Consecutive calls per sample, for functions that take microseconds."""
 
     def sample(self) -> float:
-        """Seconds per call, in a loop as training is one: the median of its second half.
+        """Seconds per call, in a loop as in training: the median of its second half.
 
-        What a call allocates is then memory that those before had. Memory that nobody had for
-        seconds costs more, most of all on a virtual machine, whose host may have taken it.
+        Calls then reuse the memory of earlier calls. Memory that was unused for seconds costs more,
+        most of all on a virtual machine, whose host may have reclaimed it.
         """
         seconds: list[float] = []
         while len(seconds) < _MOST and sum(seconds) * self.number < _LOOP:
@@ -74,12 +74,12 @@ def interleave(
     budget: float = 6.0,
     also: Callable[[], None] = _nothing,
 ) -> dict[K, float]:
-    """Median seconds of each, one sample of each in turn, so that drift of the machine hits all.
+    """Median seconds of each, sampled in turn, so that drift of the machine affects all alike.
 
     Args:
-        timed: what to time; each is called once before, which does not count.
+        timed: the functions to time; each is first called once, untimed.
         repeats: samples of each.
-        budget: seconds after which one is sampled no more, once it has 3 samples.
+        budget: seconds after which a function with 3 samples is sampled no more.
         also: called once per round.
     """
     for one in timed.values():
@@ -92,7 +92,7 @@ def interleave(
             seen = samples[name]
             if len(seen) >= 3 and sum(seen) * one.number > budget:
                 continue
-            # Threads of the one before may still spin, waiting for work.
+            # Threads of the previous function may still spin, waiting for work.
             sleep(0.005)
             seen.append(one.sample())
             one.reset()

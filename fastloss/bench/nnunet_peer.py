@@ -1,4 +1,4 @@
-"""nnU-Net's losses, of its package where that is installed, else written anew."""
+"""nnU-Net's losses, from its package if installed, else reimplemented."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Function = Callable[[Any, Any], Any]
 
 
 def nnunet_source() -> str:
-    """Which of the two it is, for a report."""
+    """Which of the two is used, for a report."""
     try:
         _own()
     except ImportError as error:
@@ -22,9 +22,9 @@ def nnunet_source() -> str:
 
 
 def nnunet(loss: str) -> tuple[Function, float]:
-    """The function, and what to add to its value, which is that of a negative Dice, to compare.
+    """The function, and the number to add to its value, as nnU-Net's Dice is negative.
 
-    It takes logits and a label map of integers with a channel axis, in nnU-Net int16.
+    It takes logits and a label map of integers with a channel axis, int16 in nnU-Net.
     """
     try:
         functions = _own()
@@ -50,7 +50,7 @@ def _own() -> dict[str, Function]:
 
 
 def _formula() -> dict[str, Function]:
-    """Soft Dice, whose one-hot target is made without recording, and cross-entropy."""
+    """Soft Dice, with a one-hot target made under no_grad, and cross-entropy."""
     import torch
 
     def dice(logits: Any, target: Any) -> Any:

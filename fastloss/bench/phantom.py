@@ -1,4 +1,4 @@
-"""A procedural torso: a label map of any size with any number of classes, always the same."""
+"""A procedural torso: a deterministic label map of any size with any number of classes."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ _ORGANS: tuple[tuple[tuple[Point, ...], Point], ...] = (
 def phantom(size: tuple[int, ...], classes: int) -> np.ndarray:
     """A label map of this size in which each of the labels 0 … classes−1 occurs.
 
-    Label 0 is the air around the body. After the organs come vertebrae, ribs, and then as many
-    nodules as it takes.
+    Label 0 is the air around the body. The organs are followed by vertebrae, ribs, and as many
+    nodules as needed.
 
     Args:
         size: three voxel counts.
@@ -110,7 +110,7 @@ def _paint(labels: np.ndarray, label: int, points: np.ndarray, radii: np.ndarray
 
 
 def _complete(labels: np.ndarray, classes: int) -> None:
-    """Give each label that fell between the voxels, or was painted over, one voxel."""
+    """Give one voxel to each label that fell between the voxels or was painted over."""
     flat = labels.reshape(-1)
     while True:
         counts = np.bincount(flat, minlength=classes)

@@ -1,4 +1,4 @@
-"""The results of a run, on a CPU or a GPU, and their report."""
+"""The results of a run on a CPU or a GPU, and their report."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Row:
 
 @dataclass
 class Missing:
-    """An implementation that was not measured, or not in full."""
+    """An implementation that was not measured, or only in part."""
 
     loss: str
     implementation: str
@@ -71,7 +71,7 @@ class Report:
     machine: dict[str, Any]
     copies: list[float] = field(default_factory=list)
     reads: list[float] = field(default_factory=list)
-    """Bytes per second, measured over and over during the run."""
+    """Bytes per second, measured repeatedly during the run."""
     rows: list[Row] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -85,7 +85,7 @@ class Report:
         return median(self.reads) if self.reads else math.nan
 
     def share_of_limit(self, row: Row) -> float | None:
-        """The least time that value and gradient can take over the time that they took."""
+        """The least possible time for value and gradient, over the measured time."""
         if row.forward_backward is None or not self.copies:
             return None
         return 3 * row.spec.nbytes / self.copy_bandwidth / row.forward_backward
@@ -157,7 +157,7 @@ class Report:
         return [Figure(row.spec.title, *one) for one in found]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything; numbers that are not finite, which JSON lacks, are null."""
+        """Everything; non-finite numbers, which JSON lacks, are null."""
         rows = [
             asdict(row)
             | {
@@ -173,7 +173,7 @@ class Report:
 
 
 def missing_lines(missing: Sequence[Missing], losses: int) -> list[tuple[str, str]]:
-    """The loss that something is missing for, empty if for all of several, and a line."""
+    """The loss that lacks something, empty if all of several do, and a line about it."""
     notes: dict[tuple[str, str], list[str]] = {}
     for one in missing:
         notes.setdefault((one.implementation, one.reason), []).append(one.loss)

@@ -1,4 +1,4 @@
-"""Figures of runs, in one table that every run adds to: a CSV file, a figure a line."""
+"""Figures of runs, in one table that every run appends to: a CSV file, one figure per line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PACKAGES = ("torch", "triton", "monai", "jax", "numba", "nnunetv2", "cupy", "cu
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, what it is of, and its unit: "×" for a ratio, "1" for a share."""
+    """A number, its subject, and its unit: "×" for a ratio, "1" for a share."""
 
     row: str
     figure: str
@@ -40,12 +40,12 @@ class Figure:
 
 
 class Table:
-    """A file of results, made if it is not there, and one run that adds to it.
+    """A file of results, created if missing, and one run that appends to it.
 
     Args:
         path: the CSV file.
-        made: what `machine` says of where the run was.
-        run: tells it from others of the same day; empty: the time of day.
+        made: the result of `machine`, where the run was.
+        run: distinguishes it from others of the same day; empty: the time of day.
     """
 
     def __init__(self, path: Path, made: dict[str, Any], run: str = "") -> None:
@@ -61,7 +61,7 @@ class Table:
         )
 
     def add(self, figures: Iterable[Figure]) -> None:
-        """Write the figures; those that are None are left out."""
+        """Write the figures; None is skipped."""
         new = not self.path.exists() or self.path.stat().st_size == 0
         with self.path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -82,7 +82,7 @@ def device_text(made: dict[str, Any]) -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout, with "+" where the library differs from it; empty without one."""
+    """The commit of the checkout, with "+" if the library was modified; else empty."""
     folder = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -93,7 +93,7 @@ def _commit() -> str:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != folder:
-            return ""  # an installed package, in the repository of another project
+            return ""  # an installed package inside another project's repository
         return git("rev-parse", "--short", "HEAD") + (
             "+" if git("status", "--porcelain", "--", "csrc", "fastloss") else ""
         )

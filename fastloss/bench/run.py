@@ -1,4 +1,4 @@
-"""The whole job: inputs, every implementation, times, errors and memory, and the report."""
+"""A whole run: inputs, every implementation, times, errors and memory, and the report."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from fastloss.bench.volumes import load_volume
 Progress = Callable[[str], None]
 
 
-# What a call takes at its peak, roughly, in arrays of the size of the logits. The reference
-# computes a sample at a time, in float64.
+# The approximate peak memory of a call, in arrays of the size of the logits. The reference computes
+# a sample at a time, in float64.
 _ARRAYS = {"monai": 6, "nnunet": 6, "jax": 9, "reference": 14}
 
 _WITHOUT_NUMBA = (
@@ -47,7 +47,7 @@ class Options:
     dtype: str = "float32"
     losses: tuple[str, ...] = ("dice_ce",)
     backends: tuple[str, ...] | None = None
-    """None: all, but for Numba where there are the C++ kernels."""
+    """None: all, except Numba if the C++ kernels exist."""
     frameworks: tuple[str, ...] = FRAMEWORKS
     peers: tuple[str, ...] = ()
     repeats: int = 7
@@ -63,7 +63,7 @@ class Report(report.Report):
 
 
 def run(options: Options, progress: Progress) -> Report:
-    """Measure. Raises BadArgument for a volume that cannot be had."""
+    """Measure. Raises BadArgument for a volume that cannot be loaded."""
     progress(f"making the input from {options.volume}")
     volume = load_volume(options.volume, options.size, options.classes)
     if volume.note:
@@ -123,9 +123,9 @@ def run(options: Options, progress: Progress) -> Report:
 def _prepare(
     case: Case, loss: str, names: tuple[str, ...], threads: int, found: Report, progress: Progress
 ) -> tuple[dict[str, Call], list[Row]]:
-    """The calls to be timed, compiled where they are, and a row with its errors for each that runs.
+    """The calls to be timed, already compiled, and a row with its errors for each that runs.
 
-    The reference is there for its numbers: the calls that give them are all that is timed of it.
+    The reference provides the true numbers: only the calls that compute them are timed.
     """
     progress(f"{loss}: the float64 reference")
     truth = find_truth(case, loss)
@@ -141,7 +141,7 @@ def _prepare(
         except Unavailable as error:
             found.missing.append(Missing(loss, name, str(error)))
             continue
-        except Exception as error:  # a peer may fail in any way, which must not end the run
+        except Exception as error:  # no failure of a peer may end the run
             found.missing.append(Missing(loss, name, f"failed: {reason(error)}"))
             continue
         rows.append(row)
@@ -153,7 +153,7 @@ def _prepare(
 
 
 def _first_calls(call: Call, truth: Truth, row: Row) -> None:
-    """Value, gradient and what they are off by; the times are those of first calls."""
+    """Value, gradient and their errors; the times are those of first calls."""
     start = perf_counter()
     row.value, gradient = call.result()
     row.forward_backward = perf_counter() - start
@@ -165,12 +165,12 @@ def _first_calls(call: Call, truth: Truth, row: Row) -> None:
     call.reset()
     with call.active():
         start = perf_counter()
-        call.forward()  # which some compile on its own
+        call.forward()  # some compile it separately
         row.forward = perf_counter() - start
 
 
 def _check_memory(name: str, case: Case) -> None:
-    """Refuse what the system would end the whole run for."""
+    """Refuse a run that the system would kill for lack of memory."""
     arrays, free = _ARRAYS.get(name.partition("-")[0], 2), available_memory()
     if name == "reference":
         needed = arrays * 8 * case.count // case.logits.shape[0]
@@ -183,7 +183,7 @@ def _check_memory(name: str, case: Case) -> None:
 
 
 def render(found: Report) -> str:
-    """The report for people: what matters first."""
+    """The report as text, the most important figures first."""
     options = found.options
     batch, classes = found.logits_shape[:2]
     lines = [
@@ -216,7 +216,7 @@ def render(found: Report) -> str:
 
 
 def _headline(found: Report, like: Row) -> list[str]:
-    """The library beside its fastest peer: ratio, time and memory."""
+    """The library against its fastest peer: ratio, time and memory."""
     own, peer = found.own(like), found.fastest(like)
     ratio = "" if peer is None else table.times(found.ratio_to_fastloss(peer))
     lines = []

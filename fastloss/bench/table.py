@@ -1,4 +1,4 @@
-"""Tables for people."""
+"""Text tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right.
+    """Aligned columns: the first left-aligned, the others right-aligned.
 
     A header may have two lines, separated by a line feed.
     """

@@ -29,9 +29,9 @@ Function = Callable[[Any, Any], Any]
 class TorchCall(Call):
     """A loss module: forward under no_grad, or forward and .backward() into a new .grad.
 
-    Peers get labels with a channel axis, in the dtype that their pipelines have; and for half
-    precision logits autocast, under which they are used, and without which their sums overflow.
-    "torch-out" writes the gradient into a buffer that is used again.
+    Peers get labels with a channel axis, in the dtype of their pipelines, and autocast for
+    half-precision logits, as in training; without it their sums overflow. "torch-out" writes the
+    gradient into a reused buffer.
     """
 
     def __init__(self, name: str, case: Case, loss: str, threads: int) -> None:
@@ -48,11 +48,12 @@ class TorchCall(Call):
             function = (_monai if kind == "monai" else _fastloss)(loss, case.classes)
         torch.set_num_threads(threads)
         if how == "compile":
-            # One process may measure more shapes than the limit, past which calls run uncompiled.
+            # One process may measure more shapes than the recompile limit, beyond which calls run
+            # uncompiled.
             for limit in ("recompile_limit", "cache_size_limit"):
                 if hasattr(torch._dynamo.config, limit):
                     setattr(torch._dynamo.config, limit, 256)
-            inner = function  # which may be an object that torch.compile does not take
+            inner = function  # may be an object that torch.compile does not accept
             function = torch.compile(lambda x, y: inner(x, y), dynamic=False)
         self.function: Function = function
         self.is_numpy = isinstance(case.logits, np.ndarray)
@@ -63,7 +64,7 @@ class TorchCall(Call):
         if kind == "torch":
             self.target = torch.as_tensor(target)
         else:
-            # As each library's own pipeline hands them over; nnU-Net's is faster by this, compiled.
+            # As in each library's own pipeline; compiled, nnU-Net's loss is faster this way.
             labels = "int16" if kind == "nnunet" else "int64"
             if self.is_numpy:
                 target = torch.from_numpy(target.astype(labels, copy=False))
@@ -85,7 +86,7 @@ class TorchCall(Call):
 
     def forward_backward(self) -> object:
         if self.out is not None:
-            # A number, which the host hands over: a tensor would be one more array to read.
+            # A number passed by the host: a tensor would be one more array to read.
             upstream = None if self.upstream is None else self.loss_scale
             return self.loss.value_and_grad(
                 self.logits, self.target, out=self.out, upstream=upstream
@@ -128,18 +129,18 @@ def _monai(loss: str, classes: int) -> Function:
     if loss == "dice":
         return losses.DiceLoss(**shared, **smooth)
     if loss == "jaccard":
-        # Numerator and denominator are twice ours, so the smoothing is as well.
+        # Numerator and denominator are twice ours, so the smoothing must be doubled.
         return losses.DiceLoss(**shared, jaccard=True, smooth_nr=2 * SMOOTH, smooth_dr=2 * SMOOTH)
     if loss == "tversky":
         return losses.TverskyLoss(**shared, **smooth, alpha=TVERSKY_ALPHA, beta=TVERSKY_BETA)
     if loss == "generalized_dice":
         return losses.GeneralizedDiceLoss(**shared, **smooth)
     if "focal" in loss:
-        # Its mean runs over the classes too, of which all but one are 0 at each voxel.
+        # Its mean runs over the classes too, all but one of which are 0 at each voxel.
         focal = losses.FocalLoss(to_onehot_y=True, use_softmax=True, gamma=GAMMA)
         if loss == "focal":
             return lambda logits, target: classes * focal(logits, target)
-        # Its DiceFocalLoss takes the sigmoid form of the focal loss, whatever Dice takes.
+        # Its DiceFocalLoss uses the sigmoid form of the focal loss, whatever Dice uses.
         dice = losses.DiceLoss(**shared, **smooth)
         return lambda logits, target: dice(logits, target) + classes * focal(logits, target)
     raise Unavailable(f"MONAI has no {loss} of its own")

@@ -1,4 +1,4 @@
-"""The right result, in float64, and the error of another."""
+"""The true result, in float64, and the errors of others."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastloss.bench.errors import Unavailable
 from fastloss.bench.inputs import Case
 from fastloss.bench.losses import SMOOTH, make_loss
 
-_CHUNK = 1 << 21  # logits at a time: the reference backend keeps some twenty arrays of them
+_CHUNK = 1 << 21  # logits at a time: the reference backend holds about twenty arrays of that size
 _SLAB = 1 << 25  # logits at a time on a device
 
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """The value, and the gradient part by part: each with the index where it belongs."""
+    """The value, and the gradient in parts, each with its index."""
 
     value: float
     parts: Callable[[], Iterator[tuple[Any, Any]]]
@@ -42,7 +42,7 @@ class Truth:
 
 
 def find_truth(case: Case, loss: str) -> Truth:
-    """Of arrays by the reference backend, of tensors by a formula where they are."""
+    """The truth for arrays by the reference backend, for tensors by a formula on their device."""
     if isinstance(case.logits, np.ndarray):
         return reference_truth(case.logits, case.target, loss)
     if loss != "dice_ce":
@@ -51,7 +51,7 @@ def find_truth(case: Case, loss: str) -> Truth:
 
 
 def reference_truth(logits: np.ndarray, target: np.ndarray, loss_name: str) -> Truth:
-    """Chunk by chunk, on the logits as they are."""
+    """Computed chunk by chunk from the unconverted logits."""
     loss = make_loss(loss_name)
     depth = logits.shape[2]
     step = max(1, _CHUNK * depth // logits.size)
@@ -74,7 +74,7 @@ def reference_truth(logits: np.ndarray, target: np.ndarray, loss_name: str) -> T
 
 
 def formula_truth(logits: Any, labels: Any) -> Truth:
-    """Dice + cross-entropy by plain PyTorch operations, written apart from the library."""
+    """Dice + cross-entropy by plain PyTorch operations, independent of the library."""
     import torch
 
     batch, classes, depth, height, width = logits.shape
@@ -113,7 +113,7 @@ def formula_truth(logits: Any, labels: Any) -> Truth:
 
 
 def check_formula(case: Case) -> dict[str, Any]:
-    """How far the formula and the reference backend are apart, on the middle of a case."""
+    """The difference between the formula and the reference backend, on the middle of a case."""
     import torch
 
     _, _, *size = case.spec.shape

@@ -27,7 +27,7 @@ class Volume:
 
 
 def default_volume() -> str:
-    """The brain if the packages that hold and read it are there, else the phantom."""
+    """The brain if the packages that provide and read it are installed, else the phantom."""
     return "brain" if find_spec("nilearn") and find_spec("nibabel") else "phantom"
 
 
@@ -35,8 +35,8 @@ def load_volume(name: str, size: tuple[int, int, int], classes: int | None) -> V
     """A label map of this size.
 
     Args:
-        name: "brain", "phantom" or the path of a NIfTI label map. The first and the last are cut
-            to the size around their middle, and mirrored where they are smaller.
+        name: "brain", "phantom" or the path of a NIfTI label map. The first and the last are
+            centre-cropped to the size, and mirrored where they are smaller.
         size: three voxel counts.
         classes: the number of classes; None: as many as the volume has (phantom: 4).
 
@@ -91,7 +91,7 @@ def _nifti(path: str, classes: int | None) -> Volume:
     try:
         image: Any = nibabel.load(path)
         data = np.asanyarray(image.dataobj)
-    except Exception as error:  # nibabel lets the errors of gzip, zlib and the like through
+    except Exception as error:  # nibabel passes on the errors of gzip, zlib and others
         raise BadArgument("--volume", f"{path!r} cannot be read: {error}") from None
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
@@ -112,13 +112,13 @@ def _nifti(path: str, classes: int | None) -> Volume:
         note = f"its {found} labels, {present[0]:g} to {present[-1]:g}, renumbered from 0"
     if classes is not None and classes < found:
         raise BadArgument("--classes", f"{path!r} holds {found} labels, more than {classes}")
-    # A softmax over a single class has nothing to say.
+    # A softmax over a single class is constant.
     count = max(found, 2) if classes is None else classes
     return Volume(Path(path).name, labels.reshape(data.shape).astype(np.int32), count, note)
 
 
 def _fit(labels: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
-    """The middle of the volume, mirrored at its faces where it is smaller than the size."""
+    """The centre crop of the volume, mirrored at its faces where it is smaller than the size."""
     for axis, wanted in enumerate(size):
         have = labels.shape[axis]
         if have < wanted:

@@ -1,4 +1,4 @@
-"""The process that `fastloss.bench.apart` starts; its order is a JSON argument."""
+"""The process that `fastloss.bench.apart` starts; its task is a JSON argument."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def _peak(call: Call, *, compiles: bool, warm: bool) -> int | None:
-    """The highest resident memory during one call, over that before it.
+    """The peak resident memory of one call, over that before it.
 
-    Without ``warm`` it is that of a first call, for what takes seconds and keeps nothing.
+    Without ``warm`` it is that of a first call, for implementations that take seconds.
     """
     with call.active():
         if _reset_peak():
-            if warm:  # what is made once, compiled code for one, does not count
+            if warm:  # one-time memory, such as compiled code, does not count
                 call.with_new_gradient()
                 call.reset()
             gc.collect()
@@ -53,7 +53,7 @@ def _peak(call: Call, *, compiles: bool, warm: bool) -> int | None:
             return max(0, peak - before)
         if compiles:
             return None
-        # The peak of the whole process, which only this first call has raised above its start.
+        # The peak of the whole process, which only this first call has raised.
         highest = _peak_so_far()
         keep = call.with_new_gradient()
         del keep
@@ -61,7 +61,7 @@ def _peak(call: Call, *, compiles: bool, warm: bool) -> int | None:
 
 
 def _reset_peak() -> bool:
-    """Set the peak to the memory now in use, where the system lets us."""
+    """Reset the peak to the memory now in use, where the system allows it."""
     try:
         _CLEAR.write_text("5")
     except OSError:
@@ -86,7 +86,7 @@ def _peak_so_far() -> int | None:
 
 
 def _trim() -> None:
-    """Hand freed memory back to the system, with glibc, and what is kept for new gradients."""
+    """Return freed memory, with glibc, and memory cached for gradients to the system."""
     forget()
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

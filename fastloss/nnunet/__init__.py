@@ -5,13 +5,12 @@ A trainer changes its imports::
     from fastloss.nnunet import DC_and_CE_loss  # was: from nnunetv2.training.loss.compound_losses
 
 or none at all: `fastloss.nnunet.trainer` has a trainer to name with ``-tr``, and `from_nnunet`
-turns a loss that was built already into ours. Signatures, defaults, values and gradients are those
-of nnU-Net 2.8, which need not be installed.
+converts a loss that was already built. Signatures, defaults, values and gradients are those of
+nnU-Net 2.8, which need not be installed.
 
 Cross-entropy and Dice are one fused loss, which takes two passes over the logits and no memory but
-the gradient's; with an ignore channel of regions, one byte per voxel more, and with top-k
-cross-entropy one number per voxel, and a third pass. The following are computed by PyTorch's
-operations:
+the gradient's; an ignore channel of regions adds one byte per voxel, and top-k cross-entropy one
+number per voxel and a third pass. PyTorch's operations compute the following:
 
 - ``apply_nonlin`` other than `softmax_helper_dim1` of several channels, ``torch.sigmoid`` and None.
   Its result is read by the kernels.
@@ -24,38 +23,38 @@ operations:
 Cross-entropy and Dice are two fused losses where ``ce_kwargs`` has an ``ignore_index`` that is a
 class, which the Dice loss does count.
 
-Class weights, ``weight_ce``, ``weight_dice`` and ``weight_factors`` may be others in every call,
-written in whatever way: ``torch.compile`` makes nothing anew for them, or once where a part or an
-output is first left out, as its weight is 0, and then is not.
+Class weights, ``weight_ce``, ``weight_dice`` and ``weight_factors`` may change in every call,
+however they are written: ``torch.compile`` does not recompile for them, except once for a part or
+an output whose weight was 0 at first and then is not.
 
-With ``ddp`` the sums of the batch Dice are joined over the ranks of the default process group;
-the cross-entropy remains that of each rank, as nnU-Net has it.
+With ``ddp`` the sums of the batch Dice are reduced over the ranks of the default process group;
+the cross-entropy remains that of each rank, as in nnU-Net.
 
-What differs from nnU-Net:
+Differences from nnU-Net:
 
 - float16 and bfloat16 logits are computed in float32 and give a float32 value; float64 logits are
   computed in float64 and give a float64 value.
-- Labels that are no class raise ValueError (RuntimeError or IndexError), those with a fraction as
-  well, which nnU-Net truncates. Negative numbers in ``smooth`` or a mask raise ValueError, and so
-  do masks of other shapes than (B or 1, 1, *spatial), and a background that is the only class and
-  does not count (NaN).
+- Labels that are no class raise ValueError (RuntimeError or IndexError), including those with a
+  fraction, which nnU-Net truncates. Negative numbers in ``smooth`` or a mask raise ValueError, and
+  so do masks of other shapes than (B or 1, 1, *spatial), and a background that is the only class
+  and is excluded (NaN).
 - Integers other than 0 and 1 in regions or in the target of a single channel, as in a mask of 0 and
   255, raise ValueError (a value without meaning); on a GPU they make the value NaN.
 - Logits without a spatial axis are one voxel per sample for every Dice loss
   (``MemoryEfficientSoftDiceLoss`` summed over all axes).
 - ``DC_and_CE_loss`` and ``DC_and_topk_loss`` of a dense target raise ValueError (its channel 0 was
   read as labels), unless ``weight_ce`` is 0.
-- Voxels that are ignored or masked count for nothing even where they hold NaN.
-- The largest k percent are one voxel at least (NaN), and voxels that tie for the last places share
+- Voxels that are ignored or masked contribute nothing even where they hold NaN.
+- The largest k percent are at least one voxel (NaN), and voxels that tie for the last places share
   them in the gradient.
 - The cross-entropy over no voxel, or over voxels whose classes all have weight 0, is 0 (NaN). So
   is the mean Dice of an empty batch.
-- ``ddp`` takes batches of unequal size on the ranks, empty ones as well.
+- ``ddp`` accepts batches of unequal size on the ranks, including empty ones.
 - ``DeepSupervisionWrapper`` raises ValueError for fewer outputs than weights, and takes None for
   weights that are all 1, as its documentation says (TypeError).
-- Dictionaries of options are not written to.
-- Class weights that lie on a GPU, or are met in code that ``torch.compile`` made, are not looked
-  at beforehand: negative ones make the value NaN on a GPU, and ValueError on a CPU.
+- Dictionaries of options are not modified.
+- Class weights on a GPU, or in code compiled by ``torch.compile``, are not checked beforehand:
+  negative ones give NaN on a GPU, and ValueError on a CPU.
 """
 
 from fastloss.nnunet._compound import DC_and_BCE_loss, DC_and_CE_loss, DC_and_topk_loss

@@ -57,7 +57,7 @@ class Compound(Scheduled):
         return dice if as_built(dice, *_DICE_CLASSES) else None
 
     def _joined(self, ce: Fused | None, dc: Fused | None) -> Tensor | None:
-        """The sum in one pass; None if the parts do not read the same."""
+        """The fused sum; None if the parts do not read the same arrays."""
         if ce is None or dc is None:
             return None
         weight_ce, weight_dice = self.operand("weight_ce"), self.operand("weight_dice")
@@ -84,7 +84,7 @@ class Compound(Scheduled):
 
 
 def dice_class_of(kind: Any) -> Any:
-    """Our class in place of nnU-Net's own of the same name."""
+    """Our class of the same name as nnU-Net's."""
     if getattr(kind, "__module__", "") == "nnunetv2.training.loss.dice":
         return DICE_CLASSES.get(kind.__name__, kind)
     return kind
@@ -94,7 +94,7 @@ class OfLabels(Compound):
     """A sum for label maps and softmax.
 
     Args:
-        ignore_label: voxels of this label count for nothing; or None.
+        ignore_label: voxels of this label are ignored; or None.
     """
 
     def __init__(self, weight_ce: float, weight_dice: float, ignore_label: int | None) -> None:
@@ -149,7 +149,7 @@ class OfLabels(Compound):
         if self.ignore_label is None:
             return self._entropy(net_output, target)
         counts = (target != self.ignore_label).any()
-        if torch.jit.is_tracing():  # a trace holds operations, and no choice between them
+        if torch.jit.is_tracing():  # a trace cannot branch
             return torch.where(counts, self._entropy(net_output, target), 0.0)
         return self._entropy(net_output, target) if counts else 0
 
@@ -177,7 +177,7 @@ class OfLabels(Compound):
 def _counting_all(ce: Fused) -> Fused:
     """The cross-entropy beside a Dice loss that counts all voxels.
 
-    A label that is no class is then an error, whether or not the cross-entropy ignores it.
+    A label that is no class is then an error, even if the cross-entropy ignores it.
     """
     is_class = ce.ignore_index in range(ce.logits.shape[1])
     return ce if is_class else ce._replace(ignore_index=None)
@@ -194,9 +194,9 @@ class DC_and_CE_loss(OfLabels):
         soft_dice_kwargs: for ``dice_class``, without ``apply_nonlin``.
         ce_kwargs: for `RobustCrossEntropyLoss`.
         weight_ce, weight_dice: a part of weight 0 is not computed.
-        ignore_label: voxels of this label count for nothing; or None.
+        ignore_label: voxels of this label are ignored; or None.
         dice_class: `SoftDiceLoss` or `MemoryEfficientSoftDiceLoss`, ours or nnU-Net's, which are
-            fused with the cross-entropy; or another, which is computed for itself.
+            fused with the cross-entropy; or another, which is computed separately.
 
     Raises:
         AssertionError: when it is called with an ignore label and a target that is no label map.
@@ -244,14 +244,14 @@ class DC_and_BCE_loss(Compound):
     """weight_ce · binary cross-entropy + weight_dice · Dice of sigmoid, for regions.
 
     As nnU-Net's class of this name. With an ignore channel the binary cross-entropy is divided by
-    the number of voxels that count, without it by that of voxels times channels.
+    the number of voxels that count, without it by voxels times channels.
 
     Args:
         bce_kwargs: for ``torch.nn.BCEWithLogitsLoss``; ``weight`` and ``pos_weight`` are fused if
             they are one number, or one per channel with axes of 1 in place of the spatial ones.
         soft_dice_kwargs: for ``dice_class``, without ``apply_nonlin``.
         weight_ce, weight_dice: the factors.
-        use_ignore_label: the last channel of the target is 1 where voxels count for nothing.
+        use_ignore_label: the last channel of the target is 1 at ignored voxels.
         dice_class: as for `DC_and_CE_loss`.
 
     Raises:

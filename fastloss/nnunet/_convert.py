@@ -1,4 +1,4 @@
-"""From the losses that nnU-Net's trainers build to ours."""
+"""Converts the losses of nnU-Net's trainers to ours."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def from_nnunet(loss: nn.Module) -> nn.Module:
     """The same loss of this module, with the options of nnU-Net's.
 
     Args:
-        loss: a module of ``nnunetv2.training.loss``, torch.compile'd or not. Parts of it that are
-            of other classes, such as a Dice loss of your own, remain as they are, and so do hooks.
+        loss: a module of ``nnunetv2.training.loss``, torch.compile'd or not. Parts of other
+        classes,
+            such as a custom Dice loss, and hooks are kept as they are.
 
     Raises:
-        TypeError: no loss of nnU-Net's; a subclass of one is none, as it may compute anything.
+        TypeError: not a loss of nnU-Net's. Subclasses are refused, as they may compute anything.
     """
     converted = _converted(loss)
     if converted is None:

@@ -14,7 +14,7 @@ class DeepSupervisionWrapper(Scheduled):
     Args:
         loss: a module or function of tensors.
         weight_factors: w, one number per output, at least one of them not 0; an output of weight
-            0 is not looked at. None: all are 1.
+            0 is ignored. None: all are 1.
 
     Raises:
         AssertionError: all weights are 0; when it is called, arguments that are neither lists nor

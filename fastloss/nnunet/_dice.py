@@ -45,7 +45,7 @@ class Dice(nn.Module):
         Args:
             x: (B, C, *spatial), logits, or probabilities with ``apply_nonlin=None``.
             y: a label map (B, *spatial) or (B, 1, *spatial); or dense, of the shape of x.
-            loss_mask: None, or (B, 1, *spatial) or (1, 1, *spatial): voxels of 0 count for nothing.
+            loss_mask: None, or (B, 1, *spatial) or (1, 1, *spatial): voxels of 0 are ignored.
         """
         return evaluate((1.0, self.fused(x, y, loss_mask)))
 
@@ -74,7 +74,7 @@ class Dice(nn.Module):
 
 
 def activation_of(function: Callable[[Tensor], Tensor] | None, channels: int) -> str | None:
-    """The kernels' name of this function; None if they do not know it."""
+    """The kernels' name of this function; None if they do not support it."""
     if function is None:
         return "none"
     if function is torch.sigmoid:
@@ -83,7 +83,7 @@ def activation_of(function: Callable[[Tensor], Tensor] | None, channels: int) ->
         getattr(function, "__name__", "") == "softmax_helper_dim1"
         and getattr(function, "__module__", "") == "nnunetv2.utilities.helpers"
     )
-    # The target of a single channel is dense for nnU-Net, which softmax has no kernel for.
+    # nnU-Net reads a single-channel target as dense, which no softmax kernel supports.
     return "softmax" if softmax and channels > 1 else None
 
 

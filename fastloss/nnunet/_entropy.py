@@ -58,7 +58,7 @@ class RobustCrossEntropyLoss(nn.CrossEntropyLoss):
         return self._unfused(input, target.long()) if fused is None else evaluate((1.0, fused))
 
     def fused(self, input: Tensor, target: Tensor) -> Fused | None:
-        """The request to the kernels; None where they cannot compute it."""
+        """The term for the kernels; None if they cannot compute it."""
         numbers = None
         if self.weight is not None:
             refuse_gradient(self.weight, "weight")

@@ -1,4 +1,4 @@
-"""nnU-Net's formulas where they are not those of `fastloss.terms`, on sums over voxels."""
+"""nnU-Net's formulas on sums over voxels, where they differ from `fastloss.terms`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from fastloss.terms.distribution import VoxelwiseTerm
 from fastloss.terms.region import RegionTerm
 
 LEAST_SIZE = 1e-8
-"""Smaller denominators are taken for this."""
+"""The lower bound of denominators."""
 
 
 class NegativeDice(RegionTerm):
     """−(2 O + s_nr) / max(P + G + s_dr, 1e-8).
 
     Args:
-        clip_tp: the least overlap, of which the true positives in P and G are made as well; or
-            None.
+        clip_tp: the least overlap, which also replaces the true positives in P and G; or None.
         ddp: with ``batch``, sum over the samples of all ranks.
 
     Other options as in `fastloss.RegionTerm`.
@@ -44,7 +43,8 @@ class NegativeDice(RegionTerm):
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         if not self.joins_ranks:
             return super().combine(statistics)
-        # Joined here rather than for the whole loss: cross-entropy remains each rank's own.
+        # Reduced over ranks here rather than for the whole loss: each rank keeps its own
+        # cross-entropy.
         joined = statistics.joined or self.join_ranks(statistics)
         value, pullback = super().combine(joined)
         ranks = dist.get_world_size()
@@ -69,12 +69,12 @@ class NegativeDice(RegionTerm):
 
 
 class BinaryCrossEntropy(VoxelwiseTerm):
-    """Binary cross-entropy as torch.nn.BCEWithLogitsLoss, its classes' weights included.
+    """Binary cross-entropy as torch.nn.BCEWithLogitsLoss, including its class weights.
 
     Args:
-        positive, negative: the weight where the target is 1 and where it is 0, one number or one
+        positive, negative: the weights where the target is 1 and where it is 0, one number or one
             per channel.
-        per_voxel: divide the sum by the number of voxels, rather than of voxels and channels.
+        per_voxel: divide the sum by the number of voxels, not by voxels times channels.
         reduction: "mean" or "sum".
     """
 

@@ -6,7 +6,7 @@ Three lines install it, in a folder of your own that nnU-Net looks through::
     echo "from fastloss.nnunet.trainer import nnUNetTrainerFastloss" > ~/trainers/fused.py
     export nnUNet_extTrainer=~/trainers
 
-and then it is named like any other::
+and ``-tr`` names it like any other::
 
     nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerFastloss
 
@@ -24,7 +24,7 @@ Any other trainer becomes fused by the mixin, in the same file::
     class nnUNetTrainerDiceLossFastloss(FusedLoss, nnUNetTrainerDiceLoss):
         pass
 
-The loss is computed where the tensors are: on devices that `fastloss` has a backend for.
+The loss is computed on the tensors' device, which must have a `fastloss` backend.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 
 class FusedLoss:
-    """A mixin that replaces a trainer's loss by ours, whichever it builds; name it first.
+    """A mixin that replaces whichever loss a trainer builds by ours; list it first among the bases.
 
     Raises:
-        TypeError: when the loss is built, one that has no counterpart in `fastloss.nnunet`.
+        TypeError: when the loss is built, if `fastloss.nnunet` has no counterpart.
     """
 
     def _build_loss(self) -> nn.Module:

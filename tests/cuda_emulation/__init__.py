@@ -1,8 +1,8 @@
 """CUDA kernels compiled as C++ and run on the CPU, thread by thread.
 
-It checks what kernels compute and how their threads meet: a barrier that some threads never reach
-is an error, shared memory that nobody wrote reads as NaN, and the sanitizers of the compiler see
-what they would see in any C++. A misaligned access is an error, too. It says nothing of speed.
+It checks the results of kernels and the synchronisation of their threads: a barrier that some
+threads never reach is an error, uninitialised shared memory reads as NaN, a misaligned access is an
+error, and the compiler's sanitizers work as in any C++. It says nothing about speed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ORDERS = ("forward", "reverse", "random")
 MOST_SHARED_BYTES = 227 * 1024
-"""Of a block, on the GPUs that have most."""
+"""The most shared memory of a block, on any GPU."""
 KEPT_SECONDS = 7 * 24 * 3600
-"""A compiled library that nobody has used for so long is removed."""
+"""A compiled library that was unused for this long is removed."""
 
 _ALIGNMENT = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
 
@@ -39,7 +39,7 @@ class CompileError(RuntimeError):
 
 
 class LaunchError(RuntimeError):
-    """The threads of a block did something that CUDA does not allow."""
+    """The threads of a block violated a rule of CUDA."""
 
 
 class Library:
@@ -72,7 +72,7 @@ class Library:
                     f"run Python with the environment of preload({name!r})"
                 )
         flags = ["-std=c++17", optimise, "-g1", "-fPIC", "-ffp-contract=off"]
-        # Of equal symbols in two libraries the loader may otherwise take one for both.
+        # The loader may otherwise merge equal symbols of two libraries.
         flags.append("-fvisibility=hidden")
         if threads:
             flags += ["-DFL_EMULATION_THREADS", "-pthread"]
@@ -84,7 +84,7 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         self._library.fl_emulation_argument_bytes.restype = ctypes.c_ulonglong
         self._launch = self._library.fl_emulation_launch
-        # AddressSanitizer has marks between the variables, and no need of poison in them.
+        # AddressSanitizer has redzones between the variables, and needs no poison in them.
         if "address" not in sanitizers:
             self._poison_statics(path)
 
@@ -121,7 +121,7 @@ class Library:
             )
         if order not in ORDERS:
             raise ValueError(f"order: got {order!r}; expected one of {ORDERS}")
-        # Kernels may ask that their struct be aligned, which bytes of Python are not.
+        # Kernels may require an aligned struct, which Python's bytes are not.
         room = ctypes.create_string_buffer(size + 64)
         address = -(-ctypes.addressof(room) // 64) * 64
         ctypes.memmove(address, arguments, size)
@@ -142,7 +142,7 @@ class Library:
             raise LaunchError(message.value.decode(errors="replace"))
 
     def _poison_statics(self, path: Path) -> None:
-        """Tell the runtime where static __shared__ variables lie: local to functions, and zero."""
+        """Tell the runtime the addresses of static __shared__ variables, local symbols in .bss."""
         symbols = subprocess.run(
             ["nm", "--print-size", "--defined-only", str(path)],
             capture_output=True,
@@ -171,7 +171,7 @@ def preload(sanitizer: str) -> dict[str, str]:
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if not os.path.isabs(found):
         raise FileNotFoundError(f"{name}: the compiler {compiler()[0]} has none")
-    # CPython keeps memory to the end of the process: leaks are not looked for.
+    # CPython keeps memory until process exit: leaks are not checked.
     options = {
         "address": {"ASAN_OPTIONS": "detect_leaks=0"},
         "thread": {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66"},
@@ -196,7 +196,7 @@ def sanitized_python(
             **os.environ,
             **preload(sanitizer),
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
-            # More threads than those of the kernels only cost time here.
+            # Threads beyond those of the kernels only cost time here.
             "OPENBLAS_NUM_THREADS": "1",
         },
         check=False,
@@ -207,7 +207,7 @@ def sanitized_python(
 def _command(sanitizer: str) -> tuple[str, ...]:
     """The interpreter, started such that the sanitizer works."""
     said = ""
-    # ThreadSanitizer of some releases wants addresses that the kernel has not made too random.
+    # Some releases of ThreadSanitizer fail with too much address space randomisation.
     for command in ((sys.executable,), ("setarch", platform.machine(), "-R", sys.executable)):
         try:
             result = subprocess.run(
@@ -233,7 +233,7 @@ def _sizes(name: str, sizes: Sequence[int], most: Triple) -> Triple:
 
 
 def _translation_unit(source: str, kernels: dict[str, str]) -> str:
-    """The source, and a table of functions that call its kernels."""
+    """The source, with a table of functions that call its kernels."""
     lines = ['#include "cuda_shim.h"', '#line 1 "kernels.cu"', source, '#line 1 "table.cpp"']
     table = []
     for i, (name, argument) in enumerate(kernels.items()):
@@ -255,7 +255,7 @@ def _translation_unit(source: str, kernels: dict[str, str]) -> str:
 def _build(
     text: str, include: Sequence[Path], flags: Sequence[str], sanitizers: Sequence[str]
 ) -> Path:
-    """The shared library of the text, compiled now or earlier by any process of this user."""
+    """The shared library of the text, compiled now or cached by any process of this user."""
     include = [Path(folder).resolve() for folder in include]
     headers = sorted(
         path
@@ -263,7 +263,7 @@ def _build(
         for path in folder.rglob("*")
         if path.suffix in {".h", ".hpp", ".cuh", ".cu", ".inc"}
     )
-    # A GPU refuses misaligned accesses. Without the library of the sanitizer the runtime is told.
+    # A GPU refuses misaligned accesses. Without the sanitizer's library our runtime handles them.
     checks = [] if "undefined" in sanitizers else _ALIGNMENT
     parts = ["library", text, *sanitizers, *(f"{path}\n{path.read_text()}" for path in headers)]
     folder = _cache()
@@ -312,7 +312,7 @@ def _runtime(flags: Sequence[str], sanitizers: Sequence[str]) -> Path:
 
 
 def _digest(parts: Sequence[str]) -> str:
-    """A name for what is compiled from these parts, our own files, by this compiler."""
+    """The cache key of these parts, our own files and the compiler."""
     digest = hashlib.sha256()
     own = [(HERE / name).read_text() for name in ("cuda_shim.h", "runtime.cpp")]
     for part in [*parts, *own, _compiler_version()]:
@@ -344,7 +344,7 @@ def _compiler_version() -> str:
 
 
 def _cache() -> Path:
-    """The folder of compiled libraries, which no other user may write to."""
+    """The folder of compiled libraries, not writable by other users."""
     folder = Path(tempfile.gettempdir()) / f"fastloss-cuda-emulation-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
@@ -354,13 +354,13 @@ def _cache() -> Path:
 
 
 def _forget(folder: Path) -> None:
-    """Remove what was last used long ago."""
+    """Remove libraries that were not used for long."""
     oldest = time.time() - KEPT_SECONDS
     for path in folder.iterdir():
         try:
             if path.lstat().st_mtime >= oldest:
                 continue
-            if path.is_dir():  # of a process that was ended as it compiled
+            if path.is_dir():  # left by a process killed while compiling
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink()

@@ -1,12 +1,12 @@
-// What CUDA C++ adds to C++, so that kernels compile with a C++ compiler and run on the CPU.
+// The extensions of CUDA C++, so that kernels compile with a C++ compiler and run on the CPU.
 //
-// It checks what kernels compute and how their threads meet; of speed it says nothing. What no
-// function here stands for does not compile. runtime.cpp runs the threads.
+// It checks the results of kernels and the synchronisation of their threads, not speed. Unsupported
+// functions do not compile. runtime.cpp runs the threads.
 #pragma once
 
 #define FL_EMULATION 1
 
-// All headers come before the macros below, some of which are names that headers use.
+// All headers come before the macros below, some of whose names occur in headers.
 #include <math.h>    // the functions in all their overloads, in the global namespace
 #include <stdlib.h>  // likewise abs
 #include <cfloat>
@@ -33,8 +33,8 @@
 #define __forceinline__ __inline__ __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __align__(n) __attribute__((aligned(n)))
-// The blocks run one after another, and so can use the same memory. "used": the runtime writes to
-// it between the blocks, unseen by the compiler.
+// Blocks run one after another, and so share this memory. "used": the runtime writes to it between
+// blocks, unseen by the compiler.
 #define __shared__ static __attribute__((used))
 #define FL_DYNAMIC_SHARED(name) unsigned char* name = ::fl_emulation::dynamic_shared
 
@@ -53,7 +53,7 @@ using Bits = unsigned long long;
 struct ThreadIndex {
   uint3 index;
 };
-extern FL_EMULATION_LOCAL ThreadIndex* self;  // the thread that runs
+extern FL_EMULATION_LOCAL ThreadIndex* self;  // the running thread
 extern uint3 block_index;
 extern dim3 block_size, grid_size;
 extern unsigned char* dynamic_shared;
@@ -82,17 +82,16 @@ enum class Operation : unsigned char {
   activemask,
 };
 
-// The thread waits until the others that take part are here as well. Returns what it gets of what
-// they brought.
+// Waits until all participating threads have arrived. Returns this thread's result of their values.
 Bits meet(Operation operation, unsigned mask, Bits brought, int source, const char* file, int line);
-// The same with the source lane that a shuffle's argument stands for.
+// The same with the source lane of a shuffle.
 Bits shuffle(Operation operation, unsigned mask, Bits brought, int argument, int width,
              const char* file, int line);
 void thread_fence();
 
 [[noreturn]] void fail(const char* what, const char* file, int line);
 
-// The asynchronous copies of the thread that runs, which arrive as late as they may: when it waits.
+// The asynchronous copies of the running thread. They arrive as late as allowed: when it waits.
 struct Copies {
   struct One {
     char* to;
@@ -100,22 +99,22 @@ struct Copies {
     int bytes;
     int group;
   };
-  std::vector<One> queued;  // in their order
-  int groups = 0;           // that were committed
+  std::vector<One> queued;  // in order
+  int groups = 0;           // committed
 };
 Copies& copies();
 
-// Of 4, 8 or 16 bytes, of which both places are multiples.
+// Copies 4, 8 or 16 bytes; both addresses must be multiples of the size.
 inline void copy_later(char* to, const char* from, int bytes, const char* file = __builtin_FILE(),
                        int line = __builtin_LINE()) {
   if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) %
       std::uintptr_t(bytes))
     fail("an asynchronous copy that is not aligned", file, line);
-  std::memset(to, 0xff, std::size_t(bytes));  // as it may also arrive at once
+  std::memset(to, 0xff, std::size_t(bytes));  // poisoned, as the copy may also arrive at once
   copies().queued.push_back({to, from, bytes, copies().groups});
 }
 inline void commit_copies() { ++copies().groups; }
-// Until all groups but the latest so many have arrived.
+// Waits until all groups but the `latest` most recent ones have arrived.
 inline void wait_for_copies(int latest) {
   Copies& own = copies();
   std::size_t done = 0;
@@ -156,10 +155,10 @@ inline T from_bits(Bits bits) {
 #define gridDim (static_cast<const dim3&>(::fl_emulation::grid_size))
 constexpr int warpSize = 32;
 
-// Every function at which threads meet knows where it was called, for errors.
+// Every synchronising function records its call site, for errors.
 #define FL_EMULATION_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-// Barriers of a block, and of lanes of a warp.
+// Barriers of a block, and of the lanes of a warp.
 
 inline void __syncthreads(FL_EMULATION_SITE) {
   ::fl_emulation::meet(::fl_emulation::Operation::syncthreads, ~0u, 0, 0, file, line);
@@ -180,7 +179,7 @@ inline void __syncwarp(unsigned mask = ~0u, FL_EMULATION_SITE) {
   ::fl_emulation::meet(::fl_emulation::Operation::syncwarp, mask, 0, 0, file, line);
 }
 
-// Shuffles. A lane that reads from one that takes no part gets bits that are all 1: NaN, or −1.
+// Shuffles. A lane that reads from a lane that does not participate gets all bits set: NaN, or −1.
 
 #define FL_EMULATION_SHUFFLE(T)                                                                    \
   inline T __shfl_sync(unsigned mask, T value, int lane, int width = 32, FL_EMULATION_SITE) {      \
@@ -242,13 +241,13 @@ FL_EMULATION_MATCH(unsigned long long)
 FL_EMULATION_MATCH(float)
 FL_EMULATION_MATCH(double)
 #undef FL_EMULATION_MATCH
-// A GPU may answer with any lanes that happen to run together. Here it is all that come to this
+// A GPU may return any lanes that happen to run together. Here these are all lanes that reach this
 // line before they wait for something else.
 inline unsigned __activemask(FL_EMULATION_SITE) {
   return unsigned(::fl_emulation::meet(::fl_emulation::Operation::activemask, 0, 0, 0, file, line));
 }
 
-// Fences, and ends.
+// Fences and exits.
 
 inline void __threadfence() { ::fl_emulation::thread_fence(); }
 inline void __threadfence_block() { ::fl_emulation::thread_fence(); }
@@ -352,7 +351,7 @@ inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline double min(double a, double b) { return ::fmin(a, b); }
 inline double max(double a, double b) { return ::fmax(a, b); }
-// The fast functions of a GPU are less accurate than these.
+// On a GPU these fast functions are less accurate.
 #define __expf(x) expf(x)
 #define __logf(x) logf(x)
 #define __powf(x, y) powf(x, y)

@@ -1,11 +1,11 @@
-// Runs the threads of a block, and lets them meet.
+// Runs and synchronises the threads of a block.
 //
 // Threads are fibers on one thread of the operating system, which switch where they wait; or, with
-// FL_EMULATION_THREADS, each has a thread of the operating system, so that ThreadSanitizer sees
-// what CUDA does not order. Blocks run one after another.
+// FL_EMULATION_THREADS, each is a thread of the operating system, so that ThreadSanitizer detects
+// accesses that CUDA does not order. Blocks run one after another.
 //
-// This file is compiled without ThreadSanitizer, and hides its own locks from it: the kernel's
-// accesses are ordered by what CUDA says orders them (see `Ordering`), and by nothing else.
+// This file is compiled without ThreadSanitizer, and hides its own locks from it: only CUDA's
+// ordering rules (see `Ordering`) order the kernel's accesses.
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -65,11 +65,11 @@ bool of_block(Operation operation) {
   return operation >= Operation::syncthreads && operation <= Operation::syncthreads_count;
 }
 
-// What ThreadSanitizer is told. __syncthreads and __syncwarp order the memory accesses of those
-// that take part. Shuffles and votes do not: CUDA promises that lanes meet there, not that one
-// then sees what another wrote. A fence orders what its thread did before with what other threads
-// do after a later fence of theirs; that is a little more than CUDA promises, since nothing here
-// knows which atomic access carries the news.
+// The ordering that ThreadSanitizer is told. __syncthreads and __syncwarp order the memory accesses
+// of the participating threads. Shuffles and votes do not: CUDA guarantees that lanes synchronise
+// there, not that one then sees another's writes. A fence orders accesses before it with those of
+// other threads after a later fence of theirs; that is slightly more than CUDA guarantees, since
+// the atomic access between them is not known here.
 #if defined(FL_EMULATION_THREADS) && defined(FL_EMULATION_TSAN)
 extern "C" {
 void __tsan_acquire(void*);
@@ -94,26 +94,26 @@ struct Ordering {
 
 struct Thread : ThreadIndex {
   int number;
-  // What it waits for, if it waits.
+  // The operation that it waits for, if any.
   Operation operation;
   unsigned mask;
   Bits brought;
   int source;
   const char* file;
   int line;
-  // What it gets.
+  // The result of the operation.
   Bits result;
   Copies copies;
 
 #if defined(FL_EMULATION_THREADS)
   pthread_t handle;
   pthread_cond_t resumed = PTHREAD_COND_INITIALIZER;
-  // For __syncwarp: two places that order by turns, so that a lane that runs ahead to its next one
-  // is not mistaken for one that has been there before.
+  // For __syncwarp: two alternating addresses, so that a lane that runs ahead to its next
+  // __syncwarp does not count for the previous one.
   char order[2];
   int turn;
-  unsigned turns;     // of the lanes it met
-  unsigned barriers;  // it has come to
+  unsigned turns;     // of the lanes that it synchronised with
+  unsigned barriers;  // that it has reached
 #else
   unsigned char* stack;
 #ifdef FL_UCONTEXT
@@ -126,11 +126,11 @@ struct Thread : ThreadIndex {
 };
 
 struct Warp {
-  unsigned lanes;     // those that exist
-  unsigned runnable;  // neither wait nor have returned
+  unsigned lanes;     // existing ones
+  unsigned runnable;  // neither waiting nor returned
   unsigned returned;
   unsigned waiting;     // for other lanes
-  unsigned ask_active;  // wait for the answer of __activemask
+  unsigned ask_active;  // waiting for the result of __activemask
 };
 
 struct Launch {
@@ -140,7 +140,7 @@ struct Launch {
   int order;
   std::uint64_t random;
   Warp warp[kMostThreads / kWarp];
-  unsigned ready;  // warps with a lane that can run
+  unsigned ready;  // warps with a runnable lane
   int at_barrier;
   int returned;
   bool failed;
@@ -190,7 +190,7 @@ std::string doing(const Thread& t) {
   return text + " (" + site(t.file, t.line) + ")";
 }
 
-// The first thread that `t` waits for in vain.
+// The first thread that `t` waits for and that will never arrive.
 const Thread* missing(const Thread& t) {
   for (int i = 0; i < launch.threads; ++i) {
     const Thread& other = *threads[i];
@@ -201,7 +201,7 @@ const Thread* missing(const Thread& t) {
   return nullptr;
 }
 
-// All wait, or have returned.
+// Deadlock: all threads wait or have returned.
 std::string deadlock() {
   const Thread *waits = nullptr, *absent = nullptr;
   int waiting = 0;
@@ -211,7 +211,7 @@ std::string deadlock() {
     ++waiting;
     const Thread* other = missing(t);
     if (!other) continue;
-    // A thread that returned says more than one that waits for something else.
+    // A thread that returned explains more than one that waits for something else.
     if (!waits || (!has_returned(*absent) && has_returned(*other))) waits = &t, absent = other;
   }
   std::string text = block_name() + ": ";
@@ -261,9 +261,9 @@ bool can_run(const Thread& t) {
   return launch.warp[t.number / kWarp].runnable >> (t.number % kWarp) & 1;
 }
 
-// --- What the threads that meet get -------------------------------------------------------------
+// --- Results of synchronising operations --------------------------------------------------------
 
-// All threads of the block wait at a barrier.
+// Called when all threads of the block wait at a barrier.
 void meet_block() {
   const Thread& first = *threads[0];
   int count = 0;
@@ -288,7 +288,7 @@ void meet_block() {
   for (int i = 0; i < launch.threads; ++i) resume(*threads[i]);
 }
 
-// The lanes in `mask` that exist have all met at the same operation.
+// Called when all existing lanes in `mask` have reached the same operation.
 void meet_lanes(int warp, unsigned lanes, Operation operation) {
   Thread** const lane = threads + warp * kWarp;
   switch (operation) {
@@ -347,11 +347,11 @@ void meet_lanes(int warp, unsigned lanes, Operation operation) {
   for (unsigned rest = lanes; rest; rest &= rest - 1) resume(*lane[__builtin_ctz(rest)]);
 }
 
-// Lets the lanes that `t` meets go on if it was the last to come.
+// Resumes the lanes that `t` synchronises with if it was the last to arrive.
 void try_to_meet(const Thread& t) {
   int number = t.number / kWarp;
   const Warp& warp = launch.warp[number];
-  // A full mask names the lanes of a warp that the block fills in part.
+  // A full mask means the existing lanes, in a warp that the block fills only in part.
   unsigned lanes = t.mask & warp.lanes;
   if ((warp.waiting & lanes) != lanes) return;
   Thread** const lane = threads + number * kWarp;
@@ -362,7 +362,7 @@ void try_to_meet(const Thread& t) {
   meet_lanes(number, lanes, t.operation);
 }
 
-// No lane of the warp runs any more: those that asked which are active learn who is with them.
+// No lane of the warp is runnable any more: those that called __activemask get their result.
 void answer_activemask(int number) {
   Warp& warp = launch.warp[number];
   while (warp.ask_active && !warp.runnable) {
@@ -378,7 +378,7 @@ void answer_activemask(int number) {
   }
 }
 
-// The current thread stops running, because it waits or has returned.
+// Called when the current thread stops running, because it waits or has returned.
 void leave() {
   Thread& t = me();
   int number = t.number / kWarp;
@@ -421,7 +421,7 @@ void mark_returned() {
 ucontext_t main_context;
 #else
 void* main_stack_pointer;
-// Saves what a function must preserve on the stack, and goes on with another stack.
+// Saves the callee-saved registers on the stack, and switches to another stack.
 extern "C" __attribute__((visibility("hidden"))) void fl_emulation_switch(void** save, void* load);
 asm(R"(
 .text
@@ -453,7 +453,7 @@ void* main_fake_stack;
 const void* main_stack;
 std::size_t main_stack_bytes;
 
-// From one fiber, or from the caller of the launch (nullptr), to another.
+// Switches from one fiber, or from the caller of the launch (nullptr), to another.
 void switch_fiber(Thread* from, Thread* to, bool last = false) {
   self = to;
 #ifdef __SANITIZE_ADDRESS__
@@ -474,11 +474,11 @@ void switch_fiber(Thread* from, Thread* to, bool last = false) {
 #endif
 }
 
-// One of the bits that are set: forward and in reverse, the next one after `last`.
+// One of the set bits: in forward and reverse order, the next one after `last`.
 int choose(unsigned set, int last) {
   unsigned long long wide = set | static_cast<unsigned long long>(set) << kWarp;
   if (launch.order == kReverse) {
-    // The highest below `last`, where the set repeats below itself.
+    // The highest below `last`, or, wrapping around, the highest.
     wide &= (1ull << (last + kWarp)) - 1;
     return (63 - __builtin_clzll(wide)) % kWarp;
   }
@@ -488,7 +488,7 @@ int choose(unsigned set, int last) {
 
 int before_first() { return launch.order == kReverse ? 0 : -1; }
 
-// The fiber that runs after `t`, or first; nullptr: all have returned.
+// The fiber that runs after `t`, or the first one; nullptr: all have returned.
 Thread* next(const Thread* t) {
   if (!launch.ready) return nullptr;
   int warp = t ? t->number / kWarp : before_first();
@@ -510,7 +510,7 @@ void wait() {
 void abandon(const std::string& error) {
   launch.failed = true;
   launch.error = error;
-  // What the other fibers have on their stacks needs no destructors: kernels own nothing.
+  // The stacks of the other fibers need no destructors, as kernels own nothing.
   switch_fiber(&me(), nullptr, true);
   std::abort();
 }
@@ -530,7 +530,7 @@ void run_fiber() {
 
 void prepare_fiber(Thread& t) {
 #ifdef __SANITIZE_ADDRESS__
-  // run_fiber never returns, and so leaves its marks.
+  // run_fiber never returns, and so leaves its stack marked.
   __asan_unpoison_memory_region(t.stack + kStackBytes - 8192, 8192);
 #endif
 #ifdef FL_UCONTEXT
@@ -540,8 +540,8 @@ void prepare_fiber(Thread& t) {
   t.context.uc_link = nullptr;
   makecontext(&t.context, run_fiber, 0);
 #else
-  // Stacks start at different offsets in their pages, or all would compete for the same few lines
-  // of the cache. Then what fl_emulation_switch pops: six registers and where it returns to.
+  // Stacks start at different offsets in their pages, or all would compete for the same cache sets.
+  // Then come the values that fl_emulation_switch pops: six registers and the return address.
   void** top = reinterpret_cast<void**>(t.stack + kStackBytes - 192 * (t.number % 21));
   *--top = nullptr;  // no caller
   *--top = reinterpret_cast<void*>(run_fiber);
@@ -557,8 +557,8 @@ bool make_thread(Thread& t) {
   void* memory = mmap(nullptr, kStackBytes + page, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) return false;
-  // A stack that grows too large ends here. Each such page is a mapping or two, of which a process
-  // has a limited number; all threads run the same kernel, so a few of them find what there is.
+  // A guard page against stack overflow. Each takes a mapping or two, of which a process has a
+  // limited number; all threads run the same kernel, so guards on a few of them suffice.
   if (t.number < kGuarded) mprotect(memory, page, PROT_NONE);
   t.stack = static_cast<unsigned char*>(memory) + page;
   return true;
@@ -567,7 +567,7 @@ bool make_thread(Thread& t) {
 bool start_threads() { return true; }
 void end_threads() {
 #ifdef __SANITIZE_ADDRESS__
-  // What abandoned fibers left marked.
+  // Clears the marks of abandoned fibers.
   if (launch.failed)
     for (int i = 0; i < launch.threads; ++i)
       __asan_unpoison_memory_region(threads[i]->stack, kStackBytes);
@@ -591,7 +591,7 @@ pthread_cond_t block_starts = PTHREAD_COND_INITIALIZER;
 pthread_cond_t block_ends = PTHREAD_COND_INITIALIZER;
 int started_blocks, ended_threads;
 bool over;
-// Where ThreadSanitizer is told what happens before what.
+// Addresses for ThreadSanitizer's happens-before annotations.
 char block_start_order, block_end_order, barrier_order[2], fence_order;
 
 void resume(Thread& t) { pthread_cond_signal(&t.resumed); }
@@ -676,7 +676,7 @@ struct Region {
 };
 std::vector<Region> statics;
 
-// One after another, the blocks of a launch. Returns what is wrong, or nothing.
+// Runs the blocks of a launch one after another. Returns an error message, or nothing.
 std::string run_blocks(std::size_t shared_bytes) {
   std::vector<std::uint64_t> order(std::uint64_t(grid_size.x) * grid_size.y * grid_size.z);
   std::iota(order.begin(), order.end(), std::uint64_t(0));
@@ -773,11 +773,11 @@ Bits shuffle(Operation operation, unsigned mask, Bits brought, int argument, int
     fail(format("%s: width is %d; expected a power of two up to 32", name_of(operation), width)
              .c_str(),
          file, line);
-  // Groups of `width` lanes shuffle on their own. Who asks beyond its group gets its own value;
-  // but __shfl_xor_sync may read from groups below.
+  // Groups of `width` lanes shuffle separately. A lane that reads beyond its group gets its own
+  // value; but __shfl_xor_sync may read from lower groups.
   int lane = me().number % kWarp;
   int first = lane & ~(width - 1), last = first + width - 1;
-  // As unsigned, what is far out of range stays so.
+  // Unsigned, so that numbers far out of range stay out of range.
   unsigned step = unsigned(argument);
   int source = lane;
   if (operation == Operation::shfl) source = first + int(step & unsigned(width - 1));
@@ -804,7 +804,7 @@ void thread_fence() {
 using namespace fl_emulation;
 
 #ifndef FL_EMULATION_UBSAN
-// What -fsanitize=alignment calls for an access that a GPU refuses.
+// Called by -fsanitize=alignment for an access that a GPU refuses.
 struct Mismatch {
   const char* file;
   unsigned line, column;
@@ -822,7 +822,8 @@ extern "C" __attribute__((visibility("hidden"))) void __ubsan_handle_type_mismat
 
 #define FL_EXPORT extern "C" __attribute__((visibility("default")))
 
-// The static __shared__ variables: `offsets` from fl_emulation_kernels. Blocks find them poisoned.
+// Sets the static __shared__ variables: `offsets` from fl_emulation_kernels. Every block starts
+// with them poisoned.
 FL_EXPORT void fl_emulation_set_statics(const long long* offsets, const unsigned long long* bytes,
                                         int count) {
   statics.clear();

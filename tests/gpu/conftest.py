@@ -1,4 +1,4 @@
-"""Every test here needs a GPU, and says so where there is none."""
+"""Tests that need a GPU; without one they are skipped with a message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import pytest
 from gpu_support import need_gpu
 
-# JAX would take most of the memory on its first use.
+# By default JAX allocates most of the memory on first use.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 

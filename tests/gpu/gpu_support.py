@@ -1,4 +1,4 @@
-"""What the tests on a GPU share: whether there is one, arrays on it, and what is right."""
+"""Helpers of the tests on a GPU: skips, arrays on the device, and expected results."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
 def need_gpu() -> None:
-    """A skip where nothing can be computed on a GPU; a failure where "gpu" is required."""
+    """Skip where no GPU can be used; fail where "gpu" is required."""
     _absent_if(why_absent())
 
 
 def need_torch_gpu() -> None:
-    """The same where PyTorch sees none."""
+    """The same where PyTorch finds none."""
     need("torch")
     if not torch.cuda.is_available():
         _absent_if(f"PyTorch {torch.__version__} sees none")
 
 
 def need_gpus(count: int) -> None:
-    """A skip where there are fewer GPUs, which nobody requires."""
+    """Skip where there are fewer GPUs; never a failure."""
     if torch.cuda.device_count() < count:
         pytest.skip(f"{count} CUDA devices are needed, there is {torch.cuda.device_count()}")
 
 
 def need_memory(nbytes: int) -> None:
-    """A skip where the device has less memory left."""
+    """Skip where the device has less free memory."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < nbytes:
@@ -55,7 +55,7 @@ def _absent_if(why: str | None) -> None:
 
 
 def to_numpy(array: Any) -> np.ndarray:
-    """A copy in CPU memory of a PyTorch or CuPy array; bfloat16 as that of ml_dtypes."""
+    """A copy of a PyTorch or CuPy array in CPU memory; bfloat16 as in ml_dtypes."""
     if torch is not None and isinstance(array, torch.Tensor):
         array = array.detach().cpu()
         if array.dtype == torch.bfloat16:
@@ -93,7 +93,7 @@ def on_gpu(
 
 
 def value_and_gradient(call: Any, logits: Any, *arguments: Any, upstream: Any = None) -> Any:
-    """The value, and by autograd the gradient of its sum, or of its product with the upstream."""
+    """The value, and by autograd the gradient of its sum, or of its product with ``upstream``."""
     leaf = logits.detach().requires_grad_()
     value = call(leaf, *arguments)
     (gradient,) = torch.autograd.grad(value.sum() if upstream is None else value, leaf, upstream)

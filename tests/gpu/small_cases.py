@@ -2,9 +2,9 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/small_cases.py
 
-Every array is memory of its own, so that what reaches beyond one is seen. Exits with 1 if a result
-is wrong. Through CuPy, or through PyTorch (``small_cases.py torch``); on a CPU, ``small_cases.py
-numpy`` tries the script itself.
+Every array is a separate allocation, so that accesses beyond its end are detected. Exits with 1 if
+a result is wrong. Through CuPy, or through PyTorch (``small_cases.py torch``); on a CPU,
+``small_cases.py numpy`` tests the script itself.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CASES = [
 
 
 class Unsupported(Exception):
-    """What a framework does not have."""
+    """A feature that a framework lacks."""
 
 
 def to_cupy(array: np.ndarray, dtype: str) -> Any:
@@ -88,7 +88,7 @@ def from_device(array: Any) -> np.ndarray:
 
 
 def run(case: SmallCase, move: Any) -> str | None:
-    """What is wrong, or None."""
+    """The error, or None."""
     rng = np.random.default_rng(0)
     shape = (2, case.classes, *case.spatial)
     labels = rng.integers(0, case.classes, (2, *case.spatial))

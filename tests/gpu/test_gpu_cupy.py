@@ -1,4 +1,4 @@
-"""CuPy arrays, and those of others that come to the device by DLPack."""
+"""CuPy arrays, and device arrays of other frameworks through DLPack."""
 
 from __future__ import annotations
 
@@ -74,19 +74,19 @@ def test_layouts(cupy: Any, layout: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 def test_memory_that_is_not_aligned(cupy: Any, dtype: str) -> None:
-    """Fields of packed records, which CuPy itself cannot read."""
+    """Misaligned fields of packed records work, though CuPy itself cannot read them."""
     x, y = example(2, 4, (7, 8, 9), dtype=dtype)
     w = np.random.default_rng(0).uniform(0, 2, y.shape).astype(np.float32)
 
     def there(array: np.ndarray) -> tuple[Any, Any]:
-        """The bytes of the records, and the field of them."""
+        """The bytes of the records, and a view of the field."""
         field = packed(array)
         raw = cupy.asarray(np.ascontiguousarray(field.base).view(np.uint8).reshape(-1))
         shape, start = array.shape, raw.data + 1
         return raw, cupy.ndarray(shape, array.dtype, start, field.strides)
 
     raw, out = there(np.full_like(x, np.nan))
-    for _ in range(2):  # the second time, as planned before
+    for _ in range(2):  # the second time with the cached plan
         given = [there(array)[1] for array in (x, y.astype(np.int32), w)]
         value, gradient = LOSS.value_and_grad(*given)
         check(LOSS, value, gradient, x, y, w)
@@ -143,7 +143,7 @@ def test_bad_input(cupy: Any) -> None:
 
 
 def test_the_same_bits_as_tensors(cupy: Any) -> None:
-    """One memory, seen through DLPack by both."""
+    """CuPy and PyTorch give the same bits for the same memory, shared by DLPack."""
     need_torch_gpu()
     x, y = on_gpu()
     value, gradient = LOSS.value_and_grad(x, y)

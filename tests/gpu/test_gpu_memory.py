@@ -1,4 +1,4 @@
-"""Memory: the gradient and nothing else, or not even that; and more than 2³¹ logits."""
+"""Memory: a call allocates only the gradient, or not even that; and more than 2³¹ logits work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _torch() -> None:
 
 
 def peak(call: Callable[[], object]) -> int:
-    """Bytes beyond what was held before, in a call that has been made once."""
+    """The peak memory of a warm call in bytes, beyond what was allocated before."""
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -49,7 +49,7 @@ def test_nothing_with_a_buffer() -> None:
 
 
 class Output(torch.autograd.Function if torch is not None else object):  # type: ignore[misc]
-    """Logits as a network's output, which need no gradient of their own."""
+    """Makes logits a network's output, an intermediate result that keeps no gradient."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Any, logits: Any) -> Any:
@@ -84,7 +84,7 @@ def test_nothing_is_kept() -> None:
 
 
 def test_more_logits_than_an_int32_counts() -> None:
-    """A row of voxels over and over: the value is that row's; the gradient replaces the logits."""
+    """A repeated row of voxels has that row's value; the gradient overwrites the logits."""
     classes, edge = 105, 320
     loss = fl.Loss(fl.Dice(smooth_nr=0, smooth_dr=0), fl.CrossEntropy())
     count = classes * edge**3
@@ -101,5 +101,5 @@ def test_more_logits_than_an_int32_counts() -> None:
     for at in (0, 1, edge // 2, edge - 1):
         part = to_numpy(out[:, :, at, edge - 1 - at][:, :, None, None]).astype("float64")
         assert norm(part - gradient) <= 2e-3 * norm(gradient)
-    # Every row is the first one's, in every class, to the last.
+    # Every row, to the last, equals the first one in every class.
     assert all(bool((out[0, c] == out[0, c, :1, :1]).all()) for c in range(classes))

@@ -1,4 +1,4 @@
-"""The host waits for nothing, streams keep their order, graphs replay, and bits do not change."""
+"""Calls do not synchronise, streams keep their order, graphs replay, bits are reproducible."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ TOP_K = fl.Dice() + fl.TopKCrossEntropy(k=10)
 NONE = fl.Dice(reduction="none") + fl.CrossEntropy()
 LOSSES = {"dice_ce": LOSS, "top_k": TOP_K, "none": NONE}
 _CYCLES = 1_000_000_000
-"""Half a second or so of a kernel that does nothing: more than a call takes, however busy the
-machine is."""
+"""About half a second of a kernel that spins: longer than a call, however busy the machine is."""
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +27,7 @@ def _torch() -> None:
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """PyTorch raises for what makes the host wait."""
+    """Make PyTorch raise for synchronising calls."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -38,7 +37,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def test_waiting_is_noticed() -> None:
-    """The test's own means: a call that waits is told from one that does not."""
+    """The check itself works: it detects a synchronising call."""
     x, _ = on_gpu()
     with no_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
         x.sum().item()
@@ -59,7 +58,7 @@ def test_the_host_does_not_wait(name: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("method", ["autograd", "value_and_grad"])
 def test_behind_a_long_kernel_on_a_stream_of_its_own(name: str, method: str) -> None:
-    """The call returns while the kernel before it runs, and reads what comes after that kernel."""
+    """The call returns while the previous kernel runs, and reads data written after that kernel."""
     loss = LOSSES[name]
     x, y = on_gpu(2, 4, (24, 25, 26))
     late = torch.empty_like(x)
@@ -74,7 +73,7 @@ def test_behind_a_long_kernel_on_a_stream_of_its_own(name: str, method: str) -> 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         late.copy_(x)
-        compute()  # compiles, and has the memory that the next call needs
+        compute()  # compiles, and caches the memory that the next call needs
         late.fill_(float("nan"))
         stream.synchronize()
         before, after = torch.cuda.Event(), torch.cuda.Event()

@@ -1,4 +1,4 @@
-"""CUDA tensors: value and gradient are right, stay on the device, and bad input is said."""
+"""CUDA tensors: value and gradient are right and stay on the device, and bad input is reported."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _torch() -> None:
     need_torch_gpu()
 
 
-# ------------------------------------------------------------------ what is right
+# ------------------------------------------------------------------ values and gradients
 
 
 @pytest.mark.parametrize("classes", [2, 14, 105])
@@ -174,7 +174,7 @@ def bad_labels() -> tuple[Any, Any]:
 
 
 def test_a_label_that_is_no_class() -> None:
-    """The value is NaN and nothing is harmed; asked for, it is the error that a CPU raises."""
+    """A bad label makes the value NaN without other harm; validate=True raises the CPU's error."""
     x, y = bad_labels()
     value, gradient = value_and_gradient(LOSS, x, y)
     assert torch.isnan(value)
@@ -210,7 +210,7 @@ def test_arrays_in_two_memories(name: str) -> None:
         LOSS(x.cpu(), y)
 
 
-# ------------------------------------------------------------------ as it is used
+# ------------------------------------------------------------------ in training
 
 
 def test_mixed_precision_with_a_scaled_loss() -> None:
@@ -294,7 +294,7 @@ print("the same")
 
 
 def test_data_parallel_over_nccl() -> None:
-    """With one process: the sums are joined on the device, by NCCL."""
+    """The sums are reduced on the device, by NCCL; with one process."""
     distributed = need("torch.distributed")
     if not (distributed.is_available() and distributed.is_nccl_available()):
         pytest.skip("torch.distributed: built without NCCL")
@@ -315,7 +315,7 @@ def test_a_device_that_is_not_the_current_one() -> None:
 
 
 def test_without_cupy() -> None:
-    """What is missing is named, with the remedy; on a CPU nothing is missing."""
+    """Without CuPy the error names it and the remedy; on a CPU it is not needed."""
     result = python(
         "import sys\nsys.modules['cupy'] = None\nimport torch, fastloss as fl\n"
         "loss, x = fl.Loss(fl.Dice()), torch.zeros(1, 2, 4, 4)\n"
@@ -328,7 +328,7 @@ def test_without_cupy() -> None:
 
 
 def test_gradients_point_downhill() -> None:
-    """Independent of the reference: a step against the gradient lowers the loss as foreseen."""
+    """Independently of the reference, a step against the gradient lowers the loss as predicted."""
     x, y = on_gpu(2, 4, (16, 16, 16), dtype="float64")
     value, gradient = LOSS.value_and_grad(x, y)
     step = 1e-5 / norm(to_numpy(gradient))

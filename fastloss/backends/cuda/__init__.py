@@ -1,1 +1,1 @@
-"""CUDA kernels for arrays on a GPU, compiled through CuPy when they are first used."""
+"""CUDA kernels for arrays on a GPU, compiled through CuPy on first use."""

@@ -1,4 +1,4 @@
-"""The spatial axes of several arrays at once, with as few of them as their strides allow."""
+"""Merges the spatial axes of several arrays into as few as their strides allow."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Sequence
 def merge_axes(
     spatial: Sequence[int], strides: Sequence[Sequence[int]]
 ) -> tuple[list[int], list[tuple[int, list[int]]]]:
-    """Axes in an order that goes upwards through the first array, as one where there is no gap.
+    """Sort the axes by the strides of the first array, and merge those that are contiguous.
 
     Args:
         spatial: the length of every axis.
         strides: per array, its step along every axis.
 
     Returns:
-        Per array, where the first voxel lies; and the axes, slowest first, at least one: their
+        Per array, the offset of the first voxel; and the axes, slowest first, at least one: their
         length and the step of every array.
     """
     offsets = [0] * len(strides)
     axes = [(n, [s[i] for s in strides]) for i, n in enumerate(spatial) if n != 1]
-    # Sums do not mind the order.
+    # The order of voxels does not matter for sums.
     for i, (n, steps) in enumerate(axes):
         if steps[0] < 0:
             offsets = [o + s * (n - 1) for o, s in zip(offsets, steps, strict=True)]

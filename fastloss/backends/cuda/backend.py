@@ -1,7 +1,7 @@
 """The CUDA kernels, for arrays in the memory of a GPU: compiled on first use, through CuPy.
 
-Nothing here waits for the GPU: the passes and the step between them are queued on the caller's
-stream, and what they hand on to each other stays in the GPU's memory. `validate` alone waits.
+Nothing here synchronises with the GPU, except `validate`: the passes and the combine step are
+queued on the caller's stream, and their intermediate results stay in GPU memory.
 
 CuPy compiles with denormal float32 numbers taken for 0: a gradient below 1.2e-38 is
 lost.
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("fastloss")
 _OPTIONS = ("-std=c++17", "--fmad=true")
-_SLOW = 0.5  # seconds above which compiling is mentioned; what the cache has takes less
+_SLOW = 0.5  # seconds above which compilation is reported; loading from the cache takes less
 REMEDY = "pip install 'fastloss[cuda13]', or 'fastloss[cuda12]' for CUDA 12"
 
 
@@ -51,13 +51,13 @@ class _Allocated(NamedTuple):
 
 
 class CudaDevice:
-    """A device and a stream of the caller, as `fastloss.backends.cuda.engine` sees them."""
+    """The caller's device and stream, as a `Device` for `fastloss.backends.cuda.engine`."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
         self._stream = _stream(place.stream, place.ordinal)
         self._is_current = _cupy().cuda.runtime.getDevice() == place.ordinal
-        self.shared_bytes = 48 << 10  # what every device has without asking
+        self.shared_bytes = 48 << 10  # available on every device without opting in
         self.multiprocessors = _multiprocessors(place.ordinal)
 
     def empty(self, nbytes: int) -> engine.Memory:
@@ -91,7 +91,7 @@ def _cupy() -> Any:
         raise ImportError(
             f"arrays on a GPU need CuPy, which compiles the kernels: {REMEDY}"
         ) from error
-    except OSError as error:  # it makes a folder when it is imported
+    except OSError as error:  # CuPy creates a folder on import
         raise ImportError(
             f"CuPy could not make its folder for compiled kernels ({error}); set CUPY_CACHE_DIR to "
             "one that can be written"
@@ -111,13 +111,13 @@ _NOTHING = _Nothing()
 
 
 def _on(ordinal: int) -> Any:
-    """The device made current, if it is not."""
+    """Make the device current, if it is not."""
     cupy = _cupy()
     return _NOTHING if cupy.cuda.runtime.getDevice() == ordinal else cupy.cuda.Device(ordinal)
 
 
 class _Address:
-    """A stream of somebody else's, in the protocol by which libraries hand them on."""
+    """A foreign stream in the protocol for exchanging streams between libraries."""
 
     def __init__(self, address: int) -> None:
         self._address = address
@@ -132,7 +132,7 @@ def _stream(address: int, ordinal: int) -> Any:
     cuda = _cupy().cuda
     if hasattr(cuda.Stream, "from_external"):
         return cuda.Stream.from_external(_Address(address))
-    return cuda.ExternalStream(address, ordinal)  # which later versions deprecate
+    return cuda.ExternalStream(address, ordinal)  # deprecated in later versions
 
 
 @cache
@@ -162,14 +162,14 @@ def _passes(
 
 
 class DeviceCoefficients(NamedTuple):
-    """The derivative by every sum, on the device, not yet times the upstream gradient.
+    """The derivative by every sum, on the device, before the upstream gradient is multiplied in.
 
     Attributes:
         array: (S, rows, C) float64, of the caller's framework.
-        first: which row is these arrays' first; there is 1 if the samples were summed.
-        upstream: a number there, or None.
-        scale: a number known here.
-        kept: what must live until the gradient is queued.
+        first: the row of these arrays' first sample; if the samples were summed, there is one row.
+        upstream: a number on the device, or None.
+        scale: a number known on the host.
+        kept: objects that must stay alive until the gradient is queued.
     """
 
     array: Any
@@ -184,14 +184,14 @@ class DeviceCoefficients(NamedTuple):
     kept: Any = None
 
     def part(self, first: int, factor: float) -> DeviceCoefficients:
-        """Those of the samples from ``first`` on, times a factor."""
+        """The coefficients of the samples from ``first`` on, times a factor."""
         return self._replace(first=self.first + first, scale=self.scale * factor)
 
 
 class CudaBackend(Backend):
-    """The passes over arrays on a device, and the step between them.
+    """The passes over arrays on a device, and the combine step.
 
-    It is made for one call, as the stream may be another in the next.
+    An instance serves one call, as the next may use another stream.
     """
 
     name = "cuda"
@@ -227,7 +227,7 @@ class CudaBackend(Backend):
     def _rank(
         self, loss: FusedLoss, request: Request, arrays: Arrays, sums: int, voxels: int
     ) -> Field:
-        """Write the sums of a loss that chooses voxels; the field that says which."""
+        """Write the sums of a loss with a ranking term; return the field of the chosen voxels."""
         term = loss.ranking
         if term.kept_percent is None:
             raise TypeError(
@@ -248,9 +248,9 @@ class CudaBackend(Backend):
         return Field(_view_of(losses, (batch, *spatial), dtype), dtype.name, "voxel")
 
     def write_map(self, request: Request, arrays: Arrays, voxel_map: Map) -> None:
-        """Write a map into an array on the device, known by its view.
+        """Write a map into an array on the device, given as a view.
 
-        Voxels with a bad label or weight get NaN: `check` raises the error.
+        Voxels with a bad label or weight get NaN; `check` raises the error.
         """
         engine.write_map(self.device, request, arrays, voxel_map)
 
@@ -258,7 +258,7 @@ class CudaBackend(Backend):
         return self.place.empty(shape, dtype.name)
 
     def _weights_of(self, loss: FusedLoss, term: Any, classes: int) -> Callable[[int], None] | None:
-        """A function that writes a ranking term's class weights, if they lie on the device."""
+        """A function that writes a ranking term's class weights, if they are on the device."""
         array = loss.given_to(term, "weight")
         if array is None:
             return None
@@ -271,7 +271,7 @@ class CudaBackend(Backend):
         return overwrite
 
     def with_numbers(self, loss: FusedLoss) -> FusedLoss:
-        """The loss with the numbers that it has on the device, once all that is queued is done."""
+        """The loss with its device numbers copied to the host; synchronises."""
         if not loss.given:
             return loss
         numbers = [
@@ -281,7 +281,7 @@ class CudaBackend(Backend):
         return loss.with_operands(numbers)
 
     def _check_numbers(self, loss: FusedLoss, classes: int) -> None:
-        """Raise ValueError for class weights in the memory of the device that are none."""
+        """Raise ValueError for invalid class weights in device memory."""
         if loss.given:
             for _, term in self.with_numbers(loss).terms:
                 term.check(loss.activation, classes)
@@ -303,7 +303,7 @@ class CudaBackend(Backend):
         )
 
     def check(self, request: Request, arrays: Arrays) -> None:
-        """Raise ValueError for bad labels and weights, once all that is queued is done."""
+        """Raise ValueError for bad labels and weights; synchronises."""
         weight = arrays.voxel_weight
         check_targets(
             request,
@@ -315,7 +315,7 @@ class CudaBackend(Backend):
         )
 
     def to_numpy(self, view: np.ndarray) -> np.ndarray:
-        """A copy of a device's array that is known by its view alone."""
+        """A copy in CPU memory of a device array given as a view."""
         cupy = _cupy()
         with _on(self.place.ordinal):
             low, high = byte_bounds(view)
@@ -332,7 +332,7 @@ class CudaBackend(Backend):
     def combine(
         self, loss: FusedLoss, statistics: Statistics
     ) -> tuple[Any, Callable[[Any], DeviceCoefficients]]:
-        """The value, on the device, and from its upstream gradient the derivative by every sum."""
+        """The value, on the device, and its pullback from upstream to the derivatives."""
         shape = slots, batch, classes = tuple(statistics.sums.shape)
         place, device = self.place, self.device
         operands = operands_of(loss, place)
@@ -378,14 +378,14 @@ class CudaBackend(Backend):
                 )
             again = program.call(given, numbers, **addresses, upstream=place.address(array))
             device.launch(kernels[1], 1, (THREADS, 1), 0, again)
-            # Held until the gradient is queued: memory that is let go may be handed out again.
+            # Held until the gradient is queued, as freed memory may be reused.
             kept = (array, statistics, joined, scratch, operands.kept, memory)
             return coefficients._replace(kept=kept)
 
         return value, pullback
 
     def _joined(self, loss: FusedLoss, statistics: Statistics) -> Any:
-        """(S · C + 1): the sums over all ranks, for the terms that ask for them."""
+        """(S · C + 1): the sums over all ranks, for terms that request them."""
         terms = [term for _, term in loss.terms if term.joins_ranks]
         if not terms:
             return None
@@ -414,7 +414,7 @@ class CudaBackend(Backend):
 
 
 def _view_of(memory: engine.Memory, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A stand-in for an array in C order in a device's memory, which it keeps alive."""
+    """A view of a C-ordered array in device memory, which keeps it alive."""
     strides = tuple(prod(shape[i + 1 :]) * dtype.itemsize for i in range(len(shape)))
     return device_view(memory, memory.address, shape, strides, dtype.name)
 
@@ -444,8 +444,7 @@ def program_of(
     operands: Operands,
     regions: int = 0,
 ) -> Program:
-    """The step between the passes, traced once for losses that differ in numbers alone, and every
-    shape of the sums."""
+    """The combine step, traced once per shape of the sums and structure of the loss."""
     key = (loss.key, request, shape, dtype, operands.layout, regions)
     program = _programs.get(key)
     if program is None:
@@ -457,7 +456,7 @@ def program_of(
 
 
 def check_places(logits: Borrowed, *others: Borrowed | None, **more: Borrowed) -> None:
-    """Raise ValueError, naming the argument, for an array that lies elsewhere than the logits."""
+    """Raise ValueError, naming the argument, for an array on another device than the logits."""
     named = [*zip(("target", "voxel_weight", "out"), others, strict=False), *more.items()]
     for name, other in named:
         if other is not None and _where(other) != _where(logits):
@@ -473,7 +472,7 @@ def _where(borrowed: Borrowed) -> str:
 
 
 def why_absent() -> str | None:
-    """Why nothing can be computed on a GPU here, or None."""
+    """Why no GPU can be used here, or None."""
     try:
         describe_devices()
     except ImportError as error:
@@ -482,7 +481,7 @@ def why_absent() -> str | None:
 
 
 def describe_devices() -> str:
-    """CuPy and the devices it finds. ImportError: there are none, or no CuPy."""
+    """CuPy and the devices it finds. ImportError: no device, or no CuPy."""
     cupy = _cupy()
     try:
         count = cupy.cuda.runtime.getDeviceCount()

@@ -1,4 +1,4 @@
-"""A pass over given arrays on a GPU: how it is laid out, and the record a kernel is given."""
+"""Launch plans: how a pass over given arrays is spread over a GPU, and the kernel's arguments."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ GENERAL, TWO_CLASSES, LABELS, DENSE = range(4)  # paths
 LOGITS, TARGET, WEIGHT, OUT = range(4)
 
 _ONCE = 16  # classes that a thread can hold
-_MOST_WARPS = 16  # that share the classes of a voxel
-_HELD = 64  # registers for logits, and as many for sums,
-_ALL_HELD = 112  # and for both,
-_OTHERWISE = (56, 80)  # beside which a warp alone, or one of several, needs these
-_REGISTERS = 1 << 16  # of a multiprocessor
-_BLOCKS = 4224  # of a launch at most
-_MOST_PARTIAL = 960 << 10  # bytes for the sums of all blocks, so that a call holds less than 1 MiB
-_MOST_TALLIES = 24 << 10  # bytes of a block for the sums that a thread has for every class
+_MOST_WARPS = 16  # sharing the classes of a voxel
+_HELD = 64  # registers for logits, and as many for sums;
+_ALL_HELD = 112  # or for both together;
+_OTHERWISE = (56, 80)  # other registers of a thread, if a warp works alone or with others
+_REGISTERS = 1 << 16  # per multiprocessor
+_BLOCKS = 4224  # at most per launch
+_MOST_PARTIAL = 960 << 10  # bytes for the sums of all blocks; a call allocates less than 1 MiB
+_MOST_TALLIES = 24 << 10  # bytes per block for the threads' own sums of every class
 
 
 # The named sums that each path of csrc/cuda/passes.cu takes.
@@ -58,7 +58,7 @@ CONSTANTS = (
     "global_sums", "narrow_sums", "global_table", "with_losses", "least_blocks", "slots", "gammas",
     *(f"slot_{name}" for name in _SLOTS), "slot_top_k",
 )  # fmt: skip
-"""The numbers that a kernel is compiled for, apart from the arrays of the focal terms."""
+"""The compile-time constants of a kernel, apart from the arrays of the focal terms."""
 
 # Mirrors `struct Call` in csrc/cuda/call.h.
 CALL = np.dtype(
@@ -97,10 +97,10 @@ class Work(NamedTuple):
 
     Attributes:
         kernel: "reduce", "apply", or "map".
-        upstream_type: of the number that multiplies the gradient.
-        map_kind: the map that is written: always "voxel" in the reduce pass, or "" for none.
-        map_of_label: whether the map's coefficients are 0 but for `CROSS_ENTROPY`.
-        without: the name of a field that is not there yet: sums that read it are left 0.
+        upstream_type: the type of the number that multiplies the gradient.
+        map_kind: the kind of map to write: always "voxel" in the reduce pass, or "" for none.
+        map_of_label: whether only `CROSS_ENTROPY` has nonzero map coefficients.
+        without: the name of a field that does not exist yet: sums that read it are 0.
     """
 
     kernel: str
@@ -111,7 +111,7 @@ class Work(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """An array as a kernel sees it. Strides in bytes; the first two are sample and channel."""
+    """An array as a kernel's operand. Strides in bytes; the first two are sample and channel."""
 
     type: int
     strides: tuple[int, ...]
@@ -119,7 +119,7 @@ class Operand(NamedTuple):
     """The address of the first number, modulo 16."""
 
     def alignment(self, offset: int = 0) -> int:
-        """The largest power of two, at most 16, that an address at this distance divides by."""
+        """The largest power of two, at most 16, that divides the address at this offset."""
         address = (self.address + offset) % 16
         return address & -address or 16
 
@@ -134,12 +134,12 @@ class Operands(NamedTuple):
     weight: Operand | None = None
     out: Operand | None = None
     fields: tuple[tuple[str, Operand], ...] = ()
-    """With the kind of each, in the order of the names of those that are there."""
+    """The given fields with their kinds, in the order of their names."""
     regions: Operand | None = None
 
     @property
     def nothing(self) -> Operand:
-        """In the place of an array that is not there."""
+        """The placeholder of an absent array."""
         return Operand(NO_TYPE, (0,) * len(self.shape), 0)
 
     @property
@@ -149,13 +149,13 @@ class Operands(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """The copy of an array in aligned memory, but for the addresses of both."""
+    """The plan of an array's copy in aligned memory, without the addresses of both."""
 
     place: int
-    """Of the array among the addresses of a call: logits, target, weight, out; then others."""
+    """The array's index among the addresses of a call: logits, target, weight, out; then others."""
     nbytes: int
     offsets: tuple[int, int]
-    """In bytes, where the first number that is copied lies: in the array and in the copy."""
+    """The offset of the first number, in bytes: in the array and in the copy."""
     record: bytes
     """COPY_CALL, (1,)."""
     grid: int
@@ -163,30 +163,30 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A launch, but for the addresses of its arrays."""
+    """A launch without the addresses of its arrays."""
 
     request: Request
     call: bytes
-    """CALL, (1,), or what begins with it."""
+    """CALL, (1,), or a struct that begins with it."""
     offsets: tuple[int, ...]
-    """Per array, in bytes, where its first voxel lies: logits, target, weight, out; then others."""
+    """Per array, the offset of its first voxel in bytes: logits, target, weight, out; others."""
     constants: tuple[tuple[str, object], ...]
     """The constants that the kernel is compiled with."""
     grid: int
     threads: int
     shared: int
-    """Bytes of shared memory of a block."""
+    """Bytes of shared memory per block."""
     partial: int
-    """Bytes that the reduce pass keeps between its two kernels."""
+    """Bytes that the first kernel of the reduce pass leaves for the second."""
     finish_grid: int
     blocks: int = 0
-    """Of a sample."""
+    """Per sample."""
     narrow: bool = False
-    """Whether these bytes are float32 numbers, else float64."""
+    """Whether ``partial`` holds float32 numbers; else float64."""
     general: bool = False
-    """Whether it is of the general kernel."""
+    """Whether the general kernel computes it."""
     copies: tuple[Copy, ...] = ()
-    """Those of arrays that are not aligned, which the launch is given in their place."""
+    """Aligned copies that replace misaligned arrays."""
 
 
 def operand(array: np.ndarray, dtype: str, channels: bool, address: int) -> Operand:
@@ -196,7 +196,7 @@ def operand(array: np.ndarray, dtype: str, channels: bool, address: int) -> Oper
 
 
 class Table(NamedTuple):
-    """The sums of a request as the fast paths know them: where each is, or −1."""
+    """The slots of the sums that the fast paths know; −1: absent."""
 
     path: int
     """LABELS or DENSE."""
@@ -207,9 +207,9 @@ class Table(NamedTuple):
 
 
 def fast_table(request: Request, operands: Operands, work: Work) -> Table | None:
-    """The sums of a call that a fast path takes with all its fields, regions and maps; or None.
+    """The sums of a call that a fast path supports with its fields, regions and maps; or None.
 
-    It says what the paths take: whatever it does not name goes to the general kernel.
+    A whitelist: anything else goes to the general kernel.
     """
     sigmoid = request.activation == "sigmoid"
     labels = request.activation == "softmax" and not request.dense
@@ -221,7 +221,7 @@ def fast_table(request: Request, operands: Operands, work: Work) -> Table | None
     of_field = [Sum("target", "log", field=name) for name in request.fields]
     taken = {*(NAMED[name] for name in names), *focal, *focal_rest}
     if labels and len(of_field) == 1:
-        # That of a ranking term, left out by the reduce pass whose map its field is made of.
+        # The reduce pass skips a ranking term's sum, whose field is computed from the pass's map.
         if work.kernel == "reduce":
             there = request.fields == (work.without,)
         else:
@@ -251,7 +251,7 @@ def fast_table(request: Request, operands: Operands, work: Work) -> Table | None
 
 
 def _is_working_type(numbers: Operand | None, logits: Operand) -> bool:
-    """Whether these are of the type that the logits are computed in."""
+    """Whether these have the type in which the logits are computed."""
     working = FLOAT64 if logits.type == FLOAT64 else FLOAT32
     return numbers is not None and numbers.type == working
 
@@ -259,7 +259,7 @@ def _is_working_type(numbers: Operand | None, logits: Operand) -> bool:
 def walk(
     operands: Operands, others: Sequence[Operand] = ()
 ) -> tuple[list[int], list[tuple[int, list[int]]]]:
-    """The spatial axes of the first four arrays and of others: see `merge_axes`.
+    """Merge the spatial axes of the first four arrays and of others: see `merge_axes`.
 
     Raises:
         ValueError: too many axes without an even step.
@@ -275,7 +275,7 @@ def walk(
 
 
 def spread(batch: int, voxels: int, tile: int, most: int) -> tuple[int, int]:
-    """The blocks of a sample, of at most so many in a launch, and the voxels of each."""
+    """The number of blocks of a sample, given the most per launch, and the voxels of each."""
     tiles = -(-voxels // tile)
     blocks = max(1, min(tiles, -(-most // max(batch, 1))))
     chunk = -(-tiles // blocks) * tile
@@ -283,12 +283,12 @@ def spread(batch: int, voxels: int, tile: int, most: int) -> tuple[int, int]:
 
 
 def in_c_order(spatial: Sequence[int], item: int) -> tuple[int, ...]:
-    """The strides of an array in C order."""
+    """The strides of a C-ordered array."""
     return tuple(prod(spatial[axis + 1 :]) * item for axis in range(len(spatial)))
 
 
 def usual_fields(request: Request, operands: Operands, work: Work, axes: int) -> dict[str, object]:
-    """The fields of a call that every path has."""
+    """The fields of a call that all paths share."""
     classes, weight = operands.shape[1], operands.weight
     return {
         "upstream_type": work.upstream_type,
@@ -308,7 +308,7 @@ def usual_fields(request: Request, operands: Operands, work: Work, axes: int) ->
 def plan_fast(
     request: Request, operands: Operands, work: Work, most_shared: int, multiprocessors: int
 ) -> Plan | None:
-    """A pass by the fast path that takes this call; None: there is none.
+    """The launch plan of the fast path that takes this call; None: no path does.
 
     Raises:
         ValueError: too many axes without an even step.
@@ -326,7 +326,7 @@ def plan_fast(
     if of_voxels is None:
         offsets, axes = walk(operands)
     else:
-        # Numbers of the voxels are found by counting them: they must lie as the others are walked.
+        # Per-voxel numbers are indexed by the voxel's number, so the walk must be in C order.
         offsets, axes = walk(operands, [of_voxels])
         size = SIZES[of_voxels.type]
         steps = [steps.pop() for _, steps in axes]
@@ -357,7 +357,7 @@ def plan_fast(
         elif out is not None and slots["predicted"] >= 0:
             exchanged = 3
 
-    # The classes of a voxel: held by as few warps as have the registers.
+    # As few warps share the classes of a voxel as have the registers.
     slots_of_classes = ("predicted", "predicted_squared", "uniform")
     of_labels = ("reference", "overlap", "reference_squared", "cross_entropy")
     two_classes = labels and classes == 2 and not work.map_kind
@@ -372,7 +372,7 @@ def plan_fast(
     if by_label:
         kept_slots = sum(slots[name] >= 0 for name in slots_of_classes)
     sums = kept_slots * words if out is None else 0
-    # Those of float64 need all the registers that a thread can have, for which eight are the most.
+    # In float64 a thread needs all registers it can have, which allows at most eight warps.
     most_warps = _MOST_WARPS // 2 if words == 2 else _MOST_WARPS
     large = [(logits, LOGITS)] if out is None else [(logits, LOGITS), (out, OUT)]
     last = classes > 1 and voxels > 1 and len(axes) == 1
@@ -389,19 +389,19 @@ def plan_fast(
         layout = Layout(warps, max(1, 4 // warps), _HELD, _ALL_HELD)
         per_thread = min(_ONCE, -(-classes // warps))
         if words == 2 and warps * per_thread < classes:
-            per_thread = _ONCE * 3 // 4  # as going round takes registers too
+            per_thread = _ONCE * 3 // 4  # the loop over rounds takes registers too
     rounds = -(-classes // (warps * per_thread))
     keep = rounds == 1 and per_thread * sums <= layout.held
     groups = layout.groups
 
-    # Neighbouring voxels of a thread: as many as one access of 16 bytes holds.
+    # Adjacent voxels of a thread: as many as one access of 16 bytes holds.
     room = layout.held
     if warps > 4:
-        room //= 2  # two blocks, as one waits for its warps now and then
+        room //= 2  # two blocks, as one stalls at barriers
     if keep:
         room = min(room, layout.all_held - per_thread * sums)
     most = max(1, room // (per_thread * words * arrays_held))
-    # Channels last: through shared memory, or of few classes whole voxels at once.
+    # Channels last: staged in shared memory, or, with few classes, whole voxels in one access.
     last = last and rounds == 1
     whole = 0
     if last and labels and warps == 1:
@@ -428,7 +428,7 @@ def plan_fast(
         fixed = 8 * groups * (count + 2)
         if fixed > most_shared // 2:
             fields["global_sums"] = 1
-            # A sum that belongs to one warp of a block must not belong to another's group too.
+            # All groups would share these sums, but each sum must belong to one warp.
             groups, fixed = 1, 0
     else:
         fixed = count * computed
@@ -461,7 +461,7 @@ def plan_fast(
         fields["global_sums" if out is None else "global_table"] = 1
         groups, fixed = 1 if out is None else groups, 0
     assert shared(vector) <= most_shared
-    # The plain cases know what they need; the others take what there is.
+    # The common cases have measured layouts; the others use the available registers.
     simple = labels and not table.gammas and keep and words == 1
     plain = simple and not staged
 
@@ -474,7 +474,7 @@ def plan_fast(
             needed += vector * of_voxel
         return needed
 
-    lanes = -(-groups * warps // 4) * 4 * LANES  # the four parts of one get as many warps
+    lanes = -(-groups * warps // 4) * 4 * LANES  # equally many warps per partition
     while plain and not interleaved and vector > 1 and warps > _MOST_WARPS // 2:
         if registers(vector) <= _REGISTERS // lanes:
             break
@@ -551,7 +551,7 @@ def write_call(
     blocks: int,
     chunk: int,
 ) -> None:
-    """Fill what all kernels are launched with into CALL, (1,), or what begins with it."""
+    """Fill the fields that all kernels read into CALL, (1,), or a struct that begins with it."""
     for name, value in fields.items():
         call[name] = value
     for i, o in enumerate(operands.first_four):
@@ -565,18 +565,18 @@ def write_call(
 
 
 def _warps(classes: int, sums: int, labels: bool, most: int) -> int:
-    """How many warps share the classes of a voxel; ``sums``: registers for those of a class."""
+    """How many warps share the classes of a voxel; ``sums``: registers for the sums of a class."""
 
     def fits(warps: int) -> bool:
         each = -(-classes // warps)
-        # The threads of so many warps have 128 registers each.
+        # Threads of more than half of the warps have 128 registers each.
         held = _HELD if labels or warps <= _MOST_WARPS // 2 else _HELD // 2
         return each <= _ONCE and each * sums <= held
 
     fewest = next((n for n in range(1, most + 1) if fits(n)), None)
     if fewest is None:
         return _MOST_WARPS // 2
-    # A warp or two more, if all then have the same number of classes.
+    # A warp or two more, if that balances the classes.
     several = [n for n in range(fewest, fewest * 5 // 4 + 1) if n <= most and fits(n)]
     return min(several, key=lambda n: (-(-classes // n) * n - classes, n))
 
@@ -588,7 +588,7 @@ def ignore_kind(request: Request, classes: int) -> int:
 
 
 def _loads(o: Operand, start: int, step: int, vector: int, voxels: int) -> bool:
-    """Whether this many neighbouring voxels of every class can be loaded at once."""
+    """Whether this many adjacent voxels of every class can be loaded in one access."""
     item = SIZES[o.type]
     size = vector * item
     aligned = start >= size and o.strides[0] % size == 0 and o.strides[1] % size == 0
@@ -598,7 +598,7 @@ def _loads(o: Operand, start: int, step: int, vector: int, voxels: int) -> bool:
 def _whole_voxels(
     arrays: list[tuple[Operand, int]], shape: tuple[int, ...], item: int, most: int
 ) -> int:
-    """How many neighbouring voxels, their classes last, accesses of 16 bytes hold; 0: not so."""
+    """How many adjacent channels-last voxels fill whole accesses of 16 bytes; 0: none."""
     batch, classes, *spatial = shape
     size = classes * item
     aligned = all(start == 16 and (batch == 1 or o.strides[0] % 16 == 0) for o, start in arrays)
@@ -618,7 +618,7 @@ def _packs(
     vector: int,
     channels: bool,
 ) -> bool:
-    """Whether the numbers of neighbouring voxels can be loaded at once."""
+    """Whether the numbers of adjacent voxels can be loaded in one access."""
     if vector == 1 or len(axes) > 1:
         return False
     item = SIZES[o.type]

@@ -1,6 +1,7 @@
-"""Copies of arrays whose numbers do not lie at multiples of their size, as a GPU demands.
+"""Aligned copies of misaligned arrays, such as fields of packed records.
 
-Fields of packed records are such. A launch gets aligned copies, and an output is copied back.
+A GPU accesses numbers only at multiples of their size. A launch gets aligned copies, and an output
+is copied back.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _NAMES = ("logits", "target", "voxel_weight", "out", "regions", "fields")
 
 
 def align(operands: Operands) -> tuple[Operands, tuple[Copy, ...]]:
-    """The arrays as a kernel is to see them, and the copies of those that are not aligned.
+    """The arrays as operands of a kernel, and the copies of the misaligned ones.
 
     Raises:
         ValueError: such an array has too many axes without an even step.
@@ -68,7 +69,7 @@ def align(operands: Operands) -> tuple[Operands, tuple[Copy, ...]]:
 
 
 def _copy(place: int, o: Operand, shape: tuple[int, ...]) -> tuple[Copy, Operand]:
-    """The copy of an array, contiguous in the order of its axes in memory, and how it lies."""
+    """The copy of an array, contiguous in the order of its axes in memory, and its operand."""
     lengths = [n if s else 1 for s, n in zip(o.strides, shape, strict=True)]  # broadcast: one
     strides, step = [0] * len(shape), SIZES[o.type]
     for axis in sorted(range(len(shape)), key=lambda axis: abs(o.strides[axis])):
@@ -97,7 +98,7 @@ def _copy(place: int, o: Operand, shape: tuple[int, ...]) -> tuple[Copy, Operand
 def aligned(
     device: Device, copies: tuple[Copy, ...], addresses: tuple[int, ...]
 ) -> Iterator[tuple[int, ...]]:
-    """The addresses for a launch within, those of the copies among them."""
+    """A context with the addresses for a launch, where copies replace misaligned arrays."""
     memory = {copy.place: device.empty(copy.nbytes) for copy in copies}
     for copy in copies:
         if copy.place != OUT:

@@ -1,4 +1,4 @@
-"""What the engine asks of a GPU."""
+"""The interface of a GPU to the engine."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ class Memory(Protocol):
 
     @property
     def address(self) -> int:
-        """Where it lies."""
+        """Its address."""
 
 
 class Device(Protocol):
-    """A GPU and a stream on it, as the caller's framework sees them."""
+    """The GPU and the stream of the caller's framework."""
 
     shared_bytes: int
-    """The most shared memory that a block can have."""
+    """The most shared memory of a block."""
     multiprocessors: int
 
     def empty(self, nbytes: int) -> Memory:
-        """New memory, which is used on the stream alone."""
+        """New memory, used only on this stream."""
 
     def upload(self, numbers: np.ndarray) -> Memory:
         """A copy of a few float64 numbers, queued on the stream."""
@@ -37,4 +37,4 @@ class Device(Protocol):
     def launch(
         self, kernel: Any, grid: int, block: tuple[int, int], shared: int, call: np.ndarray
     ) -> None:
-        """Run a kernel on the stream; ``call``, (1,), is its one argument, a struct's bytes."""
+        """Run a kernel on the stream; ``call``, (1,), is its only argument, a struct's bytes."""

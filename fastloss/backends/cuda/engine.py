@@ -1,4 +1,4 @@
-"""The two passes as launches on a GPU: what is launched, in what order, over which memory."""
+"""The passes as sequences of launches on a GPU, and the memory that they use."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def reduce(
     without: str = "",
     overwrite: Callable[[int], None] | None = None,
 ) -> None:
-    """Write the sums, (S, rows, C) float64, and those of the voxel weights, (rows,), there.
+    """Write the sums, (S, rows, C) float64, and those of the voxel weights, (rows,), to addresses.
 
-    Samples with a bad label or a bad voxel weight get NaN. With ``voxel_map`` a map of kind "voxel"
-    as well. ``without`` names a field that a ranking term has not made yet: it is not among those
-    of the arrays, and sums that read it are 0. ``overwrite`` is told where the map's coefficients
-    of the cross-entropy lie, (C,), to write others there.
+    Samples with a bad label or a bad voxel weight get NaN. With ``voxel_map`` also writes a map of
+    kind "voxel". ``without`` names a field that a ranking term has not computed yet: it is not
+    among those of the arrays, and sums that read it are 0. ``overwrite`` is called with the address
+    of the map's coefficients of the cross-entropy, (C,), to overwrite them.
     """
     work = Work("reduce", without=without)
     coefficients = None
@@ -87,7 +87,7 @@ def reduce(
 
 
 def _coefficients(request: Request, voxel_map: Map) -> tuple[np.ndarray, bool]:
-    """Those of a map, (S, C), and whether all are 0 but those of the cross-entropy."""
+    """The coefficients of a map, (S, C), and whether all but the cross-entropy's are 0."""
     assert voxel_map.coefficients is not None
     numbers = np.ascontiguousarray(voxel_map.coefficients, np.float64)
     place = request.index.get(CROSS_ENTROPY, -1)
@@ -106,11 +106,11 @@ def run_reduce(
     coefficients: int = 0,
     finish: bool = True,
 ) -> None:
-    """`reduce` as planned, of arrays at these addresses: logits, target, voxel weight, …
+    """Run a planned `reduce` on arrays at these addresses: logits, target, voxel weight, …
 
-    ``partial``: where the sums of the blocks go, `Plan.partial` bytes. ``coefficients``: where
-    those of a map lie; for a fast path, of the classes. Without ``finish`` the sums of the blocks
-    are all that is made.
+    ``partial``: the address for the sums of the blocks, `Plan.partial` bytes. ``coefficients``: the
+    address of a map's coefficients; for a fast path, one per class. Without ``finish`` only the
+    sums of the blocks are computed.
     """
     if plan.copies:
         with aligned(device, plan.copies, addresses) as copied:
@@ -145,9 +145,9 @@ def apply(
 ) -> None:
     """Write the gradient by the logits.
 
-    ``coefficients`` is the address of float64 numbers, the derivative by the sum s of row r and
-    class c being at s · slot_stride + r · row_stride + c, times ``scale`` and times the number at
-    ``upstream``.
+    ``coefficients`` is the address of float64 numbers: the derivative by the sum s of row r and
+    class c, at s · slot_stride + r · row_stride + c, is multiplied by ``scale`` and by the number
+    at ``upstream``.
     """
     work = Work("apply", upstream_type)
     plan, addresses = plan_of(device, request, arrays, out, work)
@@ -177,7 +177,7 @@ def run_apply(
     upstream: int = 0,
     scale: float = 1.0,
 ) -> None:
-    """`apply` as planned, of arrays at these addresses: logits, target, voxel weight, out, …"""
+    """Run a planned `apply` on arrays at these addresses: logits, target, voxel weight, out, …"""
     if plan.copies:
         with aligned(device, plan.copies, addresses) as copied:
             run_apply(
@@ -197,7 +197,7 @@ def run_apply(
     _WRITE[4](record, _COEFFICIENTS, coefficients, slot_stride, row_stride, upstream)
     _write_number(record, _SCALE, scale)
     if len(addresses) > _OTHERS and not plan.general:
-        _WRITE[1](record, _LOSSES, addresses[_OTHERS + 1])  # its one field
+        _WRITE[1](record, _LOSSES, addresses[_OTHERS + 1])  # its only field
     call = np.frombuffer(record, _RECORDS[plan.general])
     device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
 
@@ -219,14 +219,14 @@ def write_map(device: Device, request: Request, arrays: Arrays, voxel_map: Map) 
         device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
 
 
-# Where the fields that change from call to call lie in the record, neighbours in this order.
+# Offsets in the record of the fields that change from call to call; adjacent fields in this order.
 def _place(field: str) -> int:
     offset: int = GENERAL_CALL.fields[field][1]  # type: ignore[index]
     assert field not in (CALL.names or ()) or CALL.fields[field][1] == offset  # type: ignore[index]
     return offset
 
 
-_OTHERS = 4  # addresses before that of the regions, behind which are those of the fields
+_OTHERS = 4  # addresses before those of the regions and of the fields
 _PARTIAL = _place("partial")  # sums, voxel_sums
 _COEFFICIENTS = _place("coefficients")  # slot_stride, row_stride, upstream
 _SCALE, _LOSSES = _place("scale"), _place("losses")  # losses, loss_weights
@@ -235,7 +235,7 @@ _RECORDS = {
     general: np.dtype(("V", kind.itemsize))
     for general, kind in ((False, CALL), (True, GENERAL_CALL))
 }
-# Python's own packing takes a fraction of the time that NumPy takes for so few numbers.
+# For so few numbers, struct packing takes a fraction of NumPy's time.
 _WRITE = {n: struct.Struct(f"={n}q").pack_into for n in range(1, 10)}
 _write_number = struct.Struct("=d").pack_into
 
@@ -243,7 +243,9 @@ _write_number = struct.Struct("=d").pack_into
 def _record(plan: Plan, addresses: tuple[int, ...]) -> bytearray:
     """The bytes of CALL or GENERAL_CALL for arrays at these addresses."""
     record = bytearray(plan.call)
-    starts: Sequence[int] = addresses[: len(plan.offsets)]  # a field may be found otherwise
+    starts: Sequence[int] = addresses[
+        : len(plan.offsets)
+    ]  # the address of a field may be passed otherwise
     if any(plan.offsets):
         starts = [a + o for a, o in zip(starts, plan.offsets, strict=False)]
     first, others = starts[:_OTHERS], starts[_OTHERS:]
@@ -260,14 +262,14 @@ _MOST_PLANS = 4096
 def plan_of(
     device: Device, request: Request, arrays: Arrays, out: np.ndarray | None, work: Work
 ) -> tuple[Plan, tuple[int, ...]]:
-    """The plan of a call, which is made once for arrays of one kind, and its addresses.
+    """The plan of a call, cached for arrays of the same kind, and its addresses.
 
-    ``out`` takes the gradient or, (B, voxels) or (B, C, voxels), the map.
+    ``out`` takes the gradient or the map, (B, voxels) or (B, C, voxels).
     """
     x, y, w = arrays.logits, arrays.target, arrays.voxel_weight
     at: tuple[int, ...] = (_address(x), _address(y), _address(w), _address(out))
     key: tuple[Any, ...] = (
-        id(request),  # which the plan keeps
+        id(request),  # kept alive by the plan
         x.shape,
         (x.strides, y.strides, w is not None and w.strides, out is not None and out.strides),
         (arrays.logits_dtype, arrays.target_dtype, arrays.weight_dtype),
@@ -324,7 +326,7 @@ def _operands(arrays: Arrays, at: tuple[int, ...], out: np.ndarray | None, work:
 
 
 def _map_operand(out: np.ndarray, shape: tuple[int, ...], address: int) -> Operand:
-    """A map, whose voxels are in the order of the spatial axes."""
+    """A map with its voxels in the order of the spatial axes."""
     strides = (*out.strides[:-1], *(0,) * (3 - out.ndim), *in_c_order(shape[2:], out.itemsize))
     return Operand(TYPES.index(out.dtype.name), strides, address % 16)
 

@@ -27,11 +27,11 @@ from fastloss.sums import FUNCTIONS, WEIGHTS
 
 MAX_FIELDS = 8
 MAX_SUMS = 32
-"""Of the build that serves any call; kernels for one kind of call know no such limit."""
+"""The limit of the build that serves any call; specialised kernels have none."""
 _FIELDS = ("voxel", "class", "labels")
 _WARPS = (4, 2, 1)
-_BLOCKS = 1536  # of a launch at most: a few for every multiprocessor
-_MOST_PARTIAL = 64 << 20  # bytes that the blocks of a launch leave behind, if they must
+_BLOCKS = 1536  # at most per launch: a few for every multiprocessor
+_MOST_PARTIAL = 64 << 20  # bytes for the sums of a launch's blocks, unless one needs more
 
 _CONSTANTS = (
     "path", "upstream_type", "logits_type", "target_type", "weight_type", "activation", "dense",
@@ -66,7 +66,7 @@ GENERAL_CALL = np.dtype(
 def plan_general(
     request: Request, operands: Operands, work: Work, rows: int, most_shared: int
 ) -> Plan:
-    """A pass, or the writing of a map, by the general kernel.
+    """The launch plan of a pass, or of a map, for the general kernel.
 
     ``rows``: the regions of a sample.
 
@@ -79,7 +79,7 @@ def plan_general(
     regions = operands.regions
     batch, classes, *spatial = operands.shape
     voxels, count = prod(spatial), len(request.sums) * classes
-    # The first place is that of the regions.
+    # The first place is for the regions.
     more = [regions or operands.nothing, *(o for _, o in operands.fields)]
     offsets, axes = walk(operands, more)
     computed = 8 if operands.logits.type == cuda_call.FLOAT64 else 4

@@ -1,6 +1,6 @@
-"""How softmax with a label map is spread over the threads of a GPU, as measured on an H100.
+"""How softmax with a label map is spread over the threads of a GPU, tuned on an H100.
 
-Shares are those of the limit (logits read twice, gradient written once, at the bandwidth of a
+Percentages are shares of the limit (logits read twice, gradient written once, at the bandwidth of a
 copy) that Dice + cross-entropy reached on 128³ voxels, batch 2, forward and backward.
 """
 
@@ -12,21 +12,21 @@ WIDEST = 53
 """The most classes that a thread holds."""
 _FEW = 16
 _SUMS_HELD = 72
-_RESIDENT_WARPS = 12  # of a multiprocessor, where several share a voxel's classes
+_RESIDENT_WARPS = 12  # per multiprocessor, where several warps share a voxel's classes
 _APPLY_BLOCKS = 32
 
 
 class Layout(NamedTuple):
-    """A way to spread a pass over threads.
+    """The layout of a pass over threads.
 
     Attributes:
-        warps: that share the classes of a voxel.
-        groups: of such warps in a block.
-        held: registers for the logits of a thread, where it holds neighbouring voxels.
-        all_held: for these and their sums.
-        least_blocks: of a multiprocessor at a time; 0: as many as the registers allow.
-        blocks: of a multiprocessor in a launch.
-        stages: tiles in shared memory, channels last: one is computed while others arrive.
+        warps: the number of warps that share the classes of a voxel.
+        groups: the number of such groups of warps in a block.
+        held: registers for the logits of a thread that holds adjacent voxels.
+        all_held: registers for these and their sums.
+        least_blocks: resident blocks per multiprocessor; 0: as many as the registers allow.
+        blocks: blocks per multiprocessor in a launch.
+        stages: tile buffers in shared memory, channels last: others are prefetched meanwhile.
     """
 
     warps: int
@@ -45,10 +45,10 @@ def layout_of(
 
     Args:
         item: the bytes of a logit, 4 or 2.
-        sums: how many sums of a class a thread forms; 0 in the apply pass.
-        last: whether channels lie last in memory.
+        sums: how many sums per class a thread accumulates; 0 in the apply pass.
+        last: whether the layout in memory is channels-last.
         reduces: whether it is the reduce pass.
-        most_rows: blocks of a multiprocessor whose sums fit the memory for them.
+        most_rows: the most blocks per multiprocessor whose sums fit the memory for them.
     """
     if not reduces:
         # Many blocks: 87 → 90 % (14 classes, float32), 75 → 77 % (bfloat16). Two warps of 53
@@ -57,8 +57,8 @@ def layout_of(
         held = 2 * WIDEST if classes > 105 and not last else 72
         stages = 3 if last else 1  # 2: 65 → 68 % (14 classes, bfloat16)
         return Layout(warps, max(1, 4 // warps), held, blocks=_APPLY_BLOCKS, stages=stages)
-    # All blocks at once, each with an equal share: more begin when others have ended, and then the
-    # last ones run alone.
+    # All blocks are resident, with equal shares: further blocks would start as others end, and the
+    # last ones would run alone.
     stages = 2 if last else 1  # 1: 64 → 58 % (14 classes, bfloat16), 53 → 39 % (105); 3: the same
     if classes <= _FEW:
         if last:
@@ -70,7 +70,7 @@ def layout_of(
         else:
             least, blocks = 0, 4  # 87 → 90 %, 75 → 79 % (14 classes)
         return Layout(1, 4, least_blocks=least, blocks=blocks, stages=stages)
-    # The fewer warps share a voxel, the less they tell each other: 57 → 81 % (105 classes,
+    # The fewer warps share a voxel, the less they exchange: 57 → 81 % (105 classes,
     # bfloat16), 58 → 82 % (48), 44 → 78 % (200); but one warp of 48 reaches 56 %.
     each = 35 if classes <= 128 or last else WIDEST
     warps = _shared_by(classes, min(each, _SUMS_HELD // max(sums, 1)))
@@ -78,7 +78,7 @@ def layout_of(
     resident = _RESIDENT_WARPS if classes <= 128 else 8
     if classes <= 24 or 36 <= classes <= 52:
         resident = 16  # 3 blocks → 4: 76 → 80 % (24 classes, bfloat16), 75 → 82 % (48)
-    # A block leaves one row of sums, however many groups it has.
+    # A block writes one row of sums, however many groups it has.
     groups = max(1, 4 // warps)
     while (groups + 1) * warps <= resident and resident // (groups * warps) > most_rows:
         groups += 1
@@ -88,5 +88,5 @@ def layout_of(
 
 
 def _shared_by(classes: int, each: int) -> int:
-    """How many warps share so many classes."""
+    """How many warps share this many classes."""
     return -(-classes // each)

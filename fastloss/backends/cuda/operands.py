@@ -1,4 +1,4 @@
-"""The numbers of a loss on a GPU, as which nothing is compiled anew and for which nothing waits."""
+"""The numbers of a loss on a GPU: changing them needs neither recompilation nor synchronisation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastloss.borrowed import Place
 
 MOST = 384
-"""How many numbers a launch takes along: 3 of the 4 KiB that its arguments may have."""
+"""How many numbers fit the launch arguments: 3 KiB of 4."""
 KERNELS = ("fastloss_operand",)
 # Mirrors `struct OperandCall` in csrc/cuda/operands.cu.
 OPERAND_CALL = np.dtype(
@@ -33,18 +33,18 @@ _RECORD = np.dtype(("V", OPERAND_CALL.itemsize))
 
 HOST = "host"
 Layout = tuple[str | bytes, ...]
-"""Per operand of a loss where it is: with the launch (`HOST`); in an array on the device, of this
-dtype; or nowhere, as the program has these very numbers, for a term that cannot have others."""
+"""Where each operand of a loss is: a launch argument (`HOST`); an array on the device, of this
+dtype; or, for a term whose numbers cannot change, a constant of the program."""
 
 
 class Operands(NamedTuple):
     """The numbers of a loss in one call.
 
     Attributes:
-        layout: what a program is made for, beside the structure of the loss.
-        host: the numbers that travel with the launch.
-        addresses: of the arrays on the device.
-        kept: what must live until the launch is queued.
+        layout: the cache key of a program, together with the structure of the loss.
+        host: the numbers that are launch arguments.
+        addresses: the addresses of the arrays on the device.
+        kept: objects that must stay alive until the launch is queued.
     """
 
     layout: Layout
@@ -54,7 +54,7 @@ class Operands(NamedTuple):
 
 
 def operands_of(loss: FusedLoss, place: Place) -> Operands:
-    """The numbers of a loss, where they are now."""
+    """The numbers of a loss, and where they are now."""
     layout: list[str | bytes] = []
     host: list[bytes] = []
     addresses: list[int] = []
@@ -77,7 +77,7 @@ def operands_of(loss: FusedLoss, place: Place) -> Operands:
 
 
 def recorded_of(loss: FusedLoss) -> list[bool]:
-    """Per operand of a loss, whether its formulas take an array that records what is done."""
+    """Per operand of a loss, whether its formulas accept a recording array."""
     found = [True]
     for _, term in loss.terms:
         kind: Any = type(term)
@@ -108,9 +108,9 @@ def on_device(device: Device, numbers: bytes) -> Memory:
 def repeat(
     device: Device, to: int, dtype: str, address: int, count: int, step: int, owner: Any
 ) -> None:
-    """Write float64 numbers from an array on the device; ``step`` 0: its first one each time.
+    """Write float64 numbers from an array on the device; ``step`` 0: always its first one.
 
-    The ``owner`` of the array lives until the launch is queued.
+    The ``owner`` keeps the array alive until the launch is queued.
     """
     call = np.zeros(1, OPERAND_CALL)
     call["to"], call["from"], call["count"], call["step"] = to, address, count, step

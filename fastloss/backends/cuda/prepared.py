@@ -2,7 +2,7 @@
 
 Checking arrays, planning launches and looking up kernels takes the host several times as long as
 queueing them. In training all calls are alike, so the first one's plan is cached, for all losses
-that differ in numbers alone.
+that differ only in numbers.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _MOST_KINDS = 256
 _MOST_LOSSES = 256
 _FEW_SUMS = 256 << 10  # bytes
 _calls: dict[tuple[str, ...], dict[Hashable, Prepared]] = {}
-"""By the structure of a loss and by the kind of the arrays."""
+"""By the structure of a loss, then by the kind of the arrays."""
 
 
 class Kept(NamedTuple):
     """Results of the forward pass that the backward pass reads."""
 
     memory: Any
-    """(S · B · C + …) float64 on the device, the derivatives by the sums first."""
+    """(S · B · C + …) float64 on the device; the derivatives by the sums come first."""
     address: int
 
 
 class Prepared:
-    """Calls of losses that differ in numbers alone, with arrays of one kind."""
+    """The cached plan for losses that differ only in numbers, and arrays of one kind."""
 
     def __init__(self, loss: FusedLoss, logits: Any, target: Any, voxel_weight: Any) -> None:
-        passes = loss.passes(logits, target, voxel_weight)  # raises what there is to raise
+        passes = loss.passes(logits, target, voxel_weight)  # raises all errors
         request, arrays = passes.request, passes.arrays
         assert passes.logits.place is not None
         self.place = passes.logits.place
@@ -60,13 +60,13 @@ class Prepared:
             and not program.value_shape
             and arrays.logits.size > 0
         )
-        """Whether what is kept here is enough; if not, calls go the long way."""
+        """Whether the cached plan is sufficient; if not, calls take the full path."""
         if not self.alike:
             return
         device = self._device()
         self._plan, _ = engine.plan_of(device, request, arrays, None, Work("reduce"))
         self._reduce = device.passes(self._plan.constants, "reduce")
-        # One block of threads adds few sums faster than a kernel of its own is launched.
+        # One block of threads adds few sums faster than a separate kernel is launched.
         self._joined = not self._plan.general and self._plan.partial <= _FEW_SUMS
         self._combine = (operands.layout, program, self._kernel(program))
         self._latest: tuple[tuple[np.ndarray, ...], Operands] = (), operands
@@ -76,7 +76,7 @@ class Prepared:
         self._outs: dict[Hashable, tuple[int, int]] = {}
         slots, batch, classes = self.shape
         count = slots * batch * classes
-        # Where what is made on the way lies in one piece of memory, in bytes; derivatives first.
+        # Offsets of intermediate results in one allocation, in bytes; derivatives first.
         self._sums, self._voxels, self._scratch = 8 * count, 16 * count, 16 * count + 8 * batch
         self._doubles = 2 * count + batch
 
@@ -88,18 +88,18 @@ class Prepared:
         return cuda.CudaDevice(self.place)
 
     def value(self, loss: FusedLoss, at: tuple[int, ...]) -> tuple[Any, Kept]:
-        """Queue the reduce pass and the step behind it, of arrays at these addresses.
+        """Queue the reduce pass and the combine step on arrays at these addresses.
 
-        Of the ``loss`` the numbers may be others than before.
+        The numbers of the ``loss`` may differ from earlier calls.
         """
         place, device = self.place, self._device()
         arrays, operands = self._latest
-        own = loss.operands  # other arrays where numbers are others
+        own = loss.operands  # other arrays if the numbers changed
         if loss.given or len(own) != len(arrays) or not all(map(is_, own, arrays)):
             operands = operands_of(loss, place)
             self._latest = () if loss.given else own, operands
         layout, program, combine = self._combine
-        if operands.layout != layout:  # of a term that cannot have other numbers
+        if operands.layout != layout:  # of a term whose numbers cannot change
             dtype = np.dtype(self.dtype)
             program = cuda.program_of(loss, self._plan.request, self.shape, dtype, operands)
             combine = self._kernel(program)
@@ -137,9 +137,9 @@ class Prepared:
         at: tuple[int, ...],
         out: Any,
     ) -> bool:
-        """Whether the gradient may be written to ``out``; if not, it goes the long way.
+        """Whether the cached plan can write the gradient to ``out``; if not, use the full path.
 
-        Raises what ``out`` is to blame for.
+        Raises the errors about ``out``.
         """
         kind = adapter.kind(out, "out")
         if kind is None:
@@ -172,7 +172,7 @@ class Prepared:
     ) -> Any:
         """Queue the apply pass; ``upstream``: one number on the device, or None for 1.
 
-        ``out``: what `takes` said yes to, or None for a new array.
+        ``out``: an array that `takes` accepted, or None for a new one.
         """
         place, device = self.place, self._device()
         new, layout = out, None
@@ -220,7 +220,7 @@ class Prepared:
         return plan, device.passes(plan.constants, "apply")
 
     def coefficients(self, kept: Kept, upstream: Any) -> cuda.DeviceCoefficients:
-        """For `CudaBackend.gradient`, as `CudaBackend.combine` makes them."""
+        """The coefficients for `CudaBackend.gradient`, as `CudaBackend.combine` computes them."""
         _, batch, classes = self.shape
         upstream = self.place.scalar(upstream, self.dtype)
         return cuda.DeviceCoefficients(
@@ -235,7 +235,7 @@ class Prepared:
 
 
 def _span(view: np.ndarray) -> tuple[int, int]:
-    """Its bytes, from the address of its first number on."""
+    """The extent of its bytes, from the address of its first number on."""
     address: int = view.__array_interface__["data"][0]
     low, high = byte_bounds(view)
     return low - address, high - address
@@ -246,7 +246,7 @@ def find(
 ) -> tuple[Prepared, tuple[int, ...]] | None:
     """The cached plan of calls like this one, and the addresses of its arrays; None: the full path.
 
-    ``kind`` is that of the logits. Raises what the arrays are to blame for.
+    ``kind`` is that of the logits. Raises the errors about the arrays.
     """
     of_target = adapter.kind(target, "target")
     of_weight = None if voxel_weight is None else adapter.kind(voxel_weight, "voxel_weight")

@@ -1,4 +1,4 @@
-"""The CUDA sources, as one text for the compiler."""
+"""The CUDA sources, joined into one text for the compiler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _INCLUDE = re.compile(r'^#include "([\w./]+)"\n', re.MULTILINE)
 
 
 def folder() -> Path:
-    """Where the sources lie: in the installed package, or in a checkout."""
+    """The folder of the sources: in the installed package, or in a checkout."""
     for place in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
         if (place / "cuda" / "passes.cu").exists():
             return place
@@ -23,10 +23,10 @@ def folder() -> Path:
 
 @cache
 def source(name: str) -> str:
-    """A source with what it includes, every file once, without comments.
+    """A source with its includes, every file once, without comments.
 
-    These are not ASCII, which files of the compiler may have to be, and a change to them does not
-    change the kernels that were compiled before.
+    Comments are not ASCII, which compilers may require, and editing them should not invalidate
+    cached kernels.
     """
     seen: set[str] = set()
 
@@ -74,7 +74,7 @@ def specialised(constants: tuple[tuple[str, object], ...], kernel: str) -> str:
 
 
 def describe(constants: tuple[tuple[str, object], ...]) -> str:
-    """The constants of a kernel, in words."""
+    """The constants of a kernel as readable text."""
     c = dict(constants)
     activation = ("softmax", "sigmoid", "probabilities")[int(str(c["activation"]))]
     logits = TYPES[int(str(c["logits_type"]))]

@@ -1,4 +1,4 @@
-"""The choice of the largest losses on a GPU, without waiting for it."""
+"""Selects the largest losses on a GPU, without synchronisation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def keep_largest(
 ) -> None:
     """As `fastloss.TopKCrossEntropy.choose`, for losses at an address.
 
-    They become shares in the mean of the largest ``percent``, which is written to the address
+    The losses become shares in the mean of the largest ``percent``, which is written to the address
     ``mean`` as float64.
     """
     if not count:

@@ -1,7 +1,7 @@
 """The passes in Numba: compiled on first use, for machines without the C++ kernels.
 
-The voxels of a sample are cut to blocks, the same for any number of threads. Each has its own
-sums, in float64, and these are added in order.
+The voxels of a sample are cut into blocks, the same for any number of threads. Each block has its
+own float64 sums, which are added in order.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fastloss.backends.reference import check_dense, check_targets
 from fastloss.maps import Map
 from fastloss.request import Request
 
-_config: Any = _untyped_config  # its attributes are made at run time
+_config: Any = _untyped_config  # its attributes are created at run time
 
 _FEW_LOGITS = 1 << 17  # below this, starting a second thread costs more than it saves
 
 
 class NumbaBackend(Backend):
-    """Compiled kernels whose blocks threads share."""
+    """Compiled kernels; threads share the blocks."""
 
     name = "numba"
 
@@ -41,10 +41,10 @@ class NumbaBackend(Backend):
         self._threads = max(1, min(int(number), _config.NUMBA_NUM_THREADS))
 
     def get_num_threads(self) -> int:
-        """How many threads compute: if not set here, as `numba.get_num_threads` says."""
+        """How many threads compute: by default `numba.get_num_threads`."""
         if self._threads is not None:
             return self._threads
-        # Asking would start Numba's own threads; not yet started, they were not limited either.
+        # Asking would start Numba's own threads; before they start there is no limit to ask for.
         if getattr(parallel, "_is_initialized", True):
             return int(parallel.get_num_threads())
         return int(_config.NUMBA_NUM_THREADS)
@@ -80,10 +80,10 @@ class NumbaBackend(Backend):
         self._run(Call(request, arrays, voxel_map=voxel_map), work)
 
     def _run(self, call: Call, work: Callable[[Worker, int, Block], Any]) -> list[Any]:
-        """Do the work on every block; the results, in the order of the blocks.
+        """Run the work on every block; return the results in block order.
 
         Raises:
-            ValueError: a kernel has found labels or voxel weights that are none.
+            ValueError: a kernel has found bad labels or voxel weights.
         """
         results: list[Any] = [None] * len(call.turns)
         left = deque(enumerate(call.turns))
@@ -107,11 +107,11 @@ class NumbaBackend(Backend):
 
 
 def _run_on(function: Callable[[], None], threads: int) -> None:
-    """Call the function from so many threads, one of them the caller's.
+    """Call the function from this many threads, the caller's included.
 
-    Numba's own threading layers do not serve here: one aborts when two Python threads use it at
-    once, another when a process forked from one that used it does. The kernels release the GIL, so
-    plain threads will do.
+    Numba's own threading layers are unsafe: one aborts if two Python threads use it at once,
+    another in a process forked from one that used it. The kernels release the GIL, so plain threads
+    suffice.
     """
     errors: list[BaseException] = []
 
@@ -122,7 +122,7 @@ def _run_on(function: Callable[[], None], threads: int) -> None:
             errors.append(error)
 
     others = []
-    with suppress(RuntimeError):  # no more threads start, as at the end of the process
+    with suppress(RuntimeError):  # no more threads can start, as at process exit
         for _ in range(threads - 1):
             thread = Thread(target=guarded)
             thread.start()

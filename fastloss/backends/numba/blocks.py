@@ -1,7 +1,7 @@
-"""A call's arrays, cut to blocks of voxels: kernels see one contiguous row of a block per class.
+"""A call's arrays, cut into blocks of voxels: kernels see one contiguous row of a block per class.
 
-An array that lies in memory as a kernel wants it is used where it is. Of any other NumPy copies
-one block at a time, whatever its dtype and strides.
+An array of suitable layout and dtype is used in place. Any other array is copied by NumPy, one
+block at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Block(NamedTuple):
-    """Voxels that follow each other: where they are along the axes, the first, and how many."""
+    """Consecutive voxels: their slices along the axes, the first voxel, and their number."""
 
     place: tuple[int | slice, ...]
     first: int
@@ -30,7 +30,7 @@ def blocks_of(shape: tuple[int, ...], most: int) -> tuple[Block, ...]:
         inner *= shape[axis]
     if axis == 0:
         return (Block((), 0, inner),) if inner else ()
-    # The axis before is cut to even parts, and those before it to single steps.
+    # The preceding axis is cut into even parts, and those before it into single steps.
     *outer, length = shape[:axis]
     parts = -(-length // max(1, most // inner))
     blocks, first = [], 0
@@ -44,7 +44,7 @@ def blocks_of(shape: tuple[int, ...], most: int) -> tuple[Block, ...]:
 
 
 class Order(NamedTuple):
-    """The spatial axes in the order in which logits lie in memory, slowest first."""
+    """The spatial axes in the memory order of the logits, slowest first."""
 
     axes: tuple[int, ...]
     backwards: tuple[int, ...]
@@ -59,13 +59,13 @@ class Order(NamedTuple):
         )
 
     def arrange(self, array: np.ndarray) -> np.ndarray:
-        """The view (B, K, *spatial) with its spatial axes in this order, none backwards."""
+        """The view (B, K, *spatial) with its spatial axes in this order and positive strides."""
         view: np.ndarray = np.flip(array, self.backwards).transpose(0, 1, *self.axes)
         return view
 
 
 class Operand:
-    """An array (B, K, *spatial) that kernels read, or write, as rows of this dtype."""
+    """An array (B, K, *spatial) that kernels read or write as rows of this dtype."""
 
     def __init__(self, array: np.ndarray, dtype_name: str, dtype: np.dtype, order: Order) -> None:
         self.array = order.arrange(array)
@@ -80,20 +80,20 @@ class Operand:
         return self.array[place]
 
     def rows(self, sample: int) -> np.ndarray:
-        """The rows of a sample of a direct operand, (K, voxels)."""
+        """The rows of a sample, (K, voxels), of an operand that is used in place."""
         array: np.ndarray = self.array[sample]
         return array.reshape(len(array), prod(array.shape[1:]))
 
 
 class Window:
-    """A block of an operand at a time, for one thread: (K, N) rows, and where it begins in them."""
+    """One block of an operand at a time, for one thread: (K, N) rows, and the block's offset."""
 
     def __init__(self, operand: Operand) -> None:
         self.operand = operand
         self.memory = np.empty(0, operand.dtype)
 
     def read(self, sample: int, block: Block) -> tuple[np.ndarray, int]:
-        """The rows that hold the block, which may not be written."""
+        """The rows that hold the block, read-only."""
         rows, first = self.rows(sample, block)
         if not self.operand.direct:
             source = self.operand.part(sample, block)
@@ -106,11 +106,11 @@ class Window:
                 copy[...] = wide
             else:
                 copy[...] = source
-        rows.flags.writeable = False  # or Numba would compile for either
+        rows.flags.writeable = False  # or Numba would compile for both kinds
         return rows, first
 
     def rows(self, sample: int, block: Block) -> tuple[np.ndarray, int]:
-        """The rows that take what a kernel writes to the block, until it is stored."""
+        """The rows that a kernel writes the block to, before `store`."""
         operand = self.operand
         if operand.direct:
             return operand.rows(sample), block.first
@@ -120,7 +120,7 @@ class Window:
         return self.memory[:size].reshape(-1, block.size), 0
 
     def store(self, sample: int, block: Block) -> None:
-        """Bring to the block what was written to its rows."""
+        """Copy the written rows to the block."""
         if not self.operand.direct:
             target = self.operand.part(sample, block)
             rows = self.memory[: target.size].reshape(target.shape)
@@ -128,7 +128,7 @@ class Window:
 
 
 def _as_bfloat16(array: np.ndarray) -> np.ndarray:
-    """Rounded to the nearest, ties to even; the array is overwritten."""
+    """Rounded to nearest even; the array is overwritten."""
     undefined = np.isnan(array)
     bits = array.view(np.uint32)
     odd = bits >> 16

@@ -1,4 +1,4 @@
-"""One call: its arrays as the kernels take them, and what a thread does with a block."""
+"""One call: its arrays as operands of kernels, and a thread's work on a block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastloss.request import ACTIVATIONS, Request
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
-_LABELS = INTEGERS | {"float32", "float64"}  # dtypes that Numba knows
+_LABELS = INTEGERS | {"float32", "float64"}  # dtypes that Numba supports
 _BY = {"p": general.BY_P, "log_p": general.BY_LOG_P, "log_q": general.BY_LOG_Q}
 _MAP_KINDS = {
     "voxel": general.VOXEL,
@@ -25,13 +25,13 @@ _MAP_KINDS = {
     "error": general.ERROR,
     "mask": general.MASK,
 }
-# Logits of a block: with what kernels keep of it, it stays in the second-level cache. A copy of
-# one takes little memory beside the arrays.
+# Logits of a block: with the scratch memory of kernels it stays in the L2 cache, and a copy of it
+# is small beside the arrays.
 _LOGITS, _LOGITS_COPIED = 1 << 19, 1 << 15
 
 
 def _constant(array: np.ndarray) -> np.ndarray:
-    """Numba compiles apart for arrays that may be written, and for those that may not."""
+    """The array as read-only: Numba compiles separately for writable arrays."""
     array.flags.writeable = False
     return array
 
@@ -41,7 +41,7 @@ _ROW_0 = np.zeros(1, np.int64)
 
 
 class Part(NamedTuple):
-    """The bad labels and weights of a block; the rows it has voxels of, their sums and weights."""
+    """The numbers of bad labels and weights of a block; its rows, their sums and weights."""
 
     bad: int
     rows: np.ndarray = _ROW_0
@@ -66,7 +66,7 @@ class Call:
         x, kind = arrays.logits, arrays.target_dtype
         batch, self.classes = x.shape[:2]
         self.activation = ACTIVATIONS.index(request.activation)
-        # The fast path takes these sums and nothing else.
+        # The fast path takes only these sums.
         fast = (
             request.activation == "softmax"
             and not arrays.dense
@@ -125,7 +125,7 @@ class Call:
 
 @lru_cache(maxsize=256)
 def _table(request: Request, dtype: np.dtype, fast: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The sums as the kernels of `general` or `softmax_labels` read them, and their parameters."""
+    """The sums as arguments of `general`'s or `softmax_labels`'s kernels, and their parameters."""
     if fast:
         slots = [request.index.get(total, -1) for total in softmax_labels.SUMS]
         return np.array(slots, np.int64), np.empty(0, dtype)
@@ -145,7 +145,7 @@ def _table(request: Request, dtype: np.dtype, fast: bool) -> tuple[np.ndarray, n
 
 
 class Worker:
-    """One thread's windows on the operands, its scratch memory, and what it does."""
+    """One thread's windows on the operands, its scratch memory, and its work."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -171,10 +171,10 @@ class Worker:
             np.empty((1, width), np.int32),
         )
 
-    # ------------------------------------------------------------------ what is done with a block
+    # ------------------------------------------------------------------ work on a block
 
     def reduce(self, sample: int, block: Block) -> Part:
-        """The sums over the block, and its map."""
+        """Compute the sums over the block, and write its map."""
         call = self.call
         inputs, rows, bad = self._inputs(sample, block)
         sums = np.zeros((len(call.request.sums), len(rows), call.classes))
@@ -195,7 +195,7 @@ class Worker:
         self.out.store(sample, block)
 
     def label(self, sample: int, block: Block) -> Part:
-        """Write the map of labels, of all voxels, whether they count or not."""
+        """Write the map of labels, for all voxels, including ignored ones."""
         _, bad = self._codes(sample, block)
         weight = self._row(self.weight, sample, block, _NO_WEIGHT)
         bad += int(np.count_nonzero(~((weight >= 0) & (weight < np.inf))))
@@ -206,7 +206,7 @@ class Worker:
         self.map.store(sample, block)
         return Part(bad)
 
-    # ------------------------------------------------------------------ what kernels are given
+    # ------------------------------------------------------------------ arguments of kernels
 
     def _inputs(self, sample: int, block: Block) -> tuple[tuple[Any, ...], np.ndarray, int]:
         """The arguments that all kernels share, the rows of the block, and the bad labels."""
@@ -217,7 +217,7 @@ class Worker:
             given = self._row(self.regions, sample, block)
             regions, rows = np.empty(block.size, np.int32), np.zeros(block.size, np.int64)
             count = labels.number_rows(given, self.numbers, regions, rows)
-            rows = rows[: max(count, 1)]  # of voxels of no region, any one
+            rows = rows[: max(count, 1)]  # without voxels of any region, an arbitrary row
         fields = np.empty((len(self.fields), call.classes, block.size), call.dtype)
         for numbers, window, field in zip(fields, self.fields, call.arrays.fields, strict=True):
             given, first = window.read(sample, block)
@@ -241,7 +241,7 @@ class Worker:
         return inputs, rows, bad
 
     def _codes(self, sample: int, block: Block) -> tuple[np.ndarray, int]:
-        """Labels as kernels take them, none of a dense target, and how many are bad."""
+        """Encoded labels, empty for a dense target, and how many are bad."""
         if self.labels is None:
             return _NO_NUMBERS, 0
         if len(self.codes) < block.size:
@@ -253,7 +253,7 @@ class Worker:
     def _row(
         self, window: Window | None, sample: int, block: Block, absent: np.ndarray = _NO_NUMBERS
     ) -> np.ndarray:
-        """The block's part of an array that has one row, (n,)."""
+        """The block's part of an array with one row, (n,)."""
         if window is None:
             return absent
         rows, first = window.read(sample, block)

@@ -1,7 +1,7 @@
 """The table of the functions of p: the value and the derivative of each, once."""
 
 # mypy: ignore-errors
-# What Numba compiles has no types that mypy could check.
+# mypy cannot check functions that Numba compiles.
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastloss.backends.numba.kernels import inner
 
 
 class Voxel(NamedTuple):
-    """The inputs of a formula for one voxel and class: with q = 1−p, powers of a parameter γ."""
+    """The inputs of a formula for one voxel and class, with q = 1−p and the powers p^γ and q^γ."""
 
     p: float
     q: float
@@ -44,15 +44,15 @@ READS = {"log_p": LOG_P, "log_q": LOG_Q, "p_gamma": P_GAMMA, "q_gamma": Q_GAMMA}
 
 @inner
 def product(a, b):
-    """a b, and 0 where a factor is 0 though the other be infinite."""
+    """a b, but 0 for 0 · ∞."""
     nothing = ((a == 0) & (b == b)) | ((b == 0) & (a == a))
     return 0.0 if nothing else a * b
 
 
 @inner
 def _focal_slope(p, log_p, q, q_gamma, gamma):
-    """The derivative of q^γ log p by log p."""
-    # Near p = 1 it is like −q^γ, which below γ = 1 is no longer seen from its factors.
+    """The derivative of q^γ log p by log p: q^γ − γ p log p · q^(γ−1), as dq = −p d(log p)."""
+    # At q = 0 the second part has the limit 0, as log p ≈ −q, though for γ < 1 q^(γ−1) is infinite.
     return q_gamma - gamma * (0.0 if q == 0 else product(product(p, log_p), q_gamma / q))
 
 

@@ -1,7 +1,7 @@
 """The general path: any table of sums, any activation and target, with fields, regions and maps."""
 
 # mypy: ignore-errors
-# What Numba compiles has no types that mypy could check.
+# mypy cannot check functions that Numba compiles.
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ from fastloss.backends.numba.rows import (
 
 SOFTMAX, SIGMOID, NONE = range(3)
 VOXEL, CLASS, ERROR, MASK = 1, 2, 3, 4  # kinds of maps; 0: none
-# Columns of the table of sums, a row for each: the numbers of its weight and of its function,
-# what the function reads, the row that its derivative is added to, and the field, −1: none.
+# Columns of the table of sums: per sum, the numbers of its weight and of its function, the inputs
+# that the function reads, the row that its derivative is added to, and its field, −1: none.
 BY_WEIGHT, BY_FUNCTION, READS, DERIVATIVE, FIELD = range(5)
 
-# Rows of scratch memory, beside those of `rows`: of every class,
+# Rows of scratch memory, in addition to those of `rows`: per class,
 LOG_OF_P, Q, LOG_OF_Q, TARGET, BY_P, BY_LOG_P, BY_LOG_Q = 1, 2, 3, 4, 5, 6, 7
-SLOPES = LOG_OF_Q  # when that has been used
-# and of all together.
+SLOPES = LOG_OF_Q  # overwrites it after its last use
+# and for all classes together.
 LOG_SUM, WEIGHT_OF_SUM, SUMMAND, POWER_OF_P, POWER_OF_Q = 4, 5, 6, 7, 8
 TILES, ROWS, WIDTH, LOGITS_OF_TILE = 8, 9, 512, 1 << 16
 
 
 def _row_of_weight(name: str, formula: Callable[..., Any]) -> Callable[..., Any]:
-    """m · weight, by a formula."""
+    """A function that computes m · weight by a formula."""
     formula = inner(named(formula, f"weight_{name}"))
 
     def row(t, r, size):
@@ -66,7 +66,7 @@ def _row_of_weight(name: str, formula: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _row_of_function(name: str, formula: Callable[..., Any], add: bool) -> Callable[..., Any]:
-    """The weight of a sum times a formula, into ``to`` or added to it."""
+    """A function that writes the weight of a sum times a formula to ``to``, or adds it."""
     formula = inner(named(formula, name))
 
     def row(t, r, gamma, to):
@@ -83,7 +83,7 @@ def _row_of_function(name: str, formula: Callable[..., Any], add: bool) -> Calla
 
 def _one_of(name: str, rows: Sequence[Callable[..., Any]]) -> Any:
     """A function (number, *arguments) that calls the row of this number."""
-    # Written out, as Numba knows no tables of functions.
+    # Generated code, as Numba has no tables of functions.
     known = {f"row_{i}": inner(row) for i, row in enumerate(rows)}
     calls = [f"    if number == {i}: row_{i}(*arguments)" for i in range(len(rows))]
     exec("\n".join(["def pick(number, *arguments):", *calls]), known)
@@ -107,17 +107,17 @@ def reduce(
     """Add the sums over the n voxels of a block to ``sums`` (S, R, C) and ``voxels`` (R,).
 
     Args:
-        logits: (C, N), and where the block begins; target and map_out likewise.
-        codes: labels, (n,) int32, below 0 where a voxel counts for nothing; empty: dense target.
+        logits: (C, N), and the offset of the block; target and map_out likewise.
+        codes: labels, (n,) int32, below 0 for ignored voxels; empty: dense target.
         target: (C, M), empty: labels.
-        ignore: of a dense target: the ignored number, NaN: none; and whether it is a class.
+        ignore: for a dense target, the ignored number, NaN: none; and whether it is a class.
         weight: (n,), or empty.
-        regions: of every voxel the row of sums, below 0: none, (n,) int32; or empty: row 0.
+        regions: the row of sums of every voxel, below 0: none, (n,) int32; or empty: row 0.
         fields, table, gammas: (F, C, n), (S, 5), see above, and (S,).
         scratch: see `rows`.
         map_out: of kind map_kind (C or 1, K), with coefficients map_k (S, C).
 
-    Returns how many of the weights are none.
+    Returns the number of bad weights.
     """
     bad, r = 0, scratch[1]
     out, first_out = map_out
@@ -155,7 +155,7 @@ def apply(
     n, activation, logits, codes, target, ignore, weight, regions, fields, table, gammas,
     scratch, coefficients, gradient_out,
 ):  # fmt: skip
-    """Write the gradient of a block to ``gradient_out``, (C, K) and where the block begins.
+    """Write the gradient of a block to ``gradient_out``, (C, K) and the offset of the block.
 
     ``coefficients``, (S, R, C), are the derivatives by the sums. Other arguments as in `reduce`.
     """
@@ -195,7 +195,7 @@ def _reads(table):
 
 @inner
 def _load(codes, target, ignore, weight, regions, start, size, scratch):
-    """The targets of a tile, and the voxel weights; how many of these are none."""
+    """Load the targets and voxel weights of a tile; return the number of bad weights."""
     tiles, w = scratch[0], scratch[1][WEIGHT, :size]
     ignored, is_class = ignore
     bad = voxel_weights(weight, codes if ignored == ignored else codes[:0], regions, start, w)
@@ -221,7 +221,7 @@ def _ignore(g, ignored, is_class, w):
 
 @inner
 def _activate(activation, reads, logits, start, size, scratch):
-    """p, 1−p and, where they are read, their logarithms; of a softmax also the largest class."""
+    """Compute p, 1−p and, if read, their logarithms; for softmax also the largest class."""
     tiles, r, _, ints = scratch
     x, first = logits[0], logits[1] + start
     if activation == SOFTMAX:
@@ -255,7 +255,7 @@ def _softmax_row(c, at, r, t, size):
     for i in range(size):
         p = t[P, i] * r[INVERSE, i]
         t[P, i] = p
-        t[Q, i] = r[REST, i] if at[i] == c else one - p  # exact where p is near 1 as well
+        t[Q, i] = r[REST, i] if at[i] == c else one - p  # exact even where p is near 1
 
 
 @inner
@@ -267,10 +267,12 @@ def _log_p_row(r, t, size):
 
 @inner
 def _log_q_row(t, size):
+    # For p < ½ compensated, as log1p(−p): with z = fl(1 − p), log(1 − p) ≈ log z − ((z − 1) + p) /
+    # z.
     one, zero = t.dtype.type(1), t.dtype.type(0)
     for i in range(size):
         p, q = t[P, i], t[Q, i]
-        small = p + p < one  # then as log1p(−p)
+        small = p + p < one
         z = one - p if small else q
         lost = ((z - one) + p) / z
         t[LOG_OF_Q, i] = log(z) - (lost if small else zero)
@@ -349,7 +351,7 @@ def _label_row(y, c, out):
 
 @inner
 def _scale(factors, regions, row):
-    """By the factor of every voxel's region; of none, whose summands are 0, by any."""
+    """Multiply by the factor of every voxel's region; without a region, summands are 0 anyway."""
     for i in range(len(row)):
         row[i] *= factors[max(regions[i], 0) if len(regions) else 0]
 
@@ -362,7 +364,7 @@ def _add_times(factor, row, to):
 
 @inner
 def _add(summands, regions, sums):
-    """Add a row of voxels to the sums of their regions, or without any to the first."""
+    """Add a row of voxels to the sums of their regions, or to the first if there are none."""
     if not len(regions):
         sums[0] += total(summands)
     stop = 0
@@ -376,9 +378,12 @@ def _add(summands, regions, sums):
 
 @inner
 def _by_logits(activation, t, out):
-    """From the derivatives by p, log p and log(1−p) that by the logit; of a softmax by log p."""
+    """Combine the derivatives by p, log p and log(1−p) to that by the logit; for softmax, by log p.
+
+    dp/dx = p q, d log p/dx = q and d log q/dx = −p for sigmoid; d log q/d log p = −p / q.
+    """
     zero = t.dtype.type(0)
-    if activation == SOFTMAX:  # d log q / d log p = −p / q
+    if activation == SOFTMAX:
         for i in range(len(out)):
             of_q = t[BY_LOG_Q, i]
             of_q = zero if of_q == 0 else of_q * (t[P, i] / t[Q, i])

@@ -1,4 +1,4 @@
-"""How functions are compiled, and kept on disk."""
+"""How functions are compiled and cached on disk."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 import numba
 
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
-"""A product and a sum may be one instruction; no other flag leaves NaN and infinities alone."""
+"""FMA contraction only: the other flags that help would break NaN and infinities."""
 
 _INNER: dict[str, Any] = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _SUMMING: dict[str, Any] = {**_INNER, "fastmath": {"contract", "reassoc"}}
 
 
 def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A function that is made by another one, under a name of its own.
+    """Give a generated function a unique name.
 
-    In what is kept on disk functions find each other by name, argument types and a number that
-    depends on what else the process has compiled. Two functions of one name would be confused once
-    kernels that several processes have compiled meet in one.
+    Cached code refers to functions by name, argument types and a number that depends on what else
+    the process has compiled. Functions of equal names would be confused when one process loads
+    kernels that several have compiled.
     """
     function.__name__ = function.__qualname__ = name
     return function
@@ -34,15 +34,15 @@ def inner(function: Callable[..., Any]) -> Any:
 
 
 def summing(function: Callable[..., Any]) -> Any:
-    """One that may sum in any order that depends on nothing but the number of summands."""
+    """An `inner` function with reassociated sums, in an order that depends only on their length."""
     return numba.njit(**_SUMMING)(function)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """A function that Python calls: it releases the GIL, and is kept on disk.
+    """A function that Python calls: it releases the GIL, and is cached on disk.
 
-    Numba finds what it kept by the name and by the function's own file alone, so the name changes
-    with all the files.
+    Numba's cache key has only the name and the function's own file, so the name includes a digest
+    of all files.
     """
     function.__qualname__ = f"{function.__qualname__}_{_sources()}"
     return numba.njit(cache=True, nogil=True, **OPTIONS)(function)
@@ -50,7 +50,7 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 @cache
 def _sources() -> str:
-    """A digest of all the files that kernels are made of."""
+    """A digest of all the files of the kernels."""
     digest = blake2b(digest_size=8)
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

@@ -1,7 +1,7 @@
-"""Labels and regions as numbers that the other kernels take; and the label of the largest logit."""
+"""Encodes labels and regions for the other kernels, and finds the label of the largest logit."""
 
 # mypy: ignore-errors
-# What Numba compiles has no types that mypy could check.
+# mypy cannot check functions that Numba compiles.
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastloss.backends.numba.kernels import kernel
 
 @kernel
 def largest(x, first, activation, out):
-    """The first class of the largest logit, or of NaN; of one class, whether p > ½."""
+    """The first class of the largest logit, or of NaN; for one class, whether p > ½."""
     for i in range(len(out)):
         a = x[0, first + i]
         if x.shape[0] == 1:
@@ -29,7 +29,7 @@ def largest(x, first, activation, out):
 
 @kernel
 def encode(labels, classes, ignored, ignore, codes):
-    """Labels as int32: −1 where ``ignore`` if it is ``ignored``, −2 what is no class: their number.
+    """Encode labels as int32: −1 for ``ignore`` if ``ignored``, −2 for no class; count the latter.
 
     ``labels`` are numbers of any type, (n,).
     """
@@ -47,12 +47,12 @@ def encode(labels, classes, ignored, ignore, codes):
 
 @kernel
 def number_rows(regions, numbers, codes, found):
-    """Number the regions of a block by where they first occur: these into ``codes``, and how many.
+    """Number the regions of a block by first occurrence, into ``codes``; return how many there are.
 
     Args:
         regions: (n,) int64.
-        numbers: (rows,) int32, −1 everywhere; so it is left.
-        codes: (n,) int32, −1 for a voxel of none.
+        numbers: scratch, (rows,) int32, −1 everywhere before and after.
+        codes: (n,) int32, −1 for a voxel without a region.
         found: (n,) int64, the regions by number.
     """
     count = 0

@@ -1,11 +1,11 @@
 """exp, log and log1p without branches, so that loops over them are vectorised.
 
-In float32 they are polynomials, that of log from the Cephes library, within 2 units in the last
-place; in float64 they are the functions of the C library.
+In float32 they are polynomials, accurate to 2 ulp (log after the Cephes library); in float64 they
+are the functions of the C library.
 """
 
 # mypy: ignore-errors
-# What Numba compiles has no types that mypy could check.
+# mypy cannot check functions that Numba compiles.
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastloss.backends.numba.kernels import OPTIONS, inner
 
 _f, _i = np.float32, np.int32
 _ZERO, _HALF, _ONE, _INF, _NAN = _f(0), _f(0.5), _f(1), _f(np.inf), _f(np.nan)
+# log 2 = high + low, where n · high is exact for the integers n that occur.
 _LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.4426950408889634), _f(0.693359375), _f(-2.12194440e-4)
 _LOWEST = _f(-87.0)
 _ROUND = _f(1.5 * 2**23)  # adding it leaves the nearest integer in the low bits
@@ -39,7 +40,7 @@ _L = (
 )  # fmt: skip
 
 
-# Names for the kernels to call: Numba compiles the overloads below in their place.
+# Names for the kernels to call: Numba compiles the overloads below instead.
 
 
 def exp(x: Any) -> Any:
@@ -61,6 +62,8 @@ def _exp(x):
     if x != types.float32:
         return lambda x: math.exp(x)
 
+    # e^x = 2^n e^r with n = x / log 2, rounded, and r = x − n log 2. Adding _ROUND leaves n in the
+    # low bits; n + 127, shifted into the exponent field, is 2^n.
     def exp32(x):
         shifted = x * _LOG2E + _ROUND
         n = shifted - _ROUND
@@ -75,7 +78,10 @@ def _exp(x):
 
 @inner
 def _log_normal(x, lifted):
-    """log x − ``lifted`` log 2, for a normal number x above 0."""
+    """log x − ``lifted`` log 2, for a normal number x above 0.
+
+    x = 2^e (1 + f) with 1 + f in [√½, √2): subtracting the bits of √½ makes the exponent field e.
+    """
     bits = np.float32(x).view(np.int32) - _ROOT_HALF
     e = _f(bits >> _MANTISSA_BITS) - lifted
     f = np.int32((bits & _MANTISSA) + _ROOT_HALF).view(np.float32) - _ONE
@@ -106,9 +112,11 @@ def _log1p(x):
     if x != types.float32:
         return lambda x: math.log1p(x)
 
+    # With u = fl(1 + x), 1 + x = u (1 − δ / u), where δ = (u − 1) − x is computed exactly:
+    # log(1 + x) ≈ log u − δ / u.
     def log1p32(x):
         u = _ONE + x
-        y = log(u) - ((u - _ONE) - x) / u  # puts back what 1 + x rounded off
+        y = log(u) - ((u - _ONE) - x) / u
         y = y if u != _ZERO else -_INF
         return y if u < _INF else u
 

@@ -1,15 +1,15 @@
-"""Loops along rows of voxels, and what both paths compute with them: a softmax and its gradient.
+"""Loops along rows of voxels, and the softmax and its gradient that both paths share.
 
-A tile is some hundred voxels, whose rows stay in the first caches: the scratch memory ``tiles, r,
-wide, ints``. Of every class there is ``tiles[c, …]``, of all together ``r[…]``, ``wide[…]`` in
-float64 and ``ints[0]``.
+A tile is some hundred voxels, whose rows stay in the L1 and L2 caches: the scratch memory ``tiles,
+r, wide, ints``. ``tiles[c, …]`` is per class; ``r[…]``, ``wide[…]`` in float64 and ``ints[0]`` are
+for all classes together.
 
-Loops are functions of their own, that write one or two rows and read few: LLVM must be able to see
-that they do not overlap.
+Each loop is a separate function that writes one or two rows and reads few, so that LLVM can prove
+that they do not alias.
 """
 
 # mypy: ignore-errors
-# What Numba compiles has no types that mypy could check.
+# mypy cannot check functions that Numba compiles.
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import numpy as np
 from fastloss.backends.numba.kernels import inner, summing
 from fastloss.backends.numba.maths import exp, log_sum
 
-# Rows of every class: e^(x − largest) and then p; the logits until their place is needed.
+# Rows per class: e^(x − largest) and then p; the logits until their row is reused.
 P, LOGITS = range(2)
-# Rows of all together: REST is the sum of e^(x − largest) without the largest's.
+# Rows for all classes: REST is the sum of e^(x − largest) without the largest's.
 WEIGHT, LARGEST, REST, INVERSE, OF_ALL, OF_OTHERS = range(6)
 
 
@@ -35,17 +35,17 @@ def total(row):
 
 @inner
 def masked(x, w, out):
-    """A voxel that counts for nothing does so even if it holds NaN."""
+    """Copy a row, with 0 for voxels of weight 0, which may hold NaN."""
     for i in range(len(x)):
         out[i] = 0.0 if w[i] == 0 else x[i]
 
 
 @inner
 def voxel_weights(weight, codes, regions, start, w):
-    """The weights of a tile's voxels into ``w``; how many of those given are no weights.
+    """Write the weights of a tile's voxels to ``w``; return the number of bad ones.
 
-    ``weight``, ``codes`` and ``regions`` are empty where there are none. A voxel whose code or
-    region is below 0 counts for nothing.
+    ``weight``, ``codes`` and ``regions`` are empty if not given. A voxel whose code or region is
+    below 0 gets weight 0.
     """
     bad = 0
     if len(weight):
@@ -69,10 +69,10 @@ def voxel_weights(weight, codes, regions, start, w):
 
 @inner
 def softmax(x, first, size, scratch):
-    """Without the division: e^(x − largest), the largest and its class, and the sum of the others.
+    """Compute e^(x − largest), the largest logit and its class, and the sum of the others.
 
-    ``r[INVERSE]`` is one over the sum of all. Beside the 1 of the largest a small sum of the
-    others would be lost, and with it 1 − p.
+    ``r[INVERSE]`` is one over the sum of all. With rest = ``r[REST]``, the sum without the 1 of the
+    largest, 1 − p = rest / (1 + rest) and −log p = log(1 + rest) are exact at the largest.
     """
     tiles, r, wide, ints = scratch
     classes = np.int32(len(tiles))
@@ -88,7 +88,7 @@ def softmax(x, first, size, scratch):
 
 @inner
 def _larger(t, c, r, ints, size):
-    """The largest logits so far, and their first class."""
+    """Update the largest logits and their first class."""
     if c == 0:
         for i in range(size):
             r[LARGEST, i] = t[LOGITS, i]
@@ -102,7 +102,7 @@ def _larger(t, c, r, ints, size):
 
 @inner
 def difference(x, largest, zero):
-    """Classes that share an infinite maximum share the probability."""
+    """x − largest, but 0 for equal infinities: such classes share the probability."""
     return zero if x == largest else x - largest
 
 
@@ -124,23 +124,23 @@ def _invert(r, size):
 
 @inner
 def log_sum_row(r, to, size):
-    """The logarithm of the sum of e^(x − largest)."""
+    """Write log Σ e^(x − largest) = log(1 + rest)."""
     for i in range(size):
         r[to, i] = log_sum(r[REST, i], r[INVERSE, i])
 
 
 @inner
 def largest_row(r, size):
-    """At REST 1 − p of the largest class."""
+    """Replace REST by 1 − p of the largest class."""
     for i in range(size):
         r[REST, i] *= r[INVERSE, i]
 
 
 @inner
 def _group(c, classes, r, row, wide, size):
-    """Take the sum over classes in a row from c on anew every 16 classes, and in float64.
+    """Move a running sum over classes to float64 every 16 classes.
 
-    Over hundreds of classes alike, roundings in float32 would go the same way.
+    Over hundreds of similar classes, rounding errors in float32 would accumulate.
     """
     if classes <= 16:
         return
@@ -158,9 +158,9 @@ def _group(c, classes, r, row, wide, size):
 
 @inner
 def add_slopes(slopes, size, scratch):
-    """Sum the derivatives by log p, in the rows ``slopes``, as the gradient takes them.
+    """Sum the derivatives by log p, in the rows ``slopes``, for the gradient.
 
-    Those over all classes, and over all but the one of the largest logit: at OF_ALL, OF_OTHERS.
+    OF_ALL gets the sum over all classes, OF_OTHERS that over all but the largest.
     """
     tiles, r, wide, ints = scratch
     r[OF_ALL, :size] = 0
@@ -181,9 +181,10 @@ def _add(t, slopes, c, r, ints, size):
 
 @inner
 def gradient(t, slopes, c, r, ints, out):
-    """slope − p · Σ slopes; where p is near 1 this cancels, so (1−p) · slope − p · Σ of the others.
+    """∂L/∂x_c = t_c − p_c Σ_j t_j, with t_c, the derivative by log p_c, in ``slopes``.
 
-    1 − p of the largest class is at REST.
+    Where p_c is near 1 this cancels, so the largest class takes (1 − p_c) t_c − p_c Σ_{j≠c} t_j,
+    with 1 − p_c in REST.
     """
     for i in range(len(out)):
         slope, p, all_, others = t[slopes, i], t[P, i], r[OF_ALL, i], r[OF_OTHERS, i]

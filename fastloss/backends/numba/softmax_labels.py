@@ -1,7 +1,7 @@
-"""The fast path: softmax of a label map, and the sums that most losses are made of."""
+"""The fast path: softmax of a label map, and the common sums."""
 
 # mypy: ignore-errors
-# What Numba compiles has no types that mypy could check.
+# mypy cannot check functions that Numba compiles.
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastloss.sums import NAMED
 
 _NAMES = "reference overlap predicted cross_entropy predicted_squared reference_squared"
 SUMS = tuple(NAMED[name] for name in _NAMES.split())
-"""All that this path computes, in the order of its results."""
+"""The sums that this path computes, in the order of its results."""
 
 TILES, ROWS, WIDTH, LOGITS_OF_TILE = 2, 6, 2048, 1 << 17  # of scratch memory
 _LOG_SUM = OF_ALL
@@ -40,9 +40,9 @@ def reduce(
     n, activation, logits, codes, target, ignore, weight, regions, fields, slots, gammas,
     scratch, map_kind, map_k, map_out, sums, voxels,
 ):  # fmt: skip
-    """As `general.reduce`, without what the path has no use for.
+    """As `general.reduce`; some arguments are unused.
 
-    ``slots`` says which of ``sums`` every one of `SUMS` is; −1: none.
+    ``slots`` has the index in ``sums`` of each of `SUMS`; −1: none.
     """
     tiles, r, _, _ = scratch
     bad, (x, first) = 0, logits
@@ -56,7 +56,7 @@ def reduce(
         voxels[0] += total(w)
         for c in range(np.int32(len(tiles))):
             reference, overlap, predicted, entropy = _sums(tiles[c], y, c, r)
-            # NaN is in no label's cross-entropy but its own; it belongs into those of all classes.
+            # A NaN logit makes the cross-entropies of all classes NaN, not only that of its label.
             entropy = entropy if predicted == predicted else predicted
             squared = _squared_sum(tiles[c], r, size) if slots[4] >= 0 else entropy
             found = (reference, overlap, predicted, entropy, squared, reference)
@@ -71,7 +71,7 @@ def apply(
     n, activation, logits, codes, target, ignore, weight, regions, fields, slots, gammas,
     scratch, coefficients, gradient_out,
 ):  # fmt: skip
-    """As `general.apply`, likewise."""
+    """As `general.apply`; some arguments are unused."""
     tiles, r, _, ints = scratch
     (x, first), (out, first_out), k = logits, gradient_out, coefficients
     skipped = codes if ignore[0] == ignore[0] else codes[:0]
@@ -111,7 +111,7 @@ def _sums(t, y, c, r):
         reference += own
         overlap += own * p
         predicted += w * p
-        # Chosen, as 0 times an infinite one is none.
+        # Selected, as 0 · ∞ is NaN.
         each = _cross_entropy(t[LOGITS, i], r[LARGEST, i], r[_LOG_SUM, i], zero)
         entropy += own * each if y[i] == c else zero
     return reference, overlap, predicted, entropy
@@ -128,7 +128,11 @@ def _squared_sum(t, r, size):
 
 @inner
 def _slopes(t, y, c, of_p, of_squared, of_own, of_log, r):
-    """p, and the derivatives of the sums by log p."""
+    """Write p_c, and t_c = m (p_c (k_c + 2 s_c p_c) + [y = c] (o_c p_c − l_c)) to the slopes.
+
+    t_c is the derivative by log p_c; k, s, o and l are the derivatives by predicted, predicted
+    squared (``of_squared`` = 2 s), overlap and cross-entropy.
+    """
     for i in range(len(y)):
         p = t[P, i] * r[INVERSE, i]
         t[P, i] = p

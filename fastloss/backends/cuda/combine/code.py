@@ -1,8 +1,8 @@
-"""CUDA C++ for one block of threads from a graph of operations on small arrays.
+"""Generates CUDA C++ for one block of threads from a graph of operations on small arrays.
 
-Reductions cut a graph into stages with a barrier between them; within a stage all is computed
-element by element, in loops whose bodies say every shared value once. Sums are taken in a fixed
-order: the threads' own parts first, then trees of lanes, then the warps one after another.
+Reductions cut a graph into stages with a barrier between them; a stage computes element by element,
+in loops whose bodies define every shared value once. Sums are taken in a fixed order: the threads'
+own parts first, then trees over the lanes, then the warps one after another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastloss.backends.cuda.combine.graph import BOOL, Node, Shape, reachable
 THREADS = 512
 WARPS = THREADS // 32
 SHARED_DOUBLES = 32 * 1024 // 8
-"""The most that a kernel keeps in static shared memory."""
+"""The most numbers that a kernel keeps in static shared memory."""
 
 _CALLS = {
     "absolute": "fabs", "fabs": "fabs", "sqrt": "sqrt", "cbrt": "cbrt", "exp": "exp",
@@ -43,7 +43,7 @@ _OPERATORS = {
     "logical_or": "{} || {}", "logical_xor": "{} != {}", "logical_not": "!{}",
 }  # fmt: skip
 ELEMENTWISE = frozenset(_CALLS) | frozenset(_OPERATORS)
-"""The ufuncs that can be said in C++."""
+"""The ufuncs with a C++ counterpart."""
 
 _OTHER_POWERS = {2.0: "{0} * {0}", 1.0: "{0}", -1.0: "1.0 / {0}", -2.0: "1.0 / ({0} * {0})"}
 _VIEWS = ("reshape", "broadcast", "transpose", "slice")
@@ -55,7 +55,7 @@ _REDUCTIONS = {
     "any": ("fl_largest", "0.0"),
     "all": ("fl_smallest", "1.0"),
 }
-"""The functor that joins two numbers, and the number that changes nothing."""
+"""The functor that combines two numbers, and its neutral element."""
 
 HELPERS = r"""
 #ifndef FL_TABLE
@@ -130,14 +130,14 @@ class Store:
 class _Index:
     """An index along one axis: ``base * step + offset``, kept between ``low`` and ``high``."""
 
-    base: str  # C++ text; empty for a constant
+    base: str  # C++ code; empty for a constant
     top: int  # the largest that base can be; the least is 0
     step: int
     offset: int
     low: int
     high: int
     depth: int
-    """How many loops it is inside of."""
+    """The number of enclosing loops."""
 
     @staticmethod
     def of(base: str, top: int, depth: int) -> _Index:
@@ -149,7 +149,7 @@ class _Index:
 
     @property
     def reach(self) -> tuple[int, int]:
-        """The range that it has if it is not kept between bounds."""
+        """The range before clamping."""
         ends = (self.offset, self.offset + self.top * self.step)
         return min(ends), max(ends)
 
@@ -213,7 +213,7 @@ class _Loop:
 
     @property
     def strides(self) -> dict[str, int]:
-        """Per index that runs, by how much the counter grows with it."""
+        """Per running index, the stride of the counter."""
         each = zip(self.names, self.shape, _strides(self.shape), strict=True)
         return {name: stride for name, n, stride in each if n > 1}
 
@@ -235,7 +235,7 @@ _Indices = tuple[_Index, ...]
 
 
 def _offset(shape: Shape, indices: _Indices, loops: Sequence[_Loop]) -> str:
-    """The place in C order, by the loops' counters where those are it."""
+    """The offset in C order, by the loops' counters where these equal it."""
     factors: dict[str, int] = {}
     constant = 0
     for index, stride in zip(indices, _strides(shape), strict=True):
@@ -272,7 +272,7 @@ def _before_reshape(old: Shape, new: Shape, indices: _Indices) -> _Indices:
 
 
 def _constant_offset(shape: Shape, indices: _Indices) -> int:
-    """The place in C order of constant indices."""
+    """The offset in C order of constant indices."""
     return sum(i.offset * stride for i, stride in zip(indices, _strides(shape), strict=True))
 
 
@@ -284,9 +284,9 @@ class _Text:
     text: str
     depth: int
     simple: bool
-    """A name, a number or a load: not worth a name of its own for being used in a loop."""
+    """A name, a number or a load, which is not hoisted out of a loop."""
     closed: bool = True
-    """Whether it needs no brackets as an operand."""
+    """Whether it needs no parentheses as an operand."""
 
     @property
     def operand(self) -> str:
@@ -295,7 +295,7 @@ class _Text:
 
 @dataclass
 class _Nest:
-    """The statements inside one or two loops, and those before them."""
+    """The statements of one or two nested loops, and those before them."""
 
     kernel: _Kernel
     loops: tuple[_Loop, ...]
@@ -308,7 +308,7 @@ class _Nest:
         self.lines = [[] for _ in range(len(self.loops) + 1)]
 
     def want(self, node: Node, indices: _Indices) -> None:
-        """Ask for an element, before `compute`."""
+        """Request an element, before `compute`."""
         node, indices = _resolved(node, indices)
         uses = self._wanted.setdefault(node, {})
         uses[indices] = uses.get(indices, 0) + 1
@@ -318,7 +318,7 @@ class _Nest:
         return self._texts[_resolved(node, indices)].text
 
     def compute(self) -> None:
-        # Whoever wants an element of a node was made after it.
+        # The users of a node were created after it.
         waiting = [-node.number for node in self._wanted]
         nodes = {node.number: node for node in self._wanted}
         heapq.heapify(waiting)
@@ -422,7 +422,7 @@ class _Nest:
         return _Text(text, depth, True)
 
     def _name(self, node: Node, text: _Text) -> None:
-        """Define a constant of C++ for it, in front of the loops that it does not depend on."""
+        """Define a C++ constant for it, outside the loops that it does not depend on."""
         if re.fullmatch(r"\w+", text.text):
             return
         name = self.kernel.name()
@@ -455,7 +455,7 @@ def _broadcast(node: Node, inner: Node, indices: _Indices) -> _Indices:
 
 
 def _inside(node: Node, indices: _Indices) -> tuple[_Indices, list[str] | None]:
-    """For an insert: the index into the part, and when it is in it; None: never."""
+    """For an insert: the index into the part, and the condition for being inside; None: never."""
     inside, conditions = [], []
     for index, start, n in zip(indices, node.params[0], node.args[1].shape, strict=True):
         if index.high < start or index.low >= start + n:
@@ -469,7 +469,7 @@ def _inside(node: Node, indices: _Indices) -> tuple[_Indices, list[str] | None]:
 
 
 def _terms(node: Node, indices: _Indices) -> list[tuple[Node, _Indices]]:
-    """The elements that a small reduction is of."""
+    """The elements of a small reduction."""
     (inner,), (axes,) = node.args, node.params
     choices: list[tuple[_Index, ...]] = []
     kept = iter(indices)
@@ -504,7 +504,7 @@ class _Kernel:
     def __init__(self, stores: Sequence[Store], tables: dict[Node, str]) -> None:
         self.tables = tables
         self.places: dict[Node, int] = {}
-        """Where in the scratch memory the results of reductions lie."""
+        """The offsets of reductions' results in the scratch memory."""
         self.partials = 0
         self._names = 0
         self.lines: list[str] = []
@@ -521,7 +521,7 @@ class _Kernel:
         return self.tables.setdefault(node, f"fl_table{len(self.tables)}")
 
     def _plan(self) -> dict[Node, int]:
-        """After how many barriers each node is known; and the place of each reduction's result."""
+        """How many barriers precede each node; and the offset of each reduction's result."""
         levels: dict[Node, int] = {}
         costs: dict[Node, int] = {}
         place = 0
@@ -530,7 +530,7 @@ class _Kernel:
             cost = sum(costs[a] for a in node.args)
             if node.op in _REDUCTIONS:
                 if prod(node.args[0].shape) // node.size <= 4 and cost <= 2:
-                    cost += 4  # as much as one reduction of a reduction may be
+                    cost += 4  # the most for a reduction inside a reduction
                 else:
                     self.places[node] = place
                     place += node.size
@@ -574,8 +574,8 @@ class _Kernel:
             self._flat(shape, [], group)
 
     def _flat(self, shape: Shape, nodes: list[Node], stores: list[Store]) -> list[str]:
-        """A loop over a shape: reductions to one number each, and stores. Then, what is to be
-        done after a barrier."""
+        """A loop over a shape: reductions to one number each, and stores. Returns the statements to
+        be done after a barrier."""
         loop = _Loop("i", shape, 1)
         nest = _Nest(self, (loop,))
         for node in nodes:
@@ -628,7 +628,7 @@ class _Kernel:
         return finish
 
     def _rows(self, shape: Shape, axes: Shape, nodes: list[Node]) -> None:
-        """Reductions over some axes: a thread for each result, or a warp where they are long."""
+        """Reductions over some axes: one thread per result, or a warp per long one."""
         kept = tuple(n for axis, n in enumerate(shape) if axis not in axes)
         gone = tuple(n for axis, n in enumerate(shape) if axis in axes)
         outer, inner = _Loop("r", kept, 1), _Loop("k", gone, 2)
@@ -677,7 +677,7 @@ class _Kernel:
             ("derivatives", "double"),
         ):
             if re.search(rf"\b{pointer}\[", body):
-                # What the kernel itself may write first is not read through a cache of constants.
+                # Memory that the kernel may itself write is not read through the constant cache.
                 alone = "" if begin and pointer in ("sums", "voxels") else "__restrict__ "
                 head.append(f"{kind}* {alone}{pointer} = static_cast<{kind}*>(call.{pointer});")
         if self.scratch:
@@ -705,7 +705,7 @@ def _wide(shape: Shape) -> Shape:
 
 
 def _indices(shape: Shape, wide: _Indices) -> _Indices:
-    """Of an array, from the indices along its axes of more than one element."""
+    """All indices of an array, from those along its axes of more than one element."""
     following = iter(wide)
     return tuple(next(following) if n > 1 else _Index.at(0) for n in shape)
 
@@ -742,7 +742,7 @@ def generate(
         value_type: "float" or "double".
         kernels: per name, what it writes.
         given: the types of the inputs "given0", "given1", ….
-        begin: per name, what the kernel does before it reads its inputs, with a barrier behind.
+        begin: per name, code that runs before the kernel reads its inputs, followed by a barrier.
     """
     begin = begin or {}
     tables: dict[Node, str] = {}

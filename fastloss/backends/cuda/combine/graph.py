@@ -17,7 +17,7 @@ TRUTHS = {
     "logical_and", "logical_or", "logical_xor", "logical_not",
     "isfinite", "isnan", "isinf", "signbit", "any", "all",
 }  # fmt: skip
-"""Operations whose results are true or false; all others give numbers."""
+"""Operations with boolean results; all others give numbers."""
 
 _NEUTRAL = {"add": 0.0, "subtract": 0.0, "multiply": 1.0, "divide": 1.0}
 _EMPTY: dict[str, Any] = {"sum": 0.0, "prod": 1.0, "any": False, "all": True}
@@ -42,7 +42,7 @@ class Node:
     a ufunc    broadcast together    ()
     where      condition, two        ()
     cast       one                   (), to float64
-    a reduction one                  (axes,), at least one, which are left out
+    a reduction one                  (axes,), at least one, which are dropped
     reshape    one                   (), to ``shape``
     broadcast  one                   (), to ``shape``
     transpose  one                   (axes,)
@@ -50,7 +50,7 @@ class Node:
     insert     an array, and a part  (starts,): the array with the part written over it
     ========== ===================== =================================================
 
-    Nodes are numbered in the order in which they were made, so that arguments come first.
+    Nodes are numbered in order of creation, so that arguments come first.
     """
 
     __slots__ = ("args", "dtype", "number", "op", "params", "shape")
@@ -77,7 +77,7 @@ class Node:
 
 
 class Graph:
-    """Makes nodes: equal ones once, and none where the result is known."""
+    """Makes nodes, with common subexpressions merged and constants folded."""
 
     def __init__(self) -> None:
         self._nodes: dict[Any, Node] = {}
@@ -88,7 +88,7 @@ class Graph:
         return self._node("input", (), shape, FLOAT, (name,))
 
     def constant(self, value: Any, shape: Shape | None = None) -> Node:
-        """Any array of numbers or truths, or a number, broadcast to the shape."""
+        """An array of numbers or booleans, or a number, broadcast to the shape."""
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise TypeError(f"formula: expected real numbers, got {value!r}")
@@ -159,7 +159,7 @@ class Graph:
         return self._node("where", (condition, one, other), shape, one.dtype)
 
     def reduce(self, name: str, node: Node, axes: Iterable[int]) -> Node:
-        """Sum, prod, max, min, any or all over axes, which are left out."""
+        """Sum, prod, max, min, any or all over axes, which are dropped."""
         axes = tuple(sorted(axes))
         shape = tuple(n for i, n in enumerate(node.shape) if i not in axes)
         if name in ("any", "all"):
@@ -170,7 +170,7 @@ class Graph:
             if name not in _EMPTY and 0 not in shape:
                 raise ValueError(f"formula: {name} of an empty array, without initial")
             return self.constant(_EMPTY.get(name, 0.0), shape)
-        # An axis of one element is only left out.
+        # An axis of one element is only dropped.
         rest = [i for i, n in enumerate(node.shape) if i not in axes or n != 1]
         node = self.reshape(node, tuple(node.shape[i] for i in rest))
         axes = tuple(k for k, i in enumerate(rest) if i in axes)
@@ -224,7 +224,7 @@ class Graph:
         return self._node("slice", (node,), shape, node.dtype, (starts, steps))
 
     def insert(self, node: Node, part: Node, starts: Shape) -> Node:
-        """The array with a part, of as many axes, in place of what is there from the starts on."""
+        """The array overwritten by a part, of as many axes, from the starts on."""
         if node.dtype != part.dtype:
             node, part = self.as_float(node), self.as_float(part)
         if not part.size:
@@ -266,7 +266,7 @@ def _is(node: Node, number: float) -> bool:
 
 
 def reachable(roots: Iterable[Node]) -> list[Node]:
-    """The nodes that these depend on and themselves, arguments first."""
+    """These nodes and all that they depend on, arguments first."""
     found: dict[int, Node] = {}
     todo = list(roots)
     while todo:
@@ -278,7 +278,7 @@ def reachable(roots: Iterable[Node]) -> list[Node]:
 
 
 def evaluate(roots: Sequence[Node], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """The arrays that the nodes stand for, computed by NumPy."""
+    """The arrays of the nodes, computed by NumPy."""
     values: dict[int, np.ndarray] = {}
     with np.errstate(all="ignore"):
         for node in reachable(roots):

@@ -49,13 +49,13 @@ class Program:
     Attributes:
         value_shape: the shape of the loss value.
         sources: CUDA C++ of the kernels, for one block of `THREADS` each, that take a
-            ``CombineCall`` of device pointers. ``fastloss_combine`` makes the sums first if it is
-            given those of the blocks; it writes the value, and if that is one number its
-            derivatives as well. If not, ``fastloss_pullback`` writes those for
-            an upstream gradient.
-        scratch_doubles: how many doubles of global memory the kernels need beside; mostly 0.
-        takes_along: whether the numbers that the processor knows travel with the launch; if not,
-            their address does, as they are too many.
+            ``CombineCall`` of device pointers. ``fastloss_combine`` first adds up the sums if it is
+            given those of the blocks; it writes the value and, if that is one number, its
+            derivatives as well. Otherwise ``fastloss_pullback`` writes the derivatives for an
+            upstream gradient.
+        scratch_doubles: how many doubles of global scratch memory the kernels need; mostly 0.
+        takes_along: whether the host's numbers are launch arguments; if there are too many, their
+            address is.
     """
 
     def __init__(
@@ -115,8 +115,8 @@ class Program:
         """The ``CombineCall``, (1,), of the addresses that it names.
 
         Args:
-            given: where the numbers lie that are on the device.
-            numbers: the others, float64, or where they lie if they are not taken along.
+            given: the addresses of the numbers that are on the device.
+            numbers: the others, float64, or their address if they are not launch arguments.
         """
         given_first = (sums, voxels, joined, value, derivatives, upstream, scratch)
         fields = (*given_first, partial, is_narrow, blocks)
@@ -131,12 +131,12 @@ class Program:
         joined: np.ndarray | None = None,
         given: Sequence[np.ndarray] = (),
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The value and the derivatives (S, B, C), in NumPy: what the kernels should give.
+        """The value and the derivatives (S, B, C), in NumPy: the expected results of the kernels.
 
         Args:
             numbers, given: those of the loss, as `call` takes them.
             upstream: an array of the value's shape, or a number.
-            joined: (S · C + 1), what terms that join ranks read.
+            joined: (S · C + 1), the sums over all ranks, for terms that join ranks.
         """
         upstream = np.broadcast_to(np.asarray(upstream, np.float64), self.value_shape)
         inputs = {"sums": sums, "voxels": voxels, "upstream": upstream, "numbers": numbers}
@@ -160,12 +160,12 @@ def trace(
     """The combine step of a loss whose sums are (S, batch, classes), by the request's sums.
 
     Args:
-        layout: where the numbers of the loss are going to be; all with the launch, if None.
+        layout: where the numbers of the loss will be; None: all are launch arguments.
         regions: how many rows of the ``batch`` a sample has; 0 where a row is a sample.
 
     Raises:
-        TypeError: a formula of the loss does what cannot be recorded: it branches on its sums, or
-            uses functions beyond those that the message lists.
+        TypeError: a formula of the loss cannot be recorded: it branches on its sums, or uses
+            functions beyond those that the message lists.
     """
     value_dtype = np.dtype(value_dtype)
     graph = Graph()
@@ -189,9 +189,9 @@ def trace(
     )
     with np.errstate(all="ignore"):
         total, pullback = loss.with_operands(numbers).formulas(statistics)
-        # A fault of the data must not get lost where a formula does without what it made NaN.
+        # Faults in the data make the value NaN even if the formula ignores the sums that are NaN,
         faults = np.where(np.isnan(statistics.voxels), np.nan, 0.0)
-        for array, largest in given:  # nor must one of weights that nobody has looked at
+        for array, largest in given:  # and so do bad weights, which nothing has checked
             fits = (array >= 0) & (array <= largest) & (array < np.inf)
             faults = faults + np.where(fits, 0.0, np.nan).sum()
         rows = np.ndim(total) == 2 and np.shape(total)[0] == batch
@@ -210,7 +210,7 @@ def trace(
 def _numbers(
     graph: Graph, loss: FusedLoss, layout: Layout
 ) -> tuple[list[Any], list[tuple[Any, float]]]:
-    """The operands of the loss; and those that come unchecked, with the largest they may be."""
+    """The operands of the loss; and the unchecked ones, with their upper bounds."""
     operands: list[Any] = []
     unchecked: list[tuple[Any, float | None]] = []
     bounds: list[float | None] = [None]  # factors may be anything
@@ -235,7 +235,7 @@ def _numbers(
 
 
 def _as_array(graph: Graph, node: Node) -> Any:
-    """For formulas, whose arguments are NumPy arrays."""
+    """Wrap a node for formulas, whose arguments are NumPy arrays."""
     return Traced(graph, node)
 
 

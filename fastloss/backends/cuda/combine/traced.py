@@ -1,4 +1,4 @@
-"""Arrays that record what NumPy is asked to do with them, so that a GPU can do it later."""
+"""Arrays that record NumPy operations on them, for a GPU to run later."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _BITWISE = {
 
 
 class Traced(NDArrayOperatorsMixin):
-    """An array of float64 or bool whose shape is known and whose elements are not.
+    """An array of float64 or bool of known shape and unknown elements.
 
-    It behaves as a NumPy array in whatever `INSTEAD` lists, views and assignments included, and
-    raises TypeError in all else: above all where Python asks for a number or a truth.
+    It behaves as a NumPy array in everything that `INSTEAD` lists, views and assignments included,
+    and raises TypeError otherwise, above all where Python needs a number or a truth value.
     """
 
     def __init__(self, graph: Graph, node: Node) -> None:
@@ -55,7 +55,7 @@ class Traced(NDArrayOperatorsMixin):
     def node(self) -> Node:
         if self._parent is None or self._view is None:
             return self._node
-        return self._view(self._parent.node)  # which may have been written to
+        return self._view(self._parent.node)  # as the parent may have been written to
 
     def _viewed(self, view: Callable[[Node], Node], key: Any = None) -> Traced:
         other = Traced(self.graph, view(self.node))
@@ -73,7 +73,7 @@ class Traced(NDArrayOperatorsMixin):
         else:
             self._parent._assign(self._key, node)
 
-    # ------------------------------------------------------------------ what an array has
+    # ------------------------------------------------------------------ attributes of an array
 
     @property
     def shape(self) -> Shape:
@@ -111,7 +111,7 @@ class Traced(NDArrayOperatorsMixin):
             raise TypeError(f"formula: an array has no .{name} on a GPU; {INSTEAD}")
         raise AttributeError(name)
 
-    # ------------------------------------------------------------------ what it cannot tell
+    # ------------------------------------------------------------------ values it does not have
 
     def __bool__(self) -> bool:
         raise TypeError(NO_BRANCH)
@@ -297,7 +297,7 @@ class Traced(NDArrayOperatorsMixin):
 
 def _in_place(ufunc: np.ufunc) -> Callable[[Traced, Any], Any]:
     def operate(self: Traced, other: Any) -> Any:
-        # Where no axis is left NumPy returns a number, which is immutable.
+        # If no axis remains, NumPy returns a scalar, which is immutable.
         return ufunc(self, other, out=(self,)) if self.ndim else ufunc(self, other)
 
     return operate

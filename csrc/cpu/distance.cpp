@@ -1,0 +1,397 @@
+// Exact Euclidean distance transforms: what has to be computed of a volume, and by which threads.
+//
+// Most of a volume needs no computing. Distances inside a class are 0 beyond its bounding box, and
+// no seed nearer than those in a margin of one voxel lies farther out; seeds of distances outside
+// it lie in the box, and where distances are clamped, nothing but the clamped value lies farther
+// out than that.
+#include "distance.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "vec.h"  // before voxel.h
+
+#include "job.h"
+#include "rows.h"
+#include "threads.h"
+
+namespace py = pybind11;
+
+namespace fastloss {
+namespace {
+
+constexpr int64_t kLinesPerTask = 512;
+
+// Voxels [low, high) along z, y and x; empty: of no voxel.
+struct Box {
+  int64_t low[3] = {INT64_MAX, INT64_MAX, INT64_MAX}, high[3] = {0, 0, 0};
+
+  bool empty() const { return high[0] <= low[0]; }
+  void add(int axis, int64_t first, int64_t end) {
+    low[axis] = std::min(low[axis], first);
+    high[axis] = std::max(high[axis], end);
+  }
+  void add(const Box& other) {
+    if (other.empty()) return;
+    for (int axis = 0; axis < 3; ++axis) add(axis, other.low[axis], other.high[axis]);
+  }
+  // With margins, as far as the volume reaches.
+  Box wider(const std::array<int64_t, 3>& margin, const int64_t* shape) const {
+    Box wide;
+    for (int axis = 0; axis < 3; ++axis) {
+      wide.low[axis] = std::max<int64_t>(low[axis] - margin[axis], 0);
+      wide.high[axis] =
+          high[axis] < shape[axis] - margin[axis] ? high[axis] + margin[axis] : shape[axis];
+    }
+    return wide;
+  }
+  Box common(const Box& other) const {
+    Box both;
+    for (int axis = 0; axis < 3; ++axis) {
+      both.low[axis] = std::max(low[axis], other.low[axis]);
+      both.high[axis] = std::min(high[axis], other.high[axis]);
+    }
+    return both;
+  }
+  bool covers(const int64_t* shape) const {
+    for (int axis = 0; axis < 3; ++axis)
+      if (low[axis] > 0 || high[axis] < shape[axis]) return false;
+    return true;
+  }
+};
+
+// The voxels' spacing: tables of squares, of a spacing near 1 so that none of them overflows.
+class Metric {
+ public:
+  Metric(const int64_t* shape, const std::array<double, 3>& spacing, double limit) {
+    double largest = 0;
+    for (int axis = 0; axis < 3; ++axis)
+      if (shape[axis] > 1) largest = std::max(largest, spacing[axis]);
+    int exponent = 0;
+    std::frexp(largest > 0 ? largest : 1.0, &exponent);
+    scale = std::ldexp(1.0, exponent);
+    for (int axis = 0; axis < 3; ++axis) {
+      const int64_t n = shape[axis];
+      spacing_[axis] = n > 1 ? spacing[axis] / scale : 1.0;
+      tables_[axis].resize(size_t(2 * n + 1));
+      for (int64_t d = 0; d <= n; ++d) {
+        const double length = spacing_[axis] * double(d);
+        tables_[axis][size_t(n + d)] = tables_[axis][size_t(n - d)] = float(length * length);
+      }
+      const double reach = std::ceil(limit / scale / spacing_[axis]) + 1;
+      margin[axis] = reach < double(n) ? int64_t(reach) : n;
+    }
+  }
+
+  void set(DistanceJob& job) const {
+    for (int axis = 0; axis < 3; ++axis) {
+      const auto& table = tables_[axis];
+      job.squares[axis] = table.data() + table.size() / 2;
+      job.inverse_spacing[axis] = float(1 / spacing_[axis]);
+    }
+    job.scale = float(scale);
+  }
+
+  double scale;
+  std::array<int64_t, 3> margin;  // voxels beyond which distances exceed the limit
+
+ private:
+  std::array<double, 3> spacing_;
+  std::array<std::vector<float>, 3> tables_;
+};
+
+// The volume that is read: class indices (z, y, x) in C order.
+struct Volume {
+  const char* classes;
+  int item;
+  int64_t shape[3];
+
+  int64_t row() const { return shape[2]; }
+  int64_t plane() const { return shape[1] * shape[2]; }
+  int64_t voxels() const { return shape[0] * plane(); }
+};
+
+// A number as it is written: float32 or float16.
+void fill(char* out, bool half, int64_t first, int64_t count, float value) {
+  if (half) {
+    std::fill_n(reinterpret_cast<uint16_t*>(out) + first, count, narrow_half(value).bits);
+  } else {
+    std::fill_n(reinterpret_cast<float*>(out) + first, count, value);
+  }
+}
+
+void fill_volume(char* out, bool half, int64_t count, float value) {
+  constexpr int64_t kChunk = 1 << 16;
+  parallel((count + kChunk - 1) / kChunk, 1, [&](int64_t i, void*) {
+    fill(out, half, i * kChunk, std::min(kChunk, count - i * kChunk), value);
+  });
+}
+
+void fill_box(char* out, bool half, const Volume& v, const Box& box, float value) {
+  if (box.empty()) return;
+  parallel(box.high[0] - box.low[0], 1, [&](int64_t i, void*) {
+    for (int64_t y = box.low[1]; y < box.high[1]; ++y) {
+      const int64_t first = (box.low[0] + i) * v.plane() + y * v.row() + box.low[2];
+      fill(out, half, first, box.high[2] - box.low[2], value);
+    }
+  });
+}
+
+// The bounding boxes of every class.
+template <class Index>
+std::vector<Box> boxes_of(const Volume& v, int64_t classes) {
+  const int64_t nz = v.shape[0], ny = v.shape[1], nx = v.shape[2];
+  std::vector<Box> of_planes(size_t(nz * classes));
+  parallel(nz, 1, [&](int64_t z, void*) {
+    Box* boxes = of_planes.data() + z * classes;
+    const Index* row = reinterpret_cast<const Index*>(v.classes) + z * v.plane();
+    for (int64_t y = 0; y < ny; ++y, row += nx) {
+      for (int64_t x = 0; x < nx;) {
+        const Index c = row[x];
+        const int64_t first = x++;
+        constexpr int64_t kStep = 8 / sizeof(Index);
+        uint64_t eight, same;
+        Index repeated[kStep];
+        std::fill_n(repeated, kStep, c);
+        std::memcpy(&same, repeated, 8);
+        while (x + kStep <= nx) {
+          std::memcpy(&eight, row + x, 8);
+          if (eight != same) break;
+          x += kStep;
+        }
+        while (x < nx && row[x] == c) ++x;
+        if (int64_t(c) >= classes) continue;
+        Box& box = boxes[c];
+        box.add(1, y, y + 1);
+        box.add(2, first, x);
+        box.add(0, z, z + 1);
+      }
+    }
+  });
+  std::vector<Box> boxes(static_cast<size_t>(classes));
+  for (int64_t z = 0; z < nz; ++z)
+    for (int64_t c = 0; c < classes; ++c) boxes[size_t(c)].add(of_planes[size_t(z * classes + c)]);
+  return boxes;
+}
+
+std::vector<Box> boxes_of(const Volume& v, int64_t classes) {
+  return v.item == 1 ? boxes_of<uint8_t>(v, classes) : boxes_of<uint16_t>(v, classes);
+}
+
+// Distances in a box of the volume, whose seeds lie in planes [first, last) of it; false if there
+// is no seed, and nothing is written.
+bool transform(DistanceJob& job, const Volume& v, const Box& box, int64_t first, int64_t last) {
+  const int64_t corner = box.low[0] * v.plane() + box.low[1] * v.row() + box.low[2];
+  job.classes = v.classes + corner * v.item;
+  job.item = v.item;
+  job.class_row = job.out_row = v.row();
+  job.class_plane = job.out_plane = v.plane();
+  for (int axis = 0; axis < 3; ++axis) job.shape[axis] = box.high[axis] - box.low[axis];
+  const bool in_place = static_cast<void*>(job.work) == job.out;
+  job.out += corner * (job.half ? 2 : 4);
+  if (in_place) {
+    job.work = reinterpret_cast<float*>(job.out);
+    job.work_row = v.row();
+    job.work_plane = v.plane();
+  } else {
+    job.work_row = job.shape[2];
+    job.work_plane = job.shape[1] * job.shape[2];
+  }
+  const auto& kernel = kernels->distance;
+  std::vector<char> has(static_cast<size_t>(last - first));
+  parallel(last - first, distance_scratch(job.shape[1]), [&](int64_t i, void* scratch) {
+    has[size_t(i)] = kernel.plane(job, first + i, scratch);
+  });
+  std::vector<int32_t> planes;
+  for (int64_t i = 0; i < last - first; ++i)
+    if (has[size_t(i)]) planes.push_back(int32_t(first + i));
+  if (planes.empty()) return false;
+  const int64_t lanes = job.lanes(), per_row = (lanes + kLinesPerTask - 1) / kLinesPerTask;
+  parallel(job.rows() * per_row, distance_scratch(job.shape[0]), [&](int64_t i, void* scratch) {
+    const int64_t start = i % per_row * kLinesPerTask;
+    kernel.lines(job, planes.data(), int64_t(planes.size()), i / per_row, start,
+                 std::min(start + kLinesPerTask, lanes), scratch);
+  });
+  return true;
+}
+
+Volume volume_of(const py::array& classes, int64_t index) {
+  Volume v;
+  v.item = int(classes.itemsize());
+  for (int axis = 0; axis < 3; ++axis) v.shape[axis] = classes.shape(axis + 1);
+  v.classes = static_cast<const char*>(classes.data()) + index * v.voxels() * v.item;
+  return v;
+}
+
+// `mask`: 0 and 1, (V, z, y, x) of uint8; `out`: float32; both in C order.
+void distance_transform(const py::array& mask, const std::array<double, 3>& spacing, double limit,
+                        py::array out) {
+  const Volume shape = volume_of(mask, 0);
+  const Metric metric(shape.shape, spacing, limit);
+  auto* to = static_cast<char*>(out.mutable_data());
+  const int64_t count = shape.voxels() ? mask.shape(0) : 0;
+  std::vector<Volume> volumes;
+  for (int64_t i = 0; i < count; ++i) volumes.push_back(volume_of(mask, i));
+  py::gil_scoped_release release;
+  for (const Volume& v : volumes) {
+    const auto boxes = boxes_of(v, 2);
+    const Box inside = boxes[1].empty() ? Box() : boxes[1].wider({1, 1, 1}, v.shape);
+    if (boxes[0].empty()) {
+      fill_volume(to, false, v.voxels(), float(limit));
+    } else {
+      const Box near = boxes[0].wider(metric.margin, v.shape);
+      if (inside.empty() || !inside.covers(v.shape)) fill_volume(to, false, v.voxels(), 0);
+      if (!inside.empty()) {
+        const Box box = inside.common(near);
+        if (!near.covers(v.shape)) fill_box(to, false, v, inside, float(limit));
+        DistanceJob job{};
+        metric.set(job);
+        job.wanted = 0;
+        job.limit = float(limit);
+        job.out = to;
+        job.work = reinterpret_cast<float*>(to);
+        const int64_t first = std::max(boxes[0].low[0], box.low[0]);
+        const int64_t last = std::min(boxes[0].high[0], box.high[0]);
+        if (!box.empty()) transform(job, v, box, first - box.low[0], last - box.low[0]);
+      }
+    }
+    to += v.voxels() * 4;
+  }
+}
+
+// `classes`: class indices (V, z, y, x) of uint8 or uint16; `out`: (V, count, z, y, x) of float32
+// or float16, for the classes [first, first + count); both in C order.
+void signed_distance(const py::array& classes, int64_t first, int64_t count,
+                     const std::array<double, 3>& spacing, bool kervadec, double limit,
+                     py::array out) {
+  const Volume shape = volume_of(classes, 0);
+  const Metric metric(shape.shape, spacing, limit);
+  const bool half = out.itemsize() == 2;
+  auto* to = static_cast<char*>(out.mutable_data());
+  std::vector<Volume> volumes;
+  for (int64_t i = 0; i < (shape.voxels() ? classes.shape(0) : 0); ++i)
+    volumes.push_back(volume_of(classes, i));
+  py::gil_scoped_release release;
+  std::unique_ptr<float[]> memory;
+  int64_t held = 0;
+  const auto hold = [&](const Box& box) {
+    int64_t wanted = 1;
+    for (int axis = 0; axis < 3; ++axis) wanted *= box.high[axis] - box.low[axis];
+    if (wanted > held) {
+      memory.reset();
+      memory.reset(new float[size_t(wanted)]);
+      held = wanted;
+    }
+    return memory.get();
+  };
+  for (const Volume& v : volumes) {
+    const auto boxes = boxes_of(v, first + count);
+    for (int64_t c = first; c < first + count; ++c, to += v.voxels() * (half ? 2 : 4)) {
+      const Box& own = boxes[size_t(c)];
+      const float far = float(limit);
+      if (own.empty()) {
+        fill_volume(to, half, v.voxels(), kervadec ? 0 : far);
+        continue;
+      }
+      DistanceJob job{};
+      metric.set(job);
+      job.wanted = uint32_t(c);
+      job.limit = far;
+      job.half = half;
+      const Box near = own.wider(metric.margin, v.shape);
+      if (!near.covers(v.shape)) fill_volume(to, half, v.voxels(), far);
+      DistanceJob outside = job;
+      outside.out = to;
+      outside.work = half ? hold(near) : reinterpret_cast<float*>(to);
+      transform(outside, v, near, own.low[0] - near.low[0], own.high[0] - near.low[0]);
+      const Box box = own.wider({1, 1, 1}, v.shape);
+      DistanceJob inside = job;
+      inside.others = true;
+      inside.finish = Finish::subtracted;
+      inside.shift = kervadec ? 1 : 0;
+      inside.out = to;
+      inside.work = hold(box);
+      if (!transform(inside, v, box, 0, box.high[0] - box.low[0]))
+        fill_volume(to, half, v.voxels(), kervadec ? 0 : -far);
+    }
+  }
+}
+
+// ------------------------------------------------------------------ class indices
+
+// Labels of one row as class indices, `classes` standing for all that are none; how many have a
+// fraction.
+template <class Label, class Index>
+int64_t row_of_indices(const char* from, int64_t stride, int64_t n, int64_t classes, Index* to) {
+  int64_t fractions = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    Label label;
+    std::memcpy(&label, from + i * stride, sizeof label);
+    if constexpr (std::is_floating_point<Label>::value) {
+      const bool known = label >= 0 && label < Label(classes);
+      to[i] = known ? Index(label) : Index(classes);
+      fractions += known && Label(to[i]) != label;
+    } else {
+      to[i] = label >= 0 && uint64_t(label) < uint64_t(classes) ? Index(label) : Index(classes);
+    }
+  }
+  return fractions;
+}
+
+template <class Label, class Index>
+int64_t indices_of(const py::array& labels, int64_t classes, Index* to) {
+  const auto* from = static_cast<const char*>(labels.data());
+  std::array<int64_t, 4> shape, strides;
+  for (int axis = 0; axis < 4; ++axis) {
+    shape[size_t(axis)] = labels.shape(axis);
+    strides[size_t(axis)] = labels.strides(axis);
+  }
+  const int64_t tasks = shape[0] * shape[1];
+  std::vector<int64_t> fractions(static_cast<size_t>(tasks));
+  py::gil_scoped_release release;
+  parallel(shape[2] && shape[3] ? tasks : 0, 1, [&](int64_t i, void*) {
+    const char* plane = from + i / shape[1] * strides[0] + i % shape[1] * strides[1];
+    for (int64_t y = 0; y < shape[2]; ++y)
+      fractions[size_t(i)] +=
+          row_of_indices<Label, Index>(plane + y * strides[2], strides[3], shape[3], classes,
+                                       to + (i * shape[2] + y) * shape[3]);
+  });
+  int64_t sum = 0;
+  for (int64_t each : fractions) sum += each;
+  return sum;
+}
+
+// Writes the class indices of labels (V, z, y, x) of any number type and strides; how many of them
+// have a fraction.
+int64_t class_indices(const py::array& labels, int64_t classes, py::array out) {
+  const char kind = labels.dtype().kind();
+  const auto size = labels.itemsize();
+  const auto run = [&](auto label) -> int64_t {
+    using Label = decltype(label);
+    if (out.itemsize() == 1)
+      return indices_of<Label>(labels, classes, static_cast<uint8_t*>(out.mutable_data()));
+    return indices_of<Label>(labels, classes, static_cast<uint16_t*>(out.mutable_data()));
+  };
+  if (kind == 'f') return size == 4 ? run(float()) : run(double());
+  const bool is_signed = kind == 'i';
+  if (size == 1) return is_signed ? run(int8_t()) : run(uint8_t());
+  if (size == 2) return is_signed ? run(int16_t()) : run(uint16_t());
+  if (size == 4) return is_signed ? run(int32_t()) : run(uint32_t());
+  return is_signed ? run(int64_t()) : run(uint64_t());
+}
+
+}  // namespace
+
+void bind_distance(py::module_& m) {
+  m.def("distance_transform", &distance_transform);
+  m.def("signed_distance", &signed_distance);
+  m.def("class_indices", &class_indices);
+}
+
+}  // namespace fastloss
