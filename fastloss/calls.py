@@ -145,9 +145,9 @@ class Passes:
         places: tuple[Place | None, ...]
         places = (self.logits.place, self.target.place, self.voxel_weight and self.voxel_weight[2])
         given: dict[str, Any] = {}
-        self._extras = extras
+        self._extras = extras or Extras()
         if extras is not None or loss.field_names:
-            given = self._borrow(extras or Extras())
+            given = self._borrow(self._extras)
             places += tuple(b.place for b in self.more.values())
         # Which backend computes is a choice for arrays in CPU memory.
         self.backend: Backend
@@ -206,7 +206,7 @@ class Passes:
         made, and these are copied back.
         """
         loss, arrays, place = self.loss, self.arrays, self.backend.place
-        names = () if self._extras is None else self._extras.names
+        names, given = self._extras.names, dict(self._extras.fields)
         known = dict(zip(names, arrays.fields, strict=True))
         classes = arrays.logits.shape[1]
 
@@ -214,7 +214,7 @@ class Passes:
             def read() -> np.ndarray:
                 array, dtype, kind = known[name]
                 if place is not None:
-                    array, dtype = self._fetch(dict(self._extras.fields)[name], array), "float64"  # type: ignore[union-attr]
+                    array, dtype = self._fetch(given[name], array), "float64"
                 return distances_of(name, array, dtype, kind, classes)
 
             return read
@@ -223,13 +223,9 @@ class Passes:
             array, dtype = arrays.target, arrays.target_dtype
             if place is not None:
                 array, dtype = self._fetch(target, array), "float64"
+            ignore, activation = loss.ignore_index, loss.activation
             return target_of(
-                array,
-                dtype,
-                arrays.dense,
-                classes=classes,
-                ignore=loss.ignore_index,
-                activation=loss.activation,
+                array, dtype, arrays.dense, classes=classes, ignore=ignore, activation=activation
             )
 
         sources = {name: reader(name) for name in known if name not in loss.field_names}
@@ -260,20 +256,19 @@ class Passes:
         return own.view(np.bool_).reshape(batch, classes, *spatial)
 
     @property
-    def whole_extras(self) -> Extras | None:
+    def whole_extras(self) -> Extras:
         """Regions, and all fields that the sums read: the caller's, and those that were made."""
-        extras = self._extras
         if not self._made:
-            return extras
-        known = dict(() if extras is None else extras.fields)
+            return self._extras
+        known = dict(self._extras.fields)
         axis = self.loss.channel_axis
         for name, array in self._made.items():
             if axis != 1 and len(array.shape) == self.arrays.logits.ndim:
-                move = getattr(array, "movedim", None)  # a tensor's
+                move = getattr(array, "movedim", None)  # of tensors, where NumPy has a function
                 array = move(1, axis) if move is not None else np.moveaxis(array, 1, axis)
             known[name] = self.adapter.result(array)
         fields = tuple((name, known[name]) for name in self.loss.field_names)
-        return (extras or Extras())._replace(fields=fields)
+        return self._extras._replace(fields=fields)
 
     def _check_regions(self) -> None:
         """Raise ValueError for numbers that are no region."""

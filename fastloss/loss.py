@@ -636,7 +636,7 @@ class Loss:
                 (B, C, *spatial). NumPy, or anything with ``__dlpack__``.
             classes: C, the number of channels that the logits will have.
             spacing: the size of a voxel, one number or one per spatial axis, above 0; if not given,
-                that of each term.
+                that of each term. (`fastloss.HausdorffDT` measures in each call too, with its own.)
             dtype: "float32" or "float16", of fields of floating numbers.
             spatial_axes: how many spatial axes there are, which tells (B, 1, *spatial) from
                 (B, *spatial). If not given, as many as ``spacing`` has numbers; of one number or

@@ -100,7 +100,9 @@ class HausdorffDT(_DistanceTerm):
     Args:
         alpha: the exponent α, above 0.
         log: the logarithm of 1 + the loss, taken of what the reduction leaves.
-        spacing, include_background, batch, weight, reduction: as in `FieldTerm`.
+        spacing: as in `FieldTerm`. D_p is measured with it too, so it is that of the samples also
+            where D_g is given.
+        include_background, batch, weight, reduction: as in `FieldTerm`.
 
     Raises:
         ValueError, TypeError: an option out of its range.

@@ -13,8 +13,8 @@ from fastloss.options import check_dilations
 def skeleton(labels: Any, *, dilations: int = 2) -> Any:
     """The labels near the skeleton of what is not 0, and 0 elsewhere.
 
-    What `fastloss.SkeletonRecall` reads, for a data loader: ``fields={"skeleton":
-    fl.skeleton(labels)}``. All labels but 0 have one skeleton together, each sample for itself.
+    `fastloss.SkeletonRecall` reads them, so that a data loader can make them: ``fields={"skeleton":
+    fl.skeleton(labels)}``. Each sample has one skeleton, of all labels but 0 together.
 
     Args:
         labels: (B, *spatial) of integers or bool, of 2 or 3 spatial axes; NumPy, or anything with

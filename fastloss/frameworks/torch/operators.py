@@ -148,10 +148,9 @@ def _made_fields(
 ) -> list[torch.Tensor]:
     loss, extras = loss_of(structure), _extras(fields, names, regions, region_count)
     passes = loss.passes(logits, target, voxel_weight, extras)
-    whole = passes.whole_extras
-    assert whole is not None
+    fields_of = dict(passes.whole_extras.fields)
     lacking = loss.lacks(() if extras is None else extras.names)
-    return [dict(whole.fields)[name].contiguous() for name in lacking]
+    return [fields_of[name].contiguous() for name in lacking]
 
 
 @torch.library.register_fake("fastloss::made_fields", lib=_library)
