@@ -1,6 +1,7 @@
 """Losses for 3D segmentation, value and gradient, fused into two passes over the logits."""
 
 from fastloss.backends import use_backend
+from fastloss.distance import distance_transform, signed_distance
 from fastloss.functional import (
     brier_loss,
     cross_entropy_loss,
@@ -34,6 +35,7 @@ __all__ = [
     "dice_ce_loss",
     "dice_focal_loss",
     "dice_loss",
+    "distance_transform",
     "focal_loss",
     "generalized_cross_entropy_loss",
     "generalized_dice_loss",
@@ -42,6 +44,7 @@ __all__ = [
     "mean_absolute_error_loss",
     "poly_cross_entropy_loss",
     "set_num_threads",
+    "signed_distance",
     "top_k_cross_entropy_loss",
     "tversky_loss",
     "use_backend",

@@ -265,11 +265,14 @@ void distance_transform(const py::array& mask, const std::array<double, 3>& spac
   }
 }
 
+enum Convention { kKervadec, kExact, kUnsigned };  // as in fastloss/backends/distances.py
+
 // `classes`: class indices (V, z, y, x) of uint8 or uint16; `out`: (V, count, z, y, x) of float32
 // or float16, for the classes [first, first + count); both in C order.
-void signed_distance(const py::array& classes, int64_t first, int64_t count,
-                     const std::array<double, 3>& spacing, bool kervadec, double limit,
-                     py::array out) {
+void signed_distance(const py::array& classes, int64_t first, const std::array<double, 3>& spacing,
+                     int convention, double limit, py::array out) {
+  const bool kervadec = convention == kKervadec, exact = convention == kExact;
+  const int64_t count = out.shape(1);
   const Volume shape = volume_of(classes, 0);
   const Metric metric(shape.shape, spacing, limit);
   const bool half = out.itemsize() == 2;
@@ -296,7 +299,7 @@ void signed_distance(const py::array& classes, int64_t first, int64_t count,
       const Box& own = boxes[size_t(c)];
       const float far = float(limit);
       if (own.empty()) {
-        fill_volume(to, half, v.voxels(), kervadec ? 0 : far);
+        fill_volume(to, half, v.voxels(), exact ? far : 0);
         continue;
       }
       DistanceJob job{};
@@ -313,12 +316,13 @@ void signed_distance(const py::array& classes, int64_t first, int64_t count,
       const Box box = own.wider({1, 1, 1}, v.shape);
       DistanceJob inside = job;
       inside.others = true;
-      inside.finish = Finish::subtracted;
+      inside.finish = Finish::inside;
+      inside.sign = convention == kUnsigned ? 1 : -1;
       inside.shift = kervadec ? 1 : 0;
       inside.out = to;
       inside.work = hold(box);
       if (!transform(inside, v, box, 0, box.high[0] - box.low[0]))
-        fill_volume(to, half, v.voxels(), kervadec ? 0 : -far);
+        fill_volume(to, half, v.voxels(), exact ? -far : 0);
     }
   }
 }

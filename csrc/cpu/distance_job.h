@@ -8,8 +8,8 @@ namespace fastloss {
 
 // How distances become the numbers that are written.
 enum class Finish : int32_t {
-  distance,   // the distance
-  subtracted  // where it is above 0: minus the distance, plus `shift`; else nothing is written
+  distance,  // the distance
+  inside     // where it is above 0: sign · distance + shift; else nothing is written
 };
 
 // An exact transform of a box of voxels (z, y, x): the distance of each to the nearest seed.
@@ -28,7 +28,7 @@ struct DistanceJob {
   Finish finish;
   float scale;  // of the distances that are written
   float limit;  // those are clamped to it
-  float shift;
+  float sign, shift;
   char* out;  // float32, or float16 if `half`; may be `work`
   bool half;
   int64_t out_row, out_plane;  // numbers

@@ -292,7 +292,7 @@ struct Finisher {
       else store_lanes(reinterpret_cast<float*>(job.out) + where, distance, count);
       return;
     }
-    const Vec<float> wanted = job.shift - distance;
+    const Vec<float> wanted = job.sign * distance + job.shift;
     float number[kLanes], inside[kLanes];
     std::memcpy(number, &wanted, sizeof wanted);
     std::memcpy(inside, &squared, sizeof squared);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.arrays import Arrays, Field
+from fastloss.backends import distances
 from fastloss.borrowed import Place
 from fastloss.maps import Map
 from fastloss.protocol import FusedLoss
@@ -67,6 +68,30 @@ class Backend:
             ValueError: as `reduce`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define write_map")
+
+    # ------------------------------------------------------------------ distances
+
+    def distance_transform(
+        self, mask: np.ndarray, spacing: Sequence[float], limit: float, out: np.ndarray
+    ) -> None:
+        """As `fastloss.backends.distances.distance_transform`; all in C order."""
+        distances.distance_transform(mask, spacing, limit, out)
+
+    def signed_distance(
+        self,
+        classes: np.ndarray,
+        first: int,
+        spacing: Sequence[float],
+        convention: str,
+        limit: float,
+        out: np.ndarray,
+    ) -> None:
+        """As `fastloss.backends.distances.signed_distance`; all in C order."""
+        distances.signed_distance(classes, first, spacing, convention, limit, out)
+
+    def class_indices(self, labels: np.ndarray, classes: int, out: np.ndarray) -> int:
+        """As `fastloss.backends.distances.class_indices`, of labels in any strides."""
+        return distances.class_indices(labels, classes, out)
 
     # ------------------------------------------------------------------ the steps of a loss
 

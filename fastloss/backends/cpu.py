@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import fastloss._cpu as _cpu
 from fastloss.arrays import Arrays
 from fastloss.backends.base import Backend, bad_labels, bad_weights
+from fastloss.backends.distances import CONVENTIONS
 from fastloss.maps import KINDS, Map
 from fastloss.request import ACTIVATIONS, Request
 from fastloss.sums import FUNCTIONS, WEIGHTS
@@ -79,6 +81,27 @@ class CpuBackend(Backend):
         )
         if faults is not None:
             _raise(faults, request, arrays)
+
+    def distance_transform(
+        self, mask: np.ndarray, spacing: Sequence[float], limit: float, out: np.ndarray
+    ) -> None:
+        _cpu.distance_transform(mask, list(spacing), limit, out)
+
+    def signed_distance(
+        self,
+        classes: np.ndarray,
+        first: int,
+        spacing: Sequence[float],
+        convention: str,
+        limit: float,
+        out: np.ndarray,
+    ) -> None:
+        _cpu.signed_distance(
+            classes, first, list(spacing), CONVENTIONS.index(convention), limit, out
+        )
+
+    def class_indices(self, labels: np.ndarray, classes: int, out: np.ndarray) -> int:
+        return _cpu.class_indices(labels, classes, out)
 
     def get_num_threads(self) -> int:
         return _cpu.get_num_threads()

@@ -82,6 +82,11 @@ class Adapter:
         """The value of a loss as the caller knows numbers."""
         return value
 
+    def wrap(self, numbers: np.ndarray, like: Any) -> Any:
+        """A new array of NumPy's as one of the framework, where ``like`` lies."""
+        place = self.borrow(like, "array").place
+        return self.result(numbers) if place is None else place.array(numbers, numbers.dtype.name)
+
     def upstream(self, gradient: Any) -> Any:
         """The gradient of the final result by the value, as something NumPy takes.
 

@@ -9,6 +9,7 @@ takes it when it needs it, and else nothing has to be made again.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import sys
 from collections import deque
@@ -109,4 +110,13 @@ def empty_like(array: np.ndarray) -> np.ndarray:
     memory = large(array.nbytes).view(array.dtype)
     shape = [array.shape[axis] for axis in order]
     new: np.ndarray = memory.reshape(shape).transpose(np.argsort(order))
+    return new
+
+
+def new_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """As `numpy.empty`, in C order; a large one as all large ones."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < LEAST:
+        return np.empty(shape, dtype)
+    new: np.ndarray = large(nbytes).view(dtype).reshape(shape)
     return new
