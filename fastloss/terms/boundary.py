@@ -286,8 +286,8 @@ class SkeletonRecall(FieldTerm):
 
     s is the target's skeleton, made a tube by ``dilations`` steps: of a label map, that of all
     classes but 0 together, and each voxel of the tube counts for its own class. Of a dense target
-    with sigmoid, whose channels may overlap, every channel has its own. The value is that of the
-    paper plus 1. A class without a voxel costs 0 unless ``smooth_nr`` is 0.
+    with sigmoid, whose channels may overlap, or of one channel, every channel has its own. The
+    value is that of the paper plus 1. A class without a voxel costs 0 unless ``smooth_nr`` is 0.
 
     The field is called ``"skeleton"``: a second label map, or masks. `fastloss.skeleton` makes it
     as well, of scikit-image; ``spacing`` has no meaning for it.
@@ -346,11 +346,12 @@ class SkeletonRecall(FieldTerm):
         spacing_of(spacing, target.axes)
         classes = target.classes
         if target.masks is not None:
-            if target.activation == "sigmoid":
+            if target.activation == "sigmoid" or classes == 1:
                 return _each(target.masks, self.dilations)
             foreground = np.logical_or.reduce(target.masks[:, 1:], axis=1, keepdims=True)
             tubes = np.repeat(_each(foreground, self.dilations), classes, axis=1)
             tubes &= target.masks
+            tubes[:, 0] = False  # as of a label map
             return tubes
         assert target.labels is not None
         labels = target.labels
