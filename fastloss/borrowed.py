@@ -143,6 +143,11 @@ class Extras(NamedTuple):
         return cls(ordered, regions, region_count)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the fields."""
+        return tuple(name for name, _ in self.fields)
+
+    @property
     def arrays(self) -> tuple[Any, ...]:
         """The fields, then the regions."""
         return (*(array for _, array in self.fields), self.regions)

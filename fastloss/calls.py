@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastloss.arrays import Field, arrange, channels_second, check_out
+from fastloss.arrays import FLOATS, INTEGERS, Field, arrange, channels_second, check_out
 from fastloss.backends import Backend, current_backend
 from fastloss.backends.base import with_ranked
 from fastloss.borrowed import Borrowed, Extras, Place
+from fastloss.fields import Target, as_field, distances_of, make, narrowed, target_of
 from fastloss.frameworks import adapter_of, borrow
 from fastloss.maps import Map
 from fastloss.protocol import FusedLoss
@@ -74,6 +75,55 @@ def value_and_grad(
     return passes.adapter.result(value), out
 
 
+def fields_of(
+    loss: FusedLoss,
+    target: Any,
+    *,
+    classes: int,
+    spacing: Any,
+    dtype: str,
+    dense: bool,
+    axes: int | None,
+) -> dict[str, Any]:
+    """The fields of a target, as `fastloss.Loss.fields` says."""
+    adapter = adapter_of(target, "target")
+    array, kind, place = adapter.borrow(target, "target")
+    if kind not in FLOATS and kind not in INTEGERS:
+        raise TypeError(f"target: expected integers, bool or floating numbers, got {kind}")
+    shape = array.shape
+    if place is not None:
+        array, kind = adapter.numbers(target, "target"), "float64"
+    axis = loss.channel_axis
+    whole = axes is not None and array.ndim == axes + 2
+    if dense or whole:
+        if array.ndim < 2:
+            raise ValueError(f"target: expected (batch, channels, *spatial), got shape {shape}")
+        array = channels_second(array, axis, "target") if axis != 1 else array
+    if dense:
+        fits = array.shape[1] == classes and axes in (None, array.ndim - 2)
+    else:
+        array = array[:, 0] if whole and array.shape[1] == 1 else array
+        fits = array.ndim > 0 and axes in (None, array.ndim - 1)
+    if not fits:
+        wanted = f"a dense target of {classes} channels" if dense else "a label map"
+        of = "" if axes is None else f" of {axes} spatial axes"
+        raise ValueError(f"target: expected {wanted}{of}, got shape {shape}")
+    if not dense and classes == 1 and loss.activation != "softmax":
+        array, dense = array[:, None], True  # the mask of a single channel
+    found = target_of(
+        array, kind, dense, classes=classes, ignore=loss.ignore_index, activation=loss.activation
+    )
+    made = {}
+    for term in loss.makers.values():
+        if term.makes not in made:
+            own = term.make_field(found, term.spacing if spacing is None else spacing)
+            own = narrowed(own, dtype)
+            if axis != 1 and own.ndim == found.axes + 2:
+                own = np.moveaxis(own, 1, axis)
+            made[term.makes] = adapter.wrap(own, target)
+    return {name: made[name] for name in sorted(made)}
+
+
 class Passes:
     """One call's arrays, and the two passes over them."""
 
@@ -95,8 +145,9 @@ class Passes:
         places: tuple[Place | None, ...]
         places = (self.logits.place, self.target.place, self.voxel_weight and self.voxel_weight[2])
         given: dict[str, Any] = {}
-        if extras is not None or loss.fields:
-            given = self._borrow(extras or Extras())
+        self._extras = extras or Extras()
+        if extras is not None or loss.field_names:
+            given = self._borrow(self._extras)
             places += tuple(b.place for b in self.more.values())
         # Which backend computes is a choice for arrays in CPU memory.
         self.backend: Backend
@@ -115,16 +166,23 @@ class Passes:
         self.request = loss.request(self.arrays)
         self._ranked: Field | None = None
         """The field that the ranking term made."""
+        self._made: dict[str, Any] = {}
+        if loss.makers:
+            self._make_fields(target)
         if self.arrays.regions is not None and self.backend.place is None:
             self._check_regions()
 
     def _borrow(self, extras: Extras) -> dict[str, Any]:
         """Borrow fields and regions: what `arrange` takes beside the usual arrays."""
-        names = tuple(name for name, _ in extras.fields)
-        if names != self.loss.fields:
-            wanted = ", ".join(map(repr, self.loss.fields)) or "none"
-            got = ", ".join(map(repr, names)) or "none"
-            raise ValueError(f"fields: the terms of this loss read {wanted}, got {got}")
+        names, loss = extras.names, self.loss
+        if names != loss.field_names:
+            sources = {maker.makes for maker in loss.makers.values()}
+            made = {name for name, maker in loss.makers.items() if name != maker.makes}
+            read = {*loss.field_names, *sources}
+            if not set(names) <= read or not read - made <= {*names, *sources}:
+                wanted = ", ".join(map(repr, sorted(read - made))) or "none"
+                got = ", ".join(map(repr, names)) or "none"
+                raise ValueError(f"fields: the terms of this loss read {wanted}, got {got}")
         fields = {name: borrow(array, f"fields[{name!r}]") for name, array in extras.fields}
         self.more.update((f"fields[{name!r}]", field) for name, field in fields.items())
         if extras.regions is None:
@@ -140,6 +198,77 @@ class Passes:
             integers = regions.array.dtype.kind in "iu" and regions.array.size
             rows = max(int(regions.array.max()) + 1, 1) if integers else 1
         return {"fields": fields, "regions": regions, "rows": rows}
+
+    def _make_fields(self, target: Any) -> None:
+        """Make the fields that the sums read and the caller left out.
+
+        On a GPU the target, and where p > ½, are copied to the processor's memory, where fields are
+        made, and these are copied back.
+        """
+        loss, arrays, place = self.loss, self.arrays, self.backend.place
+        names, given = self._extras.names, dict(self._extras.fields)
+        known = dict(zip(names, arrays.fields, strict=True))
+        classes = arrays.logits.shape[1]
+
+        def reader(name: str) -> Callable[[], np.ndarray]:
+            def read() -> np.ndarray:
+                array, dtype, kind = known[name]
+                if place is not None:
+                    array, dtype = self._fetch(given[name], array), "float64"
+                return distances_of(name, array, dtype, kind, classes)
+
+            return read
+
+        def read_target() -> Target:
+            array, dtype = arrays.target, arrays.target_dtype
+            if place is not None:
+                array, dtype = self._fetch(target, array), "float64"
+            ignore, activation = loss.ignore_index, loss.activation
+            return target_of(
+                array, dtype, arrays.dense, classes=classes, ignore=ignore, activation=activation
+            )
+
+        sources = {name: reader(name) for name in known if name not in loss.field_names}
+        missing = loss.lacks(names)
+        for name, array in make(loss, missing, sources, read_target, self._mask).items():
+            own = array if place is None else place.array(array, array.dtype.name)
+            self._made[name] = own
+            known[name] = as_field(array, borrow(own, name).array, arrays)
+        self.arrays = replace(arrays, fields=tuple(known[name] for name in loss.field_names))
+
+    def _fetch(self, array: Any, like: np.ndarray) -> np.ndarray:
+        """A copy of a caller's array on a GPU, in the shape in which the kernels take it."""
+        own = adapter_of(array, "array").numbers(array, "array")
+        axis = self.loss.channel_axis
+        if axis != 1 and own.ndim == self.arrays.logits.ndim:
+            own = channels_second(own, axis, "array")
+        return own.reshape(like.shape)
+
+    def _mask(self) -> np.ndarray:
+        """Where p > ½, (B, C, *spatial)."""
+        (batch, classes), spatial = self.arrays.logits.shape[:2], self.arrays.logits.shape[2:]
+        whole = self.request
+        request = make_request(whole.activation, whole.dense, whole.ignore_index, frozenset())
+        out = self.backend.empty((batch, classes, prod(spatial)), np.dtype(np.uint8))
+        view = borrow(out, "out").array
+        self.backend.write_map(request, replace(self.arrays, fields=()), Map("mask", view))
+        own: np.ndarray = out if self.backend.place is None else self.backend.place.numpy(out)
+        return own.view(np.bool_).reshape(batch, classes, *spatial)
+
+    @property
+    def whole_extras(self) -> Extras:
+        """Regions, and all fields that the sums read: the caller's, and those that were made."""
+        if not self._made:
+            return self._extras
+        known = dict(self._extras.fields)
+        axis = self.loss.channel_axis
+        for name, array in self._made.items():
+            if axis != 1 and len(array.shape) == self.arrays.logits.ndim:
+                move = getattr(array, "movedim", None)  # of tensors, where NumPy has a function
+                array = move(1, axis) if move is not None else np.moveaxis(array, 1, axis)
+            known[name] = self.adapter.result(array)
+        fields = tuple((name, known[name]) for name in self.loss.field_names)
+        return self._extras._replace(fields=fields)
 
     def _check_regions(self) -> None:
         """Raise ValueError for numbers that are no region."""

@@ -11,10 +11,18 @@ import numpy as np
 
 from fastloss.arrays import Arrays
 from fastloss.borrowed import Extras
-from fastloss.calls import Passes, on_device, value_and_grad
+from fastloss.calls import Passes, fields_of, on_device, value_and_grad
+from fastloss.fields import Form, Spacing, Target
 from fastloss.frameworks import adapter_of, borrow
 from fastloss.naming import keep, register
-from fastloss.options import check_choice, check_class_weight, factor_of
+from fastloss.options import (
+    check_axes,
+    check_choice,
+    check_class_weight,
+    check_count,
+    check_spacing,
+    factor_of,
+)
 from fastloss.request import ACTIVATIONS, Request, make_request
 from fastloss.statistics import Statistics
 from fastloss.structure import (
@@ -50,6 +58,15 @@ class Term:
 
     A GPU chooses so and in no other way.
     """
+
+    makes: ClassVar[str] = ""
+    """The name of a field that the term makes of the target, where the caller gives none."""
+
+    spacing: Any = None
+    """For such a term: the size of a voxel, as `fastloss.fields.spacing_of` takes it."""
+
+    looks: ClassVar[bool] = False
+    """Whether its `derives` depends on what is predicted, and so on all voxels of a sample."""
 
     number_options: ClassVar[tuple[str, ...]] = ()
     """Options that are None, one number or (C,), non-negative and finite, and may be others in
@@ -145,6 +162,37 @@ class Term:
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         """The term's value and its pullback, from the sums alone."""
         raise NotImplementedError(f"{type(self).__name__} must define combine")
+
+    @property
+    def derives(self) -> str:
+        """The field that the sums read, if it is made of the field `makes` in every call."""
+        return ""
+
+    @property
+    def making(self) -> tuple[Any, ...]:
+        """All that the field `makes` depends on beside the target."""
+        return (self.makes, self.spacing)
+
+    def field_form(self, classes: int, dense: bool) -> Form:
+        """How the field looks that the sums read."""
+        return Form("float32", True)
+
+    def make_field(self, target: Target, spacing: Spacing) -> np.ndarray:
+        """The field `makes`, (B, C, *spatial) or (B, *spatial); NaN and infinity are in no field.
+
+        Raises:
+            ValueError: ``spacing`` has not one number for each spatial axis.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define make_field")
+
+    def derive_field(self, field: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        """The field `derives` of the field `makes`, both (B, C, *spatial) of float32.
+
+        Args:
+            field: to be read only.
+            mask: for a term that ``looks``, where p > ½: (B, C, *spatial) bool.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define derive_field")
 
     def ranks_by(self, request: Request, classes: int) -> np.ndarray:
         """The coefficients, (S, C), of the map by which a term with a `ranking` chooses voxels."""
@@ -265,6 +313,10 @@ class Term:
         """As `fastloss.Loss.statistics`, with the default options."""
         return self._loss.statistics(logits, target, voxel_weight, **options)
 
+    def fields(self, target: Any, **options: Any) -> dict[str, Any]:
+        """As `fastloss.Loss.fields`, with the default options."""
+        return self._loss.fields(target, **options)
+
     def value(self, statistics: Statistics) -> Any:
         """As `fastloss.Loss.value`."""
         return self._loss.value(statistics)
@@ -360,7 +412,8 @@ class Loss:
       nothing, whatever its logits hold.
     - fields: None, or by name the arrays that terms read beside the target, (B, *spatial) or
       (B, C, *spatial), of any floating dtype or bool. Integers of shape (B, *spatial) are a second
-      label map: for class c the field is 1 where the label is c.
+      label map: for class c the field is 1 where the label is c. Terms that make theirs of the
+      target, as `fastloss.Boundary`, need none: see `fields` for how to make them ahead.
     - regions: None, or the region that every voxel belongs to, (B, *spatial) or (B, 1, *spatial) of
       integers: 0, 1, 2, … within a sample, each of at least one voxel; −1 where a voxel counts for
       nothing. Sums are then formed for every region, and terms take regions for samples.
@@ -454,8 +507,9 @@ class Loss:
         self.maps_voxels = _is_per_voxel([term for _, term in terms])
         own = None if self.ranking is None else self.ranking.ranking
         named = {need.field for need in self.needs if isinstance(need, Sum) and need != own}
-        self.fields: tuple[str, ...] = tuple(sorted(named - {""}))
-        """The names of the fields that the terms read, in their order."""
+        self.field_names: tuple[str, ...] = tuple(sorted(named - {""}))
+        """The names of the fields that the sums read, in their order."""
+        self.makers = _makers([term for _, term in terms])
         self._checked: set[int] = set()
         self._factors = np.array([factor for factor, _ in terms], np.float64)
         self._text_of_options = text_of_options(tuple(self._options.items()))
@@ -547,7 +601,8 @@ class Loss:
     ) -> Statistics:
         """The sums that the loss is a function of. They add: over chunks of a volume, over ranks.
 
-        A chunk need not have a voxel of every region.
+        A chunk need not have a voxel of every region. Fields that terms would make are to be given,
+        cut from those of the whole volume: see `fields`.
 
         >>> import numpy as np, fastloss as fl
         >>> rng, loss = np.random.default_rng(0), fl.Dice() + fl.CrossEntropy()
@@ -558,7 +613,60 @@ class Loss:
         """
         self.check_additive("statistics")
         extras = Extras.of(fields, regions, region_count)
+        self.check_given(extras, "statistics")
         return self.passes(logits, target, voxel_weight, extras).reduce(whole=False)
+
+    def fields(
+        self,
+        target: Any,
+        *,
+        classes: int,
+        spacing: Any = None,
+        dtype: str = "float32",
+        dense: bool = False,
+        spatial_axes: int | None = None,
+    ) -> dict[str, Any]:
+        """The fields that the terms make of a target: what a call takes as ``fields``.
+
+        For the workers of a data loader: a call then need not make them. They do not depend on
+        voxel weights. An ignored voxel, as one whose label is not in [0, C), is of no class.
+
+        Args:
+            target: as in a call: a label map (B, *spatial) or (B, 1, *spatial), or if ``dense``
+                (B, C, *spatial). NumPy, or anything with ``__dlpack__``.
+            classes: C, the number of channels that the logits will have.
+            spacing: the size of a voxel, one number or one per spatial axis, above 0; if not given,
+                that of each term. (`fastloss.HausdorffDT` measures in each call too, with its own.)
+            dtype: "float32" or "float16", of fields of floating numbers.
+            spatial_axes: how many spatial axes there are, which tells (B, 1, *spatial) from
+                (B, *spatial). If not given, as many as ``spacing`` has numbers; of one number or
+                none, all axes of a label map but the first.
+
+        Returns:
+            By name, arrays of the target's framework (of one that allocates none, NumPy arrays),
+            the samples along the first axis; empty where no term makes a field.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, shape or range.
+
+        >>> import numpy as np, fastloss as fl
+        >>> loss = fl.Dice() + 0.01 * fl.Boundary()
+        >>> labels = np.zeros((1, 4, 4), np.uint8); labels[:, 1:3, 1:3] = 1
+        >>> fields = loss.fields(labels, classes=2)
+        >>> print({name: field.shape for name, field in fields.items()})
+        {'boundary': (1, 2, 4, 4)}
+        """
+        axes = check_axes(spacing, spatial_axes)
+        check_choice("dtype", dtype, ("float32", "float16"))
+        return fields_of(
+            self,
+            target,
+            classes=check_count("classes", classes),
+            spacing=check_spacing(spacing),
+            dtype=dtype,
+            dense=dense,
+            axes=axes,
+        )
 
     def value(self, statistics: Statistics) -> Any:
         """The value of the loss from the sums over all its chunks."""
@@ -590,6 +698,8 @@ class Loss:
             if statistics.regions and regions is not None and region_count is None:
                 region_count = statistics.regions  # of which this chunk may lack the last ones
         extras = Extras.of(fields, regions, region_count)
+        if statistics is not None:
+            self.check_given(extras, "statistics")
         passes = self.passes(logits, target, voxel_weight, extras)
         out, view = passes.output(out)
         if self.maps_voxels:
@@ -629,8 +739,35 @@ class Loss:
             )
         return make_request(self.activation, arrays.dense, self.ignore_index, self.needs)
 
-    def check_additive(self, name: str) -> None:
-        """Raise ValueError, naming the argument, if the loss is no function of sums."""
+    def lacks(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The fields that the sums read and that have to be made, where those named are given."""
+        return tuple(name for name in self.field_names if name in self.makers and name not in names)
+
+    def check_given(self, extras: Extras | None, name: str) -> None:
+        """Raise ValueError if a part of a volume would be taken for all of it.
+
+        The distances within a part are not those of the volume.
+        """
+        given = () if extras is None else extras.names
+        for field in self.lacks(given):
+            term = self.makers[field]
+            if term.makes not in given or term.looks:
+                raise ValueError(
+                    f"{name}: a part of a volume needs the fields of the whole, cut as the part is "
+                    f"(see Loss.fields), but {field if term.looks else term.makes!r} was not given"
+                )
+
+    def check_additive(self, name: str, parts: bool = True) -> None:
+        """Raise ValueError, naming the argument, if the loss is no function of sums.
+
+        ``parts``: of sums over parts of a sample, not over samples alone.
+        """
+        for _, term in self.terms:
+            if parts and term.looks:
+                raise ValueError(
+                    f"{name}: {type(term).__name__} measures distances within what is predicted, "
+                    "so parts of a volume cannot be joined"
+                )
         if self.maps_voxels:
             raise ValueError(
                 f"{name}: a loss of reduction='voxel' has one number per voxel, and no sums to join"
@@ -914,6 +1051,23 @@ def _reduce_to(upstream: Any, shape: tuple[int, ...], own: tuple[int, ...]) -> A
     axes = tuple(range(len(shape) - len(own)))
     axes += tuple(i + len(axes) for i, n in enumerate(own) if n == 1 and shape[i + len(axes)] != 1)
     return upstream.sum(axis=axes, keepdims=True).reshape(own)
+
+
+def _makers(terms: list[Term]) -> dict[str, Term]:
+    """By name, the terms that make the fields which the sums read."""
+    makers: dict[str, Term] = {}
+    sources: dict[str, Term] = {}
+    for term in terms:
+        if not term.makes:
+            continue
+        makers[term.derives or term.makes] = term
+        other = sources.setdefault(term.makes, term)
+        if other.making != term.making:
+            raise ValueError(
+                f"terms: {other!r} and {term!r} make the field {term.makes!r} in different ways, "
+                "and a loss has one of each name"
+            )
+    return makers
 
 
 register(Loss, Term)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KINDS = ("voxel", "class", "error", "label")
+KINDS = ("voxel", "class", "error", "label", "mask")
 """See `Map`."""
 
 
@@ -24,13 +24,15 @@ class Map:
     ``class``  Σ over s of k_sc · m w_s f_s(p_c)                            (B, C, voxels)
     ``error``  m |g_c − p_c|                                                (B, C, voxels)
     ``label``  the class of the largest logit, the first of equal ones      (B, voxels)
+    ``mask``   whether p_c > ½ and m > 0                                    (B, C, voxels)
     =========  ==========================================================  ==================
 
     Attributes:
         kind: one of `KINDS`.
         out: in C order, the voxels of a sample in the order of its spatial axes; of the dtype of
-            the loss value, or for ``label`` uint8, int32 or int64. Where there is one class,
-            ``label`` says whether p > ½. The label of NaN is that of the first NaN.
+            the loss value, or for ``label`` uint8, int32 or int64, for ``mask`` uint8.
+            Where there is one class, ``label`` says whether p > ½. The label of NaN is that of the
+            first NaN.
         coefficients: k, (S, C) float64, for ``voxel`` and ``class``.
     """
 

@@ -75,7 +75,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "ignore": (None, 0, 255),
     "blocks": (1, 2, 1536),
     "extras": tuple(EXTRAS),
-    "map_kind": ("", "voxel", "class", "error", "label"),
+    "map_kind": ("", "voxel", "class", "error", "label", "mask"),
 }  # fmt: skip
 
 
@@ -466,10 +466,11 @@ def _maps(
 ) -> tuple[Map, Map]:
     """A map for the device and the same for the reference."""
     shape = (case.batch, int(np.prod(case.spatial)))
-    if case.map_kind in ("class", "error"):
+    if case.map_kind in ("class", "error", "mask"):
         shape = (case.batch, case.classes, shape[1])
     kinds = ("uint8", "int32", "int64") if case.classes < 256 else ("int32", "int64")
     dtype = kinds[len(str(case)) % len(kinds)] if case.map_kind == "label" else arrays.value_dtype
+    dtype = "uint8" if case.map_kind == "mask" else dtype
     k = rng.uniform(size=(len(request.sums), case.classes))
     return Map(case.map_kind, exactly(shape, dtype), k), Map(case.map_kind, np.zeros(shape), k)
 

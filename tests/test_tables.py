@@ -178,18 +178,19 @@ def test_sums_and_gradients_of_any_table(name: str, problem: tuple[Request, Arra
 
 @pytest.mark.parametrize("name", OTHERS)
 @settings(max_examples=40, deadline=None)
-@given(problem=problems(), kind=st.sampled_from(["voxel", "class", "error", "label"]))
+@given(problem=problems(), kind=st.sampled_from(["voxel", "class", "error", "label", "mask"]))
 def test_maps(name: str, problem: tuple[Request, Arrays], kind: str) -> None:
     backend = load_backend(need_backend(name))
     request, arrays = problem
     (batch, classes), voxels = arrays.logits.shape[:2], int(np.prod(arrays.logits.shape[2:]))
     k = np.random.default_rng(0).uniform(size=(len(request.sums), classes))
-    shape = (batch, classes, voxels) if kind in ("class", "error") else (batch, voxels)
-    dtype = "uint8" if kind == "label" else arrays.value_dtype
-    own, right = np.zeros(shape, dtype), np.zeros(shape, "uint8" if kind == "label" else "float64")
+    of_classes, whole = kind in ("class", "error", "mask"), kind in ("label", "mask")
+    shape = (batch, classes, voxels) if of_classes else (batch, voxels)
+    dtype = "uint8" if whole else arrays.value_dtype
+    own, right = np.zeros(shape, dtype), np.zeros(shape, "uint8" if whole else "float64")
     backend.write_map(request, arrays, Map(kind, own, k))
     REFERENCE.write_map(request, in_float64(arrays), Map(kind, right, k))
-    if kind == "label":
+    if whole:
         assert (own == right).all()
         return
     tolerance = 1e-11 if arrays.logits_dtype == "float64" else 3e-6

@@ -308,6 +308,19 @@ void label_map(Tile<T>& t) {
   else write(int64_t());
 }
 
+// Whether p > ½, for every class of the voxels that count; 0 for those that do not.
+template <class T>
+void mask_map(Tile<T>& t) {
+  begin_general(t, false);
+  const T* m = t.row(kWeight);
+  for (int64_t c = 0; c < t.job.classes; ++c) {
+    if (t.job.dense) t.load_target(c, t.row(kE));  // which finds bad numbers
+    const T* p = activate_row(t, c, Wanted()).p;
+    auto* to = map_row<uint8_t>(t, c);
+    for (int v = 0; v < t.n; ++v) to[v] = uint8_t((p[v] > T(0.5)) & (m[v] > T(0)));
+  }
+}
+
 template <class T>
 void apply_general(Tile<T>& t) {
   constexpr int L = lanes<T>;

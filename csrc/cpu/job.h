@@ -118,7 +118,7 @@ struct Field {
 };
 
 // The kinds of map: see fastloss/maps.py.
-enum class MapKind : int32_t { none, voxel, of_class, error, label };
+enum class MapKind : int32_t { none, voxel, of_class, error, label, mask };
 
 struct Job {
   Activation activation = Activation::softmax;

@@ -43,6 +43,7 @@ void map_voxels(const Job& job, int64_t sample, int64_t first, int64_t last, Fau
   for (int64_t v = first; v < last; v += tile.n) {
     tile.move(v, int(last - v < tile.step ? last - v : tile.step), faults);
     if (job.map == MapKind::label) label_map(tile);
+    else if (job.map == MapKind::mask) mask_map(tile);
     else reduce_general<T>(tile, nullptr, nullptr);
     if (!tile.binary) tile.find_bad_numbers(faults);
   }

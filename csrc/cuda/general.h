@@ -27,7 +27,7 @@ constexpr int kMaxFields = 8;
 constexpr int kMaxSums = 32;  // in the build that serves any call
 
 enum FieldKind { kOfVoxel, kOfClass, kOfLabels };
-enum MapKind { kNoMap, kVoxelMap, kClassMap, kErrorMap, kLabelMap };
+enum MapKind { kNoMap, kVoxelMap, kClassMap, kErrorMap, kLabelMap, kMaskMap };
 // The order of fastloss.sums.WEIGHTS.
 enum class Weight : int { one, target, rest, target_squared };
 
@@ -675,6 +675,11 @@ FL_DEVICE void general_map(const GeneralCall& call) {
     }
     T sum = T(0);
     for_classes(spot, [&](int c, T, const Probability<T>& v) {
+      if (CONST(map_kind) == kMaskMap) {
+        *reinterpret_cast<unsigned char*>(spot.at_class(kOut, c)) =
+            v.p > T(0.5) && spot.voxel.m[0] > T(0);
+        return;
+      }
       T g = spot.target(c);
       if (CONST(map_kind) == kVoxelMap) sum += mapped(spot, c, g, v);
       if (CONST(map_kind) == kClassMap) store_map(spot, c, mapped(spot, c, g, v));

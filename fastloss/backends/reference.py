@@ -156,6 +156,9 @@ def _mapped(request: Request, voxel_map: Map, v: Probability, sample: _Sample) -
     if voxel_map.kind == "label":
         values = v.p[0] > 0.5 if len(sample.x) == 1 else sample.x.argmax(axis=0)
         return values
+    if voxel_map.kind == "mask":
+        values = (v.p > 0.5) & (sample.m > 0)
+        return values
     if voxel_map.kind == "error":
         values = sample.m * np.abs(sample.g - v.p)
         return values

@@ -37,6 +37,8 @@ PyTorch's operations:
 - The focal loss of softmax with one channel that counts, or of a label map with
   ``ignore_index`` and without background.
 - MaskedDiceLoss under ``torch.compile``, of a label map with background.
+- BoundaryLoss, HausdorffDTLoss and LogHausdorffDTLoss of a subclass with its own distances, and an
+  ``alpha`` that is not above 0. Their distances are measured in the processor's memory.
 - Targets or weights that require a gradient, weights that are broadcast to other axes than the
   channels, negative options, integer logits, no spatial axis, empty tensors (whose mean is NaN).
 
@@ -68,21 +70,27 @@ What differs from MONAI:
   is not fused.
 - A number given as ``weight`` stays one in the state dict; MONAI expands it when first called.
 - MaskedDiceLoss takes a module as ``other_act``.
+- The distances of HausdorffDTLoss are float32, whatever the dtype of input and target; MONAI's are
+  of that dtype, and of integers in a dense target cut to integers.
 - Class weights that lie on a GPU, or are met in code that ``torch.compile`` made, are not looked
   at beforehand: negative ones make the value NaN on a GPU, and ValueError on a CPU.
 """
 
+from fastloss.monai._boundary import BoundaryLoss, HausdorffDTLoss, LogHausdorffDTLoss
 from fastloss.monai._compound import DiceCELoss, DiceFocalLoss, GeneralizedDiceFocalLoss
 from fastloss.monai._focal import FocalLoss
 from fastloss.monai._region import DiceLoss, GeneralizedDiceLoss, MaskedDiceLoss, TverskyLoss
 
 __all__ = [
+    "BoundaryLoss",
     "DiceCELoss",
     "DiceFocalLoss",
     "DiceLoss",
     "FocalLoss",
     "GeneralizedDiceFocalLoss",
     "GeneralizedDiceLoss",
+    "HausdorffDTLoss",
+    "LogHausdorffDTLoss",
     "MaskedDiceLoss",
     "TverskyLoss",
 ]

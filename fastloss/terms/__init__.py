@@ -1,6 +1,13 @@
 """The losses, as formulas on sums over voxels."""
 
 from fastloss.loss import Term
+from fastloss.terms.boundary import (
+    Boundary,
+    BoundaryDoU,
+    GeneralizedSurface,
+    HausdorffDT,
+    SkeletonRecall,
+)
 from fastloss.terms.distribution import CrossEntropy, Focal, TopKCrossEntropy, VoxelwiseTerm
 from fastloss.terms.linear import (
     Brier,
@@ -9,20 +16,27 @@ from fastloss.terms.linear import (
     PolyCrossEntropy,
 )
 from fastloss.terms.region import Dice, GeneralizedDice, Jaccard, RegionTerm, Tversky
+from fastloss.terms.skeletons import skeleton
 
 __all__ = [
+    "Boundary",
+    "BoundaryDoU",
     "Brier",
     "CrossEntropy",
     "Dice",
     "Focal",
     "GeneralizedCrossEntropy",
     "GeneralizedDice",
+    "GeneralizedSurface",
+    "HausdorffDT",
     "Jaccard",
     "MeanAbsoluteError",
     "PolyCrossEntropy",
     "RegionTerm",
+    "SkeletonRecall",
     "Term",
     "TopKCrossEntropy",
     "Tversky",
     "VoxelwiseTerm",
+    "skeleton",
 ]

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from fastloss.loss import Derivatives, Pullback, Term
-from fastloss.options import (
-    REDUCTIONS,
-    check_choice,
-    check_class_count,
-    check_class_weight,
-    check_number,
-)
-from fastloss.statistics import Statistics
+from fastloss.options import REDUCTIONS, check_choice, check_class_weight, check_number
+from fastloss.terms.per_class import ClassTerm
 
 _SIZES = ("predicted", "reference")
 _SQUARED = ("predicted_squared", "reference_squared")
 
 
-class RegionTerm(Term):
+class RegionTerm(ClassTerm):
     """A loss on overlap O = Σ p g, predicted size P = Σ p^k and reference size G = Σ g^k.
 
     Subclass it and define `formula`; the term then fuses, adds and scales like the built-in ones
@@ -44,10 +37,6 @@ class RegionTerm(Term):
     Raises:
         ValueError, TypeError: an option out of its range.
     """
-
-    number_options: ClassVar[tuple[str, ...]] = ("weight",)
-    couples_classes = False
-    """True if `formula` returns one value for all classes and applies ``self.weight`` itself."""
 
     def __init__(
         self,
@@ -82,14 +71,6 @@ class RegionTerm(Term):
         """
         raise NotImplementedError(f"{type(self).__name__} must define formula")
 
-    def check(self, activation: str, classes: int) -> None:
-        counted = classes - int(not self.include_background)
-        if counted < 1:
-            raise ValueError(
-                "include_background: False leaves no class to compare, as there is only one"
-            )
-        check_class_count("weight", self.weight, counted)
-
     @classmethod
     def recordable(cls) -> tuple[str, ...]:
         known = super().recordable()
@@ -98,77 +79,13 @@ class RegionTerm(Term):
         return ("weight",)  # of which a formula from elsewhere sees nothing
 
     @property
-    def sums_over_batch(self) -> bool:
-        return self.batch
+    def reads(self) -> tuple[str, ...]:
+        return ("overlap", *(_SQUARED if self.squared else _SIZES))
 
-    def value_shape(self, batch: int, classes: int, regions: int = 0) -> tuple[int, ...]:
-        if self.reduction != "none":
-            return ()
-        counted = 1 if self.couples_classes else classes - int(not self.include_background)
-        return ((1 if self.batch else batch) * max(regions, 1), counted)
-
-    def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
-        size, reference_size = _SQUARED if self.squared else _SIZES
-        sums = [statistics["overlap"], statistics[size], statistics[reference_size]]
-        first = 0 if self.include_background else 1
-        if first:
-            sums = [s[:, first:] for s in sums]
-        regions = statistics.regions
-        rows = sums[0].shape
-        if self.batch:
-            sums = [_over_samples(s, regions) for s in sums]
+    def of_sums(self, *sums: np.ndarray) -> Any:
         value, by_overlap, by_predicted = self.formula(*sums)
-        count: Any = max(value.size, 1)
-        if regions:
-            voxels = statistics.voxels[:, None]
-            there = (_over_samples(voxels, regions) if self.batch else voxels) > 0
-            value, by_overlap, by_predicted = (
-                np.where(there, a, 0.0) for a in (value, by_overlap, by_predicted)
-            )
-            count = np.maximum(there.sum() * value.shape[1], 1)
-        weight: Any = 1.0 if self.weight is None or self.couples_classes else self.weight
-        if not (isinstance(weight, float) and weight == 1.0):
-            value = value * weight
-        scale = weight / count if self.reduction == "mean" else weight
-        if self.reduction != "none":
-            value = value.sum()
-        if self.reduction == "mean":
-            value = value / count
-
-        def pullback(upstream: np.ndarray) -> Derivatives:
-            factor = upstream * scale
-            derivatives = {"overlap": factor * by_overlap, size: factor * by_predicted}
-            if regions and self.batch:
-                derivatives = {k: _to_samples(d, regions, rows) for k, d in derivatives.items()}
-            if first:
-                derivatives = {k: _with_background(d) for k, d in derivatives.items()}
-            return derivatives
-
-        return value, pullback
-
-
-def _over_samples(sums: np.ndarray, regions: int) -> np.ndarray:
-    """(rows, C) summed over the samples: (1, C), or one row for every number of a region."""
-    joined: np.ndarray
-    if regions:
-        joined = sums.reshape(-1, regions, sums.shape[1]).sum(axis=0)
-    else:
-        joined = sums.sum(axis=0, keepdims=True)
-    return joined
-
-
-def _to_samples(derivative: np.ndarray, regions: int, shape: tuple[int, int]) -> np.ndarray:
-    """The derivative by the sums over the samples as that by those of each, (rows, C)."""
-    rows, classes = shape
-    each = np.broadcast_to(derivative, (regions, classes))
-    return np.broadcast_to(each[None], (rows // regions, regions, classes)).reshape(shape)
-
-
-def _with_background(derivative: np.ndarray) -> np.ndarray:
-    """The derivative with a class 0 in front, on which nothing depends."""
-    whole = np.zeros((derivative.shape[0], derivative.shape[1] + 1), like=derivative)
-    whole[:, 1:] = derivative
-    return whole
+        _, size, _ = self.reads
+        return value, (("overlap", by_overlap), (size, by_predicted))
 
 
 def ratio(

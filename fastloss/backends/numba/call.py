@@ -19,7 +19,12 @@ _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
 _LABELS = INTEGERS | {"float32", "float64"}  # dtypes that Numba supports
 _BY = {"p": general.BY_P, "log_p": general.BY_LOG_P, "log_q": general.BY_LOG_Q}
-_MAP_KINDS = {"voxel": general.VOXEL, "class": general.CLASS, "error": general.ERROR}
+_MAP_KINDS = {
+    "voxel": general.VOXEL,
+    "class": general.CLASS,
+    "error": general.ERROR,
+    "mask": general.MASK,
+}
 # Logits of a block: with the scratch memory of kernels it stays in the L2 cache, and a copy of it
 # is small beside the arrays.
 _LOGITS, _LOGITS_COPIED = 1 << 19, 1 << 15
@@ -100,7 +105,7 @@ class Call:
         self.map_kind, self.map_k = 0, np.empty((0, 0), dtype)
         if voxel_map is not None:
             self.map_kind = _MAP_KINDS.get(voxel_map.kind, 0)
-            rows = self.classes if voxel_map.kind in ("class", "error") else 1
+            rows = self.classes if voxel_map.kind in ("class", "error", "mask") else 1
             numbers = voxel_map.out.reshape(batch, rows, *x.shape[2:])
             wanted = _INT32 if voxel_map.kind == "label" else dtype
             self.map = Operand(numbers, numbers.dtype.name, wanted, order)

@@ -41,7 +41,7 @@ from fastloss.backends.numba.rows import (
 )
 
 SOFTMAX, SIGMOID, NONE = range(3)
-VOXEL, CLASS, ERROR = 1, 2, 3  # kinds of maps; 0: none
+VOXEL, CLASS, ERROR, MASK = 1, 2, 3, 4  # kinds of maps; 0: none
 # Columns of the table of sums: per sum, the numbers of its weight and of its function, the inputs
 # that the function reads, the row that its derivative is added to, and its field, −1: none.
 BY_WEIGHT, BY_FUNCTION, READS, DERIVATIVE, FIELD = range(5)
@@ -129,13 +129,16 @@ def reduce(
         _add(r[WEIGHT, :size], row, voxels)
         for c in range(np.int32(len(scratch[0]))):
             t = scratch[0][c]
-            of_map = out[c if map_kind in (CLASS, ERROR) else 0]
+            of_map = out[c if map_kind in (CLASS, ERROR, MASK) else 0]
             of_map = of_map[first_out + start : first_out + start + size]
             if map_kind == CLASS or c == 0:
                 of_map[:] = 0
             if map_kind == ERROR:
                 for i in range(size):
                     of_map[i] = r[WEIGHT, i] * abs(t[TARGET, i] - t[P, i])
+            if map_kind == MASK:
+                for i in range(size):
+                    of_map[i] = t[P, i] > 0.5 and r[WEIGHT, i] > 0
             for s in range(len(table)):
                 _weight_of_sum(table[s], c, start, size, fields, t, r)
                 _powers(table[s, READS], gammas[s], size, t, r)

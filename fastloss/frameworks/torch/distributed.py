@@ -30,7 +30,7 @@ class Ranks(NamedTuple):
 
     def join(self, loss: FusedLoss, statistics: Statistics) -> tuple[Statistics, int]:
         """The sums over all ranks, and the place of this rank's first sample among them."""
-        loss.check_additive("process_group")
+        loss.check_additive("process_group", parts=self.shard == "volume")
         on_device = isinstance(statistics.sums, torch.Tensor)
         sums, voxels = _tensor(statistics.sums), _tensor(statistics.voxels)
         first = 0

@@ -17,6 +17,7 @@ from fastloss.naming import loss_of, split
 from fastloss.protocol import FusedLoss
 from fastloss.request import make_request
 from fastloss.statistics import Statistics
+from fastloss.tracing import constant
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -39,6 +40,10 @@ _library.define(
     "gradient_of_fields(Tensor logits, Tensor target, Tensor? voxel_weight, Tensor numbers,"
     " Tensor[] fields, Tensor? regions, Tensor sums, Tensor voxels, Tensor upstream,"
     " int region_count, str names, str structure, str group, str shard) -> Tensor"
+)
+_library.define(
+    "made_fields(Tensor logits, Tensor target, Tensor? voxel_weight, Tensor[] fields,"
+    " Tensor? regions, int region_count, str names, str structure) -> Tensor[]"
 )
 
 
@@ -69,13 +74,36 @@ def value(
     group, shard = ("", "") if ranks is None else (ranks.group, ranks.shard)
     names_of = (structure, group, shard)
     result: torch.Tensor
-    if extras is None:
+    lacking = _lacking(structure, names, shard)
+    if lacking:
+        made = torch.ops.fastloss.made_fields(
+            logits.detach(), target, voxel_weight, fields, regions, count, names, structure
+        )
+        given = zip(names.split("\n"), fields, strict=True) if fields else ()
+        known = {**dict(given), **dict(zip(lacking, made, strict=True))}
+        read = _read_by(structure)
+        fields, names = [known[name] for name in read], "\n".join(read)
+    if extras is None and not lacking:
         result = torch.ops.fastloss.loss(logits, target, voxel_weight, numbers, *names_of)[0]
     else:
         result = torch.ops.fastloss.loss_of_fields(
             logits, target, voxel_weight, numbers, fields, regions, count, names, *names_of
         )[0]
     return result
+
+
+@constant
+def _lacking(structure: str, names: str, shard: str) -> tuple[str, ...]:
+    """The fields that are to be made, where those named are given."""
+    loss, given = loss_of(structure), tuple(names.split("\n")) if names else ()
+    if shard == "volume":
+        loss.check_given(Extras(tuple((name, None) for name in given)), "shard")
+    return loss.lacks(given)
+
+
+@constant
+def _read_by(structure: str) -> tuple[str, ...]:
+    return loss_of(structure).field_names
 
 
 def _tensor(array: Any) -> Any:
@@ -104,6 +132,50 @@ def on_device(structure: str, numbers: torch.Tensor) -> FusedLoss:
     """The loss whose numbers lie on a device."""
     loss = loss_of(structure)
     return loss.with_given(split(loss, numbers, numbers.numel()))
+
+
+@torch.library.impl(_library, "made_fields", "CPU")
+@torch.library.impl(_library, "made_fields", "CUDA")
+def _made_fields(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    voxel_weight: torch.Tensor | None,
+    fields: list[torch.Tensor],
+    regions: torch.Tensor | None,
+    region_count: int,
+    names: str,
+    structure: str,
+) -> list[torch.Tensor]:
+    loss, extras = loss_of(structure), _extras(fields, names, regions, region_count)
+    passes = loss.passes(logits, target, voxel_weight, extras)
+    fields_of = dict(passes.whole_extras.fields)
+    lacking = loss.lacks(() if extras is None else extras.names)
+    return [fields_of[name].contiguous() for name in lacking]
+
+
+@torch.library.register_fake("fastloss::made_fields", lib=_library)
+def _fake_made_fields(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    voxel_weight: torch.Tensor | None,
+    fields: list[torch.Tensor],
+    regions: torch.Tensor | None,
+    region_count: int,
+    names: str,
+    structure: str,
+) -> list[torch.Tensor]:
+    loss = loss_of(structure)
+    axis = loss.channel_axis % logits.ndim
+    classes = logits.shape[axis]
+    single = classes == 1 and loss.activation != "softmax"
+    dense = single or (target.ndim == logits.ndim and target.shape[axis] == classes > 1)
+    of_voxels = [n for i, n in enumerate(logits.shape) if i != axis]
+    made = []
+    for name in loss.lacks(tuple(names.split("\n")) if names else ()):
+        form = loss.makers[name].field_form(classes, dense)
+        shape = list(logits.shape) if form.by_class else of_voxels
+        made.append(logits.new_empty(shape, dtype=getattr(torch, form.dtype)))
+    return made
 
 
 @torch.library.impl(_library, "loss_of_fields", "CPU")
