@@ -23,6 +23,7 @@
 #endif
 
 #include "job.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
@@ -31,6 +32,8 @@ namespace fastloss {
 #define X(name) extern const Kernels kernels_##name;
 FASTLOSS_ISAS
 #undef X
+
+void bind_soft_skeleton(py::module_& m);
 
 namespace {
 
@@ -151,6 +154,16 @@ void parallel(int64_t count, size_t scratch_bytes, const Work& work) {
   for (int64_t i = 0; i < count; ++i) work(i, scratch);
 }
 
+}  // namespace
+
+const char* chosen_isa() { return kernels->name; }
+
+int usable_threads() { return orphaned ? 1 : num_threads(); }
+
+void run_parallel(int64_t count, const std::function<void(int64_t)>& work) {
+  parallel(count, 1, [&](int64_t i, void*) { work(i); });
+}
+
 // ------------------------------------------------------------------ arrays
 
 DType dtype_of(const std::string& name) {
@@ -164,6 +177,8 @@ DType dtype_of(const std::string& name) {
     if (name == entry.first) return entry.second;
   throw py::type_error("unsupported dtype " + name);
 }
+
+namespace {
 
 // The (B[, C], *spatial) array in memory, with axes merged where they step evenly.
 Array view(const py::array& a, const std::string& dtype, bool channels) {
@@ -552,4 +567,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_num_threads", [](int n) { wanted_threads = n; });
   m.def("copy_bandwidth", &copy_bandwidth);
   m.def("read_bandwidth", &read_bandwidth);
+  bind_soft_skeleton(m);
 }

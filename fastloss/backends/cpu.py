@@ -17,6 +17,7 @@ from fastloss.sums import FUNCTIONS, WEIGHTS
 
 class CpuBackend(Backend):
     name = "cpu"
+    skeletonizes = True
 
     @property
     def isa(self) -> str:
@@ -79,6 +80,16 @@ class CpuBackend(Backend):
         )
         if faults is not None:
             _raise(faults, request, arrays)
+
+    def soft_skeleton(
+        self,
+        p: np.ndarray,
+        dtype: str,
+        out: np.ndarray,
+        iterations: int,
+        upstream: np.ndarray | None = None,
+    ) -> None:
+        _cpu.soft_skeleton(p, dtype, upstream, out, iterations)
 
     def get_num_threads(self) -> int:
         return _cpu.get_num_threads()
