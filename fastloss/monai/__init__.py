@@ -73,16 +73,24 @@ What differs from MONAI:
 """
 
 from fastloss.monai._compound import DiceCELoss, DiceFocalLoss, GeneralizedDiceFocalLoss
+from fastloss.monai._correlation import MCCLoss
 from fastloss.monai._focal import FocalLoss
 from fastloss.monai._region import DiceLoss, GeneralizedDiceLoss, MaskedDiceLoss, TverskyLoss
+from fastloss.monai._skeleton import SoftclDiceLoss, SoftDiceclDiceLoss
+from fastloss.monai._wrappers import DeepSupervisionLoss, MaskedLoss
 
 __all__ = [
+    "DeepSupervisionLoss",
     "DiceCELoss",
     "DiceFocalLoss",
     "DiceLoss",
     "FocalLoss",
     "GeneralizedDiceFocalLoss",
     "GeneralizedDiceLoss",
+    "MCCLoss",
     "MaskedDiceLoss",
+    "MaskedLoss",
+    "SoftDiceclDiceLoss",
+    "SoftclDiceLoss",
     "TverskyLoss",
 ]

@@ -1,6 +1,7 @@
-"""Soft skeletons of tensors, as an operator that autograd and `torch.compile` know.
+"""Soft skeletons of tensors, as an operator that `torch.compile`, `torch.export` and autograd know.
 
-The kernels compute them where there are any for the tensor; else PyTorch's pooling does.
+The kernels compute them where there are any for the tensor; else PyTorch's pooling does. Ordinary
+eager calls do without the operator, which costs more than a small skeleton.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastloss.backends import current_backend
-from fastloss.frameworks.torch.tensors import TENSORS, no_second_derivative
+from fastloss.frameworks.torch.tensors import TENSORS, is_traced, no_second_derivative, plain
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -52,8 +53,46 @@ def soft_skeleton(p: Tensor, iterations: int = 3) -> Tensor:
         )
     if iterations < 0:
         raise ValueError(f"iterations: expected at least 0, got {iterations}")
-    result: Tensor = torch.ops.fastloss.soft_skeleton(p, iterations)
+    result: Tensor
+    if is_traced(p):
+        result = torch.ops.fastloss.soft_skeleton(p, iterations)
+    elif p.requires_grad and torch.is_grad_enabled():
+        result = _SoftSkeleton.apply(plain(p), iterations)
+    else:
+        result = _skeleton(plain(p), iterations)
     return result
+
+
+def _skeleton(p: Tensor, iterations: int) -> Tensor:
+    return _skeleton_on_cpu(p, iterations) if p.is_cpu else _by_pooling(p, iterations)
+
+
+def _gradient(p: Tensor, upstream: Tensor, iterations: int) -> Tensor:
+    compute = _gradient_on_cpu if p.is_cpu else _gradient_by_pooling
+    return compute(p, upstream, iterations)
+
+
+class _SoftSkeleton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, iterations: int) -> Tensor:
+        ctx.save_for_backward(p)
+        ctx.iterations = iterations
+        return _skeleton(p, iterations)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        (p,) = ctx.saved_tensors
+        return _Gradient.apply(p, upstream, ctx.iterations), None
+
+
+class _Gradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, upstream: Tensor, iterations: int) -> Tensor:
+        return _gradient(p, upstream, iterations)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        no_second_derivative(ctx, *upstream)
 
 
 # ------------------------------------------------------------------ by the kernels
