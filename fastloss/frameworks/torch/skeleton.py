@@ -38,8 +38,8 @@ def soft_skeleton(p: Tensor, iterations: int = 3) -> Tensor:
         Of the shape and dtype of p; in [0, 1] where p is.
 
     Raises:
-        TypeError: p does not hold floating numbers. ValueError: another number of axes, or of
-            iterations.
+        TypeError: p does not hold floating numbers, or iterations is no integer. ValueError:
+            another number of axes, or a negative number of iterations.
 
     Source: Shit et al. 2021, "clDice – A Novel Topology-Preserving Loss Function for Tubular
     Structure Segmentation".
@@ -51,6 +51,8 @@ def soft_skeleton(p: Tensor, iterations: int = 3) -> Tensor:
             "p: expected (batch, channels, *spatial) with 1 to 3 spatial axes, got shape "
             f"{tuple(p.shape)}"
         )
+    if not isinstance(iterations, int):
+        raise TypeError(f"iterations: expected an integer, got {iterations!r}")
     if iterations < 0:
         raise ValueError(f"iterations: expected at least 0, got {iterations}")
     result: Tensor
@@ -128,17 +130,20 @@ def _gradient_on_cpu(p: Tensor, upstream: Tensor, iterations: int) -> Tensor:
 # ------------------------------------------------------------------ by pooling
 
 
-def _at_once(x: Tensor) -> int:
-    """How many samples to compute at once: pooling takes many times the memory of what it pools."""
-    return 1 if x.numel() >= 1 << 22 else max(1, len(x))
+def _parts(*arrays: Tensor) -> list[tuple[Tensor, ...]]:
+    """What to compute at once: pooling takes many times the memory of what it pools."""
+    count = arrays[0].numel()
+    if not count:  # which pooling refuses
+        return []
+    step = 1 if count >= 1 << 22 else len(arrays[0])
+    return list(zip(*(a.split(step) for a in arrays), strict=True))
 
 
 @torch.library.impl(_library, "soft_skeleton", "CUDA")
 def _by_pooling(p: Tensor, iterations: int) -> Tensor:
     out = torch.empty_like(p)
-    step = _at_once(p)
     axes = p.ndim - 2
-    for part, to in zip(p.split(step), out.split(step), strict=True):
+    for part, to in _parts(p, out):
         x = _working(part)
         s: Any = None
         for _ in range(iterations + 1):
@@ -153,9 +158,7 @@ def _by_pooling(p: Tensor, iterations: int) -> Tensor:
 @torch.library.impl(_library, "soft_skeleton_gradient", "CUDA")
 def _gradient_by_pooling(p: Tensor, upstream: Tensor, iterations: int) -> Tensor:
     out = torch.empty_like(p)
-    step = _at_once(p)
-    parts = zip(p.split(step), upstream.split(step), out.split(step), strict=True)
-    for part, given, to in parts:
+    for part, given, to in _parts(p, upstream, out):
         gradient = _gradient_of_part(_working(part), _working(given), iterations, p.ndim - 2)
         to.copy_(gradient.reshape(part.shape))
     return out
