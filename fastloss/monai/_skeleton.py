@@ -19,7 +19,6 @@ from fastloss.monai._inputs import (
 )
 from fastloss.monai._module import REDUCTIONS, Activated, Module
 from fastloss.monai._region import DiceLoss
-from fastloss.monai._renamed import renamed
 
 
 class SoftclDiceLoss(Activated):
@@ -72,7 +71,6 @@ class SoftclDiceLoss(Activated):
         self.smooth_dr = float(smooth_dr)
         self.smooth = float(smooth)
 
-    @renamed(y_pred="input", y_true="target")
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss.
 
@@ -159,7 +157,6 @@ class SoftDiceclDiceLoss(Module):
         self.alpha = alpha
         self.to_onehot_y = to_onehot_y
 
-    @renamed(y_pred="input", y_true="target")
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss.
 

@@ -143,9 +143,11 @@ class MatthewsCorrelation(Term):
             by_predicted = reference * by_numerator
             by_predicted = by_predicted - by_square * margins * (voxels - 2.0 * predicted)
         wrong = (predicted != overlap) | (reference != overlap)
-        value, by_overlap, by_predicted = (
-            np.where(wrong, a, 0.0) for a in (value, by_overlap, by_predicted)
-        )
+        value = np.where(wrong, value, 0.0)
+        # Where a class is everywhere or nowhere, nothing changes the value. The two derivatives
+        # would say so by cancelling each other, voxel by voxel and to rounding.
+        varies = wrong & (margins != 0)
+        by_overlap, by_predicted = (np.where(varies, a, 0.0) for a in (by_overlap, by_predicted))
         count = max(value.size, 1) if self.reduction == "mean" else 1
         if self.reduction != "none":
             value = value.sum() / count
