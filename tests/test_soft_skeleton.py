@@ -132,7 +132,7 @@ def test_the_same_bits_for_any_number_of_threads(
 ) -> None:
     """However few channels there are, so that each is cut."""
     generator = torch.Generator().manual_seed(0)
-    p = torch.rand(1, channels, planes, 3, 5, generator=generator)
+    p = torch.rand(1, channels, planes, 4, 32, generator=generator)
     upstream = torch.randn(p.shape, generator=generator)
     before = fl.get_num_threads()
     with fl.use_backend(need_backend("cpu")):
@@ -162,7 +162,7 @@ def test_a_forked_child_computes() -> None:
 
 
 def test_memory() -> None:
-    """Beyond input and upstream gradient at most three times the input, results included."""
+    """Working memory of at most twice the input, however many threads there are."""
     need_backend("cpu")
     if not Path("/proc/self/status").exists():
         pytest.skip("this system does not tell of peak memory")
@@ -180,13 +180,13 @@ def test_memory() -> None:
         "    return int(re.search(r'VmHWM:\\s+(\\d+) kB', status)[1]) * 1024\n"
         "start = peak()\n"
         "value = soft_skeleton(p)\n"
-        "half = peak()\n"
+        "after = peak()\n"
         "torch.autograd.grad(value, p, upstream)\n"
-        "print((half - start) / p.nbytes, (peak() - half) / p.nbytes)\n"
+        "print((after - start) / p.nbytes, (peak() - start) / p.nbytes)\n"
     )
-    forward, backward = map(float, printed.split())
-    assert forward < 2.9, printed
-    assert 0.9 < backward < 3.1, printed
+    forward, both_ways = map(float, printed.split())
+    assert 0.9 < forward < 3.1, printed  # with the skeleton
+    assert 1.9 < both_ways < 4.2, printed  # and the gradient
 
 
 @pytest.mark.parametrize("isa", ["baseline", "x86-64-v2", "x86-64-v3", "x86-64-v4"])

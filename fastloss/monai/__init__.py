@@ -37,8 +37,15 @@ PyTorch's operations:
 - The focal loss of softmax with one channel that counts, or of a label map with
   ``ignore_index`` and without background.
 - MaskedDiceLoss under ``torch.compile``, of a label map with background.
+- SoftclDiceLoss, and that part of SoftDiceclDiceLoss: activation, one-hot target and sums. The soft
+  skeletons are computed by a kernel of their own in CPU memory. Its working memory is at most
+  twice the probabilities, or where these are few, 121 of their planes (with ``iter_=3``); for the
+  backward pass it keeps the probabilities alone. On a GPU PyTorch's pooling computes them, large
+  batches sample by sample.
 - Targets or weights that require a gradient, weights that are broadcast to other axes than the
   channels, negative options, integer logits, no spatial axis, empty tensors (whose mean is NaN).
+
+DeepSupervisionLoss and MaskedLoss are modules around any loss, of this library or another.
 
 Compound losses are one fused loss if their parts have the same activation: DiceCELoss with
 softmax (sigmoid for a single channel), the focal ones with sigmoid. If not, as MONAI's
@@ -68,6 +75,9 @@ What differs from MONAI:
   is not fused.
 - A number given as ``weight`` stays one in the state dict; MONAI expands it when first called.
 - MaskedDiceLoss takes a module as ``other_act``.
+- The clDice losses take lines, (B, C, L), as well as images and volumes.
+- DeepSupervisionLoss takes label maps of any dtype, and makes no float32 copy of half outputs for
+  losses of this library.
 - Class weights that lie on a GPU, or are met in code that ``torch.compile`` made, are not looked
   at beforehand: negative ones make the value NaN on a GPU, and ValueError on a CPU.
 """
