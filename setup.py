@@ -18,6 +18,8 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 SOURCES = Path("csrc") / "cpu"
+KERNELS = ("passes.cpp", "soft_skeleton.cpp")  # compiled once per instruction set
+BINDINGS = ("module.cpp", "distance.cpp", "bind_soft_skeleton.cpp")
 
 # FASTLOSS_CXXFLAGS adds flags, for instance those of a sanitizer.
 EXTRA = os.environ.get("FASTLOSS_CXXFLAGS", "").split()
@@ -112,22 +114,23 @@ class BuildKernels(build_ext):
         headers = ["csrc", str(SOURCES)]
         tasks = [
             (
-                str(SOURCES / "passes.cpp"),
+                str(SOURCES / source),
                 [*COMMON, *flags, f"-DFASTLOSS_ISA={name}"],
                 headers,
                 name,
             )
             for name, flags in sets.items()
+            for source in KERNELS
         ]
         names = " ".join(f"X({name})" for name in sets)
         tasks += [
             (
-                str(SOURCES / f"{once}.cpp"),
+                str(SOURCES / source),
                 [*COMMON, *openmp, f"-DFASTLOSS_ISAS={names}"],
                 [*headers, pybind11.get_include(), *self.include_dirs],
-                once,
+                "module",
             )
-            for once in ("module", "distance")
+            for source in BINDINGS
         ]
 
         def compile_one(task: tuple[str, list[str], list[str], str]) -> list[str]:

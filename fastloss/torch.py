@@ -46,6 +46,7 @@ from fastloss.dropin import Scheduled, times
 from fastloss.frameworks.torch import operators as torch_operators  # noqa: F401  registers what exported graphs call
 from fastloss.frameworks.torch.adapter import ADAPTER
 from fastloss.frameworks.torch.distributed import ranks
+from fastloss.frameworks.torch.skeleton import soft_skeleton
 from fastloss.frameworks.torch.tensors import bytes_of, is_traced, refuse_gradient
 from fastloss.functional import dice_ce, dice_focal
 from fastloss.loss import Term
@@ -64,6 +65,7 @@ __all__ = [
     "Loss",
     "TopKCrossEntropy",
     "Tversky",
+    "soft_skeleton",
 ]
 
 

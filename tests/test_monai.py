@@ -31,7 +31,14 @@ NAMES = (
     "DiceCELoss",
     "DiceFocalLoss",
     "GeneralizedDiceFocalLoss",
+    "MCCLoss",
+    "SoftclDiceLoss",
+    "SoftDiceclDiceLoss",
 )
+
+
+SMOOTHED = ("MCCLoss", "SoftclDiceLoss", "SoftDiceclDiceLoss")
+SKELETONS = ("SoftclDiceLoss", "SoftDiceclDiceLoss")
 
 
 class Call(NamedTuple):
@@ -49,7 +56,7 @@ def in_float64() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.Tensor, "float", torch.Tensor.double))
         exact = functools.partial(need("monai.networks").one_hot, dtype=torch.float64)
-        for module in ("dice", "focal_loss", "tversky"):
+        for module in ("dice", "focal_loss", "tversky", "mcc_loss", "cldice"):
             stack.enter_context(mock.patch(f"monai.losses.{module}.one_hot", exact))
         yield
 
@@ -87,12 +94,18 @@ def options_of(draw: Any, name: str, channels: int) -> dict[str, Any]:
         "w_type": draw(st.sampled_from(["square", "simple", "uniform"])),
         "beta": draw(SLOPE),
         "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
+        "iter_": draw(st.integers(0, 4)),
+        "smooth": draw(st.sampled_from([1e-4, 1.0])),
     }
+    if name in SMOOTHED:  # whose 0 / 0 is NaN in MONAI
+        drawn["smooth_dr"] = draw(st.sampled_from([1e-5, 1.0]))
     if activation is not None:
         drawn[activation] = torch.atan if activation == "other_act" else True
     drawn |= {key: draw(FACTOR) for key in accepted if key.startswith("lambda_")}
     if name == "TverskyLoss":
         drawn["alpha"] = draw(SLOPE)
+    elif name == "SoftDiceclDiceLoss":
+        drawn["alpha"] = draw(SHARE)
     else:
         per_channel = st.lists(SHARE, min_size=counted, max_size=counted)
         kinds = [st.none(), SHARE] + [per_channel] * (name == "FocalLoss")
@@ -111,7 +124,8 @@ def options_of(draw: Any, name: str, channels: int) -> dict[str, Any]:
 def calls(draw: Any, name: str, dtype: Any = np.float64) -> Call:
     channels = draw(st.integers(1, 4))
     options = draw(options_of(name, channels))
-    spatial = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    least, longest = (2, 7) if name in SKELETONS else (1, 4)
+    spatial = draw(st.lists(st.integers(1, longest), min_size=least, max_size=3))
     batch = draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = (batch, channels, *spatial)
@@ -143,6 +157,7 @@ def calls(draw: Any, name: str, dtype: Any = np.float64) -> Call:
         y = np.moveaxis(y, -1, 1)
     # MONAI refuses integers in some formulas.
     plain = not options.get("squared_pred") and not options.get("soft_label")
+    plain = plain and name not in SKELETONS
     dtypes = [np.dtype(dtype).name] + ["int16"] * (plain and kind != "soft")
     return _masked(draw, rng, name, Call(options, x.astype(dtype), y), dtypes, dtype)
 

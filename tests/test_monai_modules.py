@@ -28,6 +28,9 @@ NAMES = (
     "DiceCELoss",
     "DiceFocalLoss",
     "GeneralizedDiceFocalLoss",
+    "MCCLoss",
+    "SoftclDiceLoss",
+    "SoftDiceclDiceLoss",
 )
 
 LABELS = np.random.default_rng(1).integers(0, 3, (2, 1, 4, 5))
@@ -76,6 +79,9 @@ BAD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("DiceFocalLoss", {"lambda_focal": -1.0}),
     ("GeneralizedDiceLoss", {"w_type": "cubic"}),
     ("GeneralizedDiceFocalLoss", {"lambda_gdl": -0.1}),
+    *((name, {"iter_": n}) for name in ("SoftclDiceLoss", "SoftDiceclDiceLoss") for n in (-1, 2.0)),
+    *((name, {"smooth": 0.0}) for name in ("SoftclDiceLoss", "SoftDiceclDiceLoss")),
+    *(("SoftDiceclDiceLoss", {"alpha": alpha}) for alpha in (-0.1, 1.1)),
 ]
 
 
@@ -311,6 +317,8 @@ def test_repr() -> None:
 def test_half(name: str, reduction: str, dtype: Any) -> None:
     """Half logits are computed in float32, fused or not."""
     options = ONE_HOT | ({"reduction": reduction} if name != "DiceCELoss" else {})
+    if name == "MCCLoss":  # of no meaning without
+        options |= {"sigmoid": True}
     x = torch.tensor(LOGITS).to(dtype).requires_grad_()
     value = getattr(ours, name)(**options)(x, torch.tensor(LABELS))
     exact = getattr(monai_losses, name)(**options)(x.detach().float(), torch.tensor(LABELS))
@@ -360,7 +368,7 @@ def test_meta_tensors(name: str) -> None:
     """What MONAI's transforms make of arrays."""
     meta = need("monai.data").MetaTensor
     x = torch.tensor(LOGITS, requires_grad=True)
-    loss = getattr(ours, name)(**ONE_HOT)
+    loss = getattr(ours, name)(**(ONE_HOT if name == "FocalLoss" else SIGMOID))
     value = loss(meta(x), meta(torch.tensor(LABELS)))
     assert torch.equal(value, loss(x, torch.tensor(LABELS)))
     value.backward()

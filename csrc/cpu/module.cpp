@@ -21,6 +21,7 @@
 
 #include "distance.h"
 #include "job.h"
+#include "shared.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -30,6 +31,8 @@ namespace fastloss {
 #define X(name) extern const Kernels kernels_##name;
 FASTLOSS_ISAS
 #undef X
+
+void bind_soft_skeleton(py::module_& m);
 
 namespace {
 
@@ -91,8 +94,6 @@ const Kernels* choose() {
 
 const Kernels* kernels = nullptr;
 
-namespace {
-
 // ------------------------------------------------------------------ arrays
 
 DType dtype_of(const std::string& name) {
@@ -106,6 +107,8 @@ DType dtype_of(const std::string& name) {
     if (name == entry.first) return entry.second;
   throw py::type_error("unsupported dtype " + name);
 }
+
+namespace {
 
 // The (B[, C], *spatial) array in memory, with axes merged where they step evenly.
 Array view(const py::array& a, const std::string& dtype, bool channels) {
@@ -495,4 +498,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_distance(m);
   m.def("copy_bandwidth", &copy_bandwidth);
   m.def("read_bandwidth", &read_bandwidth);
+  bind_soft_skeleton(m);
 }

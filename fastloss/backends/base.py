@@ -93,6 +93,25 @@ class Backend:
         """As `fastloss.backends.distances.class_indices`, of labels in any strides."""
         return distances.class_indices(labels, classes, out)
 
+    skeletonizes = False
+    """Whether it defines `soft_skeleton`."""
+
+    def soft_skeleton(
+        self,
+        p: np.ndarray,
+        dtype: str,
+        out: np.ndarray,
+        iterations: int,
+        upstream: np.ndarray | None = None,
+    ) -> None:
+        """Write the soft skeleton of p, (B, C, *spatial) with 1 to 3 spatial axes, to ``out``.
+
+        With ``upstream``, the derivative of something by the skeleton, write its derivative by p
+        in place of the skeleton. ``dtype`` is that of all arrays: NumPy lacks bfloat16. ``out``
+        shares no memory with the others.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define soft_skeleton")
+
     # ------------------------------------------------------------------ the steps of a loss
 
     def statistics(

@@ -19,6 +19,7 @@ from fastloss.sums import FUNCTIONS, WEIGHTS
 
 class CpuBackend(Backend):
     name = "cpu"
+    skeletonizes = True
 
     @property
     def isa(self) -> str:
@@ -102,6 +103,16 @@ class CpuBackend(Backend):
 
     def class_indices(self, labels: np.ndarray, classes: int, out: np.ndarray) -> int:
         return _cpu.class_indices(labels, classes, out)
+
+    def soft_skeleton(
+        self,
+        p: np.ndarray,
+        dtype: str,
+        out: np.ndarray,
+        iterations: int,
+        upstream: np.ndarray | None = None,
+    ) -> None:
+        _cpu.soft_skeleton(p, dtype, upstream, out, iterations)
 
     def get_num_threads(self) -> int:
         return _cpu.get_num_threads()

@@ -39,8 +39,15 @@ PyTorch's operations:
 - MaskedDiceLoss under ``torch.compile``, of a label map with background.
 - BoundaryLoss, HausdorffDTLoss and LogHausdorffDTLoss of a subclass with its own distances, and an
   ``alpha`` that is not above 0. Their distances are measured in the processor's memory.
+- SoftclDiceLoss, and that part of SoftDiceclDiceLoss: activation, one-hot target and sums. The soft
+  skeletons are computed by a kernel of their own in CPU memory. Its working memory is at most
+  twice the probabilities, or where these are few, 121 of their planes (with ``iter_=3``); for the
+  backward pass it keeps the probabilities alone. On a GPU PyTorch's pooling computes them, large
+  batches sample by sample.
 - Targets or weights that require a gradient, weights that are broadcast to other axes than the
   channels, negative options, integer logits, no spatial axis, empty tensors (whose mean is NaN).
+
+DeepSupervisionLoss and MaskedLoss are modules around any loss, of this library or another.
 
 Compound losses are one fused loss if their parts have the same activation: DiceCELoss with
 softmax (sigmoid for a single channel), the focal ones with sigmoid. If not, as MONAI's
@@ -72,17 +79,24 @@ What differs from MONAI:
 - MaskedDiceLoss takes a module as ``other_act``.
 - The distances of HausdorffDTLoss are float32, whatever the dtype of input and target; MONAI's are
   of that dtype, and of integers in a dense target cut to integers.
+- The clDice losses take lines, (B, C, L), as well as images and volumes.
+- DeepSupervisionLoss takes label maps of any dtype, and makes no float32 copy of half outputs for
+  losses of this library.
 - Class weights that lie on a GPU, or are met in code that ``torch.compile`` made, are not looked
   at beforehand: negative ones make the value NaN on a GPU, and ValueError on a CPU.
 """
 
 from fastloss.monai._boundary import BoundaryLoss, HausdorffDTLoss, LogHausdorffDTLoss
 from fastloss.monai._compound import DiceCELoss, DiceFocalLoss, GeneralizedDiceFocalLoss
+from fastloss.monai._correlation import MCCLoss
 from fastloss.monai._focal import FocalLoss
 from fastloss.monai._region import DiceLoss, GeneralizedDiceLoss, MaskedDiceLoss, TverskyLoss
+from fastloss.monai._skeleton import SoftclDiceLoss, SoftDiceclDiceLoss
+from fastloss.monai._wrappers import DeepSupervisionLoss, MaskedLoss
 
 __all__ = [
     "BoundaryLoss",
+    "DeepSupervisionLoss",
     "DiceCELoss",
     "DiceFocalLoss",
     "DiceLoss",
@@ -91,6 +105,10 @@ __all__ = [
     "GeneralizedDiceLoss",
     "HausdorffDTLoss",
     "LogHausdorffDTLoss",
+    "MCCLoss",
     "MaskedDiceLoss",
+    "MaskedLoss",
+    "SoftDiceclDiceLoss",
+    "SoftclDiceLoss",
     "TverskyLoss",
 ]

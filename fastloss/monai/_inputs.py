@@ -135,6 +135,19 @@ def check_pair(input: Tensor, target: Tensor) -> None:
         )
 
 
+def check_mask(input: Tensor, target: Tensor, mask: Tensor) -> None:
+    shapes = f"mask {tuple(mask.shape)}, input {tuple(input.shape)}"
+    if input.dim() != mask.dim():
+        warnings.warn(f"mask: expected as many axes as the input; {shapes}", stacklevel=3)
+    if mask.shape[0] not in (1, input.shape[0]):
+        raise ValueError(f"mask: expected the input's batch size, or 1; {shapes}")
+    if target.dim() > 1:
+        if mask.shape[1] != 1:
+            raise ValueError(f"mask: expected one channel; {shapes}")
+        if input.shape[2:] != mask.shape[2:]:
+            warnings.warn(f"mask: expected the input's spatial shape; {shapes}", stacklevel=3)
+
+
 def ignored_for_one_channel(option: str) -> None:
     warnings.warn(f"the prediction has a single channel: {option} is ignored", stacklevel=4)
 

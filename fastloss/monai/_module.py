@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,13 +26,16 @@ REDUCTIONS = ("none", "mean", "sum")
 class Module(Scheduled, _Loss):
     """A loss that shows the options it was given."""
 
+    stored: ClassVar[dict[str, str]] = {"weight": "class_weight"}
+    """The attributes of options that are called otherwise."""
+
     def takes(self, name: str, value: Any) -> bool:
         return is_size(value)
 
     def extra_repr(self) -> str:
         shown = []
         for name, parameter in inspect.signature(type(self)).parameters.items():
-            value = getattr(self, "class_weight" if name == "weight" else name, parameter.default)
+            value = getattr(self, self.stored.get(name, name), parameter.default)
             if isinstance(value, Tensor):
                 value = value.tolist()
             if value != parameter.default and not isinstance(value, torch.nn.Module):

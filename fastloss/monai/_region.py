@@ -24,7 +24,7 @@ from fastloss.dropin import (
     times,
 )
 from fastloss.monai._fused import fuse
-from fastloss.monai._inputs import Inputs, check_activation, check_option
+from fastloss.monai._inputs import Inputs, check_activation, check_mask, check_option
 from fastloss.monai._module import REDUCTIONS, Activated, activated
 from fastloss.monai._terms import GeneralizedOverlap, MaskedOverlap, Overlap
 
@@ -261,7 +261,7 @@ class MaskedDiceLoss(DiceLoss):
         if mask is None:
             warnings.warn("mask: none was given, all voxels count", stacklevel=2)
         else:
-            _check_mask(input, target, mask)
+            check_mask(input, target, mask)
             if self.to_onehot_y and logits.shape[1] > 1:
                 target = target * mask
         inputs = self._inputs(logits, activation, target, classes=logits.shape[1], labels=False)
@@ -289,19 +289,6 @@ class MaskedDiceLoss(DiceLoss):
             )
         weight = mask.expand(inputs.logits.shape[0], *mask.shape[1:])
         return fused._replace(voxel_weight=weight)
-
-
-def _check_mask(input: Tensor, target: Tensor, mask: Tensor) -> None:
-    shapes = f"mask {tuple(mask.shape)}, input {tuple(input.shape)}"
-    if input.dim() != mask.dim():
-        warnings.warn(f"mask: expected as many axes as the input; {shapes}", stacklevel=3)
-    if mask.shape[0] not in (1, input.shape[0]):
-        raise ValueError(f"mask: expected the input's batch size, or 1; {shapes}")
-    if target.dim() > 1:
-        if mask.shape[1] != 1:
-            raise ValueError(f"mask: expected one channel; {shapes}")
-        if input.shape[2:] != mask.shape[2:]:
-            warnings.warn(f"mask: expected the input's spatial shape; {shapes}", stacklevel=3)
 
 
 def _is_voxel_weight(logits: Tensor, mask: Tensor) -> bool:
