@@ -18,7 +18,7 @@ from fastloss.backends.cuda.call import TYPES
 from fastloss.backends.cuda.copies import copy_back
 from fastloss.backends.cuda.device import Device
 from fastloss.backends.cuda.source import source
-from fastloss.borrowed import Borrowed, Place
+from fastloss.borrowed import Borrowed
 
 # Mirrors `struct DistanceCall` in csrc/cuda/distance.cu.
 DISTANCE_CALL = np.dtype(
@@ -191,7 +191,7 @@ def _distances(
     if prod(shape):
         device: Device = CudaBackend(place).device
         grid = (*(1,) * (3 - len(spatial)), *spatial)
-        indices = _indices(device, place, array, name, classes)
+        indices = _indices(device, array, name, classes)
         _launch(
             device, indices, volumes, max(1, classes), grid, spacing, convention, limit, dtype, to
         )
@@ -287,7 +287,7 @@ def _squares(grid: Sequence[int], spacing: Sequence[float]) -> tuple[list[float]
 # ------------------------------------------------------------------ class indices
 
 
-def _indices(device: Device, place: Place, array: Borrowed, name: str, classes: int) -> _Indices:
+def _indices(device: Device, array: Borrowed, name: str, classes: int) -> _Indices:
     """The array itself where a kernel can read it as it is, else a copy."""
     view, any_inside = array.array, not classes
     kept = ("bool", "uint8", "uint16") if classes else ("bool", "uint8", "int8", "uint16", "int16")
