@@ -50,7 +50,7 @@ def distance_transform(
             another shape.
         TypeError: an argument of another kind; an ``out`` of another dtype.
 
-    Arrays on a GPU are measured in the processor's memory, and the result is copied back.
+    Arrays on a GPU stay there: the work is queued on the current stream, and nothing synchronises.
 
     Source: Felzenszwalb & Huttenlocher 2012, "Distance transforms of sampled functions", for the
     decomposition by axes.
@@ -63,7 +63,7 @@ def distance_transform(
      [3. 5.]]
     """
     adapter = adapter_of(mask, "mask")
-    array = _readable(adapter, mask, "mask")
+    array = _borrowed(adapter, mask, "mask")
     if isinstance(batch_axes, bool) or not isinstance(batch_axes, (int, np.integer)):
         raise TypeError(f"batch_axes: expected an integer, got {batch_axes!r}")
     axes = array.array.ndim - batch_axes
@@ -74,6 +74,10 @@ def distance_transform(
         )
     sizes, limit = _sizes(spacing, axes), _limit(max_distance)
     shape = array.array.shape
+    if array.place is not None:
+        into = _on_device(array, "mask", shape, "float32", out)
+        made = _cuda().distance_transform(array, int(batch_axes), sizes, limit, into)
+        return made if out is None else out
     volumes = (prod(shape[:batch_axes]), *(1,) * (MOST_AXES - axes), *shape[batch_axes:])
     inside = _masks(array).reshape(volumes)
     found, give = _result(adapter, mask, shape, "float32", out, "mask")
@@ -124,7 +128,8 @@ def signed_distance(
             out of range, an unknown convention or dtype, an ``out`` of another shape.
         TypeError: an argument of another kind; an ``out`` of another dtype.
 
-    Arrays on a GPU are measured in the processor's memory, and the result is copied back.
+    Arrays on a GPU stay there: the work is queued on the current stream, and nothing synchronises.
+    Labels with a fraction are thus not reported; they are of no class.
 
     Source: Kervadec et al. 2019, "Boundary loss for highly unbalanced segmentation".
 
@@ -134,7 +139,7 @@ def signed_distance(
       [ 2.  1.  0. -1.]]]
     """
     adapter = adapter_of(labels, "labels")
-    array = _readable(adapter, labels, "labels")
+    array = _borrowed(adapter, labels, "labels")
     if isinstance(classes, bool) or not isinstance(classes, (int, np.integer)):
         raise TypeError(f"classes: expected an integer, got {classes!r}")
     if not 1 <= classes <= MOST_CLASSES:
@@ -149,9 +154,13 @@ def signed_distance(
     check_choice("convention", convention, CONVENTIONS)
     check_choice("dtype", dtype, ("float32", "float16"))
     batch, *spatial = array.array.shape
+    shape = (batch, int(classes), *spatial)
+    if array.place is not None:
+        into = _on_device(array, "labels", shape, dtype, out)
+        made = _cuda().signed_distance(array, int(classes), sizes, convention, limit, dtype, into)
+        return made if out is None else out
     grid = (*(1,) * (MOST_AXES - axes), *spatial)
     indices = _indices(array, int(classes)).reshape(batch, *grid)
-    shape = (batch, int(classes), *spatial)
     found, give = _result(adapter, labels, shape, dtype, out, "labels")
     current_backend().signed_distance(
         indices, 0, sizes, convention, limit, found.reshape(batch, classes, *grid)
@@ -168,9 +177,12 @@ def signed_of_masks(
     dtype: str = "float32",
     out: Any = None,
 ) -> Any:
-    """As `signed_distance`, of a mask for each class, (B, C, \\*spatial); they may overlap."""
+    """As `signed_distance`, of a mask for each class, (B, C, \\*spatial); they may overlap.
+
+    Arrays on a GPU stay there.
+    """
     adapter = adapter_of(masks, "masks")
-    array = _readable(adapter, masks, "masks")
+    array = _borrowed(adapter, masks, "masks")
     axes = array.array.ndim - 2
     if not 1 <= axes <= MOST_AXES:
         raise ValueError(
@@ -181,6 +193,10 @@ def signed_of_masks(
     check_choice("convention", convention, CONVENTIONS)
     check_choice("dtype", dtype, ("float32", "float16"))
     shape = array.array.shape
+    if array.place is not None:
+        into = _on_device(array, "masks", shape, dtype, out)
+        made = _cuda().signed_of_masks(array, sizes, convention, limit, dtype, into)
+        return made if out is None else out
     grid = (prod(shape[:2]), 1, *(1,) * (MOST_AXES - axes), *shape[2:])
     inside = _masks(array).reshape(grid[0], *grid[2:])
     found, give = _result(adapter, masks, shape, dtype, out, "masks")
@@ -188,14 +204,19 @@ def signed_of_masks(
     return give()
 
 
-def _readable(adapter: Adapter, array: Any, name: str) -> Borrowed:
-    """The array, in the processor's memory."""
+def _borrowed(adapter: Adapter, array: Any, name: str) -> Borrowed:
+    """A view of the array; TypeError for one that is not of numbers."""
     found = adapter.borrow(array, name)
     if found.dtype not in FLOATS and found.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected integers, bool or floating numbers, got {found.dtype}")
-    if found.place is None:
-        return found
-    return Borrowed(adapter.numbers(array, name).reshape(found.array.shape), "float64")
+    return found
+
+
+def _cuda() -> Any:
+    # Where no array is on a GPU, nothing of it is imported.
+    from fastloss.backends.cuda import distance
+
+    return distance
 
 
 def _masks(array: Borrowed) -> np.ndarray:
@@ -241,16 +262,7 @@ def _result(
     if out is None:
         found = new_array(shape, np.dtype(dtype))
         return found, lambda: adapter.wrap(found, like)
-    view = borrow(out, "out", write=True)
-    if view.array.shape != shape:
-        raise ValueError(f"out: expected shape {shape}, got {view.array.shape}")
-    if view.dtype != dtype:
-        raise TypeError(f"out: expected {dtype}, got {view.dtype}")
-    if view.place is not None:
-        raise TypeError(f"out: expected an array in CPU memory, as {name} is measured there")
-    source = adapter.borrow(like, name)
-    if source.place is None and np.shares_memory(view.array, source.array):
-        raise ValueError(f"out: overlaps {name}, which would be overwritten")
+    view = _output(out, adapter.borrow(like, name), name, shape, dtype)
     if view.array.flags.c_contiguous:
         return view.array, lambda: out
     found = new_array(shape, np.dtype(dtype))
@@ -260,6 +272,35 @@ def _result(
         return out
 
     return found, give
+
+
+def _on_device(
+    array: Borrowed, name: str, shape: tuple[int, ...], dtype: str, out: Any
+) -> Borrowed | None:
+    """A view of ``out``, for an array in the memory of a GPU."""
+    return None if out is None else _output(out, array, name, shape, dtype)
+
+
+def _output(out: Any, source: Borrowed, name: str, shape: tuple[int, ...], dtype: str) -> Borrowed:
+    """A view of ``out``, which must fit and lie where the array ``name`` does."""
+    view = borrow(out, "out", write=True)
+    if view.array.shape != shape:
+        raise ValueError(f"out: expected shape {shape}, got {view.array.shape}")
+    if view.dtype != dtype:
+        raise TypeError(f"out: expected {dtype}, got {view.dtype}")
+    if _where(view) != _where(source):
+        raise TypeError(
+            f"out: expected an array in {_where(source)}, as {name} is measured there, got one in "
+            f"{_where(view)}"
+        )
+    if np.shares_memory(view.array, source.array):
+        raise ValueError(f"out: overlaps {name}, which would be overwritten")
+    return view
+
+
+def _where(view: Borrowed) -> str:
+    place = view.place
+    return "CPU memory" if place is None else f"the memory of CUDA device {place.ordinal}"
 
 
 def _sizes(spacing: Any, axes: int) -> tuple[float, ...]:

@@ -17,6 +17,8 @@ from fastloss.arrays import Arrays
 from fastloss.backends.base import Backend
 from fastloss.backends.cuda import engine
 from fastloss.backends.cuda.copies import KERNELS as COPY_KERNELS
+from fastloss.backends.cuda.distance import INDEX_KERNELS
+from fastloss.backends.cuda.distance import KERNELS as DISTANCE_KERNELS
 from fastloss.backends.cuda.general import MAX_SUMS
 from fastloss.backends.cuda.operands import KERNELS as OPERAND_KERNELS
 from fastloss.backends.cuda.source import PASSES, source, source_of, specialised
@@ -32,6 +34,8 @@ STRUCTS_OF_OTHERS = {
     KERNELS: "TopKCall",
     OPERAND_KERNELS: "OperandCall",
     COPY_KERNELS: "CopyCall",
+    DISTANCE_KERNELS: "DistanceCall",
+    INDEX_KERNELS: "IndexCall",
 }
 """The same for the kernels of other sources."""
 

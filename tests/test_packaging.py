@@ -105,7 +105,8 @@ def defined(parent: ast.Module | ast.ClassDef) -> set[str]:
 def test_installed_package_finds_its_cuda_sources(built: Path, tmp_path: Path) -> None:
     code = (
         "from fastloss.backends.cuda import source as s; print(s.folder());"
-        "print(s.source('passes.cu') + s.source('top_k.cu') + s.source('copy.cu'), end='')"
+        "names = 'passes', 'top_k', 'copy', 'distance', 'class_indices';"
+        "print(''.join(s.source(name + '.cu') for name in names), end='')"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -119,5 +120,13 @@ def test_installed_package_finds_its_cuda_sources(built: Path, tmp_path: Path) -
     where, text = result.stdout.split("\n", 1)
     assert Path(where) == built / "fastloss" / "csrc"
     assert "#include" not in text
-    for kernel in ("reduce", "finish", "apply", "top_k_mean", "copy"):
+    for kernel in (
+        "reduce",
+        "finish",
+        "apply",
+        "top_k_mean",
+        "copy",
+        "distance_lines",
+        "class_indices",
+    ):
         assert f"fastloss_{kernel}(" in text

@@ -6,7 +6,7 @@ is copied back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 
@@ -76,22 +76,38 @@ def _copy(place: int, o: Operand, shape: tuple[int, ...]) -> tuple[Copy, Operand
         if lengths[axis] > 1:
             strides[axis] = step
         step *= lengths[axis]
-    offsets, axes = merge_axes(lengths, [o.strides, strides])
+    name = _NAMES[min(place, len(_NAMES) - 1)]
+    call, offsets = _call(name, lengths, o.strides, strides, SIZES[o.type], place == OUT)
+    copy = Copy(place, step, offsets, call.tobytes(), _grid(call))
+    return copy, Operand(o.type, tuple(strides), 0)
+
+
+def _call(
+    name: str,
+    lengths: Sequence[int],
+    array_strides: Sequence[int],
+    copy_strides: Sequence[int],
+    item: int,
+    back: bool,
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """The record of a copy, without addresses, and the offsets of the first number in both."""
+    offsets, axes = merge_axes(lengths, [array_strides, copy_strides])
     if len(axes) > _MOST_AXES:
-        name = _NAMES[min(place, len(_NAMES) - 1)]
         raise ValueError(
             f"{name}: at most {_MOST_AXES} axes without an even step between them can be copied "
             f"to where a GPU reads them, got {len(axes)}; pass a contiguous copy"
         )
     call = np.zeros(1, COPY_CALL)
-    call["count"], call["axes"], call["item"] = prod(lengths), len(axes), SIZES[o.type]
-    call["back"] = place == OUT
+    call["count"], call["axes"], call["item"] = prod(lengths), len(axes), item
+    call["back"] = back
     call["shape"][0, : len(axes)] = [n for n, _ in axes]
     call["array_stride"][0, : len(axes)] = [steps[0] for _, steps in axes]
     call["copy_stride"][0, : len(axes)] = [steps[1] for _, steps in axes]
-    grid = max(1, min(_BLOCKS, -(-prod(lengths) // _THREADS)))
-    copy = Copy(place, step, (offsets[0], offsets[1]), call.tobytes(), grid)
-    return copy, Operand(o.type, tuple(strides), 0)
+    return call, (offsets[0], offsets[1])
+
+
+def _grid(call: np.ndarray) -> int:
+    return max(1, min(_BLOCKS, -(-int(call["count"][0]) // _THREADS)))
 
 
 @contextmanager
@@ -114,3 +130,15 @@ def _launch(device: Device, copy: Copy, array: int, scratch: int) -> None:
     call["array"], call["copy"] = array + copy.offsets[0], scratch + copy.offsets[1]
     (kernel,) = device.kernels(source("copy.cu"), KERNELS)
     device.launch(kernel, copy.grid, (_THREADS, 1), 0, call.view(_RECORD))
+
+
+def copy_back(device: Device, address: int, out: np.ndarray) -> None:
+    """Write numbers that lie in C order at an address to an output in any strides and alignment.
+
+    Raises:
+        ValueError: the output has too many axes without an even step.
+    """
+    strides = [out.itemsize * prod(out.shape[axis + 1 :]) for axis in range(out.ndim)]
+    call, offsets = _call("out", out.shape, out.strides, strides, out.itemsize, True)
+    to: int = out.__array_interface__["data"][0]
+    _launch(device, Copy(OUT, out.nbytes, offsets, call.tobytes(), _grid(call)), to, address)
