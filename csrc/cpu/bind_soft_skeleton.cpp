@@ -10,8 +10,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "soft_skeleton.h"
 #include "shared.h"
+#include "soft_skeleton.h"
 #include "threads.h"
 
 namespace py = pybind11;

@@ -16,8 +16,8 @@ namespace fastloss {
 inline int wanted_threads = 0;   // set_num_threads; 0: not set
 inline int default_threads = 1;  // what OpenMP said at first
 inline bool pool_used = false;
-inline bool orphaned =
-    false;  // a forked child of a process whose OpenMP threads it did not inherit
+// A forked child of a process whose OpenMP threads it did not inherit.
+inline bool orphaned = false;
 
 inline void in_child() { orphaned = orphaned || pool_used; }
 
