@@ -72,13 +72,14 @@ enum Named : uint32_t {
   kUniformRest = 256,
   kFocal = 512,
   kTopK = 1024,
-  kUnnamed = 2048
+  kUnnamed = 2048,
+  kFieldPredicted = 4096
 };
 
-// The bit of a sum without a field.
+// The bit of a sum. Of sums with a field, Σ field · p alone has one.
 inline uint32_t name_of(const Sum& sum) {
   const auto is = [&](Weight w, Function f) { return sum.weight == w && sum.function == f; };
-  if (sum.field >= 0) return kUnnamed;
+  if (sum.field >= 0) return is(Weight::one, Function::p) ? kFieldPredicted : kUnnamed;
   if (is(Weight::target, Function::one)) return kReference;
   if (is(Weight::target, Function::p)) return kOverlap;
   if (is(Weight::one, Function::p)) return kPredicted;
@@ -103,6 +104,7 @@ struct Slots {
   int32_t cross_entropy_rest = -1;
   int32_t uniform = -1;
   int32_t uniform_rest = -1;
+  int32_t field_predicted = -1;
   int32_t top_k = -1;  // Σ field · g (−log p), where the field is `losses`
   int32_t focal[kMaxGammas];
   double gamma[kMaxGammas];

@@ -246,6 +246,10 @@ class Passes {
         kind = kUnnamed;
       }
     }
+    if (kind == kFieldPredicted) {
+      if (s.field_predicted < 0) s.field_predicted = i;
+      else kind = kUnnamed;
+    }
     s.kinds |= kind;
   }
 

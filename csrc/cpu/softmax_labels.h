@@ -4,10 +4,12 @@
 // rest = Σ of the others' e, p_y = own / (own + rest), 1 − p_y = rest / (own + rest), and
 //   −log p_y = log(1 + rest / own).
 // `LabelGradient` of label_rows.h derives the gradient. Squared probabilities of coefficient s_c
-// add 2 s_c p_c to the derivative by p_c, and focal terms add to the cross-entropy's. Σ_c u_c (−log
-// p_c) over all classes adds −u_c to t_c: −Σ_j u_j to Σ_j t_j, and −u_c to the gradient.
+// add 2 s_c p_c to the derivative by p_c, a field φ of coefficient f_c adds f_c φ_c, and focal
+// terms add to the cross-entropy's. Σ_c u_c (−log p_c) over all classes adds −u_c to t_c: −Σ_j u_j
+// to Σ_j t_j, and −u_c to the gradient.
 #pragma once
 
+#include "field_rows.h"
 #include "label_rows.h"
 #include "softmax.h"
 #include "softmax_few.h"
@@ -19,10 +21,15 @@ namespace {
 constexpr uint32_t kLabelSums = fastloss::kReference | fastloss::kOverlap | fastloss::kPredicted |
                                 fastloss::kPredictedSquared | fastloss::kReferenceSquared |
                                 fastloss::kCrossEntropy | fastloss::kUniform | fastloss::kFocal |
-                                fastloss::kTopK;
+                                fastloss::kTopK | fastloss::kFieldPredicted;
+
+// The index of the field φ of Σ φ p.
+inline int field_of(const Job& job) { return job.sums[job.slots.field_predicted].field; }
 
 inline bool suits_softmax_labels(const Job& job) {
-  return job.activation == Activation::softmax && !job.dense && job.asks_only_for(kLabelSums);
+  return job.activation == Activation::softmax && !job.dense && job.asks_only_for(kLabelSums) &&
+         (job.slots.field_predicted < 0 ||
+          job.fields[field_of(job)].kind == fastloss::FieldKind::of_class);
 }
 
 // Marks a voxel whose logits are near (|x| ≤ kNear): no maximum was subtracted.
@@ -300,6 +307,17 @@ void reduce_voxels(Tile<T>& t, bool logs, double* weight) {
   }
 }
 
+// Adds Σ m φ p of every class.
+template <class T>
+void reduce_field(Tile<T>& t, double* sums) {
+  const typename Tile<T>::ClassField field(t, field_of(t.job));
+  field.over_classes([&](int64_t c, auto number, auto count) {
+    FieldSumRows<decltype(number), T, decltype(count)::value> rows(t, field, c);
+    run(rows, 0, t.padded);
+    for (int r = 0; r < decltype(count)::value; ++r) sums[c + r] += total<T>(rows.sum[r]);
+  });
+}
+
 // Adds the less common sums.
 template <class T>
 void reduce_extras(Tile<T>& t, double* sums) {
@@ -319,6 +337,7 @@ void reduce_extras(Tile<T>& t, double* sums) {
       }
       sums[s.predicted_squared * classes + c] += total<T>(a);
     }
+  if (s.field_predicted >= 0) reduce_field(t, sums + s.field_predicted * classes);
   if (t.job.losses) {
     look_up(t, t.table, value);
     T* losses = t.losses();
@@ -360,7 +379,7 @@ void reduce_softmax_labels(const Job& job, int64_t sample, const Blocks& blocks,
   const auto& s = job.slots;
   const bool logs = s.cross_entropy >= 0 || s.gammas > 0 || job.losses;
   const bool extras = s.reference_squared >= 0 || s.predicted_squared >= 0 || s.gammas > 0 ||
-                      s.uniform >= 0 || job.losses;
+                      s.uniform >= 0 || s.field_predicted >= 0 || job.losses;
   auto move = [&](Tile<T>& t, int64_t v) {
     t.move(v, blocks.tile(v, t.step), &blocks.faults[blocks.of(v)]);
   };
@@ -425,6 +444,24 @@ void add_squares(Tile<T>& t, const T* by_squared, T* others, T* own_region) {
   }
   for (int64_t v = 0, end = t.padded; v < end; ++v)
     own_region[v] += 2 * by_squared[t.y[v]] * own[v] * inverse[v];
+}
+
+// Adds the derivatives by Σ f_c φ_c p_c likewise.
+template <class T>
+void add_field(Tile<T>& t, const T* by_field, T* others, T* own_region) {
+  T* few = t.row(kG);
+  const int64_t classes = t.job.classes;
+  const typename Tile<T>::ClassField field(t, field_of(t.job));
+  std::memset(few, 0, sizeof(T) * size_t(t.padded));
+  field.over_classes([&](int64_t c, auto number, auto count) {
+    constexpr int R = decltype(count)::value;
+    with_constant(t.has_any(c, R), [&](auto present) {
+      FieldSlopeRows<decltype(number), T, R, decltype(present)::value> rows(t, field, c, by_field,
+                                                                            few, own_region);
+      run(rows, 0, t.padded);
+    });
+    if ((c + R) % kFewClasses == 0 || c + R == classes) t.add_row(few, others);
+  });
 }
 
 // Adds the focal slopes to the cross-entropy's coefficient; `loss` and `k` are scratch rows.
@@ -502,6 +539,7 @@ LabelGradients<T> apply_voxels(Tile<T>& t) {
   int64_t classes = t.job.classes;
   const T *by_overlap = coefficients(t, s.overlap), *by_predicted = coefficients(t, s.predicted);
   const T* by_squared = coefficients(t, s.predicted_squared);
+  const T* by_field = coefficients(t, s.field_predicted);
   const T *by_loss = coefficients(t, s.cross_entropy), *by_uniform = coefficients(t, s.uniform);
 
   T *m = t.row(kWeight), *rest = t.row(kRest), *inverse = t.row(kInverse);
@@ -523,7 +561,7 @@ LabelGradients<T> apply_voxels(Tile<T>& t) {
     look_up(t, by_predicted, own_region);
   };
   using std::integral_constant;
-  if (by_squared || by_uniform || s.top_k >= 0 || s.gammas > 0) {
+  if (by_squared || by_uniform || by_field || s.top_k >= 0 || s.gammas > 0) {
     for (int64_t v = 0, end = t.padded; v < end; v += L) {
       Vec<T> i = T(1) / (load<T>(rest + v) + load<T>(own + v));
       store<T>(inverse + v, i);
@@ -531,6 +569,7 @@ LabelGradients<T> apply_voxels(Tile<T>& t) {
     }
     look_up_all();
     if (by_squared) add_squares(t, by_squared, others, own_region);
+    if (by_field) add_field(t, by_field, others, own_region);
     if (s.top_k >= 0) {
       const T* chosen = t.losses();
       look_up(t, t.table + s.top_k * classes, turn);
@@ -568,7 +607,25 @@ void write_gradients(Tile<T>& t, const LabelGradients<T>& gradients, Tile<T>* ne
   });
 }
 
-// The same with squared probabilities or the losses of all classes.
+// The same with a field.
+template <class T>
+void write_gradients_with_field(Tile<T>& t, const LabelGradients<T>& gradients) {
+  const typename Tile<T>::ClassField field(t, field_of(t.job));
+  const T* by_field = coefficients(t, t.job.slots.field_predicted);
+  write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
+    using Put = std::remove_cv_t<std::remove_reference_t<decltype(put)>>;
+    field.over_classes([&](int64_t c, auto number, auto count) {
+      constexpr int R = decltype(count)::value;
+      with_constant(t.has_any(c, R), [&](auto present) {
+        FieldGradientRows<decltype(number), T, R, decltype(present)::value, decltype(row(0)), Put>
+            rows(t, field, c, by_field, gradients, row, put);
+        run(rows, 0, t.padded);
+      });
+    });
+  });
+}
+
+// The same with squared probabilities, a field, or the losses of all classes.
 template <class T>
 void write_gradients_with_extras(Tile<T>& t, const LabelGradients<T>& gradients) {
   constexpr int L = lanes<T>;
@@ -576,20 +633,27 @@ void write_gradients_with_extras(Tile<T>& t, const LabelGradients<T>& gradients)
   const int64_t classes = t.job.classes;
   const T* by_squared = coefficients(t, s.predicted_squared);
   const T* by_uniform = coefficients(t, s.uniform);
+  const T* by_field = coefficients(t, s.field_predicted);
+  if (by_field && !by_squared && !by_uniform) return write_gradients_with_field(t, gradients);
   const T *m = t.row(kWeight), *inverse = t.row(kInverse);
   write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
     for (int64_t c = 0; c < classes; ++c) {
       const T* e = t.x + c * t.stride;
       auto to = row(c);
-      Vec<T> k = splat<T>(gradients.k ? gradients.k[c] : T(0));
-      Vec<T> k2 = splat<T>(by_squared ? 2 * by_squared[c] : T(0));
-      Vec<T> u = splat<T>(by_uniform ? by_uniform[c] : T(0));
-      IVec<T> number = class_number<T>(c);
+      const Vec<T> k = splat<T>(gradients.k ? gradients.k[c] : T(0));
+      const Vec<T> k2 = splat<T>(by_squared ? 2 * by_squared[c] : T(0));
+      const Vec<T> u = splat<T>(by_uniform ? by_uniform[c] : T(0));
+      const Vec<T> f = splat<T>(by_field ? by_field[c] : T(0));
+      const T* phi = by_field ? t.field_row(field_of(t.job), c) : nullptr;
+      const IVec<T> number = class_number<T>(c);
       const auto* label = t.labels();
       for (int64_t v = 0, end = t.padded; v < end; v += L) {
-        Vec<T> x = load<T>(e + v), p = x * load<T>(inverse + v);
-        Vec<T> g = x * (load<T>(gradients.slope + v) * (k + k2 * p) - load<T>(gradients.turn + v));
-        g -= load<T>(m + v) * u;
+        const Vec<T> x = load<T>(e + v);
+        Vec<T> slope = k;
+        if (by_squared) slope += k2 * (x * load<T>(inverse + v));
+        if (phi) slope += f * load<T>(phi + v);
+        Vec<T> g = x * (load<T>(gradients.slope + v) * slope - load<T>(gradients.turn + v));
+        if (by_uniform) g -= load<T>(m + v) * u;
         IVec<T> is_label = label_lanes<T>(label + v) == number;
         put(to + v, select<T>(is_label, load<T>(gradients.at_label + v), g));
       }
@@ -600,7 +664,8 @@ void write_gradients_with_extras(Tile<T>& t, const LabelGradients<T>& gradients)
 template <class T>
 void apply_softmax_labels(const Job& job, int64_t sample, int64_t first, int64_t last,
                           void* scratch) {
-  const bool extras = job.slots.predicted_squared >= 0 || job.slots.uniform >= 0;
+  const bool extras =
+      job.slots.predicted_squared >= 0 || job.slots.uniform >= 0 || job.slots.field_predicted >= 0;
   // Rounding takes too many instructions to fuse further loops.
   const bool rounds = item_size(job.out.dtype) != int(sizeof(T));
   const int64_t lead = fastloss::voxels_to_line(job, sample);

@@ -206,6 +206,57 @@ struct Tile {
       }
     }
   }
+  // The rows of a field of kind `of_class`, in place where they can be read so.
+  class ClassField {
+   public:
+    ClassField(Tile& tile, int field) : t_(tile), array_(tile.job.fields[field].array) {
+      base_ = array_.data + t_.sample * array_.batch_stride;
+      runs_.find(array_, t_.voxel, t_.n);
+      buffer_ = t_.field_rows + field * kMaxTile;
+      const int item = item_size(array_.dtype);
+      const bool even = runs_.count == 1 && runs_.stride == item;
+      const bool wide = array_.dtype == DType::f64, integers = array_.dtype > DType::f64;
+      in_place_ = even && !integers && wide == (sizeof(T) == 8) && !t_.holes && t_.n == t_.padded;
+      lines_ = even ? (t_.step * item + 63) / 64 : 0;
+    }
+    // Calls f(c, storage type, R) for R adjacent classes: pairs of them, if they lie in place.
+    template <class F>
+    void over_classes(const F& f) const {
+      const int64_t classes = t_.job.classes;
+      using One = std::integral_constant<int, 1>;
+      using Two = std::integral_constant<int, 2>;
+      if (!in_place_) {
+        for (int64_t c = 0; c < classes; ++c) f(c, T{}, One{});
+        return;
+      }
+      with_storage<T>(array_.dtype, [&](auto number) {
+        int64_t c = 0;
+        for (; c + 2 <= classes; c += 2) f(c, number, Two{});
+        if (c < classes) f(c, number, One{});
+      });
+    }
+    // The numbers of class c; the same row of the next tile is prefetched.
+    template <class S>
+    const S* row(int64_t c) const {
+      const char* from = base_ + c * array_.channel_stride;
+      const char* next = from + runs_.run[0].offset + t_.step * item_size(array_.dtype);
+      for (int i = 0; i < lines_; ++i) prefetch_far(next + 64 * i);
+      if (in_place_) return reinterpret_cast<const S*>(from + runs_.run[0].offset);
+      load_row<T>(from, array_.dtype, runs_, buffer_);
+      t_.finish_field(buffer_);
+      return reinterpret_cast<const S*>(buffer_);
+    }
+
+   private:
+    Tile& t_;
+    const Array& array_;
+    const char* base_;
+    Runs runs_;
+    T* buffer_;
+    bool in_place_;
+    int lines_;
+  };
+
   // The row of a field for class c.
   const T* field_row(int i, int64_t c) {
     const auto& field = job.fields[i];
