@@ -120,8 +120,8 @@ def fields_of(
             own = narrowed(own, dtype)
             if axis != 1 and own.ndim == found.axes + 2:
                 own = np.moveaxis(own, 1, axis)
-            made[term.makes] = own if place is None else place.array(own, own.dtype.name)
-    return {name: adapter.result(made[name]) for name in sorted(made)}
+            made[term.makes] = adapter.wrap(own, target)
+    return {name: made[name] for name in sorted(made)}
 
 
 class Passes:

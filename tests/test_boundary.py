@@ -72,7 +72,10 @@ def oracle(
     g = np.asarray(y, np.float64) if y.ndim == x.ndim else one_hot(y, classes)
     m = np.ones((len(x), *x.shape[2:])) if w is None else np.asarray(w, np.float64)
     if ignore is not None:
-        ignored = y == ignore if y.ndim < x.ndim else (y == ignore).any(axis=1)
+        if y.ndim < x.ndim:
+            ignored = y == ignore
+        else:
+            ignored = y[:, ignore] > 0.5 if 0 <= ignore < classes else (y == ignore).any(axis=1)
         m, g = np.where(ignored, 0, m), np.where(ignored[:, None], 0, g)
     spacing = options.get("spacing")
     masks, seen = g > 0.5, (p.detach().numpy() > 0.5) & (m > 0)[:, None]
@@ -156,14 +159,18 @@ def test_as_defined(kind: str, name: str, data: Any) -> None:
         x = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
     x = x.astype(dtype)
     y = rng.integers(0, draw(st.integers(1, classes)), (batch, *spatial))
-    ignore = draw(st.sampled_from([None, 255]))
-    if ignore is not None:
+    ignore = draw(st.sampled_from([None, 255, 0]))
+    if ignore == 255:
         y[rng.random(y.shape) < 0.3] = ignore
-    if draw(st.booleans()):
+    form = draw(st.sampled_from(["labels", "dense", "soft"]))
+    if form == "soft":
+        soft = rng.random(x.shape).astype(np.float32)
+        y = np.where((y == 255)[:, None], np.float32(255), soft)
+    elif form == "dense":
         dense = one_hot(y, classes, "uint8")
         if draw(st.booleans()) and activation == "sigmoid":
             dense |= rng.random(dense.shape) < 0.3
-        y = np.where((y == 255)[:, None], 255, dense) if ignore is not None else dense
+        y = np.where((y == 255)[:, None], np.uint8(255), dense)
     w = rng.uniform(0, 2, (batch, *spatial)) if draw(st.booleans()) else None
     if w is not None:
         w[rng.random(w.shape) < 0.2] = 0
@@ -187,6 +194,31 @@ def test_as_defined(kind: str, name: str, data: Any) -> None:
     rounding = 2e-3 if dtype == "float16" else 10 * fine
     step = 2.0**-24 * np.sqrt(x.size) if dtype == "float16" else 0.0
     assert error <= rounding * norm(right_gradient) + fine * scale + step
+
+
+def test_by_hand(backend: str) -> None:
+    def of(term: fl.Term, labels: list[Any], p: list[Any]) -> float:
+        foreground = np.array([p], float)
+        probabilities = np.stack([1 - foreground, foreground], axis=1)
+        return float(fl.Loss(term, activation="none")(probabilities, np.array([labels])))
+
+    # D is 2, 1, 1, 2.
+    surface, labels = fl.GeneralizedSurface(smooth_dr=0), [0, 0, 1, 1]
+    assert of(surface, labels, labels) == pytest.approx(0)
+    assert of(surface, labels, [1, 1, 0, 0]) == pytest.approx(1)
+    assert of(surface, labels, [0, 1, 1, 1]) == pytest.approx(1 - 9 / 10)
+    assert of(fl.Boundary(include_background=False), labels, [1, 0, 0, 1]) == 1 / 4
+    # Two of three voxels at the boundary: α = −1/3; Z = 2, Y = 3, I = 2.
+    dou = fl.BoundaryDoU(include_background=False)
+    assert of(dou, [0, 1, 1, 1, 0], [0, 1, 1, 0, 0]) == pytest.approx(3 / 11, rel=1e-4)
+    # A line is its own skeleton.
+    line = np.zeros((3, 7), int)
+    line[1, 1:6] = 1
+    p = np.where(line == 1, 0.25, 1.0)
+    assert of(fl.SkeletonRecall(), line.tolist(), p.tolist()) == pytest.approx(0.75, rel=1e-5)
+    # D_p is 1, 1, 2, 3, and D_g is 3, 2, 1, 1; they differ at the two voxels between.
+    hausdorff = fl.HausdorffDT(include_background=False, alpha=1)
+    assert of(hausdorff, [0, 0, 0, 1], [0, 1, 1, 1]) == pytest.approx((1 + 2 + 2 + 1) / 4)
 
 
 @pytest.mark.parametrize("kind", TERMS)
@@ -229,6 +261,37 @@ def test_what_voxels_hold_that_do_not_count_does_not_matter(backend: str) -> Non
     value, gradient = loss.value_and_grad(spoilt, y, w)
     assert value == right[0]
     np.testing.assert_array_equal(gradient, right[1])
+
+
+@pytest.mark.parametrize("kind", TERMS)
+@pytest.mark.parametrize("batch", [False, True])
+def test_regions_take_the_place_of_samples(kind: str, batch: bool, backend: str) -> None:
+    x, y = example(2, 3, (6, 7))
+    regions = np.zeros(y.shape, np.int16)
+    regions[:, 3:], regions[:, 0] = 1, -1
+    # Voxels of no region are not predicted, for HausdorffDT; what lies in another region is.
+    term = TERMS[kind](include_background=True, batch=batch, reduction="none")
+    fields = term.fields(y, classes=3)
+    value, gradient = term.value_and_grad(x, y, fields=fields, regions=regions)
+    if kind == "hausdorff":
+        seen = (softmax(x) > 0.5) & (regions >= 0)[:, None]
+        far = np.stack([[exact(m, None) ** 2 for m in sample] for sample in seen])
+        far = far + fields["distance"].astype(np.float64) ** 2
+        each = (softmax(x) - one_hot(y, 3)) ** 2 * far
+        right = [np.where(regions == r, each.swapaxes(0, 1), 0) for r in (0, 1)]
+        sums = np.stack([r.sum(axis=(2, 3)).T for r in right], axis=1)
+        sizes = np.array([2, 3]) * 7.0
+        sums = sums.sum(axis=0, keepdims=True) / 2 if batch else sums
+        np.testing.assert_allclose(value.reshape(sums.shape), sums / sizes[:, None], rtol=1e-6)
+    else:
+        right = [term(x, y, regions == r, fields=fields) for r in (0, 1)]
+        np.testing.assert_allclose(value, np.stack(right, axis=1).reshape(value.shape), rtol=1e-9)
+    assert not gradient[:, :, 0].any()
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
 
 
 # --------------------------------------------------------------------------- given and made

@@ -38,21 +38,20 @@ FL_INLINE float largest_lane(Vec<float> v) {
     for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
   return lane[0];
 }
-FL_INLINE void extreme_lanes(IVec<float> v, int32_t* least, int32_t* most) {
-  int32_t low[kLanes], high[kLanes];
-  std::memcpy(low, &v, sizeof v);
-  std::memcpy(high, &v, sizeof v);
-  for (int half = kLanes / 2; half; half /= 2) {
-    for (int i = 0; i < half; ++i) low[i] = low[i] < low[i + half] ? low[i] : low[i + half];
-    for (int i = 0; i < half; ++i) high[i] = high[i] > high[i + half] ? high[i] : high[i + half];
-  }
-  *least = low[0];
-  *most = high[0];
+FL_INLINE float smallest_lane(Vec<float> v) { return -largest_lane(-v); }
+FL_INLINE int32_t largest_lane(IVec<float> v) {
+  int32_t lane[kLanes];
+  std::memcpy(lane, &v, sizeof v);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+  return lane[0];
 }
 
-// The rows between two anchors share each number of the source.
+// A row that is known before those between it and the next anchor.
 struct Anchor {
   int32_t first, last;  // the sources that are nearest to some line
+  float least;          // of the squared distances
+  bool zero;            // whether all of them are 0
 };
 
 // One vector of lines: sources at rows `place` (ascending; null: source k is row k), squared
@@ -65,6 +64,7 @@ struct Envelope {
   int32_t n;
   const float* squares;
   float inverse_spacing;
+  float limit;  // of distances, in rows; larger ones may become infinite
   Anchor* anchors;
   const Put& put;
 
@@ -81,7 +81,7 @@ struct Envelope {
       // Its own source bounds the distance, and so how far the nearest may lie.
       const float own = largest_lane(source(row));
       if (own == 0) {
-        anchors[m] = {row, row};
+        anchors[m] = {row, row, 0, true};
         put(row, Vec<float>{});
         return;
       }
@@ -111,16 +111,51 @@ struct Envelope {
     const auto less = least[1] < least[0];
     least[0] = less ? least[1] : least[0];
     where[0] = less ? where[1] : where[0];
-    extreme_lanes(where[0], &anchors[m].first, &anchors[m].last);
+    // Lines without a source count for nothing, if there is any other.
+    const auto known = least[0] < splat<float>(INFINITY);
+    const int32_t low = -largest_lane(known ? -where[0] : IVec<float>{} - INT32_MAX);
+    const int32_t high = largest_lane(known ? where[0] : IVec<float>{} - INT32_MAX);
+    const bool any = high >= 0;
+    anchors[m] = {any ? low : first, any ? high : last, smallest_lane(least[0]), false};
     put(row, least[0]);
   }
 
+  // Whether all rows between two anchors are beyond the limit, as distances change by one voxel
+  // from row to row at most. They become infinite.
+  bool far(int32_t low, int32_t high) const {
+    const float rows = limit + float(row_of_anchor(high) - row_of_anchor(low));
+    const float least =
+        anchors[low].least < anchors[high].least ? anchors[low].least : anchors[high].least;
+    if (!(std::sqrt(least) * inverse_spacing > rows)) return false;
+    for (int32_t row = row_of_anchor(low) + 1; row < row_of_anchor(high); ++row)
+      put(row, splat<float>(INFINITY));
+    return true;
+  }
+
   void halve(int32_t low, int32_t high) const {
-    if (high - low < 2) return;
+    if (far(low, high)) return;
+    if (high - low < 2) {
+      const int32_t row = row_of_anchor(low) + 1, rest = row_of_anchor(high) - row;
+      if (anchors[low].zero && anchors[high].zero && all_zero(row, rest)) {
+        for (int32_t i = 0; i < rest; ++i) put(row + i, Vec<float>{});
+      } else if (rest == kAnchorStep - 1) {
+        between<kAnchorStep - 1>(row, anchors[low].first, anchors[high].last);
+      } else {
+        for (int32_t i = 0; i < rest; ++i)
+          between<1>(row + i, anchors[low].first, anchors[high].last);
+      }
+      return;
+    }
     const int32_t middle = (low + high) / 2;
     anchor(middle, anchors[low].first, anchors[high].last);
     halve(low, middle);
     halve(middle, high);
+  }
+
+  FL_INLINE bool all_zero(int32_t row, int32_t rest) const {
+    Vec<float> sum{};
+    for (int32_t i = 0; i < rest; ++i) sum += source(row + i);
+    return largest_lane(sum) == 0;
   }
 
   template <int N>
@@ -144,22 +179,22 @@ struct Envelope {
     if (end == 0) return;
     anchor(end, anchors[0].first, count - 1);
     halve(0, end);
-    for (int32_t m = 0; m < end; ++m) {
-      const int32_t row = row_of_anchor(m) + 1, rest = row_of_anchor(m + 1) - row;
-      const int32_t first = anchors[m].first, last = anchors[m + 1].last;
-      if (rest == kAnchorStep - 1) {
-        between<kAnchorStep - 1>(row, first, last);
-      } else {
-        for (int32_t i = 0; i < rest; ++i) between<1>(row + i, first, last);
-      }
-    }
   }
 };
 
 template <class Put>
-void find_envelope(const float* from, const int32_t* place, int64_t count, int64_t n,
-                   const float* squares, float inverse_spacing, Anchor* anchors, const Put& put) {
-  Envelope<Put>{from, place, int32_t(count), int32_t(n), squares, inverse_spacing, anchors, put}
+void find_envelope(const DistanceJob& job, int axis, const float* from, const int32_t* place,
+                   int64_t count, Anchor* anchors, const Put& put) {
+  const float limit = job.limit / job.scale * job.inverse_spacing[axis];
+  Envelope<Put>{from,
+                place,
+                int32_t(count),
+                int32_t(job.shape[axis]),
+                job.squares[axis],
+                job.inverse_spacing[axis],
+                limit,
+                anchors,
+                put}
       .find();
 }
 
@@ -258,8 +293,8 @@ bool plane_of(const DistanceJob& job, int64_t z, void* scratch) {
     const int64_t count = nx - x < fastloss::kLineBlock ? nx - x : fastloss::kLineBlock;
     gather_lines(work + x, job.work_row, all ? nullptr : rows, found, count, lines);
     for (int64_t i = 0; i < count; i += kLanes) {
-      find_envelope(lines + i * found, all ? nullptr : rows, found, ny, job.squares[1],
-                    job.inverse_spacing[1], anchors, [&](int64_t y, Vec<float> least) {
+      find_envelope(job, 1, lines + i * found, all ? nullptr : rows, found, anchors,
+                    [&](int64_t y, Vec<float> least) {
                       store_lanes(work + y * job.work_row + x + i, least, count - i);
                     });
     }
@@ -293,15 +328,8 @@ struct Finisher {
       return;
     }
     const Vec<float> wanted = job.sign * distance + job.shift;
-    float number[kLanes], inside[kLanes];
-    std::memcpy(number, &wanted, sizeof wanted);
-    std::memcpy(inside, &squared, sizeof squared);
-    const int64_t n = count < kLanes ? count : kLanes;
-    for (int64_t i = 0; i < n; ++i) {
-      if (!(inside[i] > 0)) continue;
-      if (job.half) reinterpret_cast<Half*>(job.out)[where + i] = narrow_half(number[i]);
-      else reinterpret_cast<float*>(job.out)[where + i] = number[i];
-    }
+    if (job.half) mix(reinterpret_cast<uint16_t*>(job.out) + where, wanted, squared);
+    else mix(reinterpret_cast<float*>(job.out) + where, wanted, squared);
   }
 
  private:
@@ -314,6 +342,28 @@ struct Finisher {
     }
 #endif
     for (int64_t i = 0; i < kLanes && i < count; ++i) to[i] = narrow_half(v[i]);
+  }
+
+  // Writes where squared distances are above 0.
+  FL_INLINE void mix(float* to, Vec<float> v, Vec<float> squared) const {
+    if (count >= kLanes) {
+      store<float>(to, squared > 0 ? v : load<float>(to));
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) to[i] = squared[i] > 0 ? v[i] : to[i];
+  }
+  FL_INLINE void mix(uint16_t* to, Vec<float> v, Vec<float> squared) const {
+    uint16_t halves[kLanes];
+#ifdef FL_HALVES
+    const auto narrowed = narrow_vector<Half>(v);
+    std::memcpy(halves, &narrowed, sizeof halves);
+#else
+    for (int i = 0; i < kLanes; ++i) halves[i] = narrow_half(v[i]).bits;
+#endif
+    float inside[kLanes];
+    std::memcpy(inside, &squared, sizeof inside);
+    const int64_t n = count < kLanes ? count : kLanes;
+    for (int64_t i = 0; i < n; ++i) to[i] = inside[i] > 0 ? halves[i] : to[i];
   }
 };
 
@@ -330,9 +380,7 @@ void lines_of_distances(const DistanceJob& job, const int32_t* planes, int64_t f
     for (int64_t i = 0; i < count; i += kLanes) {
       const Finisher put{job, row * job.out_row + x + i, count - i};
       if (nz == 1) put(0, load<float>(lines + i));
-      else
-        find_envelope(lines + i * found, all ? nullptr : planes, found, nz, job.squares[0],
-                      job.inverse_spacing[0], anchors, put);
+      else find_envelope(job, 0, lines + i * found, all ? nullptr : planes, found, anchors, put);
     }
   }
 }

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastloss.distance import signed_of_masks
 from fastloss.dropin import Fused, evaluate, fixed, overridden, recipe
 from fastloss.monai._fused import fuse
 from fastloss.monai._inputs import Inputs, check_option
 from fastloss.monai._module import REDUCTIONS, Activated
 from fastloss.terms import Boundary, HausdorffDT
-from fastloss.terms._distances import signed_of_masks
 
 
 class Distances(Activated):
@@ -66,12 +66,6 @@ class Distances(Activated):
         return value.sum() if self.reduction == "sum" else value
 
 
-def _signed(masks: Tensor, convention: str) -> Tensor:
-    """Signed distances of masks (B, C, *spatial), float32, 0 where there is no boundary."""
-    found = signed_of_masks(masks.detach().cpu().numpy(), convention=convention)
-    return torch.from_numpy(found).nan_to_num_(0.0, 0.0, 0.0).to(masks.device)
-
-
 class BoundaryLoss(Distances):
     """Boundary loss, as ``monai.losses.BoundaryLoss``: the mean over the voxels of p φ.
 
@@ -111,7 +105,8 @@ class BoundaryLoss(Distances):
     @torch.no_grad()
     def compute_distance_map(self, target: Tensor) -> Tensor:
         """φ of a one-hot target, (B, C, *spatial) float32."""
-        return _signed(target > 0.5, "kervadec")
+        found: Tensor = signed_of_masks(target.detach() > 0.5)
+        return found
 
     def _fused(self, inputs: Inputs) -> Fused | None:
         if overridden(self, BoundaryLoss, "compute_distance_map"):
@@ -163,7 +158,8 @@ class HausdorffDTLoss(Distances):
     @torch.no_grad()
     def distance_field(self, img: Tensor) -> Tensor:
         """The distance to the boundary of the voxels above ½, (B, C, *spatial) float32."""
-        return _signed(img > 0.5, "exact").abs_()
+        found: Tensor = signed_of_masks(img.detach() > 0.5, convention="unsigned")
+        return found
 
     def _fused(self, inputs: Inputs) -> Fused | None:
         alpha = self.alpha

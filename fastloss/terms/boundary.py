@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from fastloss.distance import MOST_AXES, signed_distance, signed_of_masks
 from fastloss.fields import Form, Spacing, Target, spacing_of
 from fastloss.loss import Pullback
 from fastloss.options import check_dilations, check_number, check_spacing
 from fastloss.statistics import Statistics
 from fastloss.sums import OVERLAP, PREDICTED_SQUARED, REFERENCE, REFERENCE_SQUARED, Sum
-from fastloss.terms._distances import signed_distance, signed_of_masks
 from fastloss.terms.per_class import VOXELS, ClassTerm
 from fastloss.terms.skeletons import tube
 
@@ -74,7 +74,7 @@ class Boundary(FieldTerm):
         return total * scale, ((self._mean, scale),)
 
     def make_field(self, target: Target, spacing: Spacing) -> np.ndarray:
-        return _signed(target, spacing, "kervadec")
+        return _distances(target, spacing, "kervadec")
 
 
 class _DistanceTerm(FieldTerm):
@@ -83,7 +83,7 @@ class _DistanceTerm(FieldTerm):
     makes = "distance"
 
     def make_field(self, target: Target, spacing: Spacing) -> np.ndarray:
-        return _unsigned(_signed(target, spacing, "exact"))
+        return _distances(target, spacing, "unsigned")
 
 
 class HausdorffDT(_DistanceTerm):
@@ -160,7 +160,7 @@ class HausdorffDT(_DistanceTerm):
     def derive_field(self, field: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         assert mask is not None
         spacing = spacing_of(self.spacing, mask.ndim - 2)
-        predicted = _unsigned(signed_of_masks(mask, spacing=spacing, convention="exact"))
+        predicted = signed_of_masks(mask, spacing=spacing, convention="unsigned")
         both = _power(predicted, self.alpha)
         both += _power(field, self.alpha)
         return both
@@ -286,8 +286,8 @@ class SkeletonRecall(FieldTerm):
 
     s is the target's skeleton, made a tube by ``dilations`` steps: of a label map, that of all
     classes but 0 together, and each voxel of the tube counts for its own class. Of a dense target
-    with sigmoid, whose channels may overlap, every channel has its own. The value is that of the
-    paper plus 1. A class without a voxel costs 0 unless ``smooth_nr`` is 0.
+    with sigmoid, whose channels may overlap, or of one channel, every channel has its own. The
+    value is that of the paper plus 1. A class without a voxel costs 0 unless ``smooth_nr`` is 0.
 
     The field is called ``"skeleton"``: a second label map, or masks. `fastloss.skeleton` makes it
     as well, of scikit-image; ``spacing`` has no meaning for it.
@@ -346,11 +346,12 @@ class SkeletonRecall(FieldTerm):
         spacing_of(spacing, target.axes)
         classes = target.classes
         if target.masks is not None:
-            if target.activation == "sigmoid":
+            if target.activation == "sigmoid" or classes == 1:
                 return _each(target.masks, self.dilations)
             foreground = np.logical_or.reduce(target.masks[:, 1:], axis=1, keepdims=True)
             tubes = np.repeat(_each(foreground, self.dilations), classes, axis=1)
             tubes &= target.masks
+            tubes[:, 0] = False  # as of a label map
             return tubes
         assert target.labels is not None
         labels = target.labels
@@ -370,24 +371,20 @@ def _each(masks: np.ndarray, dilations: int) -> np.ndarray:
     return tubes
 
 
-def _signed(target: Target, spacing: Spacing, convention: str) -> np.ndarray:
-    """Signed distances to the boundary of every class, (B, C, *spatial) float32."""
+def _distances(target: Target, spacing: Spacing, convention: str) -> np.ndarray:
+    """Distances to the boundary of every class, (B, C, *spatial) float32."""
     sizes = spacing_of(spacing, target.axes)
-    if not sizes:
-        raise ValueError("target: distances need at least one spatial axis, got none")
+    if not 1 <= len(sizes) <= MOST_AXES:
+        raise ValueError(
+            f"target: expected one to {MOST_AXES} spatial axes to measure along, got {len(sizes)}"
+        )
+    how: dict[str, Any] = {"spacing": sizes, "convention": convention}
     found: np.ndarray
     if target.labels is not None:
-        found = signed_distance(target.labels, target.classes, spacing=sizes, convention=convention)
+        found = signed_distance(target.labels, target.classes, **how)
     else:
-        found = signed_of_masks(target.masks, spacing=sizes, convention=convention)
+        found = signed_of_masks(target.masks, **how)
     return found
-
-
-def _unsigned(signed: np.ndarray) -> np.ndarray:
-    """Distances to the boundary, 0 where there is none, in place."""
-    np.abs(signed, out=signed)
-    signed[np.isinf(signed)] = 0.0
-    return signed
 
 
 def _power(distances: np.ndarray, exponent: float) -> np.ndarray:
