@@ -1,6 +1,7 @@
 """A small 3D U-Net learns grey and white matter, with the loss of fastloss, MONAI, or both in turn.
 
     python examples/train_brain.py --loss-impl both
+    python examples/train_brain.py --loss dice_ce_boundary
 
 See examples/README.md.
 """
@@ -12,6 +13,7 @@ import csv
 import json
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
+from math import isnan
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from brain.history import History
 
 IMPLEMENTATIONS = ("fastloss", "monai")
+LOSSES = ("dice_ce", "dice_ce_boundary")
 FIRST_STEPS = 5
 """The steps before training amplifies rounding errors."""
 
@@ -30,7 +33,7 @@ def main() -> None:
     implementations = IMPLEMENTATIONS if options.loss_impl == "both" else (options.loss_impl,)
     _check_packages(parser, implementations)
 
-    from brain.figures import draw_curves, draw_overlay
+    from brain.figures import draw_curves, draw_distances, draw_overlay
     from brain.volume import load_brain
 
     options.out.mkdir(parents=True, exist_ok=True)
@@ -38,7 +41,7 @@ def main() -> None:
     brain = load_brain()
     if options.patch > brain.largest_patch:
         parser.error(f"--patch: at most {brain.largest_patch} fit, got {options.patch}")
-    arguments = (brain, options.steps, options.patch, options.seed, options.dtype)
+    arguments = (options.loss, brain, options.steps, options.patch, options.seed, options.dtype)
     histories = [_train_apart(name, *arguments) for name in implementations]
 
     _write_curve(histories, options.out / "curve.csv")
@@ -46,11 +49,15 @@ def main() -> None:
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
     draw_curves(histories, options.out / "curve.png")
     draw_overlay(brain, histories, options.out / "overlay.png")
+    pictures = "curve.png, overlay.png"
+    if options.loss == "dice_ce_boundary":
+        draw_distances(brain, options.out / "distances.png")
+        pictures += ", distances.png"
     print()
     _print_table(histories)
     if "difference" in summary:
         _print_difference(summary["difference"])
-    print(f"\ncurve.png, overlay.png, curve.csv and summary.json are in {options.out}")
+    print(f"\n{pictures}, curve.csv and summary.json are in {options.out}")
 
 
 def _options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -64,6 +71,9 @@ def _options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the network's start and the patches (default: 0)"
+    )
+    parser.add_argument(
+        "--loss", choices=LOSSES, default="dice_ce", help="which loss (default: dice_ce)"
     )
     parser.add_argument(
         "--loss-impl", choices=[*IMPLEMENTATIONS, "both"], default="fastloss", help="whose loss"
@@ -129,6 +139,7 @@ def _write_curve(histories: list[History], path: Path) -> None:
 
 def _summary(options: argparse.Namespace, histories: list[History]) -> dict[str, Any]:
     summary: dict[str, Any] = {
+        "loss": options.loss,
         "steps": options.steps,
         "patch": options.patch,
         "seed": options.seed,
@@ -140,6 +151,10 @@ def _summary(options: argparse.Namespace, histories: list[History]) -> dict[str,
                 "step_peak_bytes": history.step_memory,
                 "loss_peak_bytes": history.loss_memory,
                 "held_out_dice": history.held_out[options.steps],
+                "held_out_hd95_mm": {
+                    tissue: None if isnan(distance) else distance  # JSON has no NaN
+                    for tissue, distance in history.hd95.items()
+                },
             }
             for history in histories
         },
@@ -178,6 +193,11 @@ def _print_table(histories: list[History]) -> None:
     for tissue in histories[0].held_out[1]:
         final = [list(history.held_out.values())[-1][tissue] for history in histories]
         rows[f"held-out Dice, {tissue}"] = [f"{dice:.4f}" for dice in final]
+    for tissue in histories[0].hd95:
+        distances = [history.hd95[tissue] for history in histories]
+        rows[f"held-out HD95, {tissue}"] = [
+            "none found" if isnan(distance) else f"{distance:.2f} mm" for distance in distances
+        ]
     width = max(map(len, rows))
     for name, values in rows.items():
         print(f"{name:<{width}}" + "".join(f"{value:>12}" for value in values))

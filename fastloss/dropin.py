@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastloss.borrowed import Extras
 from fastloss.frameworks.torch.adapter import ADAPTER
 from fastloss.frameworks.torch.tensors import is_exporting, is_readable, plain
 from fastloss.loss import Term
@@ -40,16 +41,22 @@ def recipe(kind: type[Term], **options: Any) -> Recipe:
     return _recipe(kind, options)
 
 
-def evaluate(*parts: tuple[Any, Fused]) -> Tensor:
+def evaluate(*parts: tuple[Any, Fused], fields: Mapping[str, Tensor] | None = None) -> Tensor:
     """The weighted sum of parts that read the same tensors through the same activation.
 
-    A factor is a number, or where it is being compiled a tensor of one.
+    A factor is a number, or where it is being compiled a tensor of one. ``fields`` as in a call of
+    `fastloss.Loss`.
     """
     first = parts[0][1]
     options = (("activation", first.activation), ("ignore_index", first.ignore_index))
     recipes = [part.recipe._replace(factor=factor) for factor, part in parts]
     value: Tensor = ADAPTER.evaluate(
-        options, recipes, first.logits, first.target, first.voxel_weight
+        options,
+        recipes,
+        first.logits,
+        first.target,
+        first.voxel_weight,
+        Extras.of(fields, None, None),
     )
     return value if first.divisor == 1 else value / first.divisor
 

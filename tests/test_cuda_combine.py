@@ -653,6 +653,7 @@ def drop_in_losses(classes: int) -> dict[str, tuple[fl.Loss, bool]]:
             "softmax",
         )
         found[f"unclipped {batch}"] = (nnunet.NegativeDice(batch=batch), "softmax")
+        found[f"recall {batch}"] = (nnunet.NegativeSkeletonRecall(batch=batch), "softmax")
     for reduction in ("mean", "sum"):
         found[f"focal {reduction}"] = (
             monai.ChannelFocal(

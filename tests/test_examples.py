@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +54,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, result.stdout
 
 
+@pytest.fixture(scope="module")
+def run_boundary(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The same with the boundary loss, with fastloss alone."""
+    for package in ("torch", "nilearn", "nibabel", "matplotlib"):
+        need(package)
+    out = tmp_path_factory.mktemp("boundary")
+    options = ["--loss", "dice_ce_boundary", "--steps", str(STEPS), "--patch", "16"]
+    result = train_brain(*options, "--out", str(out))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return out, result.stdout
+
+
+@pytest.fixture
+def brain_modules(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that imports a module of the example."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return lambda name: importlib.import_module(f"brain.{name}")
+
+
 def test_same_curve(run: tuple[Path, str]) -> None:
     out, _ = run
     with (out / "curve.csv").open(newline="", encoding="utf-8") as file:
@@ -90,13 +111,72 @@ def test_memory_of_the_loss(run: tuple[Path, str]) -> None:
     assert 0.9 * 4 * 3 * 16**3 * 8 <= peaks["fastloss"] < peaks["monai"]
 
 
-@pytest.mark.parametrize("name", ["curve.png", "overlay.png"])
-def test_pictures_show_something(run: tuple[Path, str], name: str) -> None:
-    image = need("matplotlib.image").imread(run[0] / name)[..., :3]
+@pytest.mark.parametrize(
+    ("fixture", "name"),
+    [
+        ("run", "curve.png"),
+        ("run", "overlay.png"),
+        ("run_boundary", "curve.png"),
+        ("run_boundary", "distances.png"),
+    ],
+)
+def test_pictures_show_something(request: pytest.FixtureRequest, fixture: str, name: str) -> None:
+    out, _ = request.getfixturevalue(fixture)
+    image = need("matplotlib.image").imread(out / name)[..., :3]
     assert min(image.shape[:2]) > 300
     assert len(np.unique(image[..., 0])) > 50
     coloured = np.ptp(image, axis=2) > 0.3
     assert coloured.mean() > 0.0005  # the curves are thin lines
+
+
+def test_boundary_run(run: tuple[Path, str], run_boundary: tuple[Path, str]) -> None:
+    out, printed = run_boundary
+    summary = json.loads((out / "summary.json").read_text("utf-8"))
+    assert summary["loss"] == "dice_ce_boundary"
+    for tissue, distance in summary["implementations"]["fastloss"]["held_out_hd95_mm"].items():
+        line = next(x for x in printed.splitlines() if x.startswith(f"held-out HD95, {tissue} "))
+        assert line.endswith(" none found" if distance is None else f" {distance:.2f} mm")
+    assert "distances.png" in printed
+    assert "distances.png" not in run[1]
+    assert not (run[0] / "distances.png").exists()
+
+
+@pytest.mark.parametrize("loss_name", ["dice_ce", "dice_ce_boundary"])
+def test_both_implementations_are_one_loss(brain_modules: Any, loss_name: str) -> None:
+    torch = need("torch")
+    need("monai")
+    make_loss = brain_modules("training").make_loss
+    rng = np.random.default_rng(0)
+    x = torch.tensor(rng.normal(size=(2, 3, 8, 8, 8)), requires_grad=True)
+    y = torch.tensor(rng.integers(0, 3, (2, 1, 8, 8, 8), dtype=np.uint8))
+    found = []
+    for implementation in ("fastloss", "monai"):
+        value = make_loss(implementation, loss_name)(x, y, 0.3)
+        found.append((value.detach(), *torch.autograd.grad(value, x)))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6)
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5, atol=1e-9)
+
+
+def test_hd95(brain_modules: Any) -> None:
+    """By hand, and as MONAI where that is installed."""
+    hd95 = brain_modules("metrics").hd95
+    a, b = np.zeros((2, 12, 12, 12), bool)
+    a[2:5, 2:5, 2:5] = True
+    b[2:5, 2:5, 4:7] = True  # moved by two voxels, of 1.5 mm each
+    assert hd95(a, a, (3.0, 1.0, 1.5)) == 0
+    assert hd95(a, b, (3.0, 1.0, 1.5)) == 3
+    assert np.isnan(hd95(a, np.zeros_like(a), (1.0, 1.0, 1.0)))
+    assert np.isnan(hd95(np.zeros_like(a), a, (1.0, 1.0, 1.0)))
+    monai, torch = need("monai.metrics"), need("torch")
+    rng = np.random.default_rng(0)
+    smooth = need("scipy.ndimage").gaussian_filter
+    for spacing in ((1.0, 1.0, 1.0), (3.0, 1.0, 1.5)):
+        a, b = (smooth(rng.normal(size=(14, 15, 16)), 1.5) > 0 for _ in range(2))  # to the edges
+        both = (torch.tensor(mask)[None, None].float() for mask in (a, b))
+        theirs = monai.compute_hausdorff_distance(
+            *both, include_background=True, percentile=95, spacing=spacing
+        )
+        np.testing.assert_allclose(hd95(a, b, spacing), float(theirs), rtol=1e-5)
 
 
 def test_absent_package_is_named_before_work_begins() -> None:

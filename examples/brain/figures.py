@@ -10,9 +10,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+import fastloss as fl
 from brain.history import History
-from brain.volume import CLASSES, Brain, planes
+from brain.volume import CLASSES, SPACING, Brain, planes
 
+TITLES = {
+    "dice_ce": "Dice + cross-entropy",
+    "dice_ce_boundary": "Dice + cross-entropy + boundary",
+}
 TISSUE_COLOURS = ("tab:orange", "tab:cyan")
 # The second is dashed over the first, so that both are visible where they agree.
 LINES = ({"linestyle": "-", "linewidth": 3.5, "alpha": 0.5}, {"linestyle": "--", "linewidth": 1.2})
@@ -35,7 +40,8 @@ def draw_curves(histories: list[History], path: Path) -> None:
                 label=f"{name}, {history.implementation}",
                 **line,
             )
-    axes[0].set(title="Dice + cross-entropy, training patches", xlabel="step", ylabel="loss")
+    title = TITLES[histories[0].loss_name]
+    axes[0].set(title=f"{title}, training patches", xlabel="step", ylabel="loss")
     axes[1].set(title="Held-out slab", xlabel="step", ylabel="Dice coefficient", ylim=(0, 1))
     if both:
         first, second = (np.array(history.loss) for history in histories)
@@ -82,6 +88,34 @@ def draw_overlay(brain: Brain, histories: list[History], path: Path) -> None:
     ]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=2, labelcolor="white", facecolor="black"
+    )
+    figure.savefig(path, dpi=110)
+
+
+def draw_distances(brain: Brain, path: Path) -> None:
+    """Rows: the tissues; columns: the views. The field that the boundary loss reads, in mm.
+
+    It is that of the whole volume; the patches have their own.
+    """
+    views = planes(brain)
+    made = fl.Boundary(spacing=SPACING).fields(brain.labels[None], classes=len(CLASSES))
+    field = made["boundary"][0]
+    figure = Figure(figsize=(12, 3.6 * (len(CLASSES) - 1)), layout="constrained")
+    grid = figure.subplots(len(CLASSES) - 1, len(views))
+    # What is outside goes on much farther than what is inside.
+    limit = 2 * float(-field[1:].min())
+    for label, axes in enumerate(grid, start=1):
+        for ax, (axis, index) in zip(axes, views, strict=True):
+            plane = field[label].take(index, axis=axis).T
+            inside = np.equal(brain.labels.take(index, axis=axis).T, label)
+            shown = ax.imshow(plane, origin="lower", cmap="RdBu", vmin=-limit, vmax=limit)
+            ax.contour(inside, levels=[0.5], colors="black", linewidths=0.6)
+            ax.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(CLASSES[label], fontsize=13)
+    for ax, (axis, _) in zip(grid[0], views, strict=True):
+        ax.set_title(VIEWS[axis])
+    figure.colorbar(
+        shown, ax=grid, label="signed distance to the boundary in mm", extend="max", shrink=0.8
     )
     figure.savefig(path, dpi=110)
 

@@ -12,6 +12,8 @@ class History:
     """The record of training with one implementation."""
 
     implementation: str
+    loss_name: str
+    """Which loss: "dice_ce" or "dice_ce_boundary"."""
     dtype: str
     """The dtype of the network and its logits."""
     loss: list[float] = field(default_factory=list)
@@ -20,6 +22,8 @@ class History:
     """The seconds of each step."""
     held_out: dict[int, dict[str, float]] = field(default_factory=dict)
     """By step: the Dice of each tissue in the held-out slab."""
+    hd95: dict[str, float] = field(default_factory=dict)
+    """Of each tissue in the held-out slab, after the last step: `metrics.hd95` in mm."""
     slices: list[np.ndarray] = field(default_factory=list)
     """The predicted labels in the planes of `planes`."""
     loss_seconds: float = 0.0

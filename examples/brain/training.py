@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from time import perf_counter
 
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from brain.history import History
 from brain.memory import peak
+from brain.metrics import dice, hd95
 from brain.unet import DIVISOR, SMALLEST_PATCH, UNet
-from brain.volume import CLASSES, Brain, Patches, planes
+from brain.volume import CLASSES, SPACING, Brain, Patches, planes
 
 BATCH = 4
 LEARNING_RATE = 0.01
@@ -26,38 +28,69 @@ POINTS = 12
 CONTEXT = 12
 """Voxels of context on each side of the predicted part."""
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+BOUNDARY_FACTORS = (0.01, 0.1)
+"""Of the boundary loss, in the first step and the last: it grows linearly."""
+
+LossFunction = Callable[[Tensor, Tensor, float], Tensor]
 
 
-def make_loss(implementation: str) -> LossFunction:
-    """Dice + cross-entropy of logits (B, C, D, H, W) and a label map (B, 1, D, H, W).
+def make_loss(implementation: str, loss_name: str) -> LossFunction:
+    """A function of logits (B, C, D, H, W), a label map (B, 1, D, H, W), and the boundary's factor.
 
-    The Dice is that of the whole batch: per patch, a missing tissue would cost 1.
+    The Dice is that of the whole batch: per patch, a missing tissue would cost 1. The boundary loss
+    is that of the tissues, and measures the distances of a patch in each call.
     """
+    with_boundary = loss_name == "dice_ce_boundary"
     if implementation == "monai":
-        from monai.losses import DiceCELoss
+        from monai.losses import BoundaryLoss, DiceCELoss
 
-        return DiceCELoss(
+        region = DiceCELoss(
             to_onehot_y=True, softmax=True, batch=True, smooth_nr=SMOOTH, smooth_dr=SMOOTH
         )
+        boundary = BoundaryLoss(to_onehot_y=True, softmax=True, include_background=False)
+
+        def monai_loss(logits: Tensor, labels: Tensor, factor: float) -> Tensor:
+            value = region(logits, labels)
+            return value + factor * boundary(logits, labels) if with_boundary else value
+
+        return monai_loss
 
     import fastloss as fl
 
-    return fl.Dice(batch=True, smooth_nr=SMOOTH, smooth_dr=SMOOTH) + fl.CrossEntropy()
+    dice_ce = fl.Dice(batch=True, smooth_nr=SMOOTH, smooth_dr=SMOOTH) + fl.CrossEntropy()
+    distances = fl.Boundary(include_background=False)
+
+    def fused_loss(logits: Tensor, labels: Tensor, factor: float) -> Tensor:
+        loss = dice_ce + factor * distances if with_boundary else dice_ce
+        return loss(logits, labels)
+
+    return fused_loss
+
+
+def boundary_factor(step: int, steps: int) -> float:
+    """That of one of the steps, 1 … ``steps``."""
+    first, last = BOUNDARY_FACTORS
+    return first + (last - first) * (step - 1) / max(steps - 1, 1)
 
 
 def train(
-    implementation: str, brain: Brain, steps: int, size: int, seed: int, dtype: str
+    implementation: str,
+    loss_name: str,
+    brain: Brain,
+    steps: int,
+    size: int,
+    seed: int,
+    dtype: str,
 ) -> History:
     """Train a new network, and print its progress. Run it in a fresh process."""
-    history = History(implementation, dtype)
+    history = History(implementation, loss_name, dtype)
     torch.set_default_dtype(getattr(torch, dtype))
     brain = replace(brain, image=brain.image.astype(dtype))
     # First, as memory left by training would hide a peak.
-    history.loss_memory, history.step_memory = _peak_memory(implementation, brain, size)
+    history.loss_memory, history.step_memory = _peak_memory(implementation, loss_name, brain, size)
     torch.manual_seed(seed)
     net = UNet(len(CLASSES))
-    loss_function = make_loss(implementation)
+    loss_function = make_loss(implementation, loss_name)
     optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     patches = Patches(brain, size, seed)
@@ -67,15 +100,17 @@ def train(
         start = perf_counter()
         optimizer.zero_grad()
         logits = net(image)
-        loss = loss_function(logits, labels)
+        loss = loss_function(logits, labels, boundary_factor(step, steps))
         loss.backward()
         optimizer.step()
         history.seconds.append(perf_counter() - start)
         history.loss.append(loss.item())
         schedule.step()
         if step == 1 or step % every == 0 or step == steps:
-            history.held_out[step] = held_out_dice(net, brain)
+            tissues = held_out_tissues(net, brain)
+            history.held_out[step] = {name: dice(*masks) for name, masks in tissues.items()}
             _report(history, steps)
+    history.hd95 = {name: hd95(*masks, SPACING) for name, masks in tissues.items()}
     history.loss_seconds = _seconds(loss_function, logits.detach(), labels)
     history.slices = [
         _predict(net, brain, axis, slice(index, index + 1)).squeeze(axis)
@@ -102,14 +137,16 @@ def _seconds(loss_function: LossFunction, logits: Tensor, labels: Tensor) -> flo
     for _ in range(21):
         logits.grad = None
         start = perf_counter()
-        loss_function(logits, labels).backward()
+        loss_function(logits, labels, BOUNDARY_FACTORS[1]).backward()
         samples.append(perf_counter() - start)
     return median(samples[1:])
 
 
-def _peak_memory(implementation: str, brain: Brain, size: int) -> tuple[int | None, int | None]:
+def _peak_memory(
+    implementation: str, loss_name: str, brain: Brain, size: int
+) -> tuple[int | None, int | None]:
     """The peak memory of the loss alone, and of forward and backward of a whole step."""
-    loss_function = make_loss(implementation)
+    loss_function = partial(make_loss(implementation, loss_name), factor=BOUNDARY_FACTORS[1])
     net = UNet(len(CLASSES))
     image, labels = map(torch.from_numpy, Patches(brain, size, seed=0).draw(BATCH))
     logits = torch.randn(BATCH, len(CLASSES), size, size, size, requires_grad=True)
@@ -128,15 +165,14 @@ def _peak_memory(implementation: str, brain: Brain, size: int) -> tuple[int | No
 # ---------------------------------------------------------------------- prediction
 
 
-def held_out_dice(net: UNet, brain: Brain) -> dict[str, float]:
-    """The Dice coefficient of each tissue's predicted voxels in the held-out slab."""
+def held_out_tissues(net: UNet, brain: Brain) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """For each tissue, its predicted mask in the held-out slab and the true one."""
     predicted = _predict(net, brain, 1, brain.held_out)
     truth = brain.labels[:, brain.held_out]
-    dice = {}
-    for label, name in enumerate(CLASSES[1:], start=1):
-        ours, theirs = predicted == label, truth == label
-        dice[name] = 2 * float((ours & theirs).sum()) / float(ours.sum() + theirs.sum())
-    return dice
+    return {
+        name: (predicted == label, truth == label)
+        for label, name in enumerate(CLASSES[1:], start=1)
+    }
 
 
 @torch.inference_mode()

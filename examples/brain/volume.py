@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 CLASSES = ("other", "grey matter", "white matter")
+SPACING = (1.0, 1.0, 1.0)
+"""The edges of a voxel in mm."""
 # The template is symmetric: a network that trains on the left hemisphere has seen the right one. A
 # coronal slab has no mirror image.
 HELD_OUT_MM = (-44, -12)

@@ -4,9 +4,12 @@ A trainer changes its imports::
 
     from fastloss.nnunet import DC_and_CE_loss  # was: from nnunetv2.training.loss.compound_losses
 
-or none at all: `fastloss.nnunet.trainer` has a trainer to name with ``-tr``, and `from_nnunet`
+or none at all: `fastloss.nnunet.trainer` has trainers to name with ``-tr``, and `from_nnunet`
 converts a loss that was already built. Signatures, defaults, values and gradients are those of
 nnU-Net 2.8, which need not be installed.
+
+`WithBoundary` and `WithSkeletonRecall` add a term that nnU-Net does not have, and make what it
+reads in the workers of the data loader.
 
 Cross-entropy and Dice are one fused loss, which takes two passes over the logits and no memory but
 the gradient's; an ignore channel of regions adds one byte per voxel, and top-k cross-entropy one
@@ -62,6 +65,7 @@ from fastloss.nnunet._convert import from_nnunet
 from fastloss.nnunet._deep_supervision import DeepSupervisionWrapper
 from fastloss.nnunet._dice import MemoryEfficientSoftDiceLoss, SoftDiceLoss, softmax_helper_dim1
 from fastloss.nnunet._entropy import RobustCrossEntropyLoss, TopKLoss
+from fastloss.nnunet._fields import WithBoundary, WithSkeletonRecall
 
 __all__ = [
     "DC_and_BCE_loss",
@@ -72,6 +76,8 @@ __all__ = [
     "RobustCrossEntropyLoss",
     "SoftDiceLoss",
     "TopKLoss",
+    "WithBoundary",
+    "WithSkeletonRecall",
     "from_nnunet",
     "softmax_helper_dim1",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastloss.dropin import (
     Fused,
+    Recipe,
     Scheduled,
     Values,
     are_sizes,
@@ -56,8 +57,25 @@ class Compound(Scheduled):
             dice = dice._orig_mod
         return dice if as_built(dice, *_DICE_CLASSES) else None
 
-    def _joined(self, ce: Fused | None, dc: Fused | None) -> Tensor | None:
-        """The fused sum; None if the parts do not read the same arrays."""
+    def request(self, term: Recipe, net_output: Tensor, target: Tensor) -> Fused:
+        """A request for another term on what this loss reads."""
+        raise NotImplementedError(f"{type(self).__name__} must define request")
+
+    def fused(self, net_output: Tensor, target: Tensor) -> tuple[tuple[Any, Fused], ...] | None:
+        """Factors and requests of the whole sum, which others may be added to.
+
+        None if it is not one fused loss.
+        """
+        return self._joined(*self._requests(net_output, target))
+
+    def _requests(self, net_output: Tensor, target: Tensor) -> tuple[Fused | None, Fused | None]:
+        """Those for the voxel-wise loss and for the Dice loss; None for one that is not fused."""
+        raise NotImplementedError(f"{type(self).__name__} must define _requests")
+
+    def _joined(
+        self, ce: Fused | None, dc: Fused | None
+    ) -> tuple[tuple[Any, Fused], tuple[Any, Fused]] | None:
+        """Both with their factors; None if the parts do not read the same arrays."""
         if ce is None or dc is None:
             return None
         weight_ce, weight_dice = self.operand("weight_ce"), self.operand("weight_dice")
@@ -71,7 +89,7 @@ class Compound(Scheduled):
         )
         if not same:
             return None
-        return evaluate((weight_dice, dc), (weight_ce, ce))
+        return (weight_dice, dc), (weight_ce, ce)
 
     def _sum(self, entropy: Any, dice: Any) -> Any:
         """The sum of two values; None for a part that is not computed."""
@@ -108,29 +126,35 @@ class OfLabels(Compound):
             net_output: logits, (B, C, *spatial).
             target: a label map, (B, 1, *spatial), of any dtype.
         """
-        with_ce, with_dice = self.is_on("weight_ce"), self.is_on("weight_dice")
+        ce, dc = self._requests(net_output, target)
+        joined = self._joined(ce, dc)
+        if joined is not None:
+            return evaluate(*joined)
+        dice = entropy = None
+        if dc is not None:
+            dice = evaluate((1.0, dc))
+        elif self.is_on("weight_dice"):
+            dice = self._other_dice(net_output, target)
+        if ce is not None:
+            entropy = evaluate((1.0, ce))
+        elif self.is_on("weight_ce"):
+            entropy = self._entropy_of_what_counts(net_output, target)
+        return self._sum(entropy, dice)
+
+    def request(self, term: Recipe, net_output: Tensor, target: Tensor) -> Fused:
+        return Fused(term, "softmax", net_output, target.detach(), None, self.ignore_label)
+
+    def _requests(self, net_output: Tensor, target: Tensor) -> tuple[Fused | None, Fused | None]:
+        with_ce, own = self.is_on("weight_ce"), self._own_dice()
         self._check(net_output, target, with_ce)
         dc = ce = None
-        own = self._own_dice()
-        if with_dice and own is not None:
+        if own is not None and self.is_on("weight_dice"):
             dc = own.fused(net_output, target, ignore_index=self.ignore_label)
         if with_ce:
             ce = self._fused_entropy(net_output, target)
         if ce is not None and dc is not None and dc.ignore_index is None:
             ce = _counting_all(ce)
-        value = self._joined(ce, dc)
-        if value is not None:
-            return value
-        dice = entropy = None
-        if dc is not None:
-            dice = evaluate((1.0, dc))
-        elif with_dice:
-            dice = self._other_dice(net_output, target)
-        if ce is not None:
-            entropy = evaluate((1.0, ce))
-        elif with_ce:
-            entropy = self._entropy_of_what_counts(net_output, target)
-        return self._sum(entropy, dice)
+        return ce, dc
 
     def _check(self, net_output: Tensor, target: Tensor, with_ce: bool) -> None:
         labels = target.ndim == net_output.ndim and target.shape[1] == 1
@@ -282,21 +306,11 @@ class DC_and_BCE_loss(Compound):
             target: the regions, dense: (B, C, *spatial), or (B, C + 1, *spatial) with
                 ``use_ignore_label``.
         """
-        channels = net_output.shape[1] + int(self.use_ignore_label)
-        wanted = (net_output.shape[0], channels, *net_output.shape[2:])
-        if target.shape != wanted:
-            raise ValueError(f"target: expected shape {wanted}, got {tuple(target.shape)}")
-        mask = None
-        if self.use_ignore_label:
-            last = target[:, -1:]
-            mask = ~last if last.dtype == torch.bool else last != 1
-            target = target[:, :-1]
-        own = self._own_dice()
-        dc = None if own is None else own.fused(net_output, target, mask)
-        ce = self._fused_entropy(net_output, target, mask)
-        value = self._joined(ce, dc)
-        if value is not None:
-            return value
+        target, mask = self._split(net_output, target)
+        ce, dc = self._requests_of(net_output, target, mask)
+        joined = self._joined(ce, dc)
+        if joined is not None:
+            return evaluate(*joined)
         dice = self.dc(net_output, target, loss_mask=mask)
         if ce is not None:
             entropy = evaluate((1.0, ce))
@@ -310,6 +324,31 @@ class DC_and_BCE_loss(Compound):
                 entropy = (entropy * mask).sum() / mask.sum().clip(min=1)
         total: Tensor = self._sum(entropy, dice)
         return total
+
+    def request(self, term: Recipe, net_output: Tensor, target: Tensor) -> Fused:
+        target, mask = self._split(net_output, target)
+        return Fused(term, "sigmoid", net_output, target.detach(), mask)
+
+    def _requests(self, net_output: Tensor, target: Tensor) -> tuple[Fused | None, Fused | None]:
+        return self._requests_of(net_output, *self._split(net_output, target))
+
+    def _requests_of(
+        self, net_output: Tensor, target: Tensor, mask: Tensor | None
+    ) -> tuple[Fused | None, Fused | None]:
+        own = self._own_dice()
+        dc = None if own is None else own.fused(net_output, target, mask)
+        return self._fused_entropy(net_output, target, mask), dc
+
+    def _split(self, net_output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The regions, and the mask of the voxels that count."""
+        channels = net_output.shape[1] + int(self.use_ignore_label)
+        wanted = (net_output.shape[0], channels, *net_output.shape[2:])
+        if target.shape != wanted:
+            raise ValueError(f"target: expected shape {wanted}, got {tuple(target.shape)}")
+        if not self.use_ignore_label:
+            return target, None
+        last = target[:, -1:]
+        return target[:, :-1], ~last if last.dtype == torch.bool else last != 1
 
     def _fused_entropy(self, logits: Tensor, target: Tensor, mask: Tensor | None) -> Fused | None:
         reductions = ("mean", "sum") if mask is None else ("none",)

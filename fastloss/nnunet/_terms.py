@@ -11,27 +11,22 @@ from fastloss.frameworks.torch.distributed import WORLD, Ranks
 from fastloss.loss import Derivatives, Pullback
 from fastloss.options import check_class_count, check_class_weight
 from fastloss.statistics import Statistics
+from fastloss.terms.boundary import SkeletonRecall
 from fastloss.terms.distribution import VoxelwiseTerm
+from fastloss.terms.per_class import ClassTerm
 from fastloss.terms.region import RegionTerm
 
 LEAST_SIZE = 1e-8
 """The lower bound of denominators."""
 
 
-class NegativeDice(RegionTerm):
-    """−(2 O + s_nr) / max(P + G + s_dr, 1e-8).
+class JoinedOverRanks(ClassTerm):
+    """A term whose sums over the batch are also summed over all ranks.
 
-    Args:
-        clip_tp: the least overlap, which also replaces the true positives in P and G; or None.
-        ddp: with ``batch``, sum over the samples of all ranks.
-
-    Other options as in `fastloss.RegionTerm`.
+    A class names it first among its bases, and sets ``ddp``.
     """
 
-    def __init__(self, *, clip_tp: float | None = None, ddp: bool = False, **options: Any) -> None:
-        super().__init__(**options)
-        self.clip_tp = clip_tp
-        self.ddp = ddp
+    ddp: bool
 
     @property
     def joins_ranks(self) -> bool:
@@ -54,6 +49,22 @@ class NegativeDice(RegionTerm):
 
         return value, times_ranks
 
+
+class NegativeDice(JoinedOverRanks, RegionTerm):
+    """−(2 O + s_nr) / max(P + G + s_dr, 1e-8).
+
+    Args:
+        clip_tp: the least overlap, which also replaces the true positives in P and G; or None.
+        ddp: with ``batch``, sum over the samples of all ranks.
+
+    Other options as in `fastloss.RegionTerm`.
+    """
+
+    def __init__(self, *, clip_tp: float | None = None, ddp: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.clip_tp = clip_tp
+        self.ddp = ddp
+
     def formula(
         self, overlap: np.ndarray, predicted: np.ndarray, reference: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -66,6 +77,24 @@ class NegativeDice(RegionTerm):
         inverse = 1.0 / np.maximum(size, LEAST_SIZE)
         by_size = np.where(size >= LEAST_SIZE, dice * inverse, 0.0)
         return -dice, 2.0 * (by_size * (slope - 1.0) - inverse * slope), by_size
+
+
+class NegativeSkeletonRecall(JoinedOverRanks, SkeletonRecall):
+    """−(Σ p s + s_nr) / (Σ s + s_dr).
+
+    Args:
+        ddp: with ``batch``, sum over the samples of all ranks.
+
+    Other options as in `fastloss.SkeletonRecall`, whose value is larger by 1.
+    """
+
+    def __init__(self, *, ddp: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.ddp = ddp
+
+    def of_sums(self, *sums: np.ndarray) -> Any:
+        value, slopes = super().of_sums(*sums)
+        return value - 1.0, slopes
 
 
 class BinaryCrossEntropy(VoxelwiseTerm):
