@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -12,6 +12,7 @@ from fastloss.arrays import FLOATS, INTEGERS
 from fastloss.backends import current_backend
 from fastloss.backends.distances import CONVENTIONS
 from fastloss.borrowed import Borrowed
+from fastloss.fields import spacing_of
 from fastloss.frameworks import Adapter, adapter_of, borrow
 from fastloss.frameworks.memory import new_array
 from fastloss.options import check_choice, check_spacing
@@ -75,7 +76,7 @@ def distance_transform(
     sizes, limit = _sizes(spacing, axes), _limit(max_distance)
     shape = array.array.shape
     if array.place is not None:
-        into = _on_device(array, "mask", shape, "float32", out)
+        into = None if out is None else _output(out, array, "mask", shape, "float32")
         made = _cuda().distance_transform(array, int(batch_axes), sizes, limit, into)
         return made if out is None else out
     volumes = (prod(shape[:batch_axes]), *(1,) * (MOST_AXES - axes), *shape[batch_axes:])
@@ -144,27 +145,18 @@ def signed_distance(
         raise TypeError(f"classes: expected an integer, got {classes!r}")
     if not 1 <= classes <= MOST_CLASSES:
         raise ValueError(f"classes: expected a number in [1, {MOST_CLASSES}], got {classes}")
-    axes = array.array.ndim - 1
-    if not 1 <= axes <= MOST_AXES:
-        raise ValueError(
-            f"labels: expected (batch, *spatial) with one to {MOST_AXES} spatial axes, got shape "
-            f"{array.array.shape}"
-        )
-    sizes, limit = _sizes(spacing, axes), _limit(max_distance)
-    check_choice("convention", convention, CONVENTIONS)
-    check_choice("dtype", dtype, ("float32", "float16"))
+    grid, options = _map_options(
+        array, "labels", ("batch",), spacing, convention, max_distance, dtype
+    )
     batch, *spatial = array.array.shape
     shape = (batch, int(classes), *spatial)
     if array.place is not None:
-        into = _on_device(array, "labels", shape, dtype, out)
-        made = _cuda().signed_distance(array, int(classes), sizes, convention, limit, dtype, into)
+        into = None if out is None else _output(out, array, "labels", shape, dtype)
+        made = _cuda().signed_distance(array, int(classes), *options, dtype, into)
         return made if out is None else out
-    grid = (*(1,) * (MOST_AXES - axes), *spatial)
     indices = _indices(array, int(classes)).reshape(batch, *grid)
     found, give = _result(adapter, labels, shape, dtype, out, "labels")
-    current_backend().signed_distance(
-        indices, 0, sizes, convention, limit, found.reshape(batch, classes, *grid)
-    )
+    current_backend().signed_distance(indices, 0, *options, found.reshape(batch, classes, *grid))
     return give()
 
 
@@ -183,25 +175,45 @@ def signed_of_masks(
     """
     adapter = adapter_of(masks, "masks")
     array = _borrowed(adapter, masks, "masks")
-    axes = array.array.ndim - 2
-    if not 1 <= axes <= MOST_AXES:
-        raise ValueError(
-            f"masks: expected (batch, classes, *spatial) with one to {MOST_AXES} spatial axes, got "
-            f"shape {array.array.shape}"
-        )
-    sizes, limit = _sizes(spacing, axes), _limit(max_distance)
-    check_choice("convention", convention, CONVENTIONS)
-    check_choice("dtype", dtype, ("float32", "float16"))
+    grid, options = _map_options(
+        array, "masks", ("batch", "classes"), spacing, convention, max_distance, dtype
+    )
     shape = array.array.shape
     if array.place is not None:
-        into = _on_device(array, "masks", shape, dtype, out)
-        made = _cuda().signed_of_masks(array, sizes, convention, limit, dtype, into)
+        into = None if out is None else _output(out, array, "masks", shape, dtype)
+        made = _cuda().signed_of_masks(array, *options, dtype, into)
         return made if out is None else out
-    grid = (prod(shape[:2]), 1, *(1,) * (MOST_AXES - axes), *shape[2:])
-    inside = _masks(array).reshape(grid[0], *grid[2:])
+    maps = prod(shape[:2])
+    inside = _masks(array).reshape(maps, *grid)
     found, give = _result(adapter, masks, shape, dtype, out, "masks")
-    current_backend().signed_distance(inside, 1, sizes, convention, limit, found.reshape(grid))
+    current_backend().signed_distance(inside, 1, *options, found.reshape(maps, 1, *grid))
     return give()
+
+
+def _map_options(
+    array: Borrowed,
+    name: str,
+    leading: tuple[str, ...],
+    spacing: Any,
+    convention: str,
+    max_distance: Any,
+    dtype: str,
+) -> tuple[tuple[int, ...], tuple[tuple[float, ...], str, float]]:
+    """The sizes of z, y and x, and the checked options of a signed map: spacing, convention, limit.
+
+    ``leading``: the axes of ``array`` before the spatial ones.
+    """
+    spatial = array.array.shape[len(leading) :]
+    if not 1 <= len(spatial) <= MOST_AXES or array.array.ndim < len(leading):
+        axes = ", ".join((*leading, "*spatial"))
+        raise ValueError(
+            f"{name}: expected ({axes}) with one to {MOST_AXES} spatial axes, got shape "
+            f"{array.array.shape}"
+        )
+    sizes, limit = _sizes(spacing, len(spatial)), _limit(max_distance)
+    check_choice("convention", convention, CONVENTIONS)
+    check_choice("dtype", dtype, ("float32", "float16"))
+    return (*(1,) * (MOST_AXES - len(spatial)), *spatial), (sizes, convention, limit)
 
 
 def _borrowed(adapter: Adapter, array: Any, name: str) -> Borrowed:
@@ -250,14 +262,14 @@ def _indices(array: Borrowed, classes: int) -> np.ndarray:
         found.reshape(numbers.shape[0], *lines, *numbers.shape[1:]),
     )
     if fractions:
-        plural = "label has" if fractions == 1 else "labels have"
-        raise ValueError(f"labels: expected whole numbers, but {fractions} {plural} a fraction")
+        plural = "label is" if fractions == 1 else "labels are"
+        raise ValueError(f"labels: expected whole numbers, but {fractions} {plural} not")
     return found
 
 
 def _result(
     adapter: Adapter, like: Any, shape: tuple[int, ...], dtype: str, out: Any, name: str
-) -> tuple[np.ndarray, Any]:
+) -> tuple[np.ndarray, Callable[[], Any]]:
     """An array in C order to write to, and a function that gives it to the caller."""
     if out is None:
         found = new_array(shape, np.dtype(dtype))
@@ -272,13 +284,6 @@ def _result(
         return out
 
     return found, give
-
-
-def _on_device(
-    array: Borrowed, name: str, shape: tuple[int, ...], dtype: str, out: Any
-) -> Borrowed | None:
-    """A view of ``out``, for an array in the memory of a GPU."""
-    return None if out is None else _output(out, array, name, shape, dtype)
 
 
 def _output(out: Any, source: Borrowed, name: str, shape: tuple[int, ...], dtype: str) -> Borrowed:
@@ -305,17 +310,7 @@ def _where(view: Borrowed) -> str:
 
 def _sizes(spacing: Any, axes: int) -> tuple[float, ...]:
     """The spacing of z, y and x; 1 along the axes that there are not."""
-    checked = check_spacing(spacing)
-    given: Sequence[float]
-    if isinstance(checked, tuple):
-        given = checked
-        if len(given) != axes:
-            raise ValueError(
-                f"spacing: expected {axes} numbers, one for each spatial axis, got {len(given)}"
-            )
-    else:
-        given = (1.0 if checked is None else checked,) * axes
-    return (1.0,) * (MOST_AXES - axes) + tuple(given)
+    return (*(1.0,) * (MOST_AXES - axes), *spacing_of(check_spacing(spacing), axes))
 
 
 def _limit(max_distance: Any) -> float:

@@ -279,8 +279,8 @@ def test_bad_arrays():
     with pytest.raises(ValueError, match="out: overlaps mask"):
         fl.distance_transform(shared, out=shared)
     labels = np.zeros((1, 3, 4))
-    with pytest.raises(ValueError, match="labels: expected whole numbers, but 1 label has"):
-        fl.signed_distance(np.array([[0.5, 1, 9.5]]), 2)
+    with pytest.raises(ValueError, match="labels: expected whole numbers, but 2 labels are"):
+        fl.signed_distance(np.array([[0.5, 1, 9.5, np.nan]]), 2)
     with pytest.raises(ValueError, match=r"classes: expected a number in \[1, 65535\], got 0"):
         fl.signed_distance(labels, 0)
     with pytest.raises(TypeError, match="classes: expected an integer"):

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import BACKENDS, example, finite_differences, need, need_backend, one_hot
 from test_backends import relayout
 
@@ -184,3 +186,47 @@ def test_the_gradient_may_not_overwrite_a_field() -> None:
     phi = x.copy()
     with pytest.raises(ValueError, match=r"out: overlaps the fields\['distance'\]"):
         (Boundary() + fl.Dice()).value_and_grad(x, y, fields={"distance": phi}, out=phi)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_field_of_every_class_beside_usual_terms(data: st.DataObject) -> None:
+    """The C++ kernels take Σ φ p along with Dice and cross-entropy, whatever else is asked for."""
+    need_backend("cpu")
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    classes = data.draw(st.sampled_from([2, 3, 4, 5, 14, 40]))
+    shape = tuple(data.draw(st.lists(st.integers(1, 17), min_size=1, max_size=3)))
+    dtype = data.draw(st.sampled_from(["float32", "float64", "float16"]))
+    size = data.draw(st.sampled_from([3.0, 60.0]))
+    x = relayout(
+        (size * random.standard_normal((2, classes, *shape))).astype(dtype),
+        data.draw(st.sampled_from(["contiguous", "channels last", "cropped"])),
+    )
+    y = random.integers(0, classes, (2, *shape)).astype(np.uint8)
+    kind = data.draw(st.sampled_from(["float32", "float16", "float64", "int8"]))
+    phi = (5 * random.standard_normal(x.shape)).astype(kind)
+    if data.draw(st.booleans()):
+        phi = relayout(phi, "channels last")
+    weight = None
+    if data.draw(st.booleans()):
+        weight = random.integers(0, 2, y.shape).astype(np.float32)
+        phi = np.where(weight[:, None] == 0, phi.dtype.type(0), phi)
+    smoothing = data.draw(st.sampled_from([0.0, 0.1]))
+    parts = [
+        fl.Dice(squared=data.draw(st.booleans())),
+        fl.CrossEntropy(label_smoothing=smoothing),
+        0.3 * Boundary(),
+    ]
+    if data.draw(st.booleans()):
+        parts.append(fl.Focal(gamma=2.0))
+    loss = fl.Loss(*parts, ignore_index=data.draw(st.sampled_from([None, 0])))
+    found = {}
+    for name in ("cpu", "reference"):
+        with use_backend(name):
+            found[name] = loss.value_and_grad(x, y, weight, fields={"distance": phi})
+    (value, gradient), (wanted, slope) = found["cpu"], found["reference"]
+    near = 2e-3 if dtype == "float16" else 2e-6
+    assert value == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    slope = slope.astype(np.float64)
+    apart = np.linalg.norm(gradient.astype(np.float64) - slope)
+    assert apart <= near * np.linalg.norm(slope) + 1e-7

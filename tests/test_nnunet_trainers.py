@@ -21,8 +21,8 @@ torch = need("torch")
 ndimage = need("scipy.ndimage")
 ours = need("fastloss.nnunet")
 
-BOUNDARY = "nnUNetTrainerFastLossBoundary"
-SKELETON = "nnUNetTrainerFastLossSkeletonRecall"
+BOUNDARY = "nnUNetTrainerFastlossBoundary"
+SKELETON = "nnUNetTrainerFastlossSkeletonRecall"
 TRAINER = "fastloss.nnunet.trainer"
 OPTIONS = {"batch_dice": True, "do_bg": False, "smooth": 1e-5, "ddp": False}
 SPACING = (2.0, 1.0, 1.0)

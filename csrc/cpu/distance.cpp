@@ -330,7 +330,7 @@ void signed_distance(const py::array& classes, int64_t first, const std::array<d
 // ------------------------------------------------------------------ class indices
 
 // Labels of one row as class indices, `classes` standing for all that are none; how many have a
-// fraction.
+// fraction or are NaN.
 template <class Label, class Index>
 int64_t row_of_indices(const char* from, int64_t stride, int64_t n, int64_t classes, Index* to) {
   int64_t fractions = 0;
@@ -340,7 +340,7 @@ int64_t row_of_indices(const char* from, int64_t stride, int64_t n, int64_t clas
     if constexpr (std::is_floating_point<Label>::value) {
       const bool known = label >= 0 && label < Label(classes);
       to[i] = known ? Index(label) : Index(classes);
-      fractions += known && Label(to[i]) != label;
+      fractions += known ? Label(to[i]) != label : label != label;
     } else {
       to[i] = label >= 0 && uint64_t(label) < uint64_t(classes) ? Index(label) : Index(classes);
     }
@@ -372,7 +372,7 @@ int64_t indices_of(const py::array& labels, int64_t classes, Index* to) {
 }
 
 // Writes the class indices of labels (V, z, y, x) of any number type and strides; how many of them
-// have a fraction.
+// have a fraction or are NaN.
 int64_t class_indices(const py::array& labels, int64_t classes, py::array out) {
   const char kind = labels.dtype().kind();
   const auto size = labels.itemsize();

@@ -82,59 +82,24 @@ struct FieldSlopeRows {
   FL_INLINE void finish() {}
 };
 
-// Writes the gradients of R classes, e (slope (k + f φ) − turn), and the label's own.
-template <class S, class T, int R, bool kPresent, class P, class Put>
-struct FieldGradientRows {
-  static constexpr int L = lanes<T>;
-  const LabelGradients<T> by_label;
-  const Put put;
-  const T* x[R];
+// For `GradientRows`: k_c + f_c φ_c.
+template <class S, class T, int R>
+struct FieldSlopes {
+  Vec<T> k[R], by_field[R];
   const S* phi[R];
-  P to[R];
-  const typename Types<T>::Int* label;
-  Vec<T> factor[R], by_field[R];
-  IVec<T> number[R];
 
-  template <class Row>
-  FL_INLINE FieldGradientRows(Tile<T>& t, const typename Tile<T>::ClassField& field, int64_t c,
-                              const T* coefficient, const LabelGradients<T>& g, const Row& row,
-                              const Put& how)
-      : by_label(g), put(how), label(t.labels()) {
+  FL_INLINE FieldSlopes(const typename Tile<T>::ClassField& field, int64_t c, const T* slopes,
+                        const T* coefficient) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      x[r] = t.x + (c + r) * t.stride;
-      phi[r] = field.template row<S>(c + r);
-      to[r] = row(c + r);
-      factor[r] = splat<T>(g.k ? g.k[c + r] : T(0));
+      k[r] = splat<T>(slopes ? slopes[c + r] : T(0));
       by_field[r] = splat<T>(coefficient[c + r]);
-      number[r] = class_number<T>(c + r);
+      phi[r] = field.template row<S>(c + r);
     }
   }
-  template <int N>
-  FL_INLINE void step(int64_t first) {
-    Vec<T> a[N], b[N], own[N], g[N];
-    IVec<T> y[N];
-#pragma GCC unroll 4
-    for (int u = 0; u < N; ++u) {
-      const int64_t v = first + u * L;
-      a[u] = once(load<T>(by_label.slope + v)), b[u] = once(load<T>(by_label.turn + v));
-      if (kPresent)
-        own[u] = once(load<T>(by_label.at_label + v)), y[u] = once(label_lanes<T>(label + v));
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int u = 0; u < N; ++u) {
-        const int64_t v = first + u * L;
-        const Vec<T> slope = factor[r] + by_field[r] * load_as<S, T>(phi[r] + v);
-        g[u] = load<T>(x[r] + v) * (a[u] * slope - b[u]);
-        if (kPresent) g[u] = select<T>(y[u] == number[r], own[u], g[u]);
-      }
-      if constexpr (N == 2) put.two(to[r] + first, g[0], g[1]);
-      else put(to[r] + first, g[0]);
-    }
+  FL_INLINE Vec<T> at(int r, int64_t v) const {
+    return k[r] + by_field[r] * load_as<S, T>(phi[r] + v);
   }
-  FL_INLINE void finish() {}
 };
 
 }  // namespace

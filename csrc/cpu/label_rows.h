@@ -218,9 +218,21 @@ struct LabelGradients {
   const T *k, *slope, *turn, *at_label;
 };
 
+// The derivatives by p of R classes, the same for all voxels.
+template <class T, int R>
+struct EvenSlopes {
+  Vec<T> k[R];
+
+  FL_INLINE EvenSlopes(const T* slopes, int64_t c) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) k[r] = splat<T>(slopes ? slopes[c + r] : T(0));
+  }
+  FL_INLINE Vec<T> at(int r, int64_t) const { return k[r]; }
+};
+
 // Writes the gradients of R classes, two vectors at a time: alternating between rows in smaller
-// pieces is slower.
-template <class T, int R, bool kPresent, class P, class Put>
+// pieces is slower. Slopes::at(r, v) is k of the class c + r.
+template <class T, int R, bool kPresent, class P, class Put, class Slopes = EvenSlopes<T, R>>
 struct GradientRows {
   static constexpr int L = lanes<T>;
   const LabelGradients<T> by_label;
@@ -228,18 +240,17 @@ struct GradientRows {
   const T* x[R];
   P to[R];
   const typename Types<T>::Int* label;
-  Vec<T> factor[R];
+  const Slopes slopes;
   IVec<T> number[R];
 
   template <class Row>
   FL_INLINE GradientRows(const Tile<T>& t, int64_t c, const LabelGradients<T>& g, const Row& row,
-                         const Put& how)
-      : by_label(g), put(how), label(t.labels()) {
+                         const Put& how, const Slopes& k)
+      : by_label(g), put(how), label(t.labels()), slopes(k) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       x[r] = t.x + (c + r) * t.stride;
       to[r] = row(c + r);
-      factor[r] = splat<T>(g.k ? g.k[c + r] : T(0));
       number[r] = class_number<T>(c + r);
     }
   }
@@ -258,7 +269,8 @@ struct GradientRows {
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
       for (int u = 0; u < N; ++u) {
-        g[u] = load<T>(x[r] + first + u * L) * (a[u] * factor[r] - b[u]);
+        const int64_t v = first + u * L;
+        g[u] = load<T>(x[r] + v) * (a[u] * slopes.at(r, v) - b[u]);
         if (kPresent) g[u] = select<T>(y[u] == number[r], own[u], g[u]);
       }
       if constexpr (N == 2) put.two(to[r] + first, g[0], g[1]);

@@ -1,4 +1,4 @@
-// What the bindings share beside threads: the instruction set that was chosen, and dtypes.
+// Helpers that several bindings use, beside those of threads.h.
 #pragma once
 
 #include <string>

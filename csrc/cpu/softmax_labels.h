@@ -598,8 +598,9 @@ void write_gradients(Tile<T>& t, const LabelGradients<T>& gradients, Tile<T>* ne
   write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
     using Put = std::remove_cv_t<std::remove_reference_t<decltype(put)>>;
     auto make = [&](int64_t c, auto count, auto present) {
-      return GradientRows<T, decltype(count)::value, decltype(present)::value, decltype(row(0)),
-                          Put>(t, c, gradients, row, put);
+      constexpr int R = decltype(count)::value;
+      return GradientRows<T, R, decltype(present)::value, decltype(row(0)), Put>(
+          t, c, gradients, row, put, EvenSlopes<T, R>(gradients.k, c));
     };
     if constexpr (!Put::kRounds)
       if (next) return exponentials_beside<T, true>(*next, t, make);
@@ -617,8 +618,9 @@ void write_gradients_with_field(Tile<T>& t, const LabelGradients<T>& gradients) 
     field.over_classes([&](int64_t c, auto number, auto count) {
       constexpr int R = decltype(count)::value;
       with_constant(t.has_any(c, R), [&](auto present) {
-        FieldGradientRows<decltype(number), T, R, decltype(present)::value, decltype(row(0)), Put>
-            rows(t, field, c, by_field, gradients, row, put);
+        using Slopes = FieldSlopes<decltype(number), T, R>;
+        GradientRows<T, R, decltype(present)::value, decltype(row(0)), Put, Slopes> rows(
+            t, c, gradients, row, put, Slopes(field, c, gradients.k, by_field));
         run(rows, 0, t.padded);
       });
     });

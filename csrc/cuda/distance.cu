@@ -236,7 +236,7 @@ FL_DEVICE void store(const DistanceCall& call, long long i, float number) {
   else static_cast<float*>(call.to)[i] = number;
 }
 
-// What is written for a distance.
+// The number that is written for a distance.
 FL_DEVICE float finished(const DistanceCall& call, bool inside, float distance) {
   switch (call.convention) {
     case kKervadec:
@@ -248,7 +248,7 @@ FL_DEVICE float finished(const DistanceCall& call, bool inside, float distance) 
   }
 }
 
-// What is written for the voxels of a map that has one kind only.
+// The number that is written for every voxel of a map that is all inside or all outside.
 FL_DEVICE float finished_alone(const DistanceCall& call, bool inside) {
   if (call.convention == kInside) return inside ? call.limit : 0.0f;
   return call.convention == kExact ? finished(call, inside, call.limit) : 0.0f;

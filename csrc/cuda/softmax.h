@@ -111,7 +111,7 @@ FL_DEVICE Label<T> label_of(const Call& call, const LabelPart<T>& part, T own) {
 }
 
 // −log p of the label. Where p ≥ ½, log(1 + rest / own) is exact even if 1 + rest / own rounds to
-// 1; else the loss is at least ln 2, and own may underflow to 0, so the second form is used.
+// 1. Below ½ the loss is at least ln 2 and own may underflow to 0: then the second form is used.
 template <class T>
 FL_DEVICE T label_loss(const LabelPart<T>& part, const Label<T>& label) {
   T ratio = part.rest * inverse_of(label.own);

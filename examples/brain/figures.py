@@ -102,7 +102,7 @@ def draw_distances(brain: Brain, path: Path) -> None:
     field = made["boundary"][0]
     figure = Figure(figsize=(12, 3.6 * (len(CLASSES) - 1)), layout="constrained")
     grid = figure.subplots(len(CLASSES) - 1, len(views))
-    # What is outside goes on much farther than what is inside.
+    # Distances outside are much longer than those inside.
     limit = 2 * float(-field[1:].min())
     for label, axes in enumerate(grid, start=1):
         for ax, (axis, index) in zip(axes, views, strict=True):

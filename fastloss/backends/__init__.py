@@ -84,7 +84,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def current_backend() -> Backend:
-    """The backend of `use_backend`, else ``FASTLOSS_BACKEND``, else the fastest available one."""
+    """The backend of `use_backend`; else that of ``FASTLOSS_BACKEND``, else the fastest one."""
     chosen = _chosen.get()
     if chosen is not None:
         return chosen

@@ -59,12 +59,12 @@ def class_indices(labels: np.ndarray, classes: int, out: np.ndarray) -> int:
     """Write labels as class indices, ``classes`` for those that are none.
 
     Returns:
-        How many labels in [0, classes) have a fraction.
+        How many labels in [0, classes) have a fraction, or are NaN.
     """
     known = (labels >= 0) & (labels < classes)
     found = np.where(known, labels, classes)
     out[...] = found
-    return int((out != found).sum())
+    return int(((out != found) | (labels != labels)).sum())
 
 
 def _to_seeds(seeds: np.ndarray, spacing: Sequence[float]) -> np.ndarray:

@@ -27,7 +27,7 @@ class Volume:
 
 
 def default_volume() -> str:
-    """The brain if the packages that provide and read it are installed, else the phantom."""
+    """The MNI brain if nilearn and nibabel are installed, else the phantom."""
     return "brain" if find_spec("nilearn") and find_spec("nibabel") else "phantom"
 
 

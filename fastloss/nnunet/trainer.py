@@ -11,8 +11,8 @@ and ``-tr`` names one like any other::
     nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerFastloss
 
 - ``nnUNetTrainerFastloss``: nnU-Net's default loss.
-- ``nnUNetTrainerFastLossBoundary``: that + the boundary loss, whose factor grows with the epoch.
-- ``nnUNetTrainerFastLossSkeletonRecall``: that + skeleton recall, for thin structures.
+- ``nnUNetTrainerFastlossBoundary``: that + the boundary loss, whose factor grows with the epoch.
+- ``nnUNetTrainerFastlossSkeletonRecall``: that + skeleton recall, for thin structures.
 
 Prediction looks the trainer up by the same name, so keep the file and the variable. A version of
 nnU-Net that does not know ``nnUNet_extTrainer`` finds the same file in its own folder
@@ -31,7 +31,7 @@ in the same file::
 
 and a subclass sets options, as the attributes say::
 
-    class nnUNetTrainerBoundary200Epochs(nnUNetTrainerFastLossBoundary):
+    class nnUNetTrainerBoundary200Epochs(nnUNetTrainerFastlossBoundary):
         last_boundary_factor = 0.5
 
         def __init__(self, plans, configuration, fold, dataset_json, device):
@@ -60,9 +60,9 @@ __all__ = [
     "BoundaryLoss",
     "FusedLoss",
     "SkeletonRecallLoss",
-    "nnUNetTrainerFastLossBoundary",
-    "nnUNetTrainerFastLossSkeletonRecall",
     "nnUNetTrainerFastloss",
+    "nnUNetTrainerFastlossBoundary",
+    "nnUNetTrainerFastlossSkeletonRecall",
 ]
 
 
@@ -223,9 +223,9 @@ class nnUNetTrainerFastloss(FusedLoss, nnUNetTrainer):
     """nnU-Net's default trainer with its default loss, fused."""
 
 
-class nnUNetTrainerFastLossBoundary(BoundaryLoss, nnUNetTrainer):
+class nnUNetTrainerFastlossBoundary(BoundaryLoss, nnUNetTrainer):
     """nnU-Net's default trainer with its default loss + a growing share of the boundary loss."""
 
 
-class nnUNetTrainerFastLossSkeletonRecall(SkeletonRecallLoss, nnUNetTrainer):
+class nnUNetTrainerFastlossSkeletonRecall(SkeletonRecallLoss, nnUNetTrainer):
     """nnU-Net's default trainer with its default loss + skeleton recall."""
