@@ -140,8 +140,11 @@ def check_spacing(value: Any) -> float | tuple[float, ...] | None:
     several = readable("spacing", value)
     if isinstance(several, np.ndarray):
         several = several.tolist()
+    each = several if _is_sequence(several) else (several,)
     try:
-        sizes = tuple(float(size) for size in (several if _is_sequence(several) else (several,)))
+        if any(isinstance(size, (bool, str)) for size in each):
+            raise TypeError
+        sizes = tuple(float(size) for size in each)
     except (TypeError, ValueError):
         raise TypeError(
             f"spacing: expected a number, or one for each spatial axis, got {value!r}"

@@ -255,6 +255,7 @@ for dtype in ("float32", "float16"):
         ({"spacing": (1, -1, 1)}, ValueError, "spacing: expected finite"),
         ({"spacing": (1, np.nan, 1)}, ValueError, "spacing: expected finite"),
         ({"spacing": "x"}, TypeError, "spacing: expected a number"),
+        ({"spacing": True}, TypeError, "spacing: expected a number"),
         ({"max_distance": 0}, ValueError, "max_distance: expected a finite number above 0"),
         ({"max_distance": np.nan}, ValueError, "max_distance"),
         ({"max_distance": "far"}, TypeError, "max_distance: expected a number"),
