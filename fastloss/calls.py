@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,8 +125,14 @@ def fields_of(
     return {name: made[name] for name in sorted(made)}
 
 
+_NO_EXTRAS = Extras()
+
+
 class Passes:
     """One call's arrays, and the two passes over them."""
+
+    _made: Mapping[str, Any] = MappingProxyType({})
+    """The fields that were made in this call, where there are any."""
 
     def __init__(
         self,
@@ -145,7 +152,7 @@ class Passes:
         places: tuple[Place | None, ...]
         places = (self.logits.place, self.target.place, self.voxel_weight and self.voxel_weight[2])
         given: dict[str, Any] = {}
-        self._extras = extras or Extras()
+        self._extras = extras or _NO_EXTRAS
         if extras is not None or loss.field_names:
             given = self._borrow(self._extras)
             places += tuple(b.place for b in self.more.values())
@@ -166,7 +173,6 @@ class Passes:
         self.request = loss.request(self.arrays)
         self._ranked: Field | None = None
         """The field that the ranking term made."""
-        self._made: dict[str, Any] = {}
         if loss.makers:
             self._make_fields(target)
         if self.arrays.regions is not None and self.backend.place is None:
@@ -230,10 +236,12 @@ class Passes:
 
         sources = {name: reader(name) for name in known if name not in loss.field_names}
         missing = loss.lacks(names)
+        made: dict[str, Any] = {}
         for name, array in make(loss, missing, sources, read_target, self._mask).items():
             own = array if place is None else place.array(array, array.dtype.name)
-            self._made[name] = own
+            made[name] = own
             known[name] = as_field(array, borrow(own, name).array, arrays)
+        self._made = made
         self.arrays = replace(arrays, fields=tuple(known[name] for name in loss.field_names))
 
     def _fetch(self, array: Any, like: np.ndarray) -> np.ndarray:
