@@ -1,5 +1,6 @@
 """Losses for 3D segmentation, value and gradient, fused into two passes over the logits."""
 
+from fastloss import metrics
 from fastloss.backends import use_backend
 from fastloss.distance import distance_transform, signed_distance
 from fastloss.functional import (
@@ -42,6 +43,7 @@ __all__ = [
     "get_num_threads",
     "jaccard_loss",
     "mean_absolute_error_loss",
+    "metrics",
     "poly_cross_entropy_loss",
     "set_num_threads",
     "signed_distance",
