@@ -185,8 +185,8 @@ def _worst(results: Results, metrics: dict[str, Metric], images: Path | None, co
         f"<p>By the mean {escape(ranking.name)} over the classes. Each is shown for its worst "
         "class, in slices through the wrong voxel that is farthest off: "
         '<span class="reference">reference</span> and '
-        '<span class="prediction">prediction</span>. The left of a picture is the patient\'s right.'
-        "</p>",
+        '<span class="prediction">prediction</span>. In axial and coronal '
+        "slices left is the patient's right, in sagittal ones left is the front.</p>",
     ]
     for each in worst_cases(results, ranking, count):
         case, label = results.cases[each.case], results.scores.classes[each.label]
