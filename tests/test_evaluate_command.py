@@ -303,6 +303,11 @@ def test_paths_that_fit_nothing(
     run = Run(capsys, tmp_path / "other.nii.gz", references / "shifted.nii.gz")
     assert run.status == 1
     assert "no case could be evaluated" in run.err
+    # Files without a label agree in nothing.
+    empty = save(tmp_path / "nothing.nii.gz", body(0))
+    run = Run(capsys, empty, empty)
+    assert run.status == 1
+    assert "no file holds a label but the background's" in run.err
 
 
 def test_without_nibabel_simpleitk_reads_the_same(

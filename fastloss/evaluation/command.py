@@ -15,7 +15,8 @@ from fastloss.evaluation.files import Case, Matched, check_reader, match
 from fastloss.evaluation.progress import Progress
 from fastloss.evaluation.results import Results
 from fastloss.evaluation.run import NothingEvaluated, Settings, cores, evaluate_files
-from fastloss.metrics.evaluate import DEFAULT, METRICS
+from fastloss.metrics.evaluate import DEFAULT, METRICS, PATTERNS
+from fastloss.metrics.metric import find_metrics
 from fastloss.metrics.surface import DEFINITIONS
 from fastloss.version import __version__
 
@@ -280,9 +281,9 @@ def _with_context(
 
 def _header(results: Results) -> str:
     about, n = results.about, len(results.cases)
-    surfaces = {METRICS[name].family if name in METRICS else "" for name in results.scores}
+    found = find_metrics(list(results.scores), METRICS, PATTERNS)
     measured = ""
-    if "surface" in surfaces or any(name.startswith("hd") for name in results.scores):
+    if any(metric.family == "surface" for metric in found.values()):
         measured = f", surfaces as {about['definition']!r}, tolerance {about['tolerance']} mm"
     return (
         f"{n} {'case' if n == 1 else 'cases'}{measured}\n"

@@ -67,8 +67,8 @@ def evaluate_files(
         progress: called after each case with what was wrong with it, or "".
 
     Raises:
-        ValueError: a metric, definition or tolerance that `fastloss.metrics.evaluate` refuses; no
-            case could be evaluated, or no file holds a label but the background's.
+        ValueError: a metric, definition or tolerance that `fastloss.metrics.evaluate` refuses.
+        NothingEvaluated: no case could be evaluated, or no file holds a label but the background's.
     """
     blank = _blank_scores(settings)
     found: dict[Case, Outcome] = {}
@@ -86,7 +86,7 @@ def evaluate_files(
     if labels is None:
         present = {int(name) for _, each in scores if each is not None for name in each.classes}
         if not present:
-            raise ValueError("no file holds a label but the background's")
+            raise NothingEvaluated(problems, "no file holds a label but the background's")
         labels = {str(label): (label,) for label in sorted(present)}
     values = {
         name: np.array([[_of(each, name, c, blank) for c in labels] for _, each in scores])
@@ -103,10 +103,12 @@ def evaluate_files(
 
 
 class NothingEvaluated(ValueError):
-    """No case could be evaluated."""
+    """There is no score of any case."""
 
-    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
-        super().__init__("no case could be evaluated")
+    def __init__(
+        self, problems: Sequence[tuple[str, str]], message: str = "no case could be evaluated"
+    ) -> None:
+        super().__init__(message)
         self.problems = tuple(problems)
 
 
