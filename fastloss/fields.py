@@ -54,7 +54,10 @@ class Form(NamedTuple):
 def target_of(
     array: np.ndarray, dtype: str, dense: bool, *, classes: int, ignore: int | None, activation: str
 ) -> Target:
-    """The target of these numbers, (B, *spatial) or (B, C, *spatial) if ``dense``."""
+    """The target of these numbers, (B, *spatial) or (B, C, *spatial) if ``dense``.
+
+    Labels with a fraction are of no class.
+    """
     if dtype == "bool":
         array = array.view(np.uint8)
     if dense:
@@ -70,7 +73,8 @@ def target_of(
         return Target(None, masks, classes, activation)
     if array.dtype.kind == "f" or dtype == "bfloat16":
         array = numbers(array, dtype)
-        array = np.where((array >= 0) & (array < classes), array, -1).astype(np.int32)
+        known = (array >= 0) & (array < classes) & (array == np.floor(array))
+        array = np.where(known, array, -1).astype(np.int32)
     if ignore is not None and 0 <= ignore < classes:
         array = np.where(array == ignore, -1, array.astype(np.int32))
     return Target(array, None, classes, activation)
@@ -79,7 +83,7 @@ def target_of(
 def target_on_gpu(
     target: Borrowed, dense: bool, *, classes: int, ignore: int | None, activation: str
 ) -> Target:
-    """As `target_of`, of an array on a GPU, where labels with a fraction are of no class."""
+    """As `target_of`, of an array on a GPU."""
     kernels = _indices()
     if dense:
         return Target(None, kernels.dense_masks(target, ignore), classes, activation)
