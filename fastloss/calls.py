@@ -101,9 +101,7 @@ def fields_of(
     if kind not in FLOATS and kind not in INTEGERS:
         raise TypeError(f"target: expected integers, bool or floating numbers, got {kind}")
     axis = loss.channel_axis
-    arranged = partial(
-        _arranged_target, classes=classes, dense=dense, axes=axes, channel_axis=axis
-    )
+    arranged = partial(_arranged_target, classes=classes, dense=dense, axes=axes, channel_axis=axis)
     view = arranged(view)
     if not dense and classes == 1 and loss.activation != "softmax":
         view, dense = view[:, None], True  # the mask of a single channel
@@ -259,8 +257,8 @@ class Passes:
                 for name in known
                 if name not in loss.field_names
             }
-            target_there, mask = partial(self._target_of, target, on_gpu), partial(self._mask, on_gpu)
-            return make(loss, names, sources, target_there, mask)
+            own = partial(self._target_of, target, on_gpu)
+            return make(loss, names, sources, own, partial(self._mask, on_gpu))
 
         made = made_by(there, True) if there else {}
         for name, array in made_by(here, False).items() if here else ():

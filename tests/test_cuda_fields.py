@@ -1,4 +1,4 @@
-"""Fields that terms make of arrays on a device: as in CPU memory, and without leaving the device."""
+"""Fields that terms make of arrays on a device: as in CPU memory, and without leaving it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,10 @@ def drawn_target(draw: Any, rng: Any, shape: tuple[int, ...], ignore: int | None
 def test_values_and_gradients_are_those_of_the_processor(copies: list[str], data: Any) -> None:
     draw = data.draw
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    kind, activation = draw(st.sampled_from(list(TERMS))), draw(st.sampled_from(["softmax", "sigmoid"]))
+    kind, activation = (
+        draw(st.sampled_from(list(TERMS))),
+        draw(st.sampled_from(["softmax", "sigmoid"])),
+    )
     spatial = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     classes, batch = draw(st.integers(2, 4)), draw(st.integers(1, 2))
     ignore = draw(st.sampled_from([None, 200, 0, 1]))
@@ -93,9 +96,7 @@ def test_values_and_gradients_are_those_of_the_processor(copies: list[str], data
         options |= {"alpha": draw(st.sampled_from([2.0, 1.0, 1.5])), "log": draw(st.booleans())}
     w = rng.integers(0, 3, (batch, *spatial)).astype(float) if draw(st.booleans()) else None
     layout = draw(st.sampled_from(["contiguous", "channels last", "reversed", "wide"]))
-    loss = fl.Loss(
-        TERMS[kind](**options), fl.Dice(), activation=activation, ignore_index=ignore
-    )
+    loss = fl.Loss(TERMS[kind](**options), fl.Dice(), activation=activation, ignore_index=ignore)
     here = relayout(x, layout), relayout(y, layout), w
     there = [None if a is None else OnDevice(a) for a in here]
     expected, slope = loss.value_and_grad(*here)
@@ -217,7 +218,7 @@ def test_more_than_255_classes_by_tensors(monkeypatch: pytest.MonkeyPatch) -> No
     assert launched.count("fastloss_distance_begin") == 1  # not again in the backward pass
 
 
-# ------------------------------------------------------------------ no memory that the host can read
+# ------------------------------------------------------------------ no memory of the host
 
 
 class Nowhere(NamedTuple):

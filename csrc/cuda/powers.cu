@@ -17,6 +17,10 @@ struct PowerCall {
   int half;
 };
 
+FL_DEVICE float number_of(const PowerCall& call, int k, long long at) {
+  return float(number_anywhere(call.type[k], call.from[k] + at, call.aligned[k] != 0));
+}
+
 FL_DEVICE float raised(float x, float exponent) {
   if (exponent == 1.0f) return x;
   return exponent == 2.0f ? x * x : general_power(x, exponent);
@@ -37,13 +41,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < 3; ++k) at[k] += place * call.stride[k][axis];
       rest = next;
     }
-    float sum = 0.0f;
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      if (!call.from[k]) continue;
-      const double x = number_anywhere(call.type[k], call.from[k] + at[k], call.aligned[k] != 0);
-      sum += raised(float(x), call.exponent);
-    }
+    const float x = number_of(call, 0, at[0]);
+    const float y = call.from[1] ? number_of(call, 1, at[1]) : 0.0f;
+    float sum = raised(x, call.exponent);
+    if (call.from[1]) sum += raised(y, call.exponent);
     char* to = call.to + at[2];
     if (call.half) {
       // The largest numbers of float16 stand for all beyond; NaN stays NaN.

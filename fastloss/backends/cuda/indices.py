@@ -160,7 +160,7 @@ def _launch(device: Device, which: int, call: np.ndarray) -> None:
     device.launch(kernel, blocks_for(call), (THREADS, 1), 0, call.view(_RECORD))
 
 
-# ------------------------------------------------------------------ arrays as such kernels take them
+# ------------------------------------------------------------------ arrays of any strides
 
 
 def merged(
