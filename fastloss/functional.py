@@ -578,7 +578,9 @@ def value_of(
     if adapter.takes_numbers(arrays[0], ()):
         return _evaluated(adapter, arrays, whole, extras, parts)
     plain = _PLAIN.issuperset(map(type, whole))
-    for factor, _, _, values in parts:
+    for factor, kind, _, values in parts:
+        if isinstance(factor, bool):  # or it would be 1 of an earlier call
+            raise TypeError(f"{_FACTORS[kind]}: expected a number, got {factor!r}")
         if not _PLAIN.issuperset(map(type, values)):
             plain = False
             if adapter.takes_numbers(arrays[0], values):
