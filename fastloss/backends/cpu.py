@@ -104,6 +104,12 @@ class CpuBackend(Backend):
     def class_indices(self, labels: np.ndarray, classes: int, out: np.ndarray) -> int:
         return _cpu.class_indices(labels, classes, out)
 
+    def likeliest(self, scores: np.ndarray, dtype: str, out: np.ndarray) -> None:
+        _cpu.likeliest(scores, dtype, out)
+
+    def confusion(self, prediction: np.ndarray, reference: np.ndarray, found: np.ndarray) -> None:
+        _cpu.confusion(prediction, reference, found)
+
     def soft_skeleton(
         self,
         p: np.ndarray,
