@@ -141,7 +141,7 @@ def check_tolerance(tolerance: Any, classes: Sequence[str]) -> list[float]:
         )
     if not (found >= 0).all():
         raise ValueError(f"tolerance: expected numbers of at least 0, got {tolerance!r}")
-    return np.broadcast_to(found, (len(classes),)).tolist()
+    return [float(each) for each in np.broadcast_to(found, (len(classes),))]
 
 
 def _samples(samples: Sequence[str] | None, batch: int) -> list[str]:

@@ -88,7 +88,14 @@ def read_pair(
     else:
         scores = activation == "softmax"
         groups, names, ignored = _label_maps(
-            predicted, true, scores, classes, bool(include_background), ignored_label, volumes, dense
+            predicted,
+            true,
+            scores,
+            classes,
+            bool(include_background),
+            ignored_label,
+            volumes,
+            dense,
         )
     if ignored is not None:
         counted = ~ignored if counted is None else counted & ~ignored
@@ -112,13 +119,10 @@ def _space_of_labels(
             f"reference: expected shape {shape}, that of the prediction, but for a channel axis of "
             f"one, got {other}"
         )
-    spatial = shape[1:]
-    if shape != other:
-        spatial = min(shape, other, key=len)[1:]
-    elif len(spatial) > 1 and spatial[0] == 1:
-        # An axis of channels, unless there is a spacing along it.
-        if not isinstance(spacing, tuple) or len(spacing) < len(spatial):
-            spatial = spatial[1:]
+    spatial = min(shape, other, key=len)[1:]
+    channel = shape == other and _without_channel(shape) is not None
+    if channel and not (isinstance(spacing, tuple) and len(spacing) >= len(spatial)):
+        spatial = spatial[1:]  # unless there is a spacing along that axis
     if not 1 <= len(spatial) <= MOST_AXES:
         raise ValueError(
             f"prediction: expected a label map (batch, *spatial) with one to {MOST_AXES} spatial "
@@ -163,6 +167,8 @@ def _ignored_label(ignore_index: Any) -> int | None:
 
 def _borrowed(array: Any, name: str) -> Borrowed:
     """A view in CPU memory; TypeError for one that is not of numbers."""
+    if getattr(array, "requires_grad", False):
+        array = array.detach()  # a metric has no gradient that could be lost
     found = adapter_of(array, name).borrow(array, name)
     if found.dtype not in FLOATS and found.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected integers, bool or floating numbers, got {found.dtype}")
@@ -211,12 +217,12 @@ def _label_maps(
         if predicted.dtype not in FLOATS:
             raise TypeError(f"prediction: expected floating scores, got {predicted.dtype}")
         size = predicted.array.shape[1]
-        names, labels = _classes(classes, size, include_background, channels=size)
+        names, labels = read_classes(classes, size, include_background, channels=size)
     else:
         numbers = _numbers(predicted)
         assert given is not None
         most = max(_largest(numbers, "prediction"), _largest(given, "reference", ignore_index), 1)
-        names, labels = _classes(classes, 1 + most, include_background)
+        names, labels = read_classes(classes, 1 + most, include_background)
         if classes is None or isinstance(classes, Mapping):
             size = 1 + max(most, *(label for each in labels for label in each))
         else:
@@ -272,7 +278,7 @@ def _masks(
     """Channels that are masks, each for itself."""
     channels = predicted.array.shape[1]
     first = include_background is None or include_background or channels == 1
-    names, labels = _classes(classes, channels, first, channels=channels)
+    names, labels = read_classes(classes, channels, first, channels=channels)
     numbers, threshold = _numbers(predicted), 0 if activation == "sigmoid" else 0.5
     given = _numbers(true)
     ignored = None
@@ -307,10 +313,10 @@ def _largest(numbers: np.ndarray, name: str, ignore_index: int | None = None) ->
     """The largest label, at least 0."""
     if not numbers.size:
         return 0
-    largest = numbers.max()
+    largest = numbers.max().item()
     if ignore_index is not None and largest == ignore_index:
         others = numbers[numbers != ignore_index]
-        largest = others.max() if others.size else 0
+        largest = others.max().item() if others.size else 0
     if not 0 <= largest <= MOST_LABEL:
         if largest < 0:
             return 0
@@ -353,7 +359,7 @@ def _indices(
         out[ignored] = size
 
 
-def _classes(
+def read_classes(
     classes: Any, found: int, include_background: bool, channels: int | None = None
 ) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
     """Names of classes, and the labels that each unites.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from math import nan, prod, sqrt
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ class Joint(NamedTuple):
         found, voxels = np.unique(pairs, return_counts=True)
         return cls(*np.divmod(found, indices), voxels)
 
-    def counts(self, labels: Iterable[Sequence[int]], indices: int) -> list[Counts]:
+    def counts(self, labels: Iterable[Iterable[int]], indices: int) -> list[Counts]:
         """For classes that each unite some of the indices."""
 
         def voxels_of(index: np.ndarray, where: Any = slice(None)) -> np.ndarray:
@@ -78,6 +78,7 @@ def count(pair: Pair) -> list[list[Counts]]:
         # A voxel that does not count has the last index in the reference, which is of no class.
         last = group.members.shape[1] - 1
         labels = [np.flatnonzero(row) for row in group.members]
+        joints: Iterable[Joint]
         if last < MOST_IN_MATRIX:
             joints = map(Joint.of_matrix, matrices(group, pair.counted))
         else:
