@@ -229,40 +229,40 @@ def _label_maps(
             size = len(classes) if isinstance(classes, Sequence) else int(classes)
     if size > MOST_LABEL + 1:
         raise ValueError(f"classes: expected labels up to {MOST_LABEL}, got {size - 1}")
-    dtype = np.uint8 if size < 256 else np.uint16
-    indices = np.empty(volumes, dtype), np.empty(volumes, dtype)
     if scores:
-        _likeliest(predicted, volumes, indices[0])
+        indices = _likeliest(predicted, volumes)
     else:
         hint = "; scores need activation=" if predicted.dtype in FLOATS else ""
-        _indices(numbers, size, None, "prediction", indices[0], hint)
+        indices = _indices(numbers, size, None, "prediction", volumes, hint)
     ignored = None
     if given is not None:
         grid = given.reshape(volumes)
         if ignore_index is not None:
             ignored = grid == ignore_index
-        _indices(grid, size, ignored, "reference", indices[1])
+        known = _indices(grid, size, ignored, "reference", volumes)
     else:
-        _likeliest(true, volumes, indices[1])
+        known = _likeliest(true, volumes)
         if ignore_index is not None:
             if 0 <= ignore_index < size:
-                ignored = indices[1] == ignore_index
+                ignored = known == ignore_index
             else:
                 ignored = (_numbers(true) == ignore_index).any(axis=1).reshape(volumes)
-            indices[1][ignored] = size
+            known[ignored] = size
     members = np.zeros((len(labels), size + 1), bool)
     for row, each in zip(members, labels, strict=True):
         row[list(each)] = True
-    return (Group(*indices, members),), names, ignored
+    return (Group(indices, known, members),), names, ignored
 
 
-def _likeliest(scores: Borrowed, volumes: tuple[int, ...], out: np.ndarray) -> None:
-    """The class of the largest score."""
+def _likeliest(scores: Borrowed, volumes: tuple[int, ...]) -> np.ndarray:
+    """The class of the largest score, of uint8 or uint16."""
     array, dtype = scores.array, scores.dtype
     if dtype not in FLOATS:
         array, dtype = _numbers(scores).astype(np.float32), "float32"
-    grid = array.reshape(volumes[0], array.shape[1], *volumes[1:])
-    current_backend().likeliest(grid, dtype, out)
+    size = array.shape[1]
+    found = np.empty(volumes, np.uint8 if size < 256 else np.uint16)
+    current_backend().likeliest(array.reshape(volumes[0], size, *volumes[1:]), dtype, found)
+    return found
 
 
 def _masks(
@@ -290,9 +290,7 @@ def _masks(
         if ignore_index is not None:
             ignored = grid == ignore_index
         # The mask of a single channel is label 1.
-        size = max(channels, 2)
-        known = np.empty(volumes, np.uint8 if size < 256 else np.uint16)
-        _indices(grid, size, ignored, "reference", known)
+        known = _indices(grid, max(channels, 2), ignored, "reference", volumes)
     members = np.array([[False, True, False]])
     groups = []
     for each in labels:
@@ -329,22 +327,33 @@ def _indices(
     size: int,
     ignored: np.ndarray | None,
     name: str,
-    out: np.ndarray,
+    volumes: tuple[int, ...],
     hint: str = "",
-) -> None:
-    """Labels as class indices; ``size`` for those that are ignored.
+) -> np.ndarray:
+    """Labels as class indices, of uint8 or uint16; ``size`` for those that are ignored.
+
+    They are the labels themselves where those are class indices already.
 
     Raises:
         ValueError: labels with a fraction, or outside [0, size) and not ignored.
     """
+    numbers = numbers.reshape(volumes)
+    dtype = np.dtype(np.uint8 if size < 256 else np.uint16)
+    as_they_are = ignored is None and numbers.dtype == dtype and numbers.flags.c_contiguous
+    if as_they_are and _below(numbers, size):
+        return numbers
     if numbers.dtype == np.float16:
         numbers = numbers.astype(np.float32)
-    numbers = numbers.reshape(out.shape)
-    fractions = current_backend().class_indices(numbers, size, out)
+    found = np.empty(volumes, dtype)
+    fractions = current_backend().class_indices(numbers, size, found)
     if fractions:
         plural = "label is" if fractions == 1 else "labels are"
         raise ValueError(f"{name}: expected whole numbers, but {fractions} {plural} not{hint}")
-    bad = out == size
+    if ignored is not None:
+        found[ignored] = size
+    if _below(found, size):
+        return found
+    bad = found == size
     if ignored is not None:
         bad &= ~ignored
     if bad.any():
@@ -355,8 +364,11 @@ def _indices(
             f"{name}: expected labels in [0, {size}), but {count} {plural} not; the first is "
             f"{first}"
         )
-    if ignored is not None:
-        out[ignored] = size
+    return found
+
+
+def _below(indices: np.ndarray, size: int) -> bool:
+    return not indices.size or bool(indices.max() < size)
 
 
 def read_classes(
