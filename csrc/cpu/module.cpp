@@ -34,6 +34,7 @@ FASTLOSS_ISAS
 #undef X
 
 void bind_soft_skeleton(py::module_& m);
+void bind_counts(py::module_& m);
 
 namespace {
 
@@ -109,9 +110,6 @@ DType dtype_of(const std::string& name) {
   throw py::type_error("unsupported dtype " + name);
 }
 
-namespace {
-
-// The (B[, C], *spatial) array in memory, with axes merged where they step evenly.
 Array view(const py::array& a, const std::string& dtype, bool channels) {
   Array r;
   r.data = static_cast<char*>(const_cast<void*>(a.data()));
@@ -138,6 +136,8 @@ Array view(const py::array& a, const std::string& dtype, bool channels) {
   }
   return r;
 }
+
+namespace {
 
 constexpr int64_t kRangesPerThread = 16;
 
@@ -502,6 +502,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_num_threads", [](int n) { wanted_threads = n; });
   bind_distance(m);
   bind_surface(m);
+  bind_counts(m);
   m.def("copy_bandwidth", &copy_bandwidth);
   m.def("read_bandwidth", &read_bandwidth);
   bind_soft_skeleton(m);

@@ -126,6 +126,12 @@ class CpuBackend(Backend):
         )
         return [(Directed(*there), Directed(*back)) for there, back in found]
 
+    def likeliest(self, scores: np.ndarray, dtype: str, out: np.ndarray) -> None:
+        _cpu.likeliest(scores, dtype, out)
+
+    def confusion(self, prediction: np.ndarray, reference: np.ndarray, found: np.ndarray) -> None:
+        _cpu.confusion(prediction, reference, found)
+
     def soft_skeleton(
         self,
         p: np.ndarray,

@@ -1,7 +1,16 @@
 """What a segmentation is judged by: overlap, surfaces, lesions, each by a named definition."""
 
+from fastloss.metrics.confusion import ConfusionAccumulator, confusion_matrix
 from fastloss.metrics.evaluate import METRICS, evaluate
 from fastloss.metrics.scores import Scores
 from fastloss.metrics.surface import SurfaceDistances, surface_distances
 
-__all__ = ["METRICS", "Scores", "SurfaceDistances", "evaluate", "surface_distances"]
+__all__ = [
+    "METRICS",
+    "ConfusionAccumulator",
+    "Scores",
+    "SurfaceDistances",
+    "confusion_matrix",
+    "evaluate",
+    "surface_distances",
+]
