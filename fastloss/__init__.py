@@ -18,6 +18,7 @@ from fastloss.functional import (
     top_k_cross_entropy_loss,
     tversky_loss,
 )
+from fastloss.instances import Components, components, voronoi
 from fastloss.loss import Loss
 from fastloss.statistics import Statistics
 from fastloss.sums import Sum
@@ -27,11 +28,13 @@ from fastloss.threads import get_num_threads, set_num_threads
 from fastloss.version import __version__
 
 __all__ = [
+    "Components",
     "Loss",
     "Statistics",
     "Sum",
     "__version__",
     "brier_loss",
+    "components",
     "cross_entropy_loss",
     "dice_ce_loss",
     "dice_focal_loss",
@@ -50,6 +53,7 @@ __all__ = [
     "top_k_cross_entropy_loss",
     "tversky_loss",
     "use_backend",
+    "voronoi",
 ]
 __all__ += _terms
 __all__.sort()

@@ -104,6 +104,17 @@ class CpuBackend(Backend):
     def class_indices(self, labels: np.ndarray, classes: int, out: np.ndarray) -> int:
         return _cpu.class_indices(labels, classes, out)
 
+    def components(
+        self, classes: np.ndarray, table: np.ndarray, connectivity: int, out: np.ndarray
+    ) -> np.ndarray:
+        return _cpu.components(classes, table, connectivity, out)
+
+    def overlaps(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return _cpu.overlaps(first, second)
+
+    def voronoi(self, numbers: np.ndarray, spacing: Sequence[float], out: np.ndarray) -> None:
+        _cpu.voronoi(numbers, list(spacing), out)
+
     def soft_skeleton(
         self,
         p: np.ndarray,

@@ -1,7 +1,16 @@
 """What a segmentation is judged by: overlap, surfaces, lesions, each by a named definition."""
 
 from fastloss.metrics.evaluate import METRICS, evaluate
+from fastloss.metrics.lesion import Lesion, lesions
 from fastloss.metrics.scores import Scores
 from fastloss.metrics.surface import SurfaceDistances, surface_distances
 
-__all__ = ["METRICS", "Scores", "SurfaceDistances", "evaluate", "surface_distances"]
+__all__ = [
+    "METRICS",
+    "Lesion",
+    "Scores",
+    "SurfaceDistances",
+    "evaluate",
+    "lesions",
+    "surface_distances",
+]
