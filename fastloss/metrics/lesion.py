@@ -308,6 +308,8 @@ class Comparison:
         return float(self.grouped.dice[self._counted].sum() / total) if total else 1.0
 
     def brats_hd95(self) -> float:
+        if self.axes < 2:
+            raise ValueError("lesion_hd95: expected two or three spatial axes, got one")
         total = self._counted.sum() + self.grouped.missed
         if not total:
             return 0.0
