@@ -25,8 +25,8 @@ class Components(NamedTuple):
     """The connected components of a batch of label maps."""
 
     numbers: Any
-    """(B, \\*spatial) of int32, in the labels' framework: from 1 within each sample, in the order of
-    their first voxels in memory order; 0 is the background."""
+    """(B, \\*spatial) of int32, in the labels' framework: from 1 within each sample, in the order
+    of their first voxels in C order; 0 is the background."""
     classes: tuple[np.ndarray, ...]
     """For every sample the class of each of its components, (components,) of int64."""
 
@@ -73,11 +73,12 @@ def components(
     grid = (shape[0], *(1,) * (MOST_AXES - axes), *shape[1:])
     numbers = new_array(shape, np.dtype(np.int32))
     backend = current_backend()
-    classes = tuple(
-        backend.components(volume, table, neighbours, to)[:, CLASS]
-        for volume, to in zip(indices.reshape(grid), numbers.reshape(grid), strict=True)
-    )
-    return Components(adapter.wrap(numbers, labels), classes)
+    classes = []
+    for volume, to in zip(indices.reshape(grid), numbers.reshape(grid), strict=True):
+        labelled = backend.components(volume, table, neighbours)
+        labelled.write(to, 0, 0, 0)
+        classes.append(labelled.rows[:, CLASS].copy())
+    return Components(adapter.wrap(numbers, labels), tuple(classes))
 
 
 def voronoi(components: Any, *, spacing: Any = None) -> Any:
@@ -193,7 +194,7 @@ def _indices(array: Borrowed, ignore_index: int | None) -> tuple[np.ndarray, np.
         return np.ascontiguousarray(numbers), table_of(classes, np.dtype(np.uint8))
     kept = numbers if ignored is None else np.where(ignored, numbers.dtype.type(0), numbers)
     low, high = (kept.min(), kept.max()) if kept.size else (0, 0)
-    if not (0 <= low and high <= MOST_LABEL):
+    if not (low >= 0 and high <= MOST_LABEL):  # NaN too
         raise ValueError(f"labels: expected numbers in [0, {MOST_LABEL}], got {low} to {high}")
     dtype = np.dtype(np.uint8 if high < 255 else np.uint16)
     found = np.empty(kept.shape, dtype)

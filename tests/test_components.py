@@ -215,7 +215,7 @@ def test_distances_to_the_nearest_component_are_the_least(data):
         (lambda: fl.components(np.array([[0, 65535]])), ValueError, "labels: .* got 0 to 65535"),
         (lambda: fl.components(np.array([[0.5, 1]])), ValueError, "labels: .* 1 label is not"),
         (lambda: fl.components(np.array([[np.nan, 1]])), ValueError, "labels: expected numbers"),
-        (lambda: fl.components(np.zeros((1, 2, 2), int), 26), ValueError, "connectivity: .* 4 or 8"),
+        (lambda: fl.components(np.zeros((1, 2, 2), int), 26), ValueError, "connectivity: .* 4 or"),
         (lambda: fl.components(np.zeros((1, 2, 2), int), "8"), TypeError, "connectivity: .* '8'"),
         (lambda: fl.voronoi(np.zeros((1, 2))), TypeError, "components: expected integers"),
         (lambda: fl.voronoi(np.zeros(2, int)), ValueError, r"components: expected \(batch"),

@@ -164,7 +164,7 @@ def test_an_iou_at_the_threshold_is_no_match():
 
 def hd95_of(prediction, reference, spacing):
     """Of whole volumes, by DeepMind's package."""
-    np.Inf = np.inf  # which it reads, and NumPy 2 has not
+    vars(np)["Inf"] = np.inf  # which it reads, and NumPy 2 has not
     package = need("surface_distance")
     found = package.compute_surface_distances(reference, prediction, spacing)
     return package.compute_robust_hausdorff(found, 95)

@@ -1,35 +1,26 @@
 // Connected components by runs: rows are cut into runs of one class, runs of neighbouring rows that
 // touch are united (union-find, of which a root is the first run of its component), and roots are
-// numbered in their order, which is that of the first voxels. Nothing looks at a voxel twice, and
-// any number of threads gives the same numbers.
+// numbered in their order, which is that of the first voxels. Any number of threads gives the same
+// numbers. Overlaps and dilations are computed of the runs as well, so that voxels are looked at
+// once, and written where somebody asks for them.
 #include "components.h"
 
 #include <pybind11/numpy.h>
-#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cmath>
 #include <cstring>
-#include <memory>
 #include <new>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
-#include "shared.h"
 #include "threads.h"
-#include "voronoi.h"
 
 namespace py = pybind11;
 
 namespace fastloss {
-
-#define X(name) extern const VoronoiKernels voronoi_kernels_##name;
-FASTLOSS_ISAS
-#undef X
-
 namespace {
 
 // As `parallel`, for work that allocates memory: no exception may leave a thread.
@@ -84,8 +75,7 @@ void find_runs(const Index* row, int64_t ny, int64_t nx, const uint16_t* table, 
       auto& runs = plane.runs;
       if (runs.size() > start && runs.back().end == first && runs.back().of_class == of_class)
         runs.back().end = int32_t(x);
-      else
-        runs.push_back({int32_t(first), int32_t(x), of_class});
+      else runs.push_back({int32_t(first), int32_t(x), of_class});
     }
   }
   plane.rows.push_back(int64_t(plane.runs.size()));
@@ -157,233 +147,236 @@ void join_planes(const Plane& above, const Plane& below, int64_t ny, int connect
 
 constexpr int64_t kColumns = 11;  // class, size, low and high end of the box, sums of coordinates
 
-// Writes the components of class indices (z, y, x), uint8 or uint16, numbered from 1.
-//
-// `table`: the class of every index, 0 for the background. Returns a row of `kColumns` numbers for
-// each component.
-py::array components(const py::array& classes, const py::array& table, int connectivity,
-                     py::array out) {
-  const int64_t nz = classes.shape(0), ny = classes.shape(1), nx = classes.shape(2);
-  const auto* data = static_cast<const char*>(classes.data());
-  const auto* of_index = static_cast<const uint16_t*>(table.data());
-  auto* to = static_cast<int32_t*>(out.mutable_data());
-  const int item = int(classes.itemsize());
-  std::vector<std::array<int64_t, kColumns>> found;
-  {
+// Components by their runs.
+class Labelled {
+ public:
+  // Of class indices (z, y, x), uint8 or uint16; `table`: the class of each, 0 for the background.
+  Labelled(const py::array& classes, const py::array& table, int connectivity)
+      : nz_(classes.shape(0)), ny_(classes.shape(1)), nx_(classes.shape(2)), planes_(size_t(nz_)) {
+    const auto* data = static_cast<const char*>(classes.data());
+    const auto* of_index = static_cast<const uint16_t*>(table.data());
+    const int item = int(classes.itemsize());
     py::gil_scoped_release release;
-    std::vector<Plane> planes(static_cast<size_t>(nz));
-    parallel_allocating(nz, [&](int64_t z) {
-      const char* from = data + z * ny * nx * item;
-      Plane& plane = planes[size_t(z)];
-      if (item == 1)
-        find_runs(reinterpret_cast<const uint8_t*>(from), ny, nx, of_index, plane);
-      else
-        find_runs(reinterpret_cast<const uint16_t*>(from), ny, nx, of_index, plane);
+    parallel_allocating(nz_, [&](int64_t z) {
+      const char* from = data + z * ny_ * nx_ * item;
+      Plane& plane = planes_[size_t(z)];
+      if (item == 1) find_runs(reinterpret_cast<const uint8_t*>(from), ny_, nx_, of_index, plane);
+      else find_runs(reinterpret_cast<const uint16_t*>(from), ny_, nx_, of_index, plane);
     });
+    number(connectivity);
+  }
+
+  // Of all that is in components, as often grown to neighbours over faces and edges.
+  Labelled dilated(int times, int connectivity) const {
+    py::gil_scoped_release release;
+    Labelled grown(nz_, ny_, nx_);
+    grown.planes_ = planes_;
+    for (int i = 0; i < std::max(times, 1); ++i) {
+      std::vector<Plane> next(static_cast<size_t>(nz_));
+      parallel_allocating(nz_, [&](int64_t z) { grown.grow(z, times > 0, next[size_t(z)]); });
+      grown.planes_ = std::move(next);
+    }
+    grown.number(connectivity);
+    return grown;
+  }
+
+  // A row of `kColumns` numbers for each component.
+  py::array rows() const {
+    py::array_t<int64_t> rows({int64_t(rows_.size()), kColumns});
+    if (!rows_.empty())
+      std::memcpy(rows.mutable_data(), rows_.data(), rows_.size() * sizeof(rows_[0]));
+    return std::move(rows);
+  }
+
+  // Writes the numbers of a box of voxels that starts at (z, y, x) and lies in the volume.
+  void write(py::array out, int64_t z, int64_t y, int64_t x) const {
+    const int64_t depth = out.shape(0), height = out.shape(1), width = out.shape(2);
+    auto* to = static_cast<int32_t*>(out.mutable_data());
+    py::gil_scoped_release release;
+    const auto plane_of = [&](int64_t i, void*) {
+      const Plane& plane = planes_[size_t(z + i)];
+      int32_t* row = to + i * height * width;
+      std::memset(row, 0, size_t(height * width) * sizeof(int32_t));
+      for (int64_t j = y; j < y + height; ++j, row += width) {
+        for (int64_t k = plane.rows[size_t(j)]; k < plane.rows[size_t(j) + 1]; ++k) {
+          const Run& run = plane.runs[size_t(k)];
+          const int64_t first = std::max<int64_t>(run.first - x, 0);
+          const int64_t end = std::min<int64_t>(run.end - x, width);
+          if (first < end) std::fill(row + first, row + end, numbers_[size_t(plane.base + k)]);
+        }
+      }
+    };
+    if (depth * height * width >= kWorthThreads) {
+      parallel(depth, 1, plane_of);
+    } else {
+      for (int64_t i = 0; i < depth; ++i) plane_of(i, nullptr);
+    }
+  }
+
+  // How many voxels components share with others: rows (own, other, voxels), ascending.
+  py::array overlaps(const Labelled& other) const {
+    if (other.nz_ != nz_ || other.ny_ != ny_ || other.nx_ != nx_)
+      throw py::value_error("overlaps: expected components of one shape");
+    std::vector<Shared> all;
+    {
+      py::gil_scoped_release release;
+      for (int64_t z = 0; z < nz_; ++z) share(z, other, all);
+      gather_pairs(all);
+    }
+    py::array_t<int64_t> rows({int64_t(all.size()), int64_t(3)});
+    int64_t* to = rows.mutable_data();
+    for (const Shared& each : all) {
+      *to++ = int64_t(each.pair >> 32);
+      *to++ = int64_t(uint32_t(each.pair));
+      *to++ = each.voxels;
+    }
+    return std::move(rows);
+  }
+
+ private:
+  Labelled(int64_t nz, int64_t ny, int64_t nx) : nz_(nz), ny_(ny), nx_(nx) {}
+
+  static constexpr int64_t kWorthThreads = 1 << 18;  // voxels
+
+  struct Shared {
+    uint64_t pair;
+    int64_t voxels;
+    bool operator<(const Shared& other) const { return pair < other.pair; }
+  };
+
+  // Sorts by pairs, and adds up the voxels of each.
+  static void gather_pairs(std::vector<Shared>& shared) {
+    std::sort(shared.begin(), shared.end());
+    size_t kept = 0;
+    for (size_t i = 0; i < shared.size(); ++i) {
+      if (kept && shared[kept - 1].pair == shared[i].pair)
+        shared[kept - 1].voxels += shared[i].voxels;
+      else shared[kept++] = shared[i];
+    }
+    shared.resize(kept);
+  }
+
+  void share(int64_t z, const Labelled& other, std::vector<Shared>& shared) const {
+    const Plane &p = planes_[size_t(z)], &q = other.planes_[size_t(z)];
+    if (p.runs.empty() || q.runs.empty()) return;
+    for (int64_t y = 0; y < ny_; ++y) {
+      int64_t i = p.rows[size_t(y)], j = q.rows[size_t(y)];
+      while (i < p.rows[size_t(y) + 1] && j < q.rows[size_t(y) + 1]) {
+        const Run &s = p.runs[size_t(i)], &t = q.runs[size_t(j)];
+        const int64_t voxels = std::min(s.end, t.end) - std::max(s.first, t.first);
+        if (voxels > 0) {
+          const auto own = uint32_t(numbers_[size_t(p.base + i)]);
+          const auto others = uint32_t(other.numbers_[size_t(q.base + j)]);
+          shared.push_back({uint64_t(own) << 32 | others, voxels});
+        }
+        if (s.end < t.end) ++i;
+        else ++j;
+      }
+    }
+  }
+
+  // The runs of plane z, as one class; if `grows`, with neighbours over faces and edges.
+  void grow(int64_t z, bool grows, Plane& to) const {
+    std::vector<std::pair<int32_t, int32_t>> parts;
+    const int64_t far = grows ? 1 : 0;
+    for (int64_t y = 0; y < ny_; ++y) {
+      to.rows.push_back(int64_t(to.runs.size()));
+      parts.clear();
+      for (int64_t i = std::max<int64_t>(z - far, 0); i <= std::min(z + far, nz_ - 1); ++i) {
+        const Plane& plane = planes_[size_t(i)];
+        if (plane.runs.empty()) continue;
+        for (int64_t j = std::max<int64_t>(y - far, 0); j <= std::min(y + far, ny_ - 1); ++j) {
+          const int32_t wider = grows && (i == z || j == y);
+          for (int64_t k = plane.rows[size_t(j)]; k < plane.rows[size_t(j) + 1]; ++k) {
+            const Run& run = plane.runs[size_t(k)];
+            parts.emplace_back(std::max(run.first - wider, 0),
+                               int32_t(std::min<int64_t>(int64_t(run.end) + wider, nx_)));
+          }
+        }
+      }
+      std::sort(parts.begin(), parts.end());
+      const size_t start = to.runs.size();
+      for (const auto& [first, end] : parts) {
+        if (to.runs.size() > start && to.runs.back().end >= first)
+          to.runs.back().end = std::max(to.runs.back().end, end);
+        else to.runs.push_back({first, end, 1});
+      }
+    }
+    to.rows.push_back(int64_t(to.runs.size()));
+  }
+
+  void number(int connectivity) {
     int64_t count = 0;
-    for (Plane& plane : planes) {
+    for (Plane& plane : planes_) {
       plane.base = count;
       count += int64_t(plane.runs.size());
     }
     if (count > INT32_MAX) throw std::length_error("labels: too many runs of equal labels");
     Forest forest(count);
-    // Slabs of planes have forests of their own, which are then joined.
-    const int64_t threads = orphaned ? 1 : num_threads();
-    const int64_t slab = std::max<int64_t>((nz + threads - 1) / threads, 1);
-    parallel((nz + slab - 1) / slab, 1, [&](int64_t i, void*) {
-      for (int64_t z = i * slab; z < std::min((i + 1) * slab, nz); ++z) {
-        join_within(planes[size_t(z)], ny, connectivity, forest);
+    // Slabs of planes have trees of their own, which are then joined.
+    const bool small = count < kRunsWorthThreads;
+    const int64_t threads = orphaned || small ? 1 : num_threads();
+    const int64_t slab = std::max<int64_t>((nz_ + threads - 1) / threads, 1);
+    const auto join_slab = [&](int64_t i, void*) {
+      for (int64_t z = i * slab; z < std::min((i + 1) * slab, nz_); ++z) {
+        join_within(planes_[size_t(z)], ny_, connectivity, forest);
         if (z > i * slab)
-          join_planes(planes[size_t(z - 1)], planes[size_t(z)], ny, connectivity, forest);
+          join_planes(planes_[size_t(z - 1)], planes_[size_t(z)], ny_, connectivity, forest);
       }
-    });
-    for (int64_t z = slab; z < nz; z += slab)
-      join_planes(planes[size_t(z - 1)], planes[size_t(z)], ny, connectivity, forest);
-    std::vector<int32_t> numbers(static_cast<size_t>(count));
-    for (int64_t z = 0; z < nz; ++z) {
-      const Plane& plane = planes[size_t(z)];
-      for (int64_t y = 0; y < ny; ++y) {
-        for (int64_t i = plane.rows[size_t(y)]; i < plane.rows[size_t(y) + 1]; ++i) {
-          const Run& run = plane.runs[size_t(i)];
-          const int64_t parent = forest.parent(plane.base + i), length = run.end - run.first;
-          int32_t& number = numbers[size_t(plane.base + i)];
-          if (parent == plane.base + i) {
-            found.push_back({run.of_class, 0, z, y, run.first, z + 1, y + 1, run.end, 0, 0, 0});
-            number = int32_t(found.size());
-          } else {
-            number = numbers[size_t(parent)];
-          }
-          auto& row = found[size_t(number) - 1];
-          row[1] += length;
-          const int64_t low[3] = {z, y, run.first}, high[3] = {z + 1, y + 1, run.end};
-          for (size_t axis = 0; axis < 3; ++axis) {
-            row[2 + axis] = std::min(row[2 + axis], low[axis]);
-            row[5 + axis] = std::max(row[5 + axis], high[axis]);
-          }
-          row[8] += z * length;
-          row[9] += y * length;
-          row[10] += (int64_t(run.first) + run.end - 1) * length / 2;
-        }
-      }
-    }
-    parallel(nz, 1, [&](int64_t z, void*) {
-      const Plane& plane = planes[size_t(z)];
-      int32_t* row = to + z * ny * nx;
-      std::memset(row, 0, size_t(ny * nx) * sizeof(int32_t));
-      for (int64_t y = 0; y < ny; ++y, row += nx)
+    };
+    if (small) join_slab(0, nullptr);
+    else parallel((nz_ + slab - 1) / slab, 1, join_slab);
+    for (int64_t z = slab; z < nz_; z += slab)
+      join_planes(planes_[size_t(z - 1)], planes_[size_t(z)], ny_, connectivity, forest);
+    numbers_.resize(size_t(count));
+    for (int64_t z = 0; z < nz_; ++z) {
+      const Plane& plane = planes_[size_t(z)];
+      if (plane.runs.empty()) continue;
+      for (int64_t y = 0; y < ny_; ++y)
         for (int64_t i = plane.rows[size_t(y)]; i < plane.rows[size_t(y) + 1]; ++i)
-          std::fill(row + plane.runs[size_t(i)].first, row + plane.runs[size_t(i)].end,
-                    numbers[size_t(plane.base + i)]);
-    });
-  }
-  py::array_t<int64_t> rows({int64_t(found.size()), kColumns});
-  if (!found.empty())
-    std::memcpy(rows.mutable_data(), found.data(), found.size() * sizeof(found[0]));
-  return std::move(rows);
-}
-
-// ------------------------------------------------------------------ overlaps
-
-struct Shared {
-  uint64_t pair;
-  int64_t voxels;
-  bool operator<(const Shared& other) const { return pair < other.pair; }
-};
-
-// Sorts by pairs, and adds up the voxels of each.
-void gather_pairs(std::vector<Shared>& shared) {
-  std::sort(shared.begin(), shared.end());
-  size_t kept = 0;
-  for (size_t i = 0; i < shared.size(); ++i) {
-    if (kept && shared[kept - 1].pair == shared[i].pair) shared[kept - 1].voxels += shared[i].voxels;
-    else shared[kept++] = shared[i];
-  }
-  shared.resize(kept);
-}
-
-// How many voxels two components share: rows (a, b, voxels) in the order of (a, b), of int32 arrays
-// (rows, voxels) in C order. Numbers below 1 are of no component.
-py::array overlaps(const py::array& a, const py::array& b) {
-  const int64_t count = a.shape(0), n = a.shape(1);
-  const auto* first = static_cast<const int32_t*>(a.data());
-  const auto* second = static_cast<const int32_t*>(b.data());
-  std::vector<Shared> all;
-  {
-    py::gil_scoped_release release;
-    std::vector<std::vector<Shared>> of_rows(static_cast<size_t>(count));
-    parallel_allocating(count, [&](int64_t r) {
-      const int32_t *p = first + r * n, *q = second + r * n;
-      auto& shared = of_rows[size_t(r)];
-      for (int64_t i = 0; i < n;) {
-        if (p[i] <= 0 || q[i] <= 0) {
-          ++i;
-          while (i + 2 <= n) {  // two of nothing
-            uint64_t words[2];
-            std::memcpy(words, p + i, 8);
-            std::memcpy(words + 1, q + i, 8);
-            if (words[0] && words[1]) break;
-            i += 2;
-          }
-          continue;
-        }
-        const int64_t start = i++;
-        while (i < n && p[i] == p[start] && q[i] == q[start]) ++i;
-        const uint64_t pair = uint64_t(uint32_t(p[start])) << 32 | uint32_t(q[start]);
-        shared.push_back({pair, i - start});
-      }
-      gather_pairs(shared);
-    });
-    for (const auto& shared : of_rows) all.insert(all.end(), shared.begin(), shared.end());
-    gather_pairs(all);
-  }
-  py::array_t<int64_t> rows({int64_t(all.size()), int64_t(3)});
-  int64_t* to = rows.mutable_data();
-  for (const Shared& each : all) {
-    *to++ = int64_t(each.pair >> 32);
-    *to++ = int64_t(uint32_t(each.pair));
-    *to++ = each.voxels;
-  }
-  return std::move(rows);
-}
-
-// ------------------------------------------------------------------ the nearest component
-
-const VoronoiKernels& voronoi_kernels() {
-  const std::string isa = kernels->name;
-#define X(name) \
-  if (isa == #name) return voronoi_kernels_##name;
-  FASTLOSS_ISAS
-#undef X
-  throw std::logic_error("no Voronoi kernels for " + isa);
-}
-
-// Tables of (spacing · d)² for d in [−n, n], and whether float holds all of their sums exactly.
-struct Tables {
-  Tables(const int64_t* shape, const std::array<double, 3>& spacing) {
-    double most = 0;
-    for (size_t axis = 0; axis < 3; ++axis) {
-      const int64_t n = shape[axis];
-      wide[axis].resize(size_t(2 * n + 1));
-      for (int64_t d = 0; d <= n; ++d) {
-        const double length = spacing[axis] * double(d), square = length * length;
-        wide[axis][size_t(n + d)] = wide[axis][size_t(n - d)] = square;
-        exact = exact && square == std::floor(square);
-      }
-      most += wide[axis][0];
-      narrow[axis].assign(wide[axis].begin(), wide[axis].end());
+          add(z, y, plane.base + i, plane.runs[size_t(i)], forest.parent(plane.base + i));
     }
-    exact = exact && most < double(1 << 24);
   }
-  std::array<std::vector<double>, 3> wide;
-  std::array<std::vector<float>, 3> narrow;
-  bool exact = true;
+
+  // Numbers a run, the parent of which has a number, and adds it to its component.
+  void add(int64_t z, int64_t y, int64_t index, const Run& run, int64_t parent) {
+    int32_t& number = numbers_[size_t(index)];
+    if (parent == index) {
+      rows_.push_back({run.of_class, 0, z, y, run.first, z + 1, y + 1, run.end, 0, 0, 0});
+      number = int32_t(rows_.size());
+    } else {
+      number = numbers_[size_t(parent)];
+    }
+    auto& row = rows_[size_t(number) - 1];
+    const int64_t length = run.end - run.first;
+    const int64_t low[3] = {z, y, run.first}, high[3] = {z + 1, y + 1, run.end};
+    for (size_t axis = 0; axis < 3; ++axis) {
+      row[2 + axis] = std::min(row[2 + axis], low[axis]);
+      row[5 + axis] = std::max(row[5 + axis], high[axis]);
+    }
+    row[1] += length;
+    row[8] += z * length;
+    row[9] += y * length;
+    row[10] += (int64_t(run.first) + run.end - 1) * length / 2;
+  }
+
+  static constexpr int64_t kRunsWorthThreads = 1 << 15;
+
+  int64_t nz_, ny_, nx_;
+  std::vector<Plane> planes_;
+  std::vector<int32_t> numbers_;  // of the component of every run
+  std::vector<std::array<int64_t, kColumns>> rows_;
 };
-
-constexpr int64_t kLinesPerTask = 512;
-
-// Writes the nearest component of every voxel, 0 where there is none; both int32 (z, y, x).
-void voronoi(const py::array& numbers, const std::array<double, 3>& spacing, py::array out) {
-  VoronoiJob job;
-  for (int axis = 0; axis < 3; ++axis) job.shape[axis] = numbers.shape(axis);
-  const int64_t nz = job.shape[0], plane = job.shape[1] * job.shape[2];
-  job.components = static_cast<const int32_t*>(numbers.data());
-  job.out = static_cast<int32_t*>(out.mutable_data());
-  if (nz * plane == 0) return;
-  py::gil_scoped_release release;
-  const Tables tables(job.shape, spacing);
-  job.wide = !tables.exact;
-  for (size_t axis = 0; axis < 3; ++axis) {
-    if (job.wide) job.squares[axis] = tables.wide[axis].data() + job.shape[axis];
-    else job.squares[axis] = tables.narrow[axis].data() + job.shape[axis];
-    job.inverse_spacing[axis] = 1 / spacing[axis];
-  }
-  const std::unique_ptr<char[]> work(new char[size_t(nz * plane) * (job.wide ? 8 : 4)]);
-  job.work = work.get();
-  const VoronoiKernels& kernel = voronoi_kernels();
-  std::vector<char> has(static_cast<size_t>(nz));
-  parallel(nz, voronoi_scratch(job.shape[1]) + size_t(job.shape[1]) * 4 + 64,
-           [&](int64_t z, void* scratch) { has[size_t(z)] = kernel.plane(job, z, scratch); });
-  std::vector<int32_t> planes;
-  for (int64_t z = 0; z < nz; ++z)
-    if (has[size_t(z)]) planes.push_back(int32_t(z));
-  if (planes.empty()) {
-    std::fill_n(job.out, nz * plane, 0);
-    return;
-  }
-  if (nz == 1) return;
-  parallel((plane + kLinesPerTask - 1) / kLinesPerTask, voronoi_scratch(nz),
-           [&](int64_t i, void* scratch) {
-             kernel.lines(job, planes.data(), int64_t(planes.size()), i * kLinesPerTask,
-                          std::min((i + 1) * kLinesPerTask, plane), scratch);
-           });
-}
 
 }  // namespace
 
 void bind_components(py::module_& m) {
-  m.def("components", &components);
-  m.def("overlaps", &overlaps);
-  m.def("voronoi", &voronoi);
+  py::class_<Labelled>(m, "Labelled")
+      .def(py::init<const py::array&, const py::array&, int>())
+      .def("dilated", &Labelled::dilated)
+      .def("write", &Labelled::write)
+      .def("overlaps", &Labelled::overlaps)
+      .def_property_readonly("rows", &Labelled::rows);
 }
 
 }  // namespace fastloss

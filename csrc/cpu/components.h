@@ -6,5 +6,6 @@
 namespace fastloss {
 
 void bind_components(pybind11::module_& m);
+void bind_voronoi(pybind11::module_& m);
 
 }  // namespace fastloss

@@ -505,4 +505,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("copy_bandwidth", &copy_bandwidth);
   m.def("read_bandwidth", &read_bandwidth);
   bind_soft_skeleton(m);
+  bind_voronoi(m);
 }

@@ -120,8 +120,7 @@ struct CellEnvelope {
       const int32_t row = row_of_anchor(low) + 1, rest = row_of_anchor(high) - row;
       const int32_t first = anchors[low].first, last = anchors[high].last;
       if (anchors[low].zero && anchors[high].zero && all_zero(row, rest)) {
-        for (int32_t i = 0; i < rest; ++i)
-          put(row + i, Nearest<T>{Vec<T>{}, component(row + i)});
+        for (int32_t i = 0; i < rest; ++i) put(row + i, Nearest<T>{Vec<T>{}, component(row + i)});
       } else if (rest == kAnchorStep - 1) {
         between<kAnchorStep - 1>(row, first, last);
       } else {
@@ -290,8 +289,8 @@ void voronoi_lines(const VoronoiJob& job, const int32_t* planes, int64_t count, 
                    int64_t last, void* scratch) {
   const int64_t plane = job.shape[1] * job.shape[2];
   if (job.wide)
-    along(job, 0, static_cast<double*>(job.work), job.out, plane, planes, count, first, last,
-          false, scratch);
+    along(job, 0, static_cast<double*>(job.work), job.out, plane, planes, count, first, last, false,
+          scratch);
   else
     along(job, 0, static_cast<float*>(job.work), job.out, plane, planes, count, first, last, false,
           scratch);

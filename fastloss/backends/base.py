@@ -121,14 +121,10 @@ class Backend:
     # ------------------------------------------------------------------ instances
 
     def components(
-        self, classes: np.ndarray, table: np.ndarray, connectivity: int, out: np.ndarray
-    ) -> np.ndarray:
-        """As `fastloss.backends.components.components`."""
-        return components.components(classes, table, connectivity, out)
-
-    def overlaps(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """As `fastloss.backends.components.overlaps`."""
-        return components.overlaps(first, second)
+        self, classes: np.ndarray, table: np.ndarray, connectivity: int
+    ) -> components.Labelled:
+        """As `fastloss.backends.components.NumpyLabelled`."""
+        return components.NumpyLabelled(classes, table, connectivity)
 
     def voronoi(self, numbers: np.ndarray, spacing: Sequence[float], out: np.ndarray) -> None:
         """As `fastloss.backends.components.voronoi`; all in C order."""

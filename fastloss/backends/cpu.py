@@ -11,6 +11,7 @@ import numpy as np
 import fastloss._cpu as _cpu
 from fastloss.arrays import Arrays
 from fastloss.backends.base import Backend, bad_labels, bad_weights
+from fastloss.backends.components import Labelled
 from fastloss.backends.distances import CONVENTIONS
 from fastloss.maps import KINDS, Map
 from fastloss.request import ACTIVATIONS, Request
@@ -104,13 +105,8 @@ class CpuBackend(Backend):
     def class_indices(self, labels: np.ndarray, classes: int, out: np.ndarray) -> int:
         return _cpu.class_indices(labels, classes, out)
 
-    def components(
-        self, classes: np.ndarray, table: np.ndarray, connectivity: int, out: np.ndarray
-    ) -> np.ndarray:
-        return _cpu.components(classes, table, connectivity, out)
-
-    def overlaps(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        return _cpu.overlaps(first, second)
+    def components(self, classes: np.ndarray, table: np.ndarray, connectivity: int) -> Labelled:
+        return _cpu.Labelled(classes, table, connectivity)
 
     def voronoi(self, numbers: np.ndarray, spacing: Sequence[float], out: np.ndarray) -> None:
         _cpu.voronoi(numbers, list(spacing), out)

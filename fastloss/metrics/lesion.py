@@ -1,23 +1,24 @@
 """Metrics of lesions: each connected component of a class counts, whatever its size.
 
-==========================================  =====================================================
-metrics                                     definition
-==========================================  =====================================================
-``pq``, ``sq``, ``rq``                      panoptic, segmentation and recognition quality (Kirillov
-                                            et al. 2019, "Panoptic Segmentation"): lesions are matched
-                                            one to one where their IoU is above ``lesion_threshold``
-``lesion_precision``, ``lesion_recall``,    the share of predicted lesions that are right, of true
-``lesion_f1``                               ones that are found, and the harmonic mean of both;
-                                            ``lesion_match`` says when one is: "overlap": if it shares
-                                            a voxel with any of the other side; "iou": if it is matched
-                                            as above
-``lesion_dice``, ``lesion_hd95``            the lesion-wise scores of the BraTS challenge 2023
-``fp_volume``, ``fn_volume``                the volume of predicted lesions that share no voxel with
-                                            the reference, and of true ones that share none with the
-                                            prediction (the challenge autoPET), in the cube of the
-                                            spacing's unit: divide mm³ by 1000 for autoPET's ml
-``lesions_true``, ``lesions_predicted``     how many there are
-==========================================  =====================================================
+====================================  ==========================================================
+metrics                               definition
+====================================  ==========================================================
+``pq``, ``sq``, ``rq``                panoptic, segmentation and recognition quality (Kirillov et
+                                      al. 2019, "Panoptic Segmentation"): lesions are matched one
+                                      to one where their IoU is above ``lesion_threshold``
+``lesion_precision``,                 the share of predicted lesions that are right, of true ones
+``lesion_recall``, ``lesion_f1``      that are found, and the harmonic mean of both. They are
+                                      where they share a voxel with any lesion of the other side
+                                      (``lesion_match="overlap"``), or where they are matched as
+                                      above ("iou")
+``lesion_dice``, ``lesion_hd95``      the lesion-wise scores of the challenge BraTS 2023
+``fp_volume``, ``fn_volume``          the volume of predicted lesions that share no voxel with
+                                      the reference, and of true ones that share none with the
+                                      prediction (the challenge autoPET), in the cube of the
+                                      spacing's unit: divide mm³ by 1000 for autoPET's ml
+``lesions_true``,                     how many there are
+``lesions_predicted``
+====================================  ==========================================================
 
 Voxels are connected by corners too (26 in 3D), but for ``fp_volume`` and ``fn_volume`` by edges
 (18), as published; ``connectivity`` sets it for all.
@@ -25,13 +26,13 @@ Voxels are connected by corners too (26 in 3D), but for ``fp_volume`` and ``fn_v
 With a threshold below ½ a lesion may have several partners. The pair of the largest IoU is then
 matched first, and of equal ones that of the lowest true, then predicted lesion. MONAI looks for the
 matching of the largest sum there, adds 1e-6 to denominators, and gives 0 where nothing is matched,
-where ``sq`` is NaN here; panoptica also matches an IoU that equals the threshold.
+where ``sq`` is NaN here; panoptica by default also matches an IoU that equals the threshold.
 
-BraTS: the reference is dilated ``lesion_dilation`` times by its neighbours over faces and edges, and
-what is one component then is one lesion. The predicted components that touch the dilated lesion
-are compared with it together. The scores are added up over the true lesions of more than
-``lesion_min_volume``, and divided by how many these are, plus the predicted components that touch no
-dilated lesion. Those have Dice 0 and the distance ``lesion_miss``, as true lesions do that no
+BraTS: the reference is dilated ``lesion_dilation`` times by its neighbours over faces and edges,
+and what is one component then is one lesion. The predicted components that touch the dilated
+lesion are compared with it together. The scores are added up over the true lesions of more than
+``lesion_min_volume``, and divided by how many these are, plus the predicted components that touch
+no dilated lesion. Those have Dice 0 and the distance ``lesion_miss``, as true lesions do that no
 component touches. HD95 is that of "deepmind", see `fastloss.metrics.surface`. Where nothing is
 counted, Dice is 1 and HD95 0. The challenges used: glioma, paediatric and Africa (3, 50 mm³),
 meningioma (1, 50 mm³), metastases (1, 2 mm³).
@@ -42,13 +43,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from math import inf, nan, prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastloss.backends import Backend, current_backend
-from fastloss.backends.components import CLASS, HIGH, LOW, SIZE, SUMS
+from fastloss.backends.components import HIGH, LOW, SIZE, SUMS, Labelled
 from fastloss.instances import check_connectivity, table_of
 from fastloss.metrics.empty import Empty
 from fastloss.metrics.inputs import Pair, read_pair
@@ -97,20 +99,6 @@ class Lesion(NamedTuple):
     """Along each spatial axis, in the unit of the spacing; that of the first voxel is 0."""
 
 
-class Found(NamedTuple):
-    """The lesions of one side."""
-
-    numbers: np.ndarray
-    """(z, y, x) of int32; 0: of no lesion."""
-    rows: np.ndarray
-    """What is known of each: the columns of `fastloss.backends.components`."""
-
-    @property
-    def sizes(self) -> np.ndarray:
-        sizes: np.ndarray = self.rows[:, SIZE]
-        return sizes
-
-
 class Panoptic(NamedTuple):
     """Sums of panoptic quality."""
 
@@ -124,18 +112,16 @@ class Panoptic(NamedTuple):
 class Grouped(NamedTuple):
     """BraTS's view: true lesions united by dilation, and the components that touch each."""
 
+    dilated: Labelled
+    rows: np.ndarray
+    """What is known of each, dilated."""
     sizes: np.ndarray
-    """Voxels of the true lesions."""
+    """Voxels of the true lesions, before dilation."""
     dice: np.ndarray
     touching: list[np.ndarray]
     """For each true lesion the numbers of predicted ones."""
     missed: int
     """Predicted lesions that touch none."""
-    numbers: np.ndarray
-    """Of the true lesions, in ``box`` alone."""
-    box: tuple[slice, ...]
-    rows: np.ndarray
-    """Of the dilated lesions, whose boxes start at that of ``box``."""
 
 
 class Comparison:
@@ -156,52 +142,52 @@ class Comparison:
         self.volume = prod(spacing)
         """Of a voxel."""
         self._backend: Backend = current_backend()
-        self._found: dict[tuple[str, int], Found] = {}
+        self._found: dict[tuple[str, int], Labelled] = {}
 
     # ------------------------------------------------------------------ components
 
-    @property
-    def predicted(self) -> Found:
+    @cached_property
+    def predicted(self) -> Labelled:
         return self._components("prediction", self._connectivity("others"))
 
-    @property
-    def true(self) -> Found:
+    @cached_property
+    def true(self) -> Labelled:
         return self._components("reference", self._connectivity("others"))
+
+    @cached_property
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """What is known of each true lesion, and of each predicted one."""
+        return self.true.rows, self.predicted.rows
+
+    @property
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Voxels of the true lesions, and of the predicted ones."""
+        return self.rows[0][:, SIZE], self.rows[1][:, SIZE]
 
     def _connectivity(self, metric: str) -> int:
         given = self.options.connectivity
         return PUBLISHED[metric] if given is None else check_connectivity(given, self.axes)
 
-    def _components(self, side: str, connectivity: int) -> Found:
+    def _components(self, side: str, connectivity: int) -> Labelled:
         if self.axes < 3 and connectivity == 18:
             connectivity = 26  # which are the same
         key = side, connectivity
         if key not in self._found:
-            self._found[key] = self._label(getattr(self, side), self.members, connectivity)
+            classes = getattr(self, side)
+            table = table_of(self.members, classes.dtype)
+            self._found[key] = self._backend.components(classes, table, connectivity)
         return self._found[key]
-
-    def _label(self, classes: np.ndarray, members: np.ndarray, connectivity: int) -> Found:
-        numbers = np.empty(classes.shape, np.int32)
-        table = table_of(members, classes.dtype)
-        return Found(numbers, self._backend.components(classes, table, connectivity, numbers))
-
-    def _overlaps(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        grid = first.shape[0], prod(first.shape[1:])
-        return self._backend.overlaps(
-            np.ascontiguousarray(first).reshape(grid), np.ascontiguousarray(second).reshape(grid)
-        )
 
     @cached_property
     def overlaps(self) -> np.ndarray:
         """Rows (true, predicted, shared voxels), numbers from 1."""
-        return self._overlaps(self.true.numbers, self.predicted.numbers)
+        return self.true.overlaps(self.predicted)
 
     @cached_property
     def ious(self) -> np.ndarray:
         """Of every row of `overlaps`."""
-        true, predicted, shared = self.overlaps.T
-        union = self.true.sizes[true - 1] + self.predicted.sizes[predicted - 1] - shared
-        ious: np.ndarray = shared / union
+        (true, predicted, shared), (theirs, ours) = self.overlaps.T, self.sizes
+        ious: np.ndarray = shared / (theirs[true - 1] + ours[predicted - 1] - shared)
         return ious
 
     # ------------------------------------------------------------------ matching
@@ -223,25 +209,28 @@ class Comparison:
 
     @property
     def panoptic(self) -> Panoptic:
-        tp = len(self.matches)
-        total = float(self.ious[self.matches].sum())
-        return Panoptic(tp, len(self.predicted.rows) - tp, len(self.true.rows) - tp, total)
+        tp, (true, predicted) = len(self.matches), self.counts
+        return Panoptic(tp, predicted - tp, true - tp, float(self.ious[self.matches].sum()))
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Of true lesions, and of predicted ones."""
+        return len(self.sizes[0]), len(self.sizes[1])
 
     def detected(self) -> tuple[np.ndarray, np.ndarray]:
         """Which true lesions are found, and which predicted ones are right, by `Options.match`."""
         rows = self.overlaps
         if self.options.match == "iou":
             rows = rows[self.matches]
-        found = np.zeros(len(self.true.rows), bool)
-        right = np.zeros(len(self.predicted.rows), bool)
+        found, right = (np.zeros(count, bool) for count in self.counts)
         found[rows[:, 0] - 1] = right[rows[:, 1] - 1] = True
         return found, right
 
     def precision(self) -> float:
-        return _ratio(self.detected()[1].sum(), len(self.predicted.rows))
+        return _ratio(self.detected()[1].sum(), self.counts[1])
 
     def recall(self) -> float:
-        return _ratio(self.detected()[0].sum(), len(self.true.rows))
+        return _ratio(self.detected()[0].sum(), self.counts[0])
 
     def f1(self) -> float:
         precision, recall = self.precision(), self.recall()
@@ -256,46 +245,34 @@ class Comparison:
         other = {"prediction": "reference", "reference": "prediction"}[side]
         connectivity = self._connectivity("autopet")
         found, others = (self._components(each, connectivity) for each in (side, other))
-        alone = np.ones(len(found.rows), bool)
-        alone[self._overlaps(found.numbers, others.numbers)[:, 0] - 1] = False
-        return float(found.sizes[alone].sum()) * self.volume
+        sizes = found.rows[:, SIZE]
+        alone = np.ones(len(sizes), bool)
+        alone[found.overlaps(others)[:, 0] - 1] = False
+        return float(sizes[alone].sum()) * self.volume
 
     # ------------------------------------------------------------------ BraTS
 
     @cached_property
     def grouped(self) -> Grouped:
-        predicted, true = self.predicted, self.true
-        if not len(true.rows):
-            nothing = np.zeros(0)
-            return Grouped(nothing, nothing, [], len(predicted.rows), np.zeros((0, 0, 0), np.int32),
-                           (slice(0),) * 3, true.rows)  # fmt: skip
-        times = self.options.dilation
-        low = true.rows[:, LOW].min(0) - times
-        high = true.rows[:, HIGH].max(0) + times
-        shape = true.numbers.shape
-        box = tuple(
-            slice(max(a, 0), min(b, n))
-            for a, b, n in zip(low.tolist(), high.tolist(), shape, strict=True)
+        dilated = self.true.dilated(self.options.dilation, self._connectivity("others"))
+        rows, (theirs, ours) = dilated.rows, self.sizes
+        count = len(rows)
+        # Every true component lies within one dilated one.
+        within = self.true.overlaps(dilated)[:, 1] - 1
+        sizes = np.bincount(within, theirs, count)
+        true, _, shared = self.overlaps.T
+        shared = np.bincount(within[true - 1], shared, count)
+        lesion, touching, _ = dilated.overlaps(self.predicted).T
+        covered = np.bincount(lesion - 1, ours[touching - 1], count)
+        ends = np.searchsorted(lesion, np.arange(1, count + 2))
+        return Grouped(
+            dilated,
+            rows,
+            sizes,
+            2 * shared / (covered + sizes),
+            [touching[a:b] for a, b in pairwise(ends)],
+            len(ours) - len(np.unique(touching)),
         )
-        inside = true.numbers[box] > 0
-        dilated = dilate(inside, times)
-        connectivity = self._connectivity("others")
-        both = self._label(dilated.view(np.uint8), np.array([0, 1]), connectivity)
-        numbers = np.where(inside, both.numbers, 0)
-        near = predicted.numbers[box]
-        sizes = np.bincount(numbers.ravel(), minlength=len(both.rows) + 1)[1:]
-        pairs = self._overlaps(both.numbers, near)
-        shared = np.bincount(
-            (rows := self._overlaps(numbers, near))[:, 0], rows[:, 2], len(both.rows) + 1
-        )[1:]
-        covered = np.bincount(
-            pairs[:, 0], predicted.sizes[pairs[:, 1] - 1], minlength=len(both.rows) + 1
-        )[1:]
-        starts = np.searchsorted(pairs[:, 0], np.arange(1, len(both.rows) + 2))
-        touching = [pairs[a:b, 1] for a, b in zip(starts[:-1], starts[1:], strict=True)]
-        missed = len(predicted.rows) - len(np.unique(pairs[:, 1]))
-        dice = 2 * shared / (covered + sizes)
-        return Grouped(sizes, dice, touching, missed, numbers, box, both.rows)
 
     @cached_property
     def _counted(self) -> np.ndarray:
@@ -318,29 +295,24 @@ class Comparison:
 
     def _hd95(self, k: int) -> float:
         """Of one of BraTS's true lesions, in the box that holds both masks."""
-        group = self.grouped
+        group, (_, rows) = self.grouped, self.rows
         touching = group.touching[k]
         if not len(touching):
             return self.options.miss
-        corner = np.array([each.start for each in group.box])
-        boxes = self.predicted.rows[touching - 1]
-        low = np.minimum(boxes[:, LOW].min(0), group.rows[k, LOW] + corner)
-        high = np.maximum(boxes[:, HIGH].max(0), group.rows[k, HIGH] + corner)
-        box = tuple(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True))
-        table = np.zeros(len(self.predicted.rows) + 1, np.uint8)
+        boxes = np.concatenate([rows[touching - 1], group.rows[k : k + 1]])
+        low, high = boxes[:, LOW].min(0), boxes[:, HIGH].max(0)
+
+        def numbers(labelled: Labelled) -> np.ndarray:
+            out = np.empty((high - low).tolist(), np.int32)
+            labelled.write(out, *low.tolist())
+            return out
+
+        table = np.zeros(len(rows) + 1, np.uint8)
         table[touching] = 1
-        ours = table[self.predicted.numbers[box]]
-        theirs = np.zeros(ours.shape, np.uint8)
-        # The part of this box where the true lesions are known, and that part of theirs.
-        known = [slice(max(a.start, b.start), min(a.stop, b.stop))
-                 for a, b in zip(box, group.box, strict=True)]  # fmt: skip
-        there = tuple(slice(each.start - c, each.stop - c)
-                      for each, c in zip(known, low.tolist(), strict=True))  # fmt: skip
-        here = tuple(slice(each.start - c, each.stop - c)
-                     for each, c in zip(known, corner.tolist(), strict=True))  # fmt: skip
-        theirs[there] = group.numbers[here] == k + 1
+        ours = table[numbers(self.predicted)]
+        theirs = (numbers(group.dilated) == k + 1) & (numbers(self.true) > 0)
         directed = self._backend.surface_distances(
-            ours, theirs, np.array([[False, True]]), self.axes, self.spacing,
+            ours, theirs.view(np.uint8), np.array([[False, True]]), self.axes, self.spacing,
             element_areas(tuple(self.spacing[3 - self.axes :])), None,
         )[0]  # fmt: skip
         found = SurfaceDistances(*directed, "deepmind").hausdorff(95)
@@ -350,21 +322,21 @@ class Comparison:
 
     def lesions(self, sample: int, label: str) -> list[Lesion]:
         found, right = self.detected()
-        sides = [("reference", self.true, found, 0), ("prediction", self.predicted, right, 1)]
+        sides = [("reference", found), ("prediction", right)]
         listed = []
-        for side, lesions, matched, column in sides:
-            best = np.zeros(len(lesions.rows))
-            partner = np.zeros(len(lesions.rows), np.int64)
+        for column, (side, matched) in enumerate(sides):
+            rows = self.rows[column]
+            best, partner = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
             for row in np.argsort(self.ious, kind="stable")[::-1]:
                 own = self.overlaps[row, column] - 1
                 if self.ious[row] > best[own]:
                     best[own], partner[own] = self.ious[row], self.overlaps[row, 1 - column]
-            centroids = lesions.rows[:, SUMS] / lesions.sizes[:, None] * np.array(self.spacing)
+            centroids = rows[:, SUMS] / rows[:, [SIZE]] * np.array(self.spacing)
             listed += [
                 Lesion(sample, label, side, i + 1, size, size * self.volume, bool(matched[i]),
                        int(partner[i]), float(best[i]), float(2 * best[i] / (1 + best[i])),
                        tuple(centroids[i, 3 - self.axes :].tolist()))
-                for i, size in enumerate(lesions.sizes.tolist())
+                for i, size in enumerate(rows[:, SIZE].tolist())
             ]  # fmt: skip
         return listed
 
@@ -461,24 +433,6 @@ def compare(pair: Pair, options: Options) -> list[list[Comparison]]:
     return found
 
 
-def dilate(mask: np.ndarray, times: int) -> np.ndarray:
-    """A mask (z, y, x), as often grown to neighbours over faces and edges."""
-    for _ in range(times):
-        # Neighbours over edges and faces differ along two axes at most.
-        along_x, along_y = _spread(mask, 2), _spread(mask, 1)
-        mask = _spread(along_x, 1) | _spread(along_x, 0) | _spread(along_y, 0)
-    return mask
-
-
-def _spread(mask: np.ndarray, axis: int) -> np.ndarray:
-    """With the neighbours along one axis."""
-    found = mask.copy()
-    to, source = np.moveaxis(found, axis, 0), np.moveaxis(mask, axis, 0)
-    to[1:] |= source[:-1]
-    to[:-1] |= source[1:]
-    return found
-
-
 def _ratio(part: Any, whole: Any) -> float:
     return float(part / whole) if whole else nan
 
@@ -520,9 +474,9 @@ METRICS = {
                 "the volume of predicted lesions that overlap no true one"),
         _metric("fn_volume", lambda c: c.wrong_volume("reference"), _COUNT, "lower",
                 "the volume of true lesions that overlap no predicted one"),
-        _metric("lesions_true", lambda c: float(len(c.true.rows)), _COUNT, "",
+        _metric("lesions_true", lambda c: float(c.counts[0]), _COUNT, "",
                 "how many lesions the reference has"),
-        _metric("lesions_predicted", lambda c: float(len(c.predicted.rows)), _COUNT, "",
+        _metric("lesions_predicted", lambda c: float(c.counts[1]), _COUNT, "",
                 "how many lesions the prediction has"),
     )
 }  # fmt: skip
