@@ -22,6 +22,7 @@ KERNELS = ("passes.cpp", "soft_skeleton.cpp", "voronoi.cpp")  # compiled once pe
 BINDINGS = (
     "module.cpp",
     "distance.cpp",
+    "surface.cpp",
     "components.cpp",
     "bind_voronoi.cpp",
     "bind_soft_skeleton.cpp",
