@@ -72,7 +72,7 @@ class NumpyLabelled:
 
 def _spread(mask: np.ndarray, axis: int) -> np.ndarray:
     """With the neighbours along one axis."""
-    found = mask.copy()
+    found: np.ndarray = mask.copy()
     to, source = np.moveaxis(found, axis, 0), np.moveaxis(mask, axis, 0)
     to[1:] |= source[:-1]
     to[:-1] |= source[1:]

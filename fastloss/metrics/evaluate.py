@@ -111,8 +111,9 @@ def evaluate(
     )
     names = _samples(samples, pair.batch)
     tolerances = check_tolerance(tolerance, pair.classes)
-    counts = overlap.count(pair)
     families = {metric.family for metric in wanted.values()}
+    # Lesions tell by themselves whether there are any.
+    counts = overlap.count(pair) if families != {"lesion"} else None
     distances = surface.measure(pair, definition) if "surface" in families else None
     how = lesion.check_options(
         pair.axes,
@@ -127,13 +128,16 @@ def evaluate(
     table = {name: np.full((pair.batch, len(pair.classes)), np.nan) for name in wanted}
     for b, sample in enumerate(names):
         for k, label in enumerate(pair.classes):
-            voxels = counts[b][k]
-            predicted, true = voxels.tp + voxels.fp > 0, voxels.tp + voxels.fn > 0
-            measured: dict[str, Any] = {"overlap": voxels}
+            measured: dict[str, Any] = {}
+            if counts is not None:
+                voxels = measured["overlap"] = counts[b][k]
+                predicted, true = voxels.tp + voxels.fp > 0, voxels.tp + voxels.fn > 0
             if distances is not None:
                 measured["surface"] = surface.Measured(distances[b][k], tolerances[k])
             if lesions is not None:
                 measured["lesion"] = lesions[b][k]
+                if counts is None:
+                    true, predicted = map(bool, lesions[b][k].counts)
             for name, metric in wanted.items():
                 where = f"{name} of class {label!r}, sample {sample!r}"
                 value = value_of(empties[name], predicted, true, where)
