@@ -196,7 +196,8 @@ class DiceHelper:
         """
         predicted, reference = (Side(plain(t)[None, None]) for t in (y_pred, y))
         counted = None if mask is None else plain(mask)[None, None]
-        return self._score(overlap(predicted, reference, (0,), counted, binary=True), y)[0, 0]
+        sums = overlap(predicted, reference, (0,), counted, binary=True)
+        return self._score(sums, value_dtype(y))[0, 0]
 
     def __call__(self, y_pred: Tensor, y: Tensor) -> Any:
         """The score, with ``get_not_nans`` also the number of those that are not NaN.
@@ -225,18 +226,19 @@ class DiceHelper:
         else:
             first = 0 if self.include_background else 1
             channels = range(first, classes) if classes > 1 else (1,)
-            scores = self._score(_sums(y_pred, y, channels, self.ignore_index), y)
+            dtype = torch.float32 if y.shape[1] == 1 else value_dtype(y)
+            scores = self._score(_sums(y_pred, y, channels, self.ignore_index), dtype)
         found, count = do_metric_reduction(scores, self.reduction)
         return (found, count) if self.get_not_nans else found
 
-    def _score(self, sums: Overlap, y: Tensor) -> Tensor:
+    def _score(self, sums: Overlap, dtype: torch.dtype) -> Tensor:
         size = sums.reference + sums.predicted
         score = 2 * sums.both / size
         if self.ignore_empty:
             empty = nan_like(score)
         else:
             empty = (size <= 0).to(score.dtype)
-        return torch.where(sums.reference > 0, score, empty).to(value_dtype(y))
+        return torch.where(sums.reference > 0, score, empty).to(dtype)
 
 
 def _sums(y_pred: Tensor, y: Tensor, channels: Sequence[int], ignore_index: int | None) -> Overlap:

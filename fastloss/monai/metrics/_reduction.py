@@ -27,7 +27,8 @@ def do_metric_reduction(f: Tensor, reduction: str = "mean") -> tuple[Tensor, Ten
         f: (B, C, …).
         reduction: "mean": over the channels of each sample, and then over the samples that have
             any number; "sum"; "mean_batch", "sum_batch": for each channel; "mean_channel",
-            "sum_channel": for each sample; "none". The mean of no number is 0.
+            "sum_channel": for each sample; "none". The mean of no number is 0; "mean" gives one
+            number in an axis of its own, (1,).
 
     Raises:
         ValueError: an unknown reduction.
@@ -52,7 +53,7 @@ def do_metric_reduction(f: Tensor, reduction: str = "mean") -> tuple[Tensor, Ten
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
-    return torch.where(count > 0, total / count, torch.zeros_like(total))
+    return torch.where(count > 0, total / count, total.new_zeros(1))
 
 
 class ReducedMetric(CumulativeIterationMetric):
