@@ -20,6 +20,8 @@ theirs = need("monai.metrics")
 panoptic = need("monai.metrics.panoptic_quality")
 ours = need("fastloss.monai.metrics")
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
+
 CLASSES = (
     "ConfusionMatrixMetric",
     "Cumulative",
@@ -36,7 +38,7 @@ CLASSES = (
     "SurfaceDistanceMetric",
 )
 REDUCTIONS = ("none", "mean", "sum", "mean_batch", "sum_batch", "mean_channel", "sum_channel")
-FEW = settings(max_examples=20)
+FEW = settings(max_examples=40)
 booleans = st.booleans()
 
 
@@ -399,7 +401,7 @@ def test_average_surface_distance(data: Any) -> None:
     assert told == said
 
 
-@settings(max_examples=30)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_surface_dice(data: Any) -> None:
     draw, channels = data.draw, data.draw(st.integers(1, 3))
