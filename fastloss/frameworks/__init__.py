@@ -37,7 +37,12 @@ def _jax() -> Adapter:
 
 # From the root package of an array's type to the adapter that serves it. Frameworks that are not
 # listed are borrowed by DLPack.
-_SPECIAL: dict[str, Callable[[], Adapter]] = {"torch": _torch, "cupy": _cupy, "jax": _jax}
+_SPECIAL: dict[str, Callable[[], Adapter]] = {
+    "torch": _torch,
+    "cupy": _cupy,
+    "jax": _jax,
+    "jaxlib": _jax,
+}
 _adapters: dict[type, Adapter | None] = {}
 
 

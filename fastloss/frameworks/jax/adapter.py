@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fastloss.arrays import Arrays, arrange
 from fastloss.backends import chosen_backend
@@ -49,6 +50,7 @@ class JaxAdapter(DlpackAdapter):
         voxel_weight: Any,
         *,
         extras: Extras | None = None,
+        reuse_logits: bool = False,
     ) -> Any:
         loss = as_loss(loss)
         others = () if extras is None else extras.arrays
@@ -56,7 +58,8 @@ class JaxAdapter(DlpackAdapter):
             value = super().value(loss, logits, target, voxel_weight, extras=extras)
             return as_jax(value, logits)
         call, arrays = described(loss, logits, target, voxel_weight, extras)
-        return _value(call, logits, arrays)
+        logits, *arrays = alike(logits, *arrays)
+        return _value(call._replace(reuses=reuse_logits), logits, tuple(arrays))
 
 
 def is_traced(*arrays: Any) -> bool:
@@ -97,18 +100,20 @@ def described(
     loss.keep_terms()
     batch, classes = arrays.logits.shape[:2]
     numbers = np.concatenate([np.ravel(operand) for operand in loss.operands])
+    count = 0 if regions is None else arrays.rows
     call = Call(
-        "value",
-        loss.structure,
-        tuple(numbers.tolist()),
-        chosen_backend(),
-        logits.ndim,
-        weight is not None,
-        names,
-        0 if regions is None else arrays.rows,
-        (len(request.sums), batch * arrays.rows, classes),
-        _value_shape(loss, logits.shape, arrays, 0 if regions is None else arrays.rows),
-        arrays.value_dtype.name,
+        step="value",
+        structure=loss.structure,
+        numbers=tuple(numbers.tolist()),
+        backend=chosen_backend(),
+        rank=logits.ndim,
+        weighted=weight is not None,
+        fields=names,
+        regions=count,
+        dense=arrays.dense,
+        sums=(len(request.sums), batch * arrays.rows, classes),
+        value=_value_shape(loss, logits.shape, arrays, count),
+        dtype=arrays.value_dtype.name,
     )
     weights = () if weight is None else (weight,)
     ends = () if regions is None else (regions,)
@@ -202,18 +207,12 @@ def _value_backward(call: Call, residuals: Any, upstream: Any) -> tuple[Any, Non
 _value.defvjp(_value_forward, _value_backward, symbolic_zeros=True)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _gradient(
     call: Call, logits: Any, others: tuple[Any, ...], statistics: Any, upstream: Any
 ) -> Any:
     results = [Shape(logits.shape, logits.dtype)]
     operands = (logits, *others, statistics, upstream)
     return run(call._replace(step="gradient"), results, operands)[0]
-
-
-@_gradient.defjvp
-def _no_second_derivative(call: Call, primals: Any, tangents: Any) -> Any:
-    raise RuntimeError("fastloss computes first derivatives alone: no derivative of a gradient")
 
 
 def refuse_gradient(call: Call, others: Sequence[Any]) -> None:
@@ -231,13 +230,74 @@ def refuse_gradient(call: Call, others: Sequence[Any]) -> None:
 def run(call: Call, results: Sequence[Shape], operands: Sequence[Any]) -> Sequence[Any]:
     """The results of a step: at once where there is memory to read, else in the program."""
     if is_traced(*operands):
-        return ffi.call(call.text, results, operands)
+        return _in_program(call, tuple(results), tuple(operands))
     like = operands[0]
     if isinstance(like, jax.Array) and next(iter(like.devices())).platform != "cpu":
         return _run_on_device(call, operands)
     made = [new_array(result.shape, np.dtype(result.dtype)) for result in results]
     host.run(call.text.encode(), [np.asarray(operand) for operand in operands], made)
     return [as_jax(array, like) for array in made]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _in_program(call: Call, results: tuple[Shape, ...], operands: tuple[Any, ...]) -> Any:
+    operands = alike(*operands)
+    if mesh_axes(operands[0]):
+        results = tuple(_on_mesh(result, operands[0]) for result in results)
+    # The gradient takes the place of the logits.
+    aliases = {0: 0} if call.reuses and call.step in ("gradient", "apply") else None
+    return tuple(ffi.call(call.text, results, operands, aliases))
+
+
+@_in_program.defjvp
+def _no_second_derivative(call: Call, results: Any, primals: Any, tangents: Any) -> Any:
+    raise RuntimeError(
+        "fastloss computes first derivatives by jax.grad or jax.vjp alone: there is no derivative "
+        "of a gradient"
+    )
+
+
+def mesh_axes(array: Any) -> frozenset[str]:
+    """The axes of a mesh along which an array differs, where `jax.shard_map` keeps account."""
+    typeof = getattr(jax, "typeof", None)
+    if typeof is None:
+        return frozenset()
+    kind = typeof(array)
+    manual = getattr(kind, "manual_axis_type", None)
+    axes = getattr(kind, "vma", None) if manual is None else manual.varying
+    return frozenset(axes or ())
+
+
+def _on_mesh(result: Shape, like: Any) -> Shape:
+    """The same with the axes of another array."""
+    kind = jax.typeof(like)
+    if hasattr(kind, "manual_axis_type"):
+        return Shape(
+            result.shape,
+            result.dtype,
+            sharding=NamedSharding(kind.sharding.mesh, PartitionSpec(*[None] * len(result.shape))),
+            manual_axis_type=kind.manual_axis_type,
+        )
+    return Shape(result.shape, result.dtype, vma=kind.vma)
+
+
+def alike(*arrays: Any) -> tuple[Any, ...]:
+    """The same arrays, all with the axes of which any has one."""
+    own = [mesh_axes(array) for array in arrays]
+    union = frozenset().union(*own)
+    if all(axes == union for axes in own):
+        return arrays
+    return tuple(
+        _vary(array, tuple(sorted(union - axes))) for array, axes in zip(arrays, own, strict=True)
+    )
+
+
+def _vary(array: Any, axes: tuple[str, ...]) -> Any:
+    if not axes:
+        return array
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(array, axes, to="varying")
+    return jax.lax.pvary(array, axes)
 
 
 def _run_on_device(call: Call, operands: Sequence[Any]) -> Sequence[Any]:

@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from fastloss.frameworks.jax import host
+from fastloss.frameworks.memory import LEAST, huge_pages
 
 NAME = "fastloss_call"
 _EXECUTE = 3
@@ -109,7 +110,7 @@ class _Error(_Base):
 _make_error = ctypes.CFUNCTYPE(c_void_p, POINTER(_Error))
 
 
-def _view(buffer: _Buffer) -> np.ndarray:
+def _view(buffer: _Buffer, new: bool) -> np.ndarray:
     shape = tuple(buffer.dims[: buffer.rank])
     dtype = _dtypes.get(buffer.dtype)
     if dtype is None:
@@ -120,11 +121,13 @@ def _view(buffer: _Buffer) -> np.ndarray:
     if not size:
         return np.empty(shape, dtype)
     memory = (c_char * size).from_address(buffer.data)
+    if new and size >= LEAST:
+        huge_pages(buffer.data, size)
     return np.ndarray(shape, dtype, memory)
 
 
-def _views(buffers: _Buffers) -> list[np.ndarray]:
-    return [_view(buffers.items[i].contents) for i in range(buffers.size)]
+def _views(buffers: _Buffers, new: bool = False) -> list[np.ndarray]:
+    return [_view(buffers.items[i].contents, new) for i in range(buffers.size)]
 
 
 def _called(address: int) -> int | None:
@@ -142,7 +145,7 @@ def _called(address: int) -> int | None:
             return None
         text = frame.attributes.items[0].contents
         call = ctypes.string_at(text.start, text.size)
-        host.run(call, _views(frame.operands), _views(frame.results))
+        host.run(call, _views(frame.operands), _views(frame.results, new=True))
     except (ValueError, TypeError) as error:
         return _error(frame, _INVALID_ARGUMENT, str(error))
     except BaseException:
