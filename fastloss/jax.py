@@ -54,7 +54,7 @@ def value(
 
     Raises:
         TypeError, ValueError: arrays that do not fit each other, options out of their range, and
-            with ``axis_name`` a loss that is no function of sums, such as `fastloss.TopKCrossEntropy`.
+            with ``axis_name`` a loss that is no function of sums: `fastloss.TopKCrossEntropy`.
     """
     check_choice("shard", shard, sharded.SHARDS)
     if not isinstance(loss, (Loss, Term)):
@@ -63,10 +63,11 @@ def value(
         raise TypeError(f"logits: expected an array of JAX, got {type(logits).__name__}")
     extras = Extras.of(fields, regions, region_count)
     if axis_name is None:
-        return ADAPTER.value(
+        found = ADAPTER.value(
             loss, logits, target, voxel_weight, extras=extras, reuse_logits=reuse_logits
         )
-    whole = Loss(loss)
-    return sharded.value(
-        whole, logits, target, voxel_weight, extras, axis_name, shard, reuse_logits
-    )
+    else:
+        arrays = (logits, target, voxel_weight, extras)
+        found = sharded.value(Loss(loss), *arrays, axis_name, shard, reuse_logits)
+    result: jax.Array = found
+    return result

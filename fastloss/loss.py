@@ -744,7 +744,7 @@ class Loss:
         return tuple(name for name in self.field_names if name in self.makers and name not in names)
 
     def check_field_names(self, names: tuple[str, ...]) -> None:
-        """Raise ValueError if the terms read other fields than those named, and cannot make them."""
+        """Raise ValueError if the terms read other fields than these and those that they make."""
         if names == self.field_names:
             return
         sources = {maker.makes for maker in self.makers.values()}
