@@ -41,8 +41,8 @@ def main() -> None:
     for package in ("fastloss", "jax", "optax", "nilearn", "nibabel", "matplotlib"):
         if find_spec(package) is None:
             parser.error(
-                f"the package {package} is not there: pip install '.[jax-examples]' in the folder "
-                "of the repository"
+                f"the package {package} is not there: pip install '.[examples,jax]' optax in the "
+                "folder of the repository"
             )
 
     from brain.figures import draw_curves, draw_overlay

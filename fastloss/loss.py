@@ -427,6 +427,11 @@ class Loss:
     with its numbers as they are then; a process that loads such a graph imports `fastloss.torch`
     first. The methods record no graph, whatever their tensors require.
 
+    JAX arrays give JAX arrays, and `jax.grad`, `jax.vjp`, `jax.vmap` and `jax.jit` of a call
+    work likewise on a CPU: the numbers of the loss are constants of a compiled program. There,
+    ``region_count`` is needed, and bad labels and weights are reported by XLA's runtime error. The
+    methods take arrays, and cannot be traced. See `fastloss.jax` for data over several devices.
+
     Without a sample, or without a voxel, a mean is 0, and a region term has the value of its
     formula for empty regions; the gradient is as empty as the logits.
 

@@ -17,8 +17,8 @@ from brain.history import History
 from brain.metrics import dice, hd95
 from brain.volume import CLASSES, SPACING, Brain, Patches, planes
 
-BATCH = 2
-LEARNING_RATE = 5e-3
+BATCH = 4
+LEARNING_RATE = 2e-3
 POINTS = 8
 """How often the held-out Dice is measured, at equal intervals."""
 CONTEXT = 12
