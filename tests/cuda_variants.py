@@ -26,7 +26,9 @@ from fastloss.backends.cuda.copies import KERNELS as COPY_KERNELS
 from fastloss.backends.cuda.distance import KERNELS as DISTANCE_KERNELS
 from fastloss.backends.cuda.fields import BOUNDARY_KERNELS, POWER_KERNELS
 from fastloss.backends.cuda.indices import KERNELS as INDEX_KERNELS
+from fastloss.backends.cuda.metrics import CONFUSION_KERNELS, READ_KERNELS
 from fastloss.backends.cuda.source import PASSES, source, specialised
+from fastloss.backends.cuda.surfaces import KERNELS as SURFACE_KERNELS
 from fastloss.backends.cuda.top_k import KERNELS as TOP_K_KERNELS
 from fastloss.maps import Map
 from fastloss.request import ACTIVATIONS, Request, make_request
@@ -432,6 +434,9 @@ def other_kernels() -> dict[str, tuple[str, tuple[str, ...]]]:
         "class indices": (source("class_indices.cu"), INDEX_KERNELS),
         "powers": (source("powers.cu"), POWER_KERNELS),
         "boundary voxels": (source("boundary_voxels.cu"), BOUNDARY_KERNELS),
+        "metrics": (source("metrics.cu"), READ_KERNELS),
+        "confusion": (source("confusion.cu"), CONFUSION_KERNELS),
+        "surface": (source("surface.cu"), SURFACE_KERNELS),
     }
     losses = {
         "dice+ce": (fl.Dice() + fl.CrossEntropy(), 2, 14),

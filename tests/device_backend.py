@@ -21,8 +21,10 @@ from fastloss.backends.cuda.distance import KERNELS as DISTANCE_KERNELS
 from fastloss.backends.cuda.fields import BOUNDARY_KERNELS, POWER_KERNELS
 from fastloss.backends.cuda.general import MAX_SUMS
 from fastloss.backends.cuda.indices import KERNELS as INDEX_KERNELS
+from fastloss.backends.cuda.metrics import CONFUSION_KERNELS, READ_KERNELS
 from fastloss.backends.cuda.operands import KERNELS as OPERAND_KERNELS
 from fastloss.backends.cuda.source import PASSES, source, source_of, specialised
+from fastloss.backends.cuda.surfaces import KERNELS as SURFACE_KERNELS
 from fastloss.backends.cuda.top_k import KERNELS
 from fastloss.backends.reference import check_targets
 from fastloss.borrowed import byte_bounds, device_view
@@ -39,6 +41,9 @@ STRUCTS_OF_OTHERS = {
     INDEX_KERNELS: "IndexCall",
     POWER_KERNELS: "PowerCall",
     BOUNDARY_KERNELS: "BoundaryCall",
+    READ_KERNELS: "ReadCall",
+    CONFUSION_KERNELS: "ConfusionCall",
+    SURFACE_KERNELS: "SurfaceCall",
 }
 """The same for the kernels of other sources."""
 

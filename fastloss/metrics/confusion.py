@@ -11,7 +11,8 @@ import numpy as np
 
 from fastloss.metrics import overlap
 from fastloss.metrics.empty import empties_of, value_of
-from fastloss.metrics.inputs import read_classes, read_pair
+from fastloss.metrics.classes import read_classes
+from fastloss.metrics.inputs import read_pair
 from fastloss.metrics.metric import find_metrics
 from fastloss.metrics.scores import Scores
 

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastloss.arrays import FLOATS, INTEGERS
 from fastloss.backends import current_backend
-from fastloss.borrowed import Borrowed
+from fastloss.borrowed import Borrowed, Place
 from fastloss.fields import spacing_of
 from fastloss.frameworks import adapter_of
+from fastloss.metrics.classes import MOST_LABEL, members_of, read_classes, size_of
 from fastloss.options import check_choice, check_spacing
 
 MOST_AXES = 3
-MOST_LABEL = 65534
 ACTIVATIONS = ("labels", "softmax", "sigmoid", "none")
 
 
 class Group(NamedTuple):
     """Volumes of class indices, and the classes that are found in them."""
 
-    prediction: np.ndarray
-    """(B, z, y, x) of uint8 or uint16, in C order."""
-    reference: np.ndarray
+    prediction: Any
+    """(B, z, y, x) of uint8 or uint16, in C order: an array of NumPy, or on a GPU `Volumes` of
+    `fastloss.backends.cuda.metrics`."""
+    reference: Any
     members: np.ndarray
     """Which indices make up each class, (classes, indices) of bool. The last index is that of no
     class: of voxels that `Pair.counted` leaves out, where the reference has it."""
@@ -43,14 +43,34 @@ class Pair(NamedTuple):
     """The number of spatial axes: the last ones of z, y, x."""
     spacing: tuple[float, ...]
     """Of z, y and x; 1 along those that there are not."""
-    counted: np.ndarray | None
-    """(B, z, y, x) of bool: voxels that count; None: all."""
+    counted: Any
+    """(B, z, y, x) of bool, where the groups are: voxels that count; None: all."""
     overlapping: bool = False
     """Whether the classes are masks that may overlap."""
 
     @property
     def batch(self) -> int:
         return len(self.groups[0].prediction)
+
+    def here(self) -> Pair:
+        """The same in CPU memory."""
+        if isinstance(self.groups[0].prediction, np.ndarray):
+            return self
+        groups = tuple(Group(g[0].numpy(), g[1].numpy(), g.members) for g in self.groups)
+        counted = None if self.counted is None else self.counted.numpy().view(bool)
+        return self._replace(groups=groups, counted=counted)
+
+
+def backend_of(volumes: Any) -> Any:
+    """What computes with them: the current backend; of a GPU that GPU."""
+    return current_backend() if isinstance(volumes, np.ndarray) else volumes.metrics
+
+
+def where(counted: Any, volumes: Any, other: Any) -> Any:
+    """As `np.where`, wherever the arrays are; ``other`` may be one class index."""
+    if not isinstance(volumes, np.ndarray):
+        return volumes.where(counted, other)
+    return np.where(counted, volumes, np.asarray(other, volumes.dtype))
 
 
 def read_pair(
@@ -79,8 +99,27 @@ def read_pair(
     grid = (*(1,) * (MOST_AXES - len(spatial)), *spatial)
     spacings = (*(1.0,) * (MOST_AXES - len(spatial)), *spacing_of(sizes, len(spatial)))
     volumes = (shape[0], *grid)
-    counted = _counted(mask, volumes, (shape[0], *spatial))
+    which = _mask(mask, (shape[0], *spatial))
     overlapping = activation in ("sigmoid", "none")
+    if predicted.place is not None:
+        from fastloss.metrics.on_gpu import read
+
+        there = read(
+            predicted,
+            _at(predicted.place, true, reference),
+            None if which is None else _at(predicted.place, which, mask),
+            activation,
+            classes,
+            include_background,
+            ignored_label,
+            volumes,
+            dense,
+        )
+        if there is not None:
+            several = tuple(Group(*each) for each in there.groups)
+            return Pair(several, there.names, len(spatial), spacings, there.counted, overlapping)
+    predicted, true = _here(predicted, prediction), _here(true, reference)
+    counted = None if which is None else _numbers(_here(which, mask)).reshape(volumes) != 0
     if overlapping:
         groups, names, ignored = _masks(
             predicted, true, activation, classes, include_background, ignored_label, volumes, dense
@@ -166,16 +205,34 @@ def _ignored_label(ignore_index: Any) -> int | None:
 
 
 def _borrowed(array: Any, name: str) -> Borrowed:
-    """A view in CPU memory; TypeError for one that is not of numbers."""
-    if getattr(array, "requires_grad", False):
-        array = array.detach()  # a metric has no gradient that could be lost
+    """A view, in CPU memory or on a GPU; TypeError for one that is not of numbers."""
+    array = _detached(array)
     found = adapter_of(array, name).borrow(array, name)
     if found.dtype not in FLOATS and found.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected integers, bool or floating numbers, got {found.dtype}")
-    if found.place is not None:
-        copy = found.place.numpy(array)
-        return Borrowed(copy, found.dtype)
     return found
+
+
+def _detached(array: Any) -> Any:
+    """A metric has no gradient that could be lost."""
+    return array.detach() if getattr(array, "requires_grad", False) else array
+
+
+def _here(found: Borrowed, array: Any) -> Borrowed:
+    """In CPU memory."""
+    if found.place is None:
+        return found
+    array = _detached(array)
+    if found.dtype == "bfloat16":  # of which not every framework makes an array of NumPy
+        return Borrowed(found.place.numpy(found.place.array(array, "float32")), "float32")
+    return Borrowed(found.place.numpy(array), found.dtype)
+
+
+def _at(place: Place, found: Borrowed, array: Any) -> Borrowed:
+    """There, or else in CPU memory."""
+    own = found.place
+    same = type(own) is type(place) and own is not None and own.ordinal == place.ordinal
+    return found if same and own is not None and own.stream == place.stream else _here(found, array)
 
 
 def _numbers(array: Borrowed) -> np.ndarray:
@@ -188,14 +245,13 @@ def _numbers(array: Borrowed) -> np.ndarray:
     return array.array
 
 
-def _counted(mask: Any, volumes: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray | None:
+def _mask(mask: Any, shape: tuple[int, ...]) -> Borrowed | None:
     if mask is None:
         return None
     found = _borrowed(mask, "mask")
     if found.array.shape not in (shape, (shape[0], 1, *shape[1:])):
         raise ValueError(f"mask: expected shape {shape}, got {found.array.shape}")
-    counted: np.ndarray = _numbers(found).reshape(volumes) != 0
-    return counted
+    return found
 
 
 _Read = tuple[tuple[Group, ...], tuple[str, ...], "np.ndarray | None"]
@@ -223,10 +279,7 @@ def _label_maps(
         assert given is not None
         most = max(_largest(numbers, "prediction"), _largest(given, "reference", ignore_index), 1)
         names, labels = read_classes(classes, 1 + most, include_background)
-        if classes is None or isinstance(classes, Mapping):
-            size = 1 + max(most, *(label for each in labels for label in each))
-        else:
-            size = len(classes) if isinstance(classes, Sequence) else int(classes)
+        size = size_of(classes, labels, most)
     if size > MOST_LABEL + 1:
         raise ValueError(f"classes: expected labels up to {MOST_LABEL}, got {size - 1}")
     if scores:
@@ -248,10 +301,7 @@ def _label_maps(
             else:
                 ignored = (_numbers(true) == ignore_index).any(axis=1).reshape(volumes)
             known[ignored] = size
-    members = np.zeros((len(labels), size + 1), bool)
-    for row, each in zip(members, labels, strict=True):
-        row[list(each)] = True
-    return (Group(indices, known, members),), names, ignored
+    return (Group(indices, known, members_of(labels, size)),), names, ignored
 
 
 def _likeliest(scores: Borrowed, volumes: tuple[int, ...]) -> np.ndarray:
@@ -369,72 +419,3 @@ def _indices(
 
 def _below(indices: np.ndarray, size: int) -> bool:
     return not indices.size or bool(indices.max() < size)
-
-
-def read_classes(
-    classes: Any, found: int, include_background: bool, channels: int | None = None
-) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
-    """Names of classes, and the labels that each unites.
-
-    Args:
-        found: how many there are where ``classes`` does not say.
-        channels: how many there must be.
-    """
-    if classes is None:
-        classes = found
-    if isinstance(classes, Mapping):
-        names = tuple(map(str, classes))
-        labels = tuple(_labels(f"classes[{name!r}]", each) for name, each in classes.items())
-        for name, each in zip(names, labels, strict=True):
-            if channels is not None and each[-1] >= channels:
-                raise ValueError(
-                    f"classes[{name!r}]: expected labels in [0, {channels}), the channels of the "
-                    f"prediction, got {each[-1]}"
-                )
-    elif isinstance(classes, Sequence) and not isinstance(classes, (str, bytes)):
-        if not all(isinstance(name, str) for name in classes):
-            raise TypeError(
-                "classes: expected a number of classes, their names, or names with labels, got "
-                f"{classes!r}"
-            )
-        first = _first(len(classes), include_background, channels)
-        names, labels = tuple(classes)[first:], tuple((i,) for i in range(first, len(classes)))
-    elif isinstance(classes, (int, np.integer)) and not isinstance(classes, bool):
-        if not 1 <= classes <= MOST_LABEL + 1:
-            raise ValueError(f"classes: expected a number in [1, {MOST_LABEL + 1}], got {classes}")
-        first = _first(int(classes), include_background, channels)
-        labels = tuple((i,) for i in range(first, int(classes)))
-        names = tuple(str(i) for (i,) in labels)
-    else:
-        raise TypeError(
-            f"classes: expected a number of classes, their names, or names with labels, got "
-            f"{classes!r}"
-        )
-    if not names:
-        raise ValueError(f"classes: expected at least one class, got {classes!r}")
-    if len(set(names)) != len(names):
-        raise ValueError(f"classes: expected names that differ, got {list(names)}")
-    return names, labels
-
-
-def _first(number: int, include_background: bool, channels: int | None) -> int:
-    """The first class that is evaluated, of so many."""
-    if channels is not None and number != channels:
-        raise ValueError(
-            f"classes: expected {channels}, one for each channel of the prediction, got {number}"
-        )
-    return 0 if include_background or number == 1 else 1
-
-
-def _labels(name: str, value: Any) -> tuple[int, ...]:
-    several = value if isinstance(value, (list, tuple, set, frozenset, range)) else (value,)
-    found = []
-    for label in several:
-        if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
-            raise TypeError(f"{name}: expected a label or several, got {value!r}")
-        if not 0 <= label <= MOST_LABEL:
-            raise ValueError(f"{name}: expected labels in [0, {MOST_LABEL}], got {label}")
-        found.append(int(label))
-    if not found:
-        raise ValueError(f"{name}: expected at least one label, got none")
-    return tuple(sorted(set(found)))

@@ -417,6 +417,7 @@ def check_options(
 
 def compare(pair: Pair, options: Options) -> list[list[Comparison]]:
     """For every sample a list with the comparison of every class."""
+    pair = pair.here()
     found: list[list[Comparison]] = [[] for _ in range(pair.batch)]
     for group in pair.groups:
         nothing = int(np.flatnonzero(~group.members.any(axis=0))[0])

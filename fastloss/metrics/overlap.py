@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastloss.backends import current_backend
 from fastloss.metrics.empty import Empty
-from fastloss.metrics.inputs import Group, Pair
+from fastloss.metrics.inputs import Group, Pair, backend_of, where
 from fastloss.metrics.metric import Metric, Pattern
 
 
@@ -82,24 +81,25 @@ def count(pair: Pair) -> list[list[Counts]]:
         if last < MOST_IN_MATRIX:
             joints = map(Joint.of_matrix, matrices(group, pair.counted))
         else:
-            joints = (_sorted(group, pair.counted, b) for b in range(pair.batch))
+            here = pair.here()
+            joints = (_sorted(here.groups[0], here.counted, b) for b in range(pair.batch))
         for joint, of_sample in zip(joints, found, strict=True):
             of_sample += joint.counts(labels, last)
     return found
 
 
-def matrices(group: Group, counted: np.ndarray | None, pooled: bool = False) -> np.ndarray:
+def matrices(group: Group, counted: Any, pooled: bool = False) -> np.ndarray:
     """For every sample, or all of them ``pooled``, the voxels of each index of the reference that
     are predicted as each, (samples, indices, indices) of int64, less the index of no class."""
     last = group.members.shape[1] - 1
     prediction, reference = group.prediction, group.reference
     if counted is not None:
-        reference = np.where(counted, reference, reference.dtype.type(last))
+        reference = where(counted, reference, last)
     if pooled:
         shape = (1, prediction.shape[0] * prediction.shape[1], *prediction.shape[2:])
         prediction, reference = prediction.reshape(shape), reference.reshape(shape)
     found = np.empty((len(prediction), last + 1, last + 1), np.int64)
-    current_backend().confusion(prediction, reference, found)
+    backend_of(prediction).confusion(prediction, reference, found)
     return found[:, :last, :last]
 
 

@@ -37,10 +37,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastloss.backends import current_backend
 from fastloss.backends.surfaces import Directed
 from fastloss.metrics.empty import Empty
-from fastloss.metrics.inputs import Pair, read_pair
+from fastloss.metrics.inputs import Pair, backend_of, read_pair, where
 from fastloss.metrics.metric import Metric, Pattern
 from fastloss.metrics.surface_elements import element_areas
 from fastloss.options import check_choice
@@ -132,18 +131,18 @@ def measure(pair: Pair, definition: str) -> list[list[SurfaceDistances]]:
                 "definition: 'deepmind' needs two or three spatial axes, got one; 'monai' takes one"
             )
         areas = element_areas(pair.spacing[3 - pair.axes :])
-    backend = current_backend()
     found: list[list[SurfaceDistances]] = [[] for _ in range(pair.batch)]
     for group in pair.groups:
+        backend = backend_of(group.prediction)
         for b, of_sample in enumerate(found):
             counted = None if pair.counted is None else pair.counted[b]
             reference = group.reference[b]
             if counted is not None:
                 # Where nothing counts, the reference has no surface but the prediction's.
-                reference = np.where(counted, reference, group.prediction[b])
+                reference = where(counted, reference, group.prediction[b])
             of_sample += [
-                SurfaceDistances(*directed, definition)
-                for directed in backend.surface_distances(
+                SurfaceDistances(there, back, definition)
+                for there, back in backend.surface_distances(
                     group.prediction[b],
                     reference,
                     group.members,

@@ -189,7 +189,7 @@ def _launch(
     flags = maps * (1 + nz * by_plane)
     kinds = device.empty(4 * flags)
 
-    squares, scale = _squares(grid, spacing)
+    squares, scale = squares_of(grid, spacing)
     begin, rows, along = device.kernels(source("distance.cu"), KERNELS)
     call = np.zeros(1, DISTANCE_CALL)
     call["classes"], call["item"], call["any"] = indices.address, indices.item, indices.any
@@ -237,7 +237,7 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _squares(grid: Sequence[int], spacing: Sequence[float]) -> tuple[list[float], float]:
+def squares_of(grid: Sequence[int], spacing: Sequence[float]) -> tuple[list[float], float]:
     """Squares of the spacing in units of a power of two near the largest one, and this unit.
 
     Squares of distances then do not overflow in float32, and small whole ones are exact.

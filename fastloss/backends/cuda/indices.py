@@ -10,13 +10,13 @@ import numpy as np
 
 from fastloss.backends.cuda.axes import merge_axes
 from fastloss.backends.cuda.backend import CudaBackend
-from fastloss.backends.cuda.call import TYPES
+from fastloss.backends.cuda.call import TYPES, in_c_order
 from fastloss.backends.cuda.device import Device
 from fastloss.backends.cuda.source import source
 from fastloss.borrowed import Borrowed
 
 AXES = 18
-# Mirrors `struct IndexCall` in csrc/cuda/class_indices.cu.
+# Mirrors `struct IndexCall` in csrc/cuda/index_call.h.
 INDEX_CALL = np.dtype(
     [
         ("from", np.int64),
@@ -72,7 +72,7 @@ def readable(device: Device, array: Borrowed, name: str, classes: int) -> Indice
         return Indices(address, view.itemsize, any_inside, view)
     item = 1 + (classes > 255)
     memory = device.empty(view.size * item)
-    _write_indices(device, array, name, classes, item, memory.address)
+    write_indices(device, array, name, classes, item, memory.address)
     return Indices(memory.address, item, any_inside, memory)
 
 
@@ -86,7 +86,7 @@ def class_indices(labels: Borrowed, classes: int, ignore: int | None) -> Any:
     wide = classes > 255
     made = place.empty(labels.array.shape, "uint16" if wide else "uint8")
     device, to = CudaBackend(place).device, place.address(made)
-    _write_indices(device, labels, "target", classes, 1 + wide, to, ignore)
+    write_indices(device, labels, "target", classes, 1 + wide, to, ignore)
     return made
 
 
@@ -101,9 +101,9 @@ def dense_masks(target: Borrowed, ignore: int | None) -> Any:
     made = place.empty(view.shape, "uint8")
     batch, classes, *spatial = view.shape
     if view.size:
-        strides = _contiguous(view.shape, 1)
+        strides = in_c_order(view.shape, 1)
         from_steps, to_steps = ([s[0], *s[2:]] for s in (view.strides, strides))
-        call = _call(target, "target", (batch, *spatial), from_steps, to_steps)
+        call = call_of(target, "target", (batch, *spatial), from_steps, to_steps)
         call["from"] += address_of(view)
         call["to"] += place.address(made)
         call["from_channel"], call["to_channel"] = view.strides[1], strides[1]
@@ -115,7 +115,7 @@ def dense_masks(target: Borrowed, ignore: int | None) -> Any:
     return made
 
 
-def _write_indices(
+def write_indices(
     device: Device,
     array: Borrowed,
     name: str,
@@ -127,7 +127,7 @@ def _write_indices(
     view = array.array
     if not view.size:
         return
-    call = _call(array, name, view.shape, view.strides, _contiguous(view.shape, item))
+    call = call_of(array, name, view.shape, view.strides, in_c_order(view.shape, item))
     call["from"] += address_of(view)
     call["to"] += to
     call["classes"], call["wide"] = classes, item == 2
@@ -136,7 +136,7 @@ def _write_indices(
     _launch(device, 0, call)
 
 
-def _call(
+def call_of(
     array: Borrowed,
     name: str,
     shape: Sequence[int],
@@ -196,8 +196,3 @@ def address_of(view: np.ndarray) -> int:
     """Where the first number lies."""
     address: int = view.__array_interface__["data"][0]
     return address
-
-
-def _contiguous(shape: Sequence[int], item: int) -> list[int]:
-    """The strides of an array in C order."""
-    return [item * prod(shape[axis + 1 :]) for axis in range(len(shape))]
