@@ -221,8 +221,9 @@ def breakable(text: str, logits: tuple[str, ...]) -> str:
             text = text.replace(old, new.replace("CHOSEN", f"fl_fault == {numbers[name]}"))
     places = [match.start() for match in _BARRIER.finditer(text)]
     for name, place in reversed([*zip(_named_barriers(text), places, strict=True)]):
-        condition = f"if (fl_fault != {numbers[f'no barrier in {name}']}) "
-        text = text[:place] + condition + text[place:]
+        number = numbers.get(f"no barrier in {name}")
+        if number is not None:  # of `FILES`
+            text = f"{text[:place]}if (fl_fault != {number}) {text[place:]}"
     for code, name in (("F16", "float16"), ("BF16", "bfloat16"), ("F64", "float64")):
         if name not in logits:  # each takes seconds
             text = re.sub(rf"    case k{code}: +\\\n.*\\\n", "", text)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from fastloss.metrics import overlap
-from fastloss.metrics.empty import empties_of, value_of
 from fastloss.metrics.classes import read_classes
+from fastloss.metrics.empty import empties_of, value_of
 from fastloss.metrics.inputs import read_pair
 from fastloss.metrics.metric import find_metrics
 from fastloss.metrics.scores import Scores

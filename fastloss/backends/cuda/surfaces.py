@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastloss.backends.cuda.call import in_c_order
 from fastloss.backends.cuda.device import Device
 from fastloss.backends.cuda.distance import distance_transform, squares_of
-from fastloss.backends.cuda.call import in_c_order
 from fastloss.backends.cuda.indices import BLOCKS, THREADS
 from fastloss.backends.cuda.source import source
 from fastloss.backends.surfaces import Directed
@@ -84,7 +84,9 @@ class Surfaces:
         areas: np.ndarray | None,
     ) -> None:
         self._place, self._device, self._volumes, self._shape = place, device, volumes, shape
-        self._axes, self._spacing, self._areas = axes, spacing, areas
+        self._axes, self._spacing = axes, spacing
+        # Rounded as those of the C++ backend, so that ties of shares fall alike.
+        self._areas = None if areas is None else areas.astype(np.float32).astype(np.float64)
         self._kernels = device.kernels(source("surface.cu"), KERNELS)
         self._call = np.zeros(1, SURFACE_CALL)
         self._call["counted"], self._call["shape"], self._call["axes"] = counted, shape, axes
@@ -153,7 +155,7 @@ class Surfaces:
         places = self._device.empty(8 * both)
         start = 0
         for i, (call, count) in enumerate(zip(calls, counts, strict=True)):
-            call["distances"] = self._place.address(distances) + 4 * i * prod(size)
+            call["distances"] = self._place.address(distances) + 4 * (1 - i) * prod(size)
             call["places"] = places.address + 8 * start
             call["found"] = self._place.address(found) + 8 * start
             if self._areas is not None:
