@@ -130,15 +130,18 @@ def test_no_volume_comes_to_cpu_memory(copies: list[int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_the_first_of_equal_scores_wins_and_nan_is_larger(copies: list[int], dtype: str) -> None:
+def test_unusual_scores(copies: list[int], dtype: str) -> None:
+    """The first of equal ones wins; NaN is the largest, and above no threshold."""
     least = np.finfo(dtype).smallest_subnormal
-    values = np.array([0.0, -0.0, least, -least, 1, -1, np.inf, -np.inf, np.nan], dtype)
+    values = np.array([0, -0.0, least, -least, 1, -1, np.inf, -np.inf, np.nan, -np.nan], dtype)
     x = np.stack(np.meshgrid(values, values, values), 0).reshape(1, 3, -1)
     y = np.arange(x.shape[2])[None] % 3
     total = ConfusionAccumulator(classes=3).update(OnDevice(x), OnDevice(y))
     known = np.zeros((3, 3), int)
     np.add.at(known, (y[0], x[0].argmax(0)), 1)
     np.testing.assert_array_equal(total.matrix, known)
+    total = ConfusionAccumulator(activation="sigmoid").update(OnDevice(x), OnDevice(y))
+    np.testing.assert_array_equal(total.matrix[:, :, 1].sum(1), (x[0] > 0).sum(1))
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 67), (1, 8, 64), (2, 1, 1)])
