@@ -213,6 +213,23 @@ def test_lesion_wise_scores_are_those_of_brats(random, spacing, dilation, least)
     np.testing.assert_allclose(found, wanted, rtol=1e-9)
 
 
+def test_a_component_that_touches_two_lesions_is_no_other_lesions_fault(backend):
+    reference = np.zeros((3, 3, 20), bool)
+    reference[1, 1, [2, 3, 9, 17]] = True
+    prediction = np.zeros_like(reference)
+    prediction[1, 1, 2:10] = prediction[0, 0, 0] = prediction[1, 1, 13] = True
+
+    def dice(least):
+        options = {"lesion_dilation": 1, "lesion_min_volume": least, "spacing": 2}
+        return value("lesion_dice", prediction, reference, **options)
+
+    # Lesions of 2, 1 and 1 voxels, which are 16, 8 and 8 mm³; a component at 13 touches none.
+    first, second = 2 * 2 / (2 + 8), 2 * 1 / (1 + 8)
+    assert dice(7.9) == pytest.approx((first + second + 0) / (3 + 2))
+    assert dice(8) == pytest.approx(first / (1 + 2))  # as large as that is not larger
+    assert dice(16) == 0
+
+
 def autopet(mask, other):
     numbers, count = label(mask, 2)
     alone = [numbers == k for k in range(1, count + 1) if not other[numbers == k].any()]
