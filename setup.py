@@ -23,6 +23,7 @@ BINDINGS = (
     "module.cpp",
     "distance.cpp",
     "surface.cpp",
+    "counts.cpp",
     "components.cpp",
     "bind_voronoi.cpp",
     "bind_soft_skeleton.cpp",

@@ -35,6 +35,7 @@ FASTLOSS_ISAS
 #undef X
 
 void bind_soft_skeleton(py::module_& m);
+void bind_counts(py::module_& m);
 
 namespace {
 
@@ -110,9 +111,6 @@ DType dtype_of(const std::string& name) {
   throw py::type_error("unsupported dtype " + name);
 }
 
-namespace {
-
-// The (B[, C], *spatial) array in memory, with axes merged where they step evenly.
 Array view(const py::array& a, const std::string& dtype, bool channels) {
   Array r;
   r.data = static_cast<char*>(const_cast<void*>(a.data()));
@@ -139,6 +137,8 @@ Array view(const py::array& a, const std::string& dtype, bool channels) {
   }
   return r;
 }
+
+namespace {
 
 constexpr int64_t kRangesPerThread = 16;
 
@@ -504,6 +504,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_components(m);
   bind_distance(m);
   bind_surface(m);
+  bind_counts(m);
   m.def("copy_bandwidth", &copy_bandwidth);
   m.def("read_bandwidth", &read_bandwidth);
   bind_soft_skeleton(m);

@@ -127,6 +127,12 @@ class CpuBackend(Backend):
         )
         return [(Directed(*there), Directed(*back)) for there, back in found]
 
+    def likeliest(self, scores: np.ndarray, dtype: str, out: np.ndarray) -> None:
+        _cpu.likeliest(scores, dtype, out)
+
+    def confusion(self, prediction: np.ndarray, reference: np.ndarray, found: np.ndarray) -> None:
+        _cpu.confusion(prediction, reference, found)
+
     def components(self, classes: np.ndarray, table: np.ndarray, connectivity: int) -> Labelled:
         return _cpu.Labelled(classes, table, connectivity)
 

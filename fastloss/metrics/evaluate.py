@@ -25,7 +25,7 @@ def evaluate(
     *,
     metrics: Sequence[str] | str = DEFAULT,
     classes: Any = None,
-    include_background: bool = False,
+    include_background: bool | None = None,
     activation: str | None = None,
     ignore_index: int | None = None,
     mask: Any = None,
@@ -45,18 +45,21 @@ def evaluate(
 
     Args:
         prediction: a label map (B, \\*spatial) or (B, 1, \\*spatial), or scores (B, C, \\*spatial):
-            logits or probabilities, see ``activation``. One to three spatial axes. NumPy, PyTorch,
-            CuPy, or another array that DLPack passes on.
+            logits or probabilities, see ``activation``. One to three spatial axes; an axis of one
+            behind the batch is one of channels, unless ``spacing`` has a number for it. NumPy,
+            PyTorch, CuPy, or another array that DLPack passes on.
         reference: a label map, or masks (B, C, \\*spatial).
         metrics: names in `METRICS`, or with a number: "hd95" (any percentile), "f2" (any beta).
         classes: how many classes there are; or their names; or names with the label, or the labels
             that are united to a region: ``{"whole tumour": (1, 2, 4), "core": (1, 4)}``. By default
-            the channels of the prediction, or the labels up to the largest one.
+            the channels of the prediction, or the labels up to the largest one, at least 1.
         include_background: whether class 0 is evaluated, where ``classes`` does not name labels.
+            By default it is where masks may overlap ("sigmoid" and "none"), as none of them is the
+            background, and else it is not.
         activation: what a prediction holds. "labels": label maps. "softmax": scores, of which the
             largest wins. "sigmoid": logits of masks that may overlap, each above 0.
             "none": probabilities of such masks, each above ½; masks of 0 and 1 too. By default
-            "labels" if both arrays have one shape, else "softmax".
+            "labels" if both arrays have one shape but for a channel axis of one, else "softmax".
         ignore_index: voxels of this label in the reference count for nothing.
         mask: (B, \\*spatial); voxels where it is 0 count for nothing.
         spacing: the distance between voxels: one number, or one for each spatial axis; 1 by
@@ -172,7 +175,7 @@ def check_tolerance(tolerance: Any, classes: Sequence[str]) -> list[float]:
         )
     if not (found >= 0).all():
         raise ValueError(f"tolerance: expected numbers of at least 0, got {tolerance!r}")
-    return np.broadcast_to(found, (len(classes),)).tolist()
+    return [float(each) for each in np.broadcast_to(found, (len(classes),))]
 
 
 def _samples(samples: Sequence[str] | None, batch: int) -> list[str]:
