@@ -94,7 +94,7 @@ def gradient(
         statistics = _total(whole, logits, target, voxel_weight, fields)
     arrays, names = _aligned(logits, target, voxel_weight, fields)
     axes = [_axes(array, arrays[0].ndim) for array in arrays]
-    found: Any = da.blockwise(
+    return da.blockwise(
         partial(_gradient, whole, names, statistics, upstream),
         axes[0],
         *chain.from_iterable(zip(arrays, axes, strict=True)),
@@ -102,7 +102,6 @@ def gradient(
         concatenate=True,
         meta=np.empty((0,) * arrays[0].ndim, arrays[0].dtype),
     )
-    return found  # noqa: RET504  # Dask has no annotations
 
 
 def _statistics(loss: Any, names: tuple[str, ...], *blocks: Any) -> Statistics:
