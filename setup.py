@@ -18,12 +18,14 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 SOURCES = Path("csrc") / "cpu"
-KERNELS = ("passes.cpp", "soft_skeleton.cpp")  # compiled once per instruction set
+KERNELS = ("passes.cpp", "soft_skeleton.cpp", "voronoi.cpp")  # compiled once per instruction set
 BINDINGS = (
     "module.cpp",
-    "counts.cpp",
     "distance.cpp",
     "surface.cpp",
+    "counts.cpp",
+    "components.cpp",
+    "bind_voronoi.cpp",
     "bind_soft_skeleton.cpp",
 )
 

@@ -438,6 +438,11 @@ class Loss:
     with its numbers as they are then; a process that loads such a graph imports `fastloss.torch`
     first. The methods record no graph, whatever their tensors require.
 
+    JAX arrays give JAX arrays, and `jax.grad`, `jax.vjp`, `jax.vmap` and `jax.jit` of a call
+    work likewise on a CPU: the numbers of the loss are constants of a compiled program. There,
+    ``region_count`` is needed, and bad labels and weights are reported by XLA's runtime error. The
+    methods take arrays, and cannot be traced. See `fastloss.jax` for data over several devices.
+
     Without a sample, or without a voxel, a mean is 0, and a region term has the value of its
     formula for empty regions; the gradient is as empty as the logits.
 
@@ -753,6 +758,18 @@ class Loss:
     def lacks(self, names: Sequence[str]) -> tuple[str, ...]:
         """The fields that the sums read and that have to be made, where those named are given."""
         return tuple(name for name in self.field_names if name in self.makers and name not in names)
+
+    def check_field_names(self, names: tuple[str, ...]) -> None:
+        """Raise ValueError if the terms read other fields than these and those that they make."""
+        if names == self.field_names:
+            return
+        sources = {maker.makes for maker in self.makers.values()}
+        made = {name for name, maker in self.makers.items() if name != maker.makes}
+        read = {*self.field_names, *sources}
+        if not set(names) <= read or not read - made <= {*names, *sources}:
+            wanted = ", ".join(map(repr, sorted(read - made))) or "none"
+            got = ", ".join(map(repr, names)) or "none"
+            raise ValueError(f"fields: the terms of this loss read {wanted}, got {got}")
 
     def check_given(self, extras: Extras | None, name: str) -> None:
         """Raise ValueError if a part of a volume would be taken for all of it.

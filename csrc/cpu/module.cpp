@@ -19,6 +19,7 @@
 #include <emmintrin.h>
 #endif
 
+#include "components.h"
 #include "distance.h"
 #include "job.h"
 #include "shared.h"
@@ -500,10 +501,12 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("get_num_threads", &num_threads);
   m.def("set_num_threads", [](int n) { wanted_threads = n; });
+  bind_components(m);
   bind_distance(m);
-  bind_counts(m);
   bind_surface(m);
+  bind_counts(m);
   m.def("copy_bandwidth", &copy_bandwidth);
   m.def("read_bandwidth", &read_bandwidth);
   bind_soft_skeleton(m);
+  bind_voronoi(m);
 }
