@@ -92,7 +92,7 @@ def _measure(history: History, predicted: np.ndarray, truth: np.ndarray) -> None
         metrics=("dice", "hd95"),
         classes=CLASSES,
         spacing=SPACING,
-        definition="monai",
+        definition="deepmind",
     )
     for name, values in (("dice", history.held_out), ("hd95", history.hd95)):
         found = zip(scores.classes, scores[name][0].tolist(), strict=True)
