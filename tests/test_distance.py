@@ -66,7 +66,7 @@ def spacings(draw, axes):
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_distances_are_those_to_the_nearest_zero(backend, data):
     need_backend(backend)
@@ -113,7 +113,7 @@ def test_long_lines(spacing):
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_signed_distances(backend, data):
     need_backend(backend)
