@@ -57,15 +57,15 @@ def statistics(
 
 
 def _total(loss: Any, logits: Any, target: Any, voxel_weight: Any, fields: Any) -> Statistics:
-    import dask
+    from dask.delayed import delayed
 
     arrays, names = _aligned(logits, target, voxel_weight, fields)
     blocks = [_flat(array) for array in arrays]
     count = partial(_statistics, loss, names)
-    parts = [dask.delayed(count, pure=False)(*each) for each in zip(*blocks, strict=True)]
+    parts = [delayed(count, pure=False)(*each) for each in zip(*blocks, strict=True)]
     while len(parts) > 1:
         groups = (parts[i : i + _IN_TURN] for i in range(0, len(parts), _IN_TURN))
-        parts = [dask.delayed(sum, pure=False)(group) for group in groups]
+        parts = [delayed(sum, pure=False)(group) for group in groups]
     found: Statistics = parts[0].compute()
     return found
 
