@@ -1,0 +1,71 @@
+"""TensorFlow's automatic differentiation over the two passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from fastloss.borrowed import Extras
+from fastloss.frameworks.tensorflow import graph, operations
+from fastloss.frameworks.tensorflow.tensors import EagerAdapter, is_on_device, plain
+from fastloss.protocol import FusedLoss, LossLike, as_loss
+
+
+class TensorflowAdapter(EagerAdapter):
+    """Differentiates as well."""
+
+    def value(
+        self,
+        loss: LossLike,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any,
+        *,
+        extras: Extras | None = None,
+    ) -> Any:
+        loss = as_loss(loss)
+        logits = plain(logits, "logits")
+        if tf.executing_eagerly():
+            if is_on_device(logits):
+                how = f"on {logits.device}, where the kernels of fastloss do not reach"
+                return operations.value(loss, logits, target, voxel_weight, extras, how)
+            return _eager_value(loss, logits, target, voxel_weight, extras)
+        how = operations.reason()
+        if how:
+            return operations.value(loss, logits, target, voxel_weight, extras, how)
+        return graph.value(loss, logits, target, voxel_weight, extras)
+
+
+def _eager_value(
+    loss: FusedLoss, logits: Any, target: Any, voxel_weight: Any, extras: Extras | None
+) -> Any:
+    """The reduce pass now, and the apply pass when a tape asks for the gradient."""
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def differentiable(logits: Any) -> Any:
+        passes = loss.passes(logits, target, voxel_weight, extras)
+        value, pullback = passes.forward()
+
+        def gradient(upstream: Any) -> Any:
+            if not tf.executing_eagerly():  # a tape that records a backward pass as a graph
+                raise RuntimeError(
+                    "logits: the gradient of a loss that was computed eagerly is asked for in a "
+                    "tf.function; call the loss inside the function too"
+                )
+            coefficients = pullback(passes.upstream(upstream))
+            new, view = passes.output(None)
+            passes.apply(coefficients, view)
+            return _differentiable_once(new)
+
+        return ADAPTER.result(value), gradient
+
+    return differentiable(logits)
+
+
+@tf.custom_gradient  # type: ignore[untyped-decorator]
+def _differentiable_once(gradient: Any) -> Any:
+    return gradient, graph.no_second_derivative
+
+
+ADAPTER = TensorflowAdapter()

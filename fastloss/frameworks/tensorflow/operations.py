@@ -1,0 +1,3 @@
+"""stub"""
+def reason(): return ""
+def value(*a): raise NotImplementedError
