@@ -15,6 +15,7 @@ from fastloss.protocol import FusedLoss, LossLike, as_loss
 class TensorflowAdapter(EagerAdapter):
     """Differentiates as well."""
 
+    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def value(
         self,
         loss: LossLike,

@@ -43,8 +43,8 @@ class Shapes:
         """
         if logits.shape.rank is None:
             raise ValueError("logits: expected a known rank in a tf.function, got none")
-        shape = tuple(logits.shape)
         axis = loss.channel_axis
+        shape = _joined(tuple(logits.shape), target, axis)
         if shape[axis] is None:
             raise ValueError(f"logits: expected a known number of channels, got shape {shape}")
         whole = tuple(_UNKNOWN + i if n is None else n for i, n in enumerate(shape))
@@ -89,6 +89,19 @@ class Shapes:
         if self.form(name).by_class:
             return self.logits
         return tuple(n for i, n in enumerate(self.logits) if i != axis)
+
+
+def _joined(logits: tuple[int | None, ...], target: Any, axis: int) -> tuple[int | None, ...]:
+    """The shape of the logits, with what is known of the target's."""
+    rank, whole = target.shape.rank, len(logits)
+    if rank not in (whole, whole - 1):
+        return logits
+    axes = [i for i in range(whole) if rank == whole or i != axis % whole]
+    found = list(logits)
+    for i, n in zip(axes, target.shape, strict=True):
+        if found[i] is None and i != axis % whole:
+            found[i] = n
+    return tuple(found)
 
 
 def _stand_in(array: Any, logits: tuple[int, ...], axis: int) -> Borrowed:
