@@ -180,15 +180,7 @@ class Passes:
 
     def _borrow(self, extras: Extras) -> dict[str, Any]:
         """Borrow fields and regions: what `arrange` takes beside the usual arrays."""
-        names, loss = extras.names, self.loss
-        if names != loss.field_names:
-            sources = {maker.makes for maker in loss.makers.values()}
-            made = {name for name, maker in loss.makers.items() if name != maker.makes}
-            read = {*loss.field_names, *sources}
-            if not set(names) <= read or not read - made <= {*names, *sources}:
-                wanted = ", ".join(map(repr, sorted(read - made))) or "none"
-                got = ", ".join(map(repr, names)) or "none"
-                raise ValueError(f"fields: the terms of this loss read {wanted}, got {got}")
+        self.loss.check_field_names(extras.names)
         fields = {name: borrow(array, f"fields[{name!r}]") for name, array in extras.fields}
         self.more.update((f"fields[{name!r}]", field) for name, field in fields.items())
         if extras.regions is None:

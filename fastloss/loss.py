@@ -749,6 +749,18 @@ class Loss:
         """The fields that the sums read and that have to be made, where those named are given."""
         return tuple(name for name in self.field_names if name in self.makers and name not in names)
 
+    def check_field_names(self, names: tuple[str, ...]) -> None:
+        """Raise ValueError if the terms read other fields than those named, and cannot make them."""
+        if names == self.field_names:
+            return
+        sources = {maker.makes for maker in self.makers.values()}
+        made = {name for name, maker in self.makers.items() if name != maker.makes}
+        read = {*self.field_names, *sources}
+        if not set(names) <= read or not read - made <= {*names, *sources}:
+            wanted = ", ".join(map(repr, sorted(read - made))) or "none"
+            got = ", ".join(map(repr, names)) or "none"
+            raise ValueError(f"fields: the terms of this loss read {wanted}, got {got}")
+
     def check_given(self, extras: Extras | None, name: str) -> None:
         """Raise ValueError if a part of a volume would be taken for all of it.
 

@@ -29,6 +29,12 @@ def _cupy() -> Adapter:
     return CUPY
 
 
+def _jax() -> Adapter:
+    from fastloss.frameworks.jax.adapter import ADAPTER
+
+    return ADAPTER
+
+
 def _tensorflow() -> Adapter:
     from fastloss.frameworks.tensorflow.adapter import ADAPTER
 
@@ -37,7 +43,13 @@ def _tensorflow() -> Adapter:
 
 # From the root package of an array's type to the adapter that serves it. Frameworks that are not
 # listed are borrowed by DLPack.
-_SPECIAL: dict[str, Callable[[], Adapter]] = {"torch": _torch, "cupy": _cupy, "tensorflow": _tensorflow}
+_SPECIAL: dict[str, Callable[[], Adapter]] = {
+    "torch": _torch,
+    "cupy": _cupy,
+    "jax": _jax,
+    "jaxlib": _jax,
+    "tensorflow": _tensorflow,
+}
 _adapters: dict[type, Adapter | None] = {}
 
 

@@ -60,14 +60,7 @@ class Shapes:
             **given,
         )
         loss.request(arrays)
-        known = () if extras is None else extras.names
-        sources = {maker.makes for maker in loss.makers.values()}
-        unread = set(known) - set(loss.field_names) - sources
-        absent = set(loss.field_names) - set(known) - set(loss.makers)
-        if unread or absent:
-            wanted = ", ".join(map(repr, loss.field_names)) or "none"
-            got = ", ".join(map(repr, known)) or "none"
-            raise ValueError(f"fields: the terms of this loss read {wanted}, got {got}")
+        loss.check_field_names(() if extras is None else extras.names)
         return cls(loss, shape, arrays, _value_shape(loss, arrays, shape, extras))
 
     @property
