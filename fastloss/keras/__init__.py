@@ -2,7 +2,7 @@
 
 A model changes one import::
 
-    from fastloss.keras import Dice, SparseCategoricalCrossentropy  # was: from keras.losses import …
+    from fastloss.keras import Dice, DiceCE  # was: from keras.losses import Dice
 
 `Dice`, `Tversky`, `BinaryCrossentropy`, `CategoricalCrossentropy`, `SparseCategoricalCrossentropy`,
 `BinaryFocalCrossentropy` and `CategoricalFocalCrossentropy` are subclasses of Keras' own (3.15):

@@ -120,8 +120,8 @@ class _Voxelwise:
             weight, weights = both
         elif plan.mean and self.reduction != "sum":
             # The mean over all numbers, whatever their axes.
-            flat = [ops.reshape(array, (1, 1, -1)) for array in (plan.y_true, plan.y_pred)]
-            total = _Plan(*flat, plan.activation, 1, plan.options).compute("sum")
+            y_true, y_pred = (ops.reshape(a, (1, 1, -1)) for a in (plan.y_true, plan.y_pred))
+            total = _Plan(y_true, y_pred, plan.activation, 1, plan.options).compute("sum")
             return _reduce.divided(total, _reduce.count_of(ops.shape(plan.y_pred), "float32"))
         total = plan.compute("sum", weight)
         if plan.mean:

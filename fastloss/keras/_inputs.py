@@ -11,8 +11,10 @@ from keras import ops
 
 def tensor(array: Any, dtype: str | None = None) -> Any:
     """Anybody's array as one of the backend; one of the backend as it is."""
-    return array if keras.ops.is_tensor(array) and dtype is None else (
-        ops.convert_to_tensor(array, dtype=dtype)
+    return (
+        array
+        if keras.ops.is_tensor(array) and dtype is None
+        else (ops.convert_to_tensor(array, dtype=dtype))
     )
 
 

@@ -136,8 +136,8 @@ class Loss(_Fused):
             sample's.
         name, dtype: as in Keras.
 
-    ``sample_weight`` of shape (B,) weighs the samples' values, any other the voxels. To save a model
-    with terms of your own, pass the loss again when it is loaded (``compile=False``).
+    ``sample_weight`` of shape (B,) weighs the samples' values, any other the voxels. A model whose
+    loss has terms of your own is loaded with ``compile=False``, and compiled again.
 
     Raises:
         TypeError: ``loss`` is none.

@@ -8,14 +8,14 @@ import tensorflow as tf
 
 from fastloss.borrowed import Extras
 from fastloss.frameworks.tensorflow import graph, operations
-from fastloss.frameworks.tensorflow.tensors import EagerAdapter, is_on_device, plain
+from fastloss.frameworks.tensorflow.tensors import EagerAdapter, is_on_device, once, plain
 from fastloss.protocol import FusedLoss, LossLike, as_loss
 
 
 class TensorflowAdapter(EagerAdapter):
     """Differentiates as well."""
 
-    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
+    @tf.autograph.experimental.do_not_convert
     def value(
         self,
         loss: LossLike,
@@ -43,7 +43,7 @@ def _eager_value(
 ) -> Any:
     """The reduce pass now, and the apply pass when a tape asks for the gradient."""
 
-    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    @tf.custom_gradient
     def differentiable(logits: Any) -> Any:
         passes = loss.passes(logits, target, voxel_weight, extras)
         value, pullback = passes.forward()
@@ -57,16 +57,11 @@ def _eager_value(
             coefficients = pullback(passes.upstream(upstream))
             new, view = passes.output(None)
             passes.apply(coefficients, view)
-            return _differentiable_once(new)
+            return once(new)
 
         return ADAPTER.result(value), gradient
 
     return differentiable(logits)
-
-
-@tf.custom_gradient  # type: ignore[untyped-decorator]
-def _differentiable_once(gradient: Any) -> Any:
-    return gradient, graph.no_second_derivative
 
 
 ADAPTER = TensorflowAdapter()

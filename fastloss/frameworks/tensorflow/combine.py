@@ -53,7 +53,9 @@ _OTHERS: dict[str, Callable[..., Any]] = {
     "fmax": lambda a, b: tf.where(tf.math.is_nan(a), b, _where(tf.math.is_nan(b) | (a > b), a, b)),
     "fmin": lambda a, b: tf.where(tf.math.is_nan(a), b, _where(tf.math.is_nan(b) | (a < b), a, b)),
     "logaddexp": lambda a, b: tf.maximum(a, b) + tf.math.log1p(tf.exp(-tf.abs(a - b))),
-    "heaviside": lambda x, at: _where(x > 0, 1.0, _where(x < 0, 0.0, _where(tf.equal(x, 0), at, x)))
+    "heaviside": lambda x, at: _where(
+        x > 0, 1.0, _where(x < 0, 0.0, _where(tf.equal(x, 0), at, x))
+    ),
 }
 _REDUCTIONS = {
     "sum": tf.reduce_sum, "prod": tf.reduce_prod, "max": tf.reduce_max, "min": tf.reduce_min,
@@ -187,18 +189,19 @@ def _compute(node: Node, arguments: list[Any]) -> Any:
     if op == "transpose":
         return tf.transpose(arguments[0], [0, *(axis + 1 for axis in node.params[0])])
     if op == "slice":
-        key = tuple(
-            slice(start, _end(start, step, n), step)
-            for start, step, n in zip(*node.params, shape, strict=True)
-        )
-        return arguments[0][(slice(None), *key)]
+        key = [slice(None)]
+        for start, step, n in zip(*node.params, shape, strict=True):
+            key.append(slice(start, _end(start, step, n), step))
+        return arguments[0][tuple(key)]
     if op == "insert":
         return _insert(node, *arguments)
     ranks = len(shape)
     whole = [_padded(a, n, ranks) for a, n in zip(arguments, node.args, strict=True)]
     if op == "broadcast":
-        return whole[0] + tf.zeros(shape, tf.float64) if node.dtype != BOOL else (
-            whole[0] & tf.ones(shape, tf.bool)
+        return (
+            whole[0] + tf.zeros(shape, tf.float64)
+            if node.dtype != BOOL
+            else (whole[0] & tf.ones(shape, tf.bool))
         )
     if op == "cast":
         return tf.cast(whole[0], tf.float64)

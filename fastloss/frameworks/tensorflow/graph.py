@@ -15,7 +15,7 @@ import tensorflow as tf
 from fastloss.backends import current_backend, use_backend
 from fastloss.borrowed import Borrowed, Extras
 from fastloss.frameworks.tensorflow.shapes import Shapes
-from fastloss.frameworks.tensorflow.tensors import aligned_like, plain
+from fastloss.frameworks.tensorflow.tensors import aligned_like, once, plain
 from fastloss.protocol import FusedLoss
 from fastloss.statistics import Statistics
 
@@ -26,27 +26,16 @@ def value(
     """The loss in a graph, differentiable once."""
     call = Call(loss, logits, target, voxel_weight, extras)
 
-    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    @tf.custom_gradient
     def differentiable(logits: Any) -> Any:
         result, sums, voxels, made = call.forward(logits)
 
         def gradient(upstream: Any) -> Any:
-            return _differentiable_once(call.gradient(logits, sums, voxels, made, upstream))
+            return once(call.gradient(logits, sums, voxels, made, upstream))
 
         return result, gradient
 
     return differentiable(logits)
-
-
-@tf.custom_gradient  # type: ignore[untyped-decorator]
-def _differentiable_once(gradient: Any) -> Any:
-    return gradient, no_second_derivative
-
-
-def no_second_derivative(*_: Any) -> Any:
-    raise RuntimeError(
-        "logits: second derivatives are not computed; fastloss is differentiated once"
-    )
 
 
 class Call:

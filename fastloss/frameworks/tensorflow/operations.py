@@ -16,9 +16,16 @@ import tensorflow as tf
 from fastloss.arrays import INTEGERS
 from fastloss.borrowed import Extras
 from fastloss.frameworks.tensorflow.combine import combine
-from fastloss.frameworks.tensorflow.functions import FUNCTIONS, WEIGHTS, Probability, activate, times
-from fastloss.frameworks.tensorflow.graph import no_second_derivative, tensor
+from fastloss.frameworks.tensorflow.functions import (
+    FUNCTIONS,
+    WEIGHTS,
+    Probability,
+    activate,
+    times,
+)
+from fastloss.frameworks.tensorflow.graph import tensor
 from fastloss.frameworks.tensorflow.shapes import Shapes
+from fastloss.frameworks.tensorflow.tensors import once
 from fastloss.protocol import FusedLoss
 from fastloss.request import Request
 from fastloss.sums import Sum
@@ -65,7 +72,7 @@ def value(
     request = loss.request(shapes.arrays)
     call = _Call(loss, request, shapes)
 
-    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    @tf.custom_gradient
     def differentiable(logits: Any) -> Any:
         inputs = call.inputs(logits, target, voxel_weight, extras)
         v = activate(request.activation, inputs.x, call.axis)
@@ -75,16 +82,11 @@ def value(
 
         def gradient(upstream: Any) -> Any:
             found = call.gradient(v, inputs, pullback(upstream))
-            return _differentiable_once(tf.cast(found, logits.dtype))
+            return once(tf.cast(found, logits.dtype))
 
         return result, gradient
 
     return differentiable(logits)
-
-
-@tf.custom_gradient  # type: ignore[untyped-decorator]
-def _differentiable_once(gradient: Any) -> Any:
-    return gradient, no_second_derivative
 
 
 def _check(loss: FusedLoss, extras: Extras | None, how: str) -> None:
@@ -95,7 +97,12 @@ def _check(loss: FusedLoss, extras: Extras | None, how: str) -> None:
         )
     lacking = loss.lacks(() if extras is None else extras.names)
     if lacking:
-        name = loss.makers[lacking[0]].makes
+        term = loss.makers[lacking[0]]
+        name = term.makes
+        if term.derives:
+            raise ValueError(
+                f"terms: {type(term).__name__} is not computed {how}; leave out jit_compile"
+            )
         raise ValueError(
             f"fields: {name!r} is not made {how}; pass fields=, which Loss.fields makes of the "
             "labels in a data pipeline, or leave out jit_compile"
@@ -135,9 +142,7 @@ class _Call:
         self.axis = loss.channel_axis % self.rank
         self.voxels = [i for i in range(1, self.rank) if i != self.axis]
 
-    def inputs(
-        self, logits: Any, target: Any, voxel_weight: Any, extras: Extras | None
-    ) -> _Inputs:
+    def inputs(self, logits: Any, target: Any, voxel_weight: Any, extras: Extras | None) -> _Inputs:
         dtype = tf.float64 if logits.dtype == tf.float64 else tf.float32
         x = tf.cast(logits, dtype)
         classes, ignore = self.shapes.classes, self.request.ignore_index
@@ -178,8 +183,9 @@ class _Call:
         x = tf.where(nothing, tf.zeros_like(x), x)
         g = tf.where(nothing, tf.zeros_like(g), g)
         fields = {}
-        for name, field in zip(self.request.fields, self.shapes.arrays.fields, strict=True):
-            own = self._with_channel(dict(extras.fields)[name] if extras else None)
+        given = () if extras is None else zip(extras.fields, self.shapes.arrays.fields, strict=True)
+        for (name, array), field in given:
+            own = self._with_channel(array)
             if field.kind == "labels":
                 own = tf.cast(own, tf.int32) == self._along(tf.range(classes))
             own = tf.cast(own, dtype)

@@ -9,7 +9,6 @@ import numpy as np
 
 from fastloss.arrays import Arrays, arrange
 from fastloss.borrowed import Borrowed, Extras
-from fastloss.fields import Form
 from fastloss.protocol import FusedLoss
 
 _UNKNOWN = 1009
@@ -71,10 +70,9 @@ class Shapes:
     def dense(self) -> bool:
         return self.arrays.dense
 
-    def form(self, name: str) -> Form:
-        """How a field looks that the loss makes."""
-        found: Form = self.loss.makers[name].field_form(self.classes, self.dense)
-        return found
+    def form(self, name: str) -> Any:
+        """The `fastloss.fields.Form` of a field that the loss makes."""
+        return self.loss.makers[name].field_form(self.classes, self.dense)
 
     def field(self, name: str) -> tuple[int | None, ...]:
         """The static shape of that field."""
@@ -98,7 +96,7 @@ def _joined(logits: tuple[int | None, ...], target: Any, axis: int) -> tuple[int
 
 
 def _stand_in(array: Any, logits: tuple[int, ...], axis: int) -> Borrowed:
-    """An array of a tensor's shape and dtype; where a dimension is not known, that of the logits."""
+    """An array of a tensor's shape and dtype; dimensions that are not known are the logits'."""
     rank = array.shape.rank
     if rank is None:
         shape = logits

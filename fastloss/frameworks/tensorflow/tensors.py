@@ -10,7 +10,7 @@ import tensorflow as tf
 from fastloss.arrays import FLOATS, INTEGERS
 from fastloss.borrowed import Borrowed
 from fastloss.frameworks.base import Adapter
-from fastloss.frameworks.capsules import export, view_of
+from fastloss.frameworks.capsules import view_of
 from fastloss.frameworks.memory import new_array
 
 _ALIGNED = 64
@@ -21,13 +21,13 @@ class EagerAdapter(Adapter):
     """Borrows tensors that hold numbers; they are immutable."""
 
     def serves(self, array: Any) -> bool:
-        return tf.is_tensor(array)
+        return bool(tf.is_tensor(array))
 
     def borrow(self, array: Any, name: str, *, write: bool = False) -> Borrowed:
         if write:
             raise ValueError(f"{name}: expected a writable array, got an immutable tf.Tensor")
         array = plain(array, name)
-        if not hasattr(array, "__dlpack__"):
+        if not isinstance(array, tf.__internal__.EagerTensor):
             raise TypeError(
                 f"{name}: got a {type(array).__name__} without numbers, as in a tf.function; call "
                 "the loss itself there"
@@ -37,7 +37,7 @@ class EagerAdapter(Adapter):
                 f"{name}: expected a tensor in CPU memory, got one on {array.device}; call the "
                 "loss itself, or move the tensor by tf.identity within tf.device('CPU')"
             )
-        return view_of(export(array, name), name, False)
+        return view_of(tf.experimental.dlpack.to_dlpack(array), name, False)
 
     def empty_like(self, array: Any, borrowed: Borrowed) -> tuple[Any, Borrowed]:
         # The memory is the library's, which hands it out again, and TensorFlow frees it.
@@ -98,6 +98,18 @@ def tensor_of(array: np.ndarray, dtype: str) -> Any:
         return tf.zeros(array.shape, dtype)
     tensor = tf.experimental.dlpack.from_dlpack(array.__dlpack__())
     return tf.bitcast(tensor, tf.bfloat16) if dtype == "bfloat16" else tensor
+
+
+def _refuse(*_: Any) -> Any:
+    raise RuntimeError(
+        "logits: second derivatives are not computed; fastloss is differentiated once"
+    )
+
+
+@tf.custom_gradient
+def once(gradient: Any) -> Any:
+    """A gradient that is not differentiated again: RuntimeError says so."""
+    return gradient, _refuse
 
 
 TENSORS = EagerAdapter()
