@@ -42,6 +42,10 @@ def _eager_value(
     loss: FusedLoss, logits: Any, target: Any, voxel_weight: Any, extras: Extras | None
 ) -> Any:
     """The reduce pass now, and the apply pass when a tape asks for the gradient."""
+    # Variables are read out here, as within they would be asked for their gradients.
+    target, voxel_weight = _plain(target, "target"), _plain(voxel_weight, "voxel_weight")
+    if extras is not None:
+        extras = extras.with_arrays([_plain(array, "fields") for array in extras.arrays])
 
     @tf.custom_gradient
     def differentiable(logits: Any) -> Any:
@@ -57,11 +61,15 @@ def _eager_value(
             coefficients = pullback(passes.upstream(upstream))
             new, view = passes.output(None)
             passes.apply(coefficients, view)
-            return once(new)
+            return once(new, logits)
 
         return ADAPTER.result(value), gradient
 
     return differentiable(logits)
+
+
+def _plain(array: Any, name: str) -> Any:
+    return plain(array, name) if tf.is_tensor(array) else array
 
 
 ADAPTER = TensorflowAdapter()

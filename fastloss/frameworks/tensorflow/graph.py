@@ -31,7 +31,7 @@ def value(
         result, sums, voxels, made = call.forward(logits)
 
         def gradient(upstream: Any) -> Any:
-            return once(call.gradient(logits, sums, voxels, made, upstream))
+            return once(call.gradient(logits, sums, voxels, made, upstream), logits)
 
         return result, gradient
 

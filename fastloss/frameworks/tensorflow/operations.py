@@ -82,7 +82,7 @@ def value(
 
         def gradient(upstream: Any) -> Any:
             found = call.gradient(v, inputs, pullback(upstream))
-            return once(tf.cast(found, logits.dtype))
+            return once(tf.cast(found, logits.dtype), logits)
 
         return result, gradient
 
@@ -204,7 +204,8 @@ class _Call:
         counted = tf.reduce_sum(tf.cast(inputs.m, tf.float64), range(1, self.rank))
         sums = tf.stack(each)
         sums.set_shape([None, self.shapes.logits[0], self.shapes.classes])
-        return combine(self.loss, self.request, sums, counted + inputs.faults)
+        found, pullback = combine(self.loss, self.request, sums, counted + inputs.faults)
+        return found, lambda upstream: pullback(tf.cast(upstream, tf.float64))
 
     def mapped(self, v: Probability, inputs: _Inputs) -> tuple[Any, Any]:
         """The loss of every voxel, and its pullback to coefficients of every voxel."""

@@ -43,7 +43,8 @@ class Shapes:
         if logits.shape.rank is None:
             raise ValueError("logits: expected a known rank in a tf.function, got none")
         axis = loss.channel_axis
-        shape = _joined(tuple(logits.shape), target, axis)
+        others = [target, voxel_weight, *(extras.arrays if extras is not None else ())]
+        shape = _joined(tuple(logits.shape), [o for o in others if o is not None], axis)
         if shape[axis] is None:
             raise ValueError(f"logits: expected a known number of channels, got shape {shape}")
         whole = tuple(_UNKNOWN + i if n is None else n for i, n in enumerate(shape))
@@ -82,16 +83,18 @@ class Shapes:
         return tuple(n for i, n in enumerate(self.logits) if i != axis)
 
 
-def _joined(logits: tuple[int | None, ...], target: Any, axis: int) -> tuple[int | None, ...]:
-    """The shape of the logits, with what is known of the target's."""
-    rank, whole = target.shape.rank, len(logits)
-    if rank not in (whole, whole - 1):
-        return logits
-    axes = [i for i in range(whole) if rank == whole or i != axis % whole]
-    found = list(logits)
-    for i, n in zip(axes, target.shape, strict=True):
-        if found[i] is None and i != axis % whole:
-            found[i] = n
+def _joined(logits: tuple[int | None, ...], others: list[Any], axis: int) -> tuple[int | None, ...]:
+    """The shape of the logits, with what is known of other arrays' shapes."""
+    whole, found = len(logits), list(logits)
+    for other in others:
+        rank = other.shape.rank
+        if rank not in (whole, whole - 1):
+            continue
+        axes = [i for i in range(whole) if rank == whole or i != axis % whole]
+        for i, n in zip(axes, other.shape, strict=True):
+            # A first dimension of one may stand for all samples.
+            if found[i] is None and i != axis % whole and (i or n != 1):
+                found[i] = n
     return tuple(found)
 
 

@@ -107,9 +107,9 @@ def _refuse(*_: Any) -> Any:
 
 
 @tf.custom_gradient
-def once(gradient: Any) -> Any:
+def once(gradient: Any, logits: Any) -> Any:
     """A gradient that is not differentiated again: RuntimeError says so."""
-    return gradient, _refuse
+    return tf.identity(gradient), _refuse
 
 
 TENSORS = EagerAdapter()
