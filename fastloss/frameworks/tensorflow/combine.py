@@ -84,10 +84,19 @@ def combine(loss: FusedLoss, request: Request, sums: Any, voxels: Any) -> tuple[
     total = sum(value for value, _ in parts)
 
     def pullback(upstream: Any) -> Any:
-        # All values are scalars, or all have a row for every sample.
-        return sum(pull(upstream) for _, pull in parts)
+        return sum(pull(_reduced_to(upstream, value)) for value, pull in parts)
 
     return total, pullback
+
+
+def _reduced_to(upstream: Any, value: Any) -> Any:
+    """The upstream gradient of a value that was broadcast to that of the whole loss."""
+    if not value.shape.rank:
+        return tf.reduce_sum(upstream)
+    for axis in range(1, value.shape.rank):
+        if value.shape[axis] == 1 and upstream.shape[axis] != 1:
+            upstream = tf.reduce_sum(upstream, axis, keepdims=True)
+    return upstream
 
 
 def _whole(
