@@ -47,7 +47,7 @@ def main() -> None:
     # One Dice of the batch: per patch, a missing tissue would cost 1.
     loss = fastloss.keras.DiceCE(from_logits=True, batch=True)
     steps = options.epochs * options.steps
-    schedule = keras.optimizers.schedules.CosineDecay(0.05, steps)
+    schedule = keras.optimizers.schedules.CosineDecay(0.01, steps)
     optimizer = keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True)
     model.compile(optimizer, loss=loss)
 
