@@ -11,6 +11,9 @@ _VoxelMap = tuple[int, np.ndarray, str, np.ndarray | None]
 _More = tuple[tuple[tuple[np.ndarray, str, int], ...], np.ndarray | None, str, int]
 """Fields, each an array, its dtype and its kind; regions, their dtype, and rows of a sample."""
 
+_Directed = tuple[np.ndarray, np.ndarray | None]
+"""Distances and areas."""
+
 class Passes:
     def __init__(
         self,
@@ -73,6 +76,16 @@ def signed_distance(
     /,
 ) -> None: ...
 def class_indices(labels: np.ndarray, classes: int, out: np.ndarray, /) -> int: ...
+def surface_distances(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    structures: np.ndarray,
+    axes: int,
+    spacing: list[float],
+    areas: np.ndarray | None,
+    counted: np.ndarray | None,
+    /,
+) -> list[tuple[_Directed, _Directed]]: ...
 def isa() -> str: ...
 def built_isas() -> list[str]: ...
 def available_isas() -> list[str]: ...

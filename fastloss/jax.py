@@ -5,6 +5,7 @@ A loss itself, ``loss(logits, target)``, is differentiable in JAX: see `fastloss
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import jax
@@ -15,7 +16,9 @@ from fastloss.frameworks.jax.adapter import ADAPTER
 from fastloss.loss import Loss, Term
 from fastloss.options import check_choice
 
-__all__ = ["value"]
+__all__ = ["keep_memory", "value"]
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4  # of malloc.h
 
 
 def value(
@@ -54,7 +57,7 @@ def value(
 
     Raises:
         TypeError, ValueError: arrays that do not fit each other, options out of their range, and
-            with ``axis_name`` a loss that is no function of sums, such as `fastloss.TopKCrossEntropy`.
+            with ``axis_name`` a loss that is no function of sums: `fastloss.TopKCrossEntropy`.
     """
     check_choice("shard", shard, sharded.SHARDS)
     if not isinstance(loss, (Loss, Term)):
@@ -63,10 +66,33 @@ def value(
         raise TypeError(f"logits: expected an array of JAX, got {type(logits).__name__}")
     extras = Extras.of(fields, regions, region_count)
     if axis_name is None:
-        return ADAPTER.value(
+        found = ADAPTER.value(
             loss, logits, target, voxel_weight, extras=extras, reuse_logits=reuse_logits
         )
-    whole = Loss(loss)
-    return sharded.value(
-        whole, logits, target, voxel_weight, extras, axis_name, shard, reuse_logits
-    )
+    else:
+        arrays = (logits, target, voxel_weight, extras)
+        found = sharded.value(Loss(loss), *arrays, axis_name, shard, reuse_logits)
+    result: jax.Array = found
+    return result
+
+
+def keep_memory() -> bool:
+    """Let the process keep the memory of large arrays that are gone, for the next ones.
+
+    XLA takes memory on the CPU from the C library, which hands large arrays back to the system at
+    once. In every step of a training the system then makes their pages anew, which can take as long
+    as the loss. After this call, once at the start of a program, glibc keeps up to 2 GiB that are
+    free at the end of its heap. It concerns the whole process, whose resident memory stays nearer
+    to its peak.
+
+    Returns:
+        Whether the C library can do it: glibc can.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    most = 2**31 - 1
+    # Older versions refuse so high a threshold.
+    from_heap = mallopt(_M_MMAP_THRESHOLD, most) or mallopt(_M_MMAP_MAX, 0)
+    return bool(from_heap and mallopt(_M_TRIM_THRESHOLD, most) and mallopt(_M_TOP_PAD, 2**28))

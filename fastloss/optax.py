@@ -170,7 +170,7 @@ def _each(term: Term, predictions: Any, targets: Any, is_logits: bool, axis: Any
     kept, order = _kept(x.ndim, axis)
     shape = tuple(x.shape[i] for i in kept)
     if order != tuple(range(x.ndim - 1)):
-        x, y = x.transpose(*order, x.ndim - 1), y.transpose(*order, *([] if is_map else [x.ndim - 1]))
+        x, y = x.transpose(*order, x.ndim - 1), y.transpose(*order, *range(x.ndim - 1, y.ndim))
     voxels = (prod(shape), prod(x.shape[len(kept) : -1]))
     x, y = x.reshape(*voxels, -1), y.reshape(voxels if is_map else (*voxels, -1))
     activation = "none" if not is_logits else "sigmoid" if x.shape[-1] == 1 else "softmax"

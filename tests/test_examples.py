@@ -19,16 +19,18 @@ SCRIPT = ROOT / "examples" / "train_brain.py"
 STEPS = 2
 
 
-def train_brain(*arguments: str, absent: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def train_brain(
+    *arguments: str, absent: tuple[str, ...] = (), script: Path = SCRIPT
+) -> subprocess.CompletedProcess[str]:
     """Run the script with some packages made unimportable."""
     program = (
         "import importlib.util, runpy, sys\n"
         "find = importlib.util.find_spec\n"
         f"importlib.util.find_spec = lambda name: None if name in {absent!r} else find(name)\n"
-        f"sys.argv = [{str(SCRIPT)!r}, *{arguments!r}]\n"
-        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        f"sys.argv = [{str(script)!r}, *{arguments!r}]\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
     )
-    command = [sys.executable, "-c", program] if absent else [sys.executable, SCRIPT, *arguments]
+    command = [sys.executable, "-c", program] if absent else [sys.executable, script, *arguments]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return subprocess.run(
         command,
@@ -177,6 +179,28 @@ def test_hd95(brain_modules: Any) -> None:
             *both, include_background=True, percentile=95, spacing=spacing
         )
         np.testing.assert_allclose(hd95(a, b, spacing), float(theirs), rtol=1e-5)
+
+
+def test_training_in_jax(tmp_path: Path) -> None:
+    """A few steps write all that the page names; an absent package is named at once."""
+    for package in ("jax", "optax", "nilearn", "nibabel", "matplotlib"):
+        need(package)
+    script = SCRIPT.with_name("train_jax.py")
+    options = ["--steps", str(STEPS), "--patch", "16", "--out", str(tmp_path)]
+    result = train_brain(*options, script=script)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"step {STEPS}/{STEPS}  loss " in result.stdout
+    with (tmp_path / "curve.csv").open(newline="", encoding="utf-8") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert len(set(losses)) == STEPS
+    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    assert all(0 <= dice <= 1 for dice in summary["held_out_dice"].values())
+    for name in ("curve.png", "overlay.png"):
+        image = need("matplotlib.image").imread(tmp_path / name)[..., :3]
+        assert (np.ptp(image, axis=2) > 0.3).mean() > 0.0005
+    result = train_brain(absent=("optax",), script=script)
+    assert result.returncode == 2
+    assert "package optax is not there: pip install" in result.stderr
 
 
 def test_absent_package_is_named_before_work_begins() -> None:

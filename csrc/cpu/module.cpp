@@ -22,6 +22,7 @@
 #include "distance.h"
 #include "job.h"
 #include "shared.h"
+#include "surface.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -500,6 +501,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("get_num_threads", &num_threads);
   m.def("set_num_threads", [](int n) { wanted_threads = n; });
   bind_distance(m);
+  bind_surface(m);
   m.def("copy_bandwidth", &copy_bandwidth);
   m.def("read_bandwidth", &read_bandwidth);
   bind_soft_skeleton(m);

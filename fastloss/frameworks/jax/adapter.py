@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from math import prod
 from typing import Any
 
 import jax
@@ -53,13 +52,13 @@ class JaxAdapter(DlpackAdapter):
         reuse_logits: bool = False,
     ) -> Any:
         loss = as_loss(loss)
-        others = () if extras is None else extras.arrays
-        if not is_traced(logits, target, voxel_weight, *others):
+        more = () if extras is None else extras.arrays
+        if not is_traced(logits, target, voxel_weight, *more):
             value = super().value(loss, logits, target, voxel_weight, extras=extras)
             return as_jax(value, logits)
         call, arrays = described(loss, logits, target, voxel_weight, extras)
-        logits, *arrays = alike(logits, *arrays)
-        return _value(call._replace(reuses=reuse_logits), logits, tuple(arrays))
+        logits, *others = alike(logits, *arrays)
+        return _value(call._replace(reuses=reuse_logits), logits, tuple(others))
 
 
 def is_traced(*arrays: Any) -> bool:
@@ -76,7 +75,9 @@ def described(
 
     Fields that the caller left out are made on the way.
     """
-    names, fields, regions, rows = (), (), None, None
+    names: tuple[str, ...] = ()
+    fields: tuple[Any, ...] = ()
+    regions = rows = None
     if extras is not None:
         names, regions, rows = extras.names, extras.regions, extras.region_count
         fields = tuple(_array(field) for _, field in extras.fields)
@@ -230,7 +231,8 @@ def refuse_gradient(call: Call, others: Sequence[Any]) -> None:
 def run(call: Call, results: Sequence[Shape], operands: Sequence[Any]) -> Sequence[Any]:
     """The results of a step: at once where there is memory to read, else in the program."""
     if is_traced(*operands):
-        return _in_program(call, tuple(results), tuple(operands))
+        found: Sequence[Any] = _in_program(call, tuple(results), tuple(operands))
+        return found
     like = operands[0]
     if isinstance(like, jax.Array) and next(iter(like.devices())).platform != "cpu":
         return _run_on_device(call, operands)
@@ -278,7 +280,8 @@ def _on_mesh(result: Shape, like: Any) -> Shape:
             sharding=NamedSharding(kind.sharding.mesh, PartitionSpec(*[None] * len(result.shape))),
             manual_axis_type=kind.manual_axis_type,
         )
-    return Shape(result.shape, result.dtype, vma=kind.vma)
+    options: dict[str, Any] = {"vma": kind.vma}  # of older versions
+    return Shape(result.shape, result.dtype, **options)
 
 
 def alike(*arrays: Any) -> tuple[Any, ...]:
@@ -295,9 +298,10 @@ def alike(*arrays: Any) -> tuple[Any, ...]:
 def _vary(array: Any, axes: tuple[str, ...]) -> Any:
     if not axes:
         return array
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(array, axes, to="varying")
-    return jax.lax.pvary(array, axes)
+    lax: Any = jax.lax
+    if hasattr(lax, "pcast"):
+        return lax.pcast(array, axes, to="varying")
+    return lax.pvary(array, axes)  # of older versions
 
 
 def _run_on_device(call: Call, operands: Sequence[Any]) -> Sequence[Any]:

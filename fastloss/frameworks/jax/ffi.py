@@ -15,11 +15,12 @@ import traceback
 from collections.abc import Sequence
 from ctypes import POINTER, c_char, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from fastloss.frameworks.jax import host
@@ -35,7 +36,7 @@ _ERROR_CREATE = 48
 _DTYPES = {
     1: np.bool_, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
     6: np.uint8, 7: np.uint16, 8: np.uint32, 9: np.uint64,
-    10: np.float16, 11: np.float32, 12: np.float64, 16: ml_dtypes.bfloat16,
+    10: np.float16, 11: np.float32, 12: np.float64, 16: jnp.bfloat16,
 }  # fmt: skip
 _dtypes = {code: np.dtype(kind) for code, kind in _DTYPES.items()}
 
@@ -123,7 +124,8 @@ def _view(buffer: _Buffer, new: bool) -> np.ndarray:
     memory = (c_char * size).from_address(buffer.data)
     if new and size >= LEAST:
         huge_pages(buffer.data, size)
-    return np.ndarray(shape, dtype, memory)
+    view: np.ndarray = np.ndarray(shape, dtype, memory)
+    return view
 
 
 def _views(buffers: _Buffers, new: bool = False) -> list[np.ndarray]:
@@ -222,6 +224,8 @@ def call(
         host.run(encoded, [np.asarray(a) for a in arrays], made)
         return made
 
-    # Under vmap it is called in a loop, the default of the versions that come here.
-    found = jax.pure_callback(callback, list(results), *operands)
-    return found
+    # Under vmap it is called in a loop, which versions do that have no option for it.
+    named = "vmap_method" in signature(jax.pure_callback).parameters
+    options: dict[str, Any] = {"vmap_method": "sequential"} if named else {}
+    copied: Sequence[Any] = jax.pure_callback(callback, list(results), *operands, **options)
+    return copied

@@ -63,7 +63,7 @@ class Call(NamedTuple):
         return json.dumps(self)
 
     @property
-    def count(self) -> int:
+    def arrays(self) -> int:
         """How many arrays a call of the loss takes."""
         return 2 + self.weighted + len(self.fields) + (self.regions > 0)
 
@@ -72,7 +72,7 @@ class Call(NamedTuple):
         return loss_of(self.structure, np.array(self.numbers, np.float64))
 
     def passes(self, arrays: Sequence[Any]) -> Any:
-        logits, target, *others = arrays[: self.count]
+        logits, target, *others = arrays[: self.arrays]
         weight = others.pop(0) if self.weighted else None
         regions = others.pop() if self.regions else None
         extras = None
@@ -84,8 +84,8 @@ class Call(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _call_of(text: bytes) -> Call:
-    parts = [tuple(part) if isinstance(part, list) else part for part in json.loads(text)]
-    return Call(*parts)
+    parts: list[Any] = json.loads(text)
+    return Call._make(tuple(part) if isinstance(part, list) else part for part in parts)
 
 
 def run(text: bytes, operands: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> None:
@@ -98,13 +98,15 @@ def run(text: bytes, operands: Sequence[np.ndarray], results: Sequence[np.ndarra
             step(call, operands, results)
             return
         for index in np.ndindex(*results[0].shape[:more]):
-            step(call, [_at(index, o) for o in operands], [r[(*index, ...)] for r in results])
+            place = (*index, Ellipsis)  # of numbers too views
+            step(call, [_at(index, o) for o in operands], [r[place] for r in results])
 
 
 def _at(index: tuple[int, ...], operand: np.ndarray) -> np.ndarray:
     """The part of an operand; of one that is the same for all of an axis there is one."""
     own = (i if n > 1 else 0 for i, n in zip(index, operand.shape, strict=False))
-    part: np.ndarray = operand[(*own, ...)]
+    place = (*own, Ellipsis)
+    part: np.ndarray = operand[place]
     return part
 
 

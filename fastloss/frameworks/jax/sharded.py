@@ -49,9 +49,7 @@ def value(
     # A sum in which each device has a place of its own: exact, and in the same order everywhere.
     places = jnp.zeros((parts, *own.shape), own.dtype)
     places, own = alike(places, own)
-    places = jax.lax.dynamic_update_index_in_dim(
-        places, own, jax.lax.axis_index(axis_name), axis=0
-    )
+    places = jax.lax.dynamic_update_index_in_dim(places, own, jax.lax.axis_index(axis_name), axis=0)
     return _combined(call, jax.lax.psum(places, axis_name))
 
 
