@@ -66,9 +66,9 @@ def keras_step(logits: np.ndarray, labels: np.ndarray) -> tuple[dict[str, Call],
     classes = logits.shape[1]
     image = np.ascontiguousarray(np.moveaxis(logits[:, :1], 1, -1))
 
-    def step(loss: Any) -> Call:
+    def step(loss: Any, activation: str | None = "softmax") -> Call:
         keras.utils.set_random_seed(0)
-        head = keras.layers.Conv3D(classes, 1, activation="softmax")
+        head = keras.layers.Conv3D(classes, 1, activation=activation)
         model = keras.Sequential([keras.Input(image.shape[1:]), head])
         model.compile("sgd", loss=loss)
         return lambda: model.train_on_batch(image, labels)
@@ -85,10 +85,10 @@ def keras_step(logits: np.ndarray, labels: np.ndarray) -> tuple[dict[str, Call],
     found = {
         "fastloss": of(fastloss.keras),
         "Keras' losses": of(keras.losses),
-        WITHOUT: step(lambda _, p: keras.ops.mean(p)),
+        WITHOUT: step(lambda _, p: keras.ops.mean(p), None),
     }
     return found, {"Keras' losses": "≥ 10×"}
 
 
 WITHOUT = "a mean in place of the loss"
-"""The row of `keras_step` that is taken off the others, which leaves the losses' parts."""
+"""The row of `keras_step` that is taken off the others, which leaves softmax and losses."""
