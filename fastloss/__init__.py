@@ -26,6 +26,7 @@ from fastloss.functional_boundary import (
     hausdorff_dt_loss,
     skeleton_recall_loss,
 )
+from fastloss.instances import Components, components, voronoi
 from fastloss.loss import Loss
 from fastloss.statistics import Statistics
 from fastloss.sums import Sum
@@ -35,6 +36,7 @@ from fastloss.threads import get_num_threads, set_num_threads
 from fastloss.version import __version__
 
 __all__ = [
+    "Components",
     "Loss",
     "Statistics",
     "Sum",
@@ -42,6 +44,7 @@ __all__ = [
     "boundary_dou_loss",
     "boundary_loss",
     "brier_loss",
+    "components",
     "cross_entropy_loss",
     "dice_ce_loss",
     "dice_focal_loss",
@@ -64,6 +67,7 @@ __all__ = [
     "top_k_cross_entropy_loss",
     "tversky_loss",
     "use_backend",
+    "voronoi",
 ]
 __all__ += _terms
 __all__.sort()
