@@ -41,7 +41,7 @@ def test_other_backends_against_keras(backend: str, count: int) -> None:
     need(backend)
     code = f"import keras_cases as c; c.compare({count}, seed=1); c.fits(few=True)"
     code += "; print(c.keras.backend.backend())"
-    assert run_python(code, KERAS_BACKEND=backend).split()[-1] == backend
+    assert run_python(code, timeout=300, KERAS_BACKEND=backend).split()[-1] == backend
 
 
 @pytest.mark.filterwarnings("ignore:fastloss computes in TensorFlow's operations")

@@ -141,7 +141,7 @@ def test_fields_and_regions() -> None:
 # ---------------------------------------------------------------------- XLA
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     name=st.sampled_from(sorted(LOSSES)),
     activation=st.sampled_from(["softmax", "sigmoid", "none"]),
