@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
 import warnings
 from functools import partial
 from typing import Any
@@ -207,7 +209,7 @@ def test_dice_of_label_maps(data: Any) -> None:
         "reduction": "mean_batch",
         "return_with_label": draw(st.sampled_from([False, True, ["a", "b", "c", "d"]])),
     }
-    pair = [getattr(m, "DiceMetric")(**made) for m in (ours, theirs)]  # noqa: B009
+    pair = [m.DiceMetric(**made) for m in (ours, theirs)]
     same(*(metric(p, g) for metric in pair))
     own, right = (metric.aggregate() for metric in pair)
     if isinstance(right, dict):
@@ -337,6 +339,38 @@ def test_half_types_do_not_overflow() -> None:
     ones = torch.ones(1, 1, 300, 300)
     for dtype in (torch.float16, torch.bfloat16):
         same(ours.compute_iou(ones.to(dtype), ones.to(dtype)), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 3), (1, 2, 0, 3)])
+def test_without_samples_or_voxels(shape: Any) -> None:
+    empty = torch.zeros(shape)
+    for name in ("compute_iou", "compute_generalized_dice"):
+        same(*(getattr(m, name)(empty, empty) for m in (ours, theirs)))
+
+
+def test_tensors_on_a_device(monkeypatch: Any) -> None:
+    """The path of tensors that are not in CPU memory, with such that say they are not."""
+    p, g = ((torch.rand(2, 3, 20, 30) < 0.3).float() for _ in range(2))
+    labels = g.argmax(1, keepdim=True)
+    calls = [
+        ("compute_dice", {"y_pred": p, "y": g}),
+        ("compute_dice", {"y_pred": p * 0.7, "y": g * 0.5}),
+        ("compute_dice", {"y_pred": p, "y": g, "ignore_index": 1}),
+        ("compute_dice", {"y_pred": labels, "y": labels, "num_classes": 3, "ignore_index": 2}),
+        ("compute_iou", {"y_pred": p, "y": g, "ignore_index": 9}),
+        ("get_confusion_matrix", {"y_pred": p, "y": g}),
+        ("compute_hausdorff_distance", {"y_pred": p, "y": g}),
+        (
+            "compute_average_surface_distance",
+            {"y_pred": p, "y": torch.cat([labels == c for c in range(3)], 1).float()},
+        ),
+    ]
+    right = [silently(partial(getattr(theirs, name), **arguments)) for name, arguments in calls]
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    own = [silently(partial(getattr(ours, name), **arguments)) for name, arguments in calls]
+    monkeypatch.undo()
+    for pair in zip(own, right, strict=True):
+        same(*pair, 1e-5)
 
 
 # ---------------------------------------------------------------------- surfaces
@@ -663,9 +697,6 @@ dist.destroy_process_group()
 
 
 def test_gathers_over_ranks(tmp_path: Any) -> None:
-    import subprocess
-    import sys
-
     started = [
         subprocess.Popen([sys.executable, "-c", RANKS, str(rank), str(tmp_path / "store")])
         for rank in range(2)
