@@ -459,6 +459,17 @@ def test_surface_dice(data: Any) -> None:
     agree("SurfaceDiceMetric", made, [(p, g)], 1e-5, spacing=spacing)
 
 
+def test_a_distance_at_the_tolerance_is_within() -> None:
+    """√2 in float32 is below √2, and both sides are rounded."""
+    p, g = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
+    p[..., 1, 1] = g[..., 2, 2] = 1
+    for spacing in (1.0, 0.1, 1.7, 0.3):
+        options = {"class_thresholds": [spacing * 2**0.5], "include_background": True}
+        pair = [m.compute_surface_dice(p, g, spacing=spacing, **options) for m in (ours, theirs)]
+        same(*pair)
+        assert pair[0] == 1
+
+
 def test_percentile_of_one_empty_mask_is_unknown() -> None:
     p, g = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
     g[:, :, 1:3] = 1
