@@ -269,6 +269,15 @@ def test_jaccard_as_monai(batch: bool, squared: bool) -> None:
     compare(term, lambda t: oracle(t, onehot_tensor(y)), x, y)
 
 
+@pytest.mark.parametrize("batch", [False, True])
+def test_matthews_correlation_as_monai(batch: bool) -> None:
+    losses = monai_losses()
+    x, y = example(B, C, SPATIAL, seed=8)
+    oracle = losses.MCCLoss(softmax=True, batch=batch, smooth_nr=0.5, smooth_dr=2.0)
+    term = fl.MCC(batch=batch, smooth_nr=0.5, smooth_dr=2.0)
+    compare(term, lambda t: oracle(t, onehot_tensor(y)), x, y)
+
+
 @pytest.mark.parametrize("term", ["dice", "jaccard", "tversky"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_sigmoid_regions_as_monai(term: str, reduction: str) -> None:
@@ -405,32 +414,32 @@ TERMS = {
     "generalized dice": fl.GeneralizedDice(weight=WEIGHT),
     "generalized batch dice": fl.GeneralizedDice(weighting="simple", batch=True),
     "squared generalized dice": fl.GeneralizedDice(weighting="uniform", squared=True),
+    "matthews correlation": fl.MCC(weight=WEIGHT, smooth_nr=0.1),
+    "batch matthews correlation": fl.MCC(batch=True, include_background=False, smooth_dr=0),
     "sum of terms": 0.5 * fl.Dice() + 2 * fl.CrossEntropy() + fl.Focal(gamma=3),
 }
 
 
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
 @pytest.mark.parametrize(
     ("kind", "weighted"),
     [("labels", False), ("labels", True), ("soft", True), ("multi-label", False)],
 )
 @pytest.mark.parametrize("name", TERMS)
-def test_gradient_by_finite_differences(
-    name: str, activation: str, kind: str, weighted: bool
-) -> None:
-    spatial = (3, 2)
-    x, y = example(2, C, spatial, seed=14, activation=activation)
-    rng = np.random.default_rng(15)
-    target = {
-        "labels": y,
-        "soft": rng.dirichlet(np.ones(C), (2, *spatial)).transpose(0, 3, 1, 2),
-        "multi-label": (rng.uniform(size=x.shape) < 0.5).astype(float),
-    }[kind]
-    w = rng.uniform(0, 2, (2, *spatial)) * (rng.uniform(size=(2, *spatial)) < 0.8)
-    loss = fl.Loss(TERMS[name], activation=activation)
-    gradient = loss.gradient(x, target, w if weighted else None)
-    expected = finite_differences(loss, x, target, w if weighted else None)
-    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=2e-8)
+def test_gradient_by_finite_differences(name: str, kind: str, weighted: bool) -> None:
+    for activation in ("softmax", "sigmoid", "none"):
+        spatial = (3, 2)
+        x, y = example(2, C, spatial, seed=14, activation=activation)
+        rng = np.random.default_rng(15)
+        target = {
+            "labels": y,
+            "soft": rng.dirichlet(np.ones(C), (2, *spatial)).transpose(0, 3, 1, 2),
+            "multi-label": (rng.uniform(size=x.shape) < 0.5).astype(float),
+        }[kind]
+        w = rng.uniform(0, 2, (2, *spatial)) * (rng.uniform(size=(2, *spatial)) < 0.8)
+        loss = fl.Loss(TERMS[name], activation=activation)
+        gradient = loss.gradient(x, target, w if weighted else None)
+        expected = finite_differences(loss, x, target, w if weighted else None)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=2e-8)
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])

@@ -91,8 +91,8 @@ def test_types_of_the_kernels_name_all_that_they_offer() -> None:
     support.need_backend("cpu")
     kernels = importlib.import_module("fastloss._cpu")
     stub = ast.parse((support.ROOT / "fastloss" / "_cpu.pyi").read_text(encoding="utf-8"))
-    (passes,) = (node for node in stub.body if isinstance(node, ast.ClassDef))
-    for what, types in ((kernels, stub), (kernels.Passes, passes)):
+    classes = [node for node in stub.body if isinstance(node, ast.ClassDef)]
+    for what, types in ((kernels, stub), *((getattr(kernels, c.name), c) for c in classes)):
         assert defined(types) == {name for name in vars(what) if not name.startswith("_")}
 
 
@@ -105,7 +105,8 @@ def defined(parent: ast.Module | ast.ClassDef) -> set[str]:
 def test_installed_package_finds_its_cuda_sources(built: Path, tmp_path: Path) -> None:
     code = (
         "from fastloss.backends.cuda import source as s; print(s.folder());"
-        "names = 'passes', 'top_k', 'copy', 'distance', 'class_indices';"
+        "names = 'passes', 'top_k', 'copy', 'distance', 'class_indices', 'powers', "
+        "'boundary_voxels';"
         "print(''.join(s.source(name + '.cu') for name in names), end='')"
     )
     result = subprocess.run(
@@ -128,5 +129,7 @@ def test_installed_package_finds_its_cuda_sources(built: Path, tmp_path: Path) -
         "copy",
         "distance_lines",
         "class_indices",
+        "powers",
+        "boundary_voxels",
     ):
         assert f"fastloss_{kernel}(" in text

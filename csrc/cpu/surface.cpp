@@ -13,6 +13,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <exception>
 #include <memory>
 
 #include "vec.h"  // before voxel.h
@@ -61,15 +62,22 @@ void copy_members(const Index* from, int64_t n, Members members, uint8_t* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = members[from[i]];
 }
 
-Padded padded_of(const Volume& v, const Box& box, Members members) {
+// `margin`: whether voxels of the volume in the margin are copied as well.
+Padded padded_of(const Volume& v, const Box& box, Members members, bool margin) {
   Padded p;
-  for (int axis = 0; axis < 3; ++axis) p.shape[axis] = box.high[axis] - box.low[axis] + 2;
+  int64_t first[3], end[3];  // that are copied
+  for (int axis = 0; axis < 3; ++axis) {
+    p.shape[axis] = box.high[axis] - box.low[axis] + 2;
+    first[axis] = margin ? std::max<int64_t>(box.low[axis] - 1, 0) : box.low[axis];
+    end[axis] = margin ? std::min(box.high[axis] + 1, v.shape[axis]) : box.high[axis];
+  }
   p.voxels.assign(size_t(p.shape[0] * p.shape[1] * p.shape[2]), 0);
-  const int64_t n = box.high[2] - box.low[2];
-  parallel(box.high[0] - box.low[0], 1, [&](int64_t z, void*) {
-    for (int64_t y = 0; y < box.high[1] - box.low[1]; ++y) {
-      const int64_t from = (box.low[0] + z) * v.plane() + (box.low[1] + y) * v.row() + box.low[2];
-      uint8_t* to = p.voxels.data() + ((z + 1) * p.shape[1] + y + 1) * p.shape[2] + 1;
+  parallel(end[0] - first[0], 1, [&](int64_t i, void*) {
+    const int64_t z = first[0] + i, n = end[2] - first[2];
+    for (int64_t y = first[1]; y < end[1]; ++y) {
+      const int64_t from = z * v.plane() + y * v.row() + first[2];
+      const int64_t row = (z - box.low[0] + 1) * p.shape[1] + y - box.low[1] + 1;
+      uint8_t* to = p.voxels.data() + row * p.shape[2] + first[2] - box.low[2] + 1;
       if (v.item == 1)
         copy_members(reinterpret_cast<const uint8_t*>(v.classes) + from, n, members, to);
       else copy_members(reinterpret_cast<const uint16_t*>(v.classes) + from, n, members, to);
@@ -339,7 +347,7 @@ py::list surface_distances(const py::array& prediction, const py::array& referen
   py::array_t<double, py::array::c_style> table;
   if (!areas.is_none()) table = py::cast<py::array_t<double, py::array::c_style>>(areas);
   const Grid grid{axes, areas.is_none() ? nullptr : table.data()};
-  Volume which{};
+  Volume which{};  // voxels that count, if not all do
   py::array kept;
   if (!counted.is_none()) {
     kept = py::cast<py::array>(counted);
@@ -353,23 +361,38 @@ py::list surface_distances(const py::array& prediction, const py::array& referen
     };
     const std::vector<Box> of_labels[2] = {boxes(volumes[0]), boxes(volumes[1])};
     const bool is[2] = {false, true};
-    for (size_t k = 0; k < found.size(); ++k) {
-      const Members members = structures.data() + int64_t(k) * indices;
+    const auto measure = [&](int64_t k) {
+      const Members members = structures.data() + k * indices;
       Box box = box_of(of_labels[0], members);
       box.add(box_of(of_labels[1], members));
-      if (box.empty()) continue;
+      if (box.empty()) return;
       std::unique_ptr<Padded> counts;
-      if (!counted.is_none()) counts.reset(new Padded(padded_of(which, box, is)));
+      if (which.classes) counts.reset(new Padded(padded_of(which, box, is, true)));
       const Surface surfaces[2] = {
-          surface_of(padded_of(volumes[0], box, members), counts.get(), grid),
-          surface_of(padded_of(volumes[1], box, members), counts.get(), grid)};
+          surface_of(padded_of(volumes[0], box, members, false), counts.get(), grid),
+          surface_of(padded_of(volumes[1], box, members, false), counts.get(), grid)};
       const Lengths lengths(surfaces[0].shape, spacing);
       std::vector<Element> elements[2];
       for (int i = 0; i < 2; ++i)
         elements[i] = directed(surfaces[i], surfaces[1 - i], lengths, grid);
-      parallel(2, 1,
-               [&](int64_t i, void*) { found[k][size_t(i)] = sorted(elements[i], grid.points()); });
-    }
+      parallel(2, 1, [&](int64_t i, void*) {
+        found[size_t(k)][size_t(i)] = sorted(elements[i], grid.points());
+      });
+    };
+    // Structures are measured side by side, a single one by all threads: small loops have no
+    // threads of their own within a larger one.
+    std::exception_ptr failure;
+    const auto one = [&](int64_t k, void*) {
+      try {
+        measure(k);
+      } catch (...) {
+#pragma omp critical(fastloss_surface)
+        failure = std::current_exception();
+      }
+    };
+    if (found.size() == 1) one(0, nullptr);
+    else parallel(int64_t(found.size()), 1, one);
+    if (failure) std::rethrow_exception(failure);
   }
   py::list result;
   for (auto& of_structure : found) {

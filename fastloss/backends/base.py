@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.arrays import Arrays, Field
-from fastloss.backends import counts, distances, surfaces
+from fastloss.backends import components, counts, distances, surfaces
 from fastloss.borrowed import Place
 from fastloss.maps import Map
 from fastloss.protocol import FusedLoss
@@ -117,6 +117,18 @@ class Backend:
         return surfaces.surface_distances(
             prediction, reference, structures, axes, spacing, areas, counted
         )
+
+    # ------------------------------------------------------------------ instances
+
+    def components(
+        self, classes: np.ndarray, table: np.ndarray, connectivity: int
+    ) -> components.Labelled:
+        """As `fastloss.backends.components.NumpyLabelled`."""
+        return components.NumpyLabelled(classes, table, connectivity)
+
+    def voronoi(self, numbers: np.ndarray, spacing: Sequence[float], out: np.ndarray) -> None:
+        """As `fastloss.backends.components.voronoi`; all in C order."""
+        components.voronoi(numbers, spacing, out)
 
     # ------------------------------------------------------------------ skeletons
 

@@ -105,6 +105,8 @@ class Scores:
     def concatenate(cls, parts: Sequence[Scores]) -> Scores:
         """The samples of several tables of the same metrics and classes, one after the other.
 
+        ``about`` keeps what all of them share.
+
         Raises:
             ValueError: no table, or one of other metrics or classes.
         """
@@ -121,7 +123,11 @@ class Scores:
             {name: np.concatenate([part[name] for part in parts]) for name in first},
             samples=[sample for part in parts for sample in part.samples],
             classes=first.classes,
-            about=first.about,
+            about={
+                name: value
+                for name, value in first.about.items()
+                if all(name in part.about and part.about[name] == value for part in parts)
+            },
         )
 
     def __repr__(self) -> str:

@@ -1,8 +1,8 @@
 """The area of a surface between voxels: marching cubes on 2 × 2 × 2 of them, squares on 2 × 2.
 
-Every voxel centre is a corner of a cell that is inside or outside. The surface cuts each edge of the
-cell with one end inside and one outside at its middle. Within a face the cuts are joined around the
-corners inside; all faces together close polygons, whose area is that of their triangles.
+Every voxel centre is a corner of a cell that is inside or outside. The surface cuts each edge of
+the cell with one end inside and one outside at its middle. Within a face the cuts are joined around
+the corners inside; all faces together close polygons, whose area is that of their triangles.
 
 A polygon that does not lie in a plane has another area for every way to divide it into triangles.
 `_DIVISIONS` are those of DeepMind's package surface-distance (Nikolov et al. 2021, "Clinically
