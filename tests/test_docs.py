@@ -29,6 +29,7 @@ NEEDED = {
     "fastloss.keras": "keras",
     "fastloss.dropin": "torch",
     "fastloss.torch": "torch",
+    "fastloss.dask": "dask",
     "fastloss.monai": "torch",
     "fastloss.nnunet": "torch",
     "fastloss.nnunet.trainer": "nnunetv2",
