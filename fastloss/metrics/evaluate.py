@@ -43,6 +43,9 @@ def evaluate(
 ) -> Scores:
     """Metrics of a batch of predictions, for every sample and class.
 
+    They are computed where the prediction is: on a GPU, a reference and a mask in CPU memory are
+    copied there, and only counts and distances come back. For lesions, class indices come back, too.
+
     Args:
         prediction: a label map (B, \\*spatial) or (B, 1, \\*spatial), or scores (B, C, \\*spatial):
             logits or probabilities, see ``activation``. One to three spatial axes; an axis of one

@@ -54,11 +54,15 @@ class Pair(NamedTuple):
 
     def here(self) -> Pair:
         """The same in CPU memory."""
-        if isinstance(self.groups[0].prediction, np.ndarray):
-            return self
-        groups = tuple(Group(g[0].numpy(), g[1].numpy(), g.members) for g in self.groups)
-        counted = None if self.counted is None else self.counted.numpy().view(bool)
+        groups = tuple(Group(here(g.prediction), here(g.reference), g.members) for g in self.groups)
+        counted = None if self.counted is None else here(self.counted).view(bool)
         return self._replace(groups=groups, counted=counted)
+
+
+def here(volumes: Any) -> np.ndarray:
+    """Volumes in CPU memory: themselves, or a copy."""
+    found: np.ndarray = volumes if isinstance(volumes, np.ndarray) else volumes.numpy()
+    return found
 
 
 def backend_of(volumes: Any) -> Any:

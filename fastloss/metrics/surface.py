@@ -23,6 +23,10 @@ of a curved surface, so that distances are up to half a voxel short: between sph
 on voxels of 0.5 mm, "deepmind" finds 2.7 mm and "monai" 2.9. "monai" and "medpy" are here to
 compare with what was published with those tools.
 
+Distances are float64. On a GPU the nearest element is found in float32, and its distance made of
+the voxels to it; only where spacings differ so much that float32 loses an element, the distance has
+float32's precision.
+
 Sources: Nikolov et al. 2021, "Clinically Applicable Segmentation of Head and Neck Anatomy for
 Radiotherapy" (surface Dice, areas); MONAI 1.6.1; MedPy 0.5; on how tools differ, Podobnik & Vrtovec
 2024, "Metrics Revolutions".

@@ -87,11 +87,17 @@ class Volumes:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, sample: int) -> Volumes:
-        size = self.item * prod(self.shape[1:])
-        return Volumes(
-            self.metrics, self.address + sample * size, self.shape[1:], self.item, self.owner
-        )
+    def __getitem__(self, samples: int | slice) -> Volumes:
+        """One sample, or some that follow each other."""
+        shape = self.shape[1:]
+        if isinstance(samples, slice):
+            first, end, step = samples.indices(len(self))
+            assert step == 1
+            shape = (max(end - first, 0), *shape)
+        else:
+            first = samples
+        at = self.address + first * self.item * prod(self.shape[1:])
+        return Volumes(self.metrics, at, shape, self.item, self.owner)
 
     def reshape(self, shape: tuple[int, ...]) -> Volumes:
         return Volumes(self.metrics, self.address, shape, self.item, self.owner)

@@ -66,7 +66,8 @@ def overlap(
 
 def _few(p: Tensor, g: Tensor, mask: Tensor | None, binary: bool) -> Overlap:
     p, g = _multiplied(p, g, mask, binary)
-    p, g = (t.double().reshape(*t.shape[:2], -1) for t in (p, g))
+    shape = (*p.shape[:2], math.prod(p.shape[2:]))
+    p, g = (t.double().reshape(shape) for t in (p, g))
     return Overlap((p * g).sum(2), p.sum(2), g.sum(2))
 
 
