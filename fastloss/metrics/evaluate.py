@@ -43,8 +43,8 @@ def evaluate(
 ) -> Scores:
     """Metrics of a batch of predictions, for every sample and class.
 
-    They are computed where the prediction is: on a GPU, a reference and a mask in CPU memory are
-    copied there, and only counts and distances come back. For lesions, class indices come back, too.
+    They are computed where the prediction is. To a GPU a reference and a mask in CPU memory are
+    copied; counts and distances come back, and for lesions class indices.
 
     Args:
         prediction: a label map (B, \\*spatial) or (B, 1, \\*spatial), or scores (B, C, \\*spatial):
