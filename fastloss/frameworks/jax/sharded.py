@@ -39,10 +39,7 @@ def value(
     parts = int(jax.lax.psum(1, axis_name))
     call, arrays = described(loss, logits, target, voxel_weight, extras)
     batch = logits.shape[0] * (parts if shard == "batch" else 1)
-    more = (call.regions,) if call.regions else ()
-    shape = np.broadcast_shapes(
-        *(term.value_shape(batch, call.sums[2], *more) for _, term in loss.terms)
-    )
+    shape = loss.value_shape(batch, call.sums[2], call.regions)
     call = call._replace(value=shape, reuses=reuse_logits, parts=parts, shard=shard)
     logits, *others = alike(logits, *arrays)
     own = _statistics(call, logits, tuple(others))

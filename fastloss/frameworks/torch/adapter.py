@@ -91,7 +91,8 @@ class TorchAdapter(TensorAdapter):
             )
         if ranks is not None and ranks.shard == "volume":
             loss.check_given(extras, "shard")
-        if loss.makers and loss.lacks(() if extras is None else extras.names):
+        given_names = () if extras is None else extras.names
+        if loss.lacks_regions(extras) or (loss.makers and loss.lacks(given_names)):
             # Made once, not again in the backward pass: autograd saves them, as it does others.
             extras = loss.passes(logits, target, voxel_weight, extras).whole_extras
         differentiable = torch.is_grad_enabled() and logits.requires_grad
