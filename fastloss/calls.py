@@ -280,9 +280,7 @@ class Passes:
             made, rows = place.array(made, "int32"), max(8, 1 << (rows - 1).bit_length())
         view = borrow(made, "regions")
         self._made_regions = made
-        self.arrays = replace(
-            self.arrays, regions=view.array, regions_dtype=view.dtype, rows=rows
-        )
+        self.arrays = replace(self.arrays, regions=view.array, regions_dtype=view.dtype, rows=rows)
 
     def _distances(self, name: str, given: Any, field: Field, on_gpu: bool) -> Any:
         """A field that the caller gave and another is derived from."""

@@ -48,7 +48,8 @@ def cc_dice_ce_loss(
     >>> import numpy as np, fastloss as fl
     >>> p = np.array([[[1.0, 0, 0, 0, 0, 0, 0, 1]]])  # one lesion as it is, and half of another
     >>> g = np.array([[1, 0, 0, 0, 0, 0, 1, 1]])
-    >>> print(round(float(fl.cc_dice_ce_loss(p, g, ce_factor=0, activation="none")), 3))  # (0+1/3)/2
+    >>> options = {"activation": "none", "ce_factor": 0}
+    >>> print(round(float(fl.cc_dice_ce_loss(p, g, **options)), 3))  # (0 + 1/3)/2
     0.167
     """
     values = (dice_factor, ce_factor, smooth_nr, smooth_dr, weight, without, connectivity)

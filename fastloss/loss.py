@@ -192,8 +192,9 @@ class Term:
         return ()
 
     def make_regions(self, target: Target, spacing: Spacing) -> tuple[np.ndarray, int]:
-        """For a `regional` term: the regions of a target of NumPy's, (B, *spatial) of int32, and how
-        many a sample has at most.
+        """For a `regional` term: the regions of a target, and how many a sample has at most.
+
+        Both arrays are NumPy's; the regions are (B, *spatial) of int32.
 
         Raises:
             ValueError: they cannot be made of such a target.
@@ -1143,8 +1144,8 @@ def _regional_term(terms: list[Term]) -> Term | None:
     for term in found[1:]:
         if term.making_regions != found[0].making_regions:
             raise ValueError(
-                f"regions: {found[0]!r} and {term!r} take different regions, and a loss has one map "
-                "of them"
+                f"regions: {found[0]!r} and {term!r} take different regions, and a loss has one "
+                "map of them"
             )
     return found[0] if found else None
 

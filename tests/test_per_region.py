@@ -215,7 +215,6 @@ def test_pytorch_loop_of_the_blob_loss() -> None:
         dice = 1 - (2 * (p * g).sum() + 1e-5) / (p.sum() + g.sum() + 1e-5)
         return dice - torch.log(torch.where(g, p, 1 - p)).mean()
 
-    ones = torch.ones(y.shape[1:], dtype=torch.bool)
     whole = blobs = 0.0
     for b in range(2):
         p, g = torch.softmax(z[b], 0)[1], torch.tensor(y[b] > 0)
@@ -226,7 +225,6 @@ def test_pytorch_loop_of_the_blob_loss() -> None:
             for _, mask, region in regions_of(y[b], BLOBS)
         ]
         blobs = blobs + torch.stack(each).mean() / 2
-    assert ones.all()
     total = 2 * whole + 0.5 * blobs
     total.backward()
     value, gradient = fl.BlobLoss(alpha=2, beta=0.5).value_and_grad(x, y)
@@ -270,7 +268,9 @@ def test_one_channel_and_dense_targets(backend: str) -> None:
 def looped_of_masks(part: Any, x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
     values, gradients = [], []
     for b in range(len(y)):
-        own = [call(part(c), x, y, np.stack([r] * len(y)), b) for c, _, r in regions_of(y[b], CELLS)]
+        own = [
+            call(part(c), x, y, np.stack([r] * len(y)), b) for c, _, r in regions_of(y[b], CELLS)
+        ]
         values.append(np.mean([value for value, _ in own]))
         gradients.append(np.mean([gradient for _, gradient in own], axis=0))
     return float(np.mean(values)), np.mean(gradients, axis=0)
@@ -285,7 +285,9 @@ def test_spacing_and_connectivity() -> None:
     z = x[:, :, 0, :4, :4]
     one = fl.CCDiceCE()(z, diagonal)
     four = fl.CCDiceCE(connectivity=4)(z, diagonal)
-    assert one == pytest.approx((fl.Dice(include_background=False) + fl.CrossEntropy())(z, diagonal))
+    assert one == pytest.approx(
+        (fl.Dice(include_background=False) + fl.CrossEntropy())(z, diagonal)
+    )
     assert four != pytest.approx(one, rel=1e-3)
 
 
@@ -343,7 +345,9 @@ def test_nothing_to_count() -> None:
 # ------------------------------------------------------------------ regions made ahead, and parts
 
 
-@pytest.mark.parametrize("loss", [fl.CCDiceCE() + 0.5 * fl.Dice(), fl.BlobLoss()], ids=["cc", "blob"])
+@pytest.mark.parametrize(
+    "loss", [fl.CCDiceCE() + 0.5 * fl.Dice(), fl.BlobLoss()], ids=["cc", "blob"]
+)
 def test_regions_made_ahead(backend: str, loss: Any) -> None:
     x, y = volume(12, 2, 3, (6, 7, 5))
     y[1] = 0
@@ -391,7 +395,7 @@ def test_chunks(backend: str, loss: Any) -> None:
     assert loss.value(total) == pytest.approx(right[0], rel=1e-12)
     found = [loss.gradient(a, b, statistics=total, **r) for a, b, r in chunks]
     assert np.allclose(np.concatenate(found, axis=2), right[1], atol=1e-14)
-    with pytest.raises(ValueError, match="statistics: .*needs the regions of the whole"):
+    with pytest.raises(ValueError, match=r"statistics: .*needs the regions of the whole"):
         loss.statistics(x[:, :, :2], y[:, :2])
 
 

@@ -257,6 +257,8 @@ class _WithLesions(WithField):
         loss: Any,
         weight: float = 1.0,
         weight_factors: Sequence[float] | None = None,
+        *,
+        lesion_weight: str = "equal",
         **options: Any,
     ) -> None:
         if _has_regions(loss):
@@ -264,6 +266,7 @@ class _WithLesions(WithField):
                 "loss: regions may overlap, and have no lesions apart; expected DC_and_CE_loss or "
                 "DC_and_topk_loss, got DC_and_BCE_loss"
             )
+        options["weight"] = lesion_weight
         if "spacing" in options:
             options["spacing"] = check_spacing(options["spacing"])
         self.kind(**options)  # raises the errors about the options
@@ -292,7 +295,8 @@ class WithCCDiceCE(_WithLesions):
             `DeepSupervisionWrapper`, whose weights are then used.
         weight: the factor of the term.
         weight_factors: the weights of deep supervision; None: those of the wrapper, or all 1.
-        **options: those of `fastloss.CCDiceCE`.
+        lesion_weight: how lesions are weighed, the ``weight`` of `fastloss.CCDiceCE`.
+        **options: the others of `fastloss.CCDiceCE`.
 
     Raises:
         TypeError: a ``loss`` of another class. ValueError: an option out of its range.

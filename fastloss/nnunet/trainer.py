@@ -42,8 +42,8 @@ and a subclass sets options, as the attributes say::
             self.num_epochs = 200
 
 The loss is computed on the tensors' device, which must have a `fastloss` backend. Distances,
-skeletons and lesions are made in the workers of nnU-Net's data loader, by a transform after nnU-Net's own; no
-file of nnU-Net is changed.
+skeletons and lesions are made in the workers of nnU-Net's data loader, by a transform after
+nnU-Net's own; no file of nnU-Net is changed.
 """
 
 from __future__ import annotations
@@ -251,8 +251,8 @@ class CCDiceCELoss(_LesionLoss):
     plans. An ignore label is taken as it comes.
 
     Raises:
-        TypeError: when the loss is built, if it is not one of nnU-Net's Dice with a cross-entropy of
-            labels, as for a data set with regions.
+        TypeError: when the loss is built, if it is not one of nnU-Net's Dice with a cross-entropy
+            of labels, as for a data set with regions.
         ValueError: an attribute out of its range.
 
     Source: Bouteille et al. 2025, "Learning to Look Closer: a new instance-wise loss for small
@@ -263,7 +263,9 @@ class CCDiceCELoss(_LesionLoss):
 
     def _with_term(self, loss: nn.Module) -> WithField:
         spacing = tuple(float(size) for size in self.configuration_manager.spacing)
-        return WithCCDiceCE(loss, self.lesion_factor, weight=self.lesion_weight, spacing=spacing)
+        return WithCCDiceCE(
+            loss, self.lesion_factor, lesion_weight=self.lesion_weight, spacing=spacing
+        )
 
 
 class BlobLoss(_LesionLoss):
@@ -283,7 +285,7 @@ class BlobLoss(_LesionLoss):
     lesion_factor = 0.5
 
     def _with_term(self, loss: nn.Module) -> WithField:
-        return WithBlobs(loss, self.lesion_factor, weight=self.lesion_weight)
+        return WithBlobs(loss, self.lesion_factor, lesion_weight=self.lesion_weight)
 
 
 class nnUNetTrainerFastloss(FusedLoss, nnUNetTrainer):

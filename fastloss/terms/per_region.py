@@ -263,7 +263,8 @@ class _Rows:
     def over_regions(self, values: np.ndarray) -> np.ndarray:
         """(rows, columns) summed over all but the samples: (B, 1)."""
         each = values.reshape(self.batch, self.regions, values.shape[1])
-        return each.sum(axis=(1, 2)).reshape(self.batch, 1)
+        total: np.ndarray = each.sum(axis=(1, 2)).reshape(self.batch, 1)
+        return total
 
     def fits(self, upstream: Any) -> Any:
         """An upstream gradient, one number or (B, 1), as what multiplies (rows, C)."""
@@ -317,7 +318,8 @@ def _counts_all(term: ClassTerm | VoxelwiseTerm) -> bool:
 def _of_columns(share: np.ndarray, term: ClassTerm | VoxelwiseTerm, first: int) -> np.ndarray:
     """The shares, (rows, C), as what multiplies the term's values of each row."""
     if isinstance(term, VoxelwiseTerm) or term.couples_classes:
-        return share.sum(axis=1, keepdims=True)
+        total: np.ndarray = share.sum(axis=1, keepdims=True)
+        return total
     return share if term.include_background else share[:, 1:]
 
 
@@ -332,7 +334,8 @@ def _class_map(target: Target) -> np.ndarray:
             raise ValueError(
                 f"regions: of {classes} channels that may overlap no regions are made; give regions"
             )
-        return np.where(target.masks.any(axis=1), target.masks.argmax(axis=1), 0)
+        classes_of: np.ndarray = target.masks.argmax(axis=1)  # 0 where it is of none
+        return classes_of
     labels: np.ndarray = target.labels
     known = (labels >= 0) & (labels < target.classes)
     return labels if known.all() else np.where(known, labels, 0)

@@ -334,13 +334,13 @@ def _fake_loss(
         nothing = logits.new_empty((0,))
         return logits.new_empty(shape, dtype=dtype), nothing, torch.empty_like(nothing)
     batch, classes = logits.shape[0], logits.shape[loss.channel_axis]
-    shape = loss.value_shape(batch, classes, 0 if regions is None else region_count)
+    of_value = loss.value_shape(batch, classes, 0 if regions is None else region_count)
     slots, batch = _count_of_sums(loss), batch * (1 if regions is None else region_count)
     if group:
         _check_ranks(loss, shard, regions)
         batch = 1 if loss.sums_over_batch else batch
     return (
-        logits.new_empty(shape, dtype=dtype),
+        logits.new_empty(of_value, dtype=dtype),
         logits.new_empty((slots, batch, classes), dtype=torch.float64),
         logits.new_empty((batch,), dtype=torch.float64),
     )
