@@ -171,6 +171,9 @@ struct Tile {
     Runs runs;
     runs.find(a, voxel, n);
     load_labels(a.data + sample * a.batch_stride, a.dtype, runs, job.rows, false, 0, region);
+    int32_t signs = 0;
+    for (int v = 0; v < n; ++v) signs |= region[v];
+    if (signs >= 0) return;
     T* m = row(kWeight);
     for (int v = 0; v < n; ++v)
       if (region[v] < 0) {
