@@ -6,6 +6,7 @@
 #pragma once
 
 #include "softmax_labels.h"
+#include "two_classes.h"
 
 namespace {
 
@@ -18,26 +19,6 @@ inline bool suits_softmax_regions(const Job& job) {
   return job.regions && job.activation == Activation::softmax && !job.dense &&
          job.map == fastloss::MapKind::none && (job.slots.kinds & ~kRegionSums) == 0 &&
          !job.losses && job.classes <= kMostRegionClasses;
-}
-
-// The first `count` lanes.
-template <class T>
-FL_INLINE IVec<T> first_lanes(int count) {
-  static const typename Types<T>::Int number[16] = {0, 1, 2,  3,  4,  5,  6,  7,
-                                                    8, 9, 10, 11, 12, 13, 14, 15};
-  return label_lanes<T>(number) < typename Types<T>::Int(count);
-}
-
-// Σ term(v) over the `count` voxels from `first` on. Rows are read beyond, up to a whole vector.
-template <class T, class F>
-FL_INLINE double sum_run(int first, int count, const F& term) {
-  constexpr int L = lanes<T>;
-  Vec<T> a{};
-  const int end = first + count;
-  int v = first;
-  for (; v + L <= end; v += L) a += term(v);
-  if (v < end) a += keep<T>(first_lanes<T>(end - v), term(v));
-  return total<T>(a);
 }
 
 // The label that all voxels of a run share, or −1.
@@ -100,21 +81,48 @@ void add_runs(Tile<T>& t, bool logs, double* sums, double* weights) {
   });
 }
 
+// Whether a tile of one region is computed by the path of few classes.
+template <class T>
+bool few_of_region(const Job& job) {
+  return kPicks<T> && (job.classes == 3 || job.classes == 4) && !job.weighted;
+}
+
 template <class T>
 void reduce_softmax_regions(const Job& job, int64_t sample, const Blocks& blocks, void* scratch) {
   const bool logs = job.slots.cross_entropy >= 0;
+  const bool two = job.classes == 2, suits_few = few_of_region<T>(job);
+  const auto& s = job.slots;
+  const int64_t per_row = (s.count + 1) * job.classes;
   auto move = [&](Tile<T>& t, int64_t v) {
+    t.keeps_bytes = two && sizeof(T) == 4;
     t.move(v, blocks.tile(v, t.step), &blocks.faults[blocks.of(v)]);
+  };
+  // A tile of one region is like any of a sample that is one row.
+  auto few = [&](Tile<T>& t) {
+    const int64_t row = t.only_region(), block = blocks.of(t.voxel);
+    double* sums = blocks.sums + (block * job.rows + row) * per_row;
+    double* weight = blocks.weights + block * job.rows + row;
+    if (row >= 0 && two) {
+      reduce_two_classes(t, sums, weight);
+      return Few::done;
+    }
+    if (t.label_bytes) t.widen_labels();
+    if constexpr (kPicks<T>)
+      if (row >= 0 && suits_few) {
+        auto to = [&](int slot) { return sums + (slot >= 0 ? slot : s.count) * job.classes; };
+        const ClassSums of_class{to(s.reference), to(s.overlap), to(s.predicted),
+                                 to(s.cross_entropy)};
+        return reduce_few(t, of_class, logs, weight);
+      }
+    return Few::unsuited;
   };
   auto finish_tile = [&](Tile<T>& t, Tile<T>*) {
     const int64_t block = blocks.of(t.voxel);
     double all = 0;  // of which each region has its own part
     with_constant(t.ones,
                   [&](auto ones) { reduce_voxels<decltype(ones)::value, false>(t, logs, &all); });
-    add_runs(t, logs, blocks.sums + block * job.rows * (job.slots.count + 1) * job.classes,
-             blocks.weights + block * job.rows);
+    add_runs(t, logs, blocks.sums + block * job.rows * per_row, blocks.weights + block * job.rows);
   };
-  auto few = [](Tile<T>&) { return Few::unsuited; };
   over_tiles<false, T>(job, sample, blocks.first, blocks.last, scratch, false, move, few,
                        finish_tile);
 }
@@ -143,10 +151,8 @@ struct RunRows {
 
   void fill() {
     std::memset(others, 0, sizeof(T) * size_t(t.padded));
-    for (int v = 0, first = 0; v < t.n; first = v) {
-      while (v < t.n && t.region[v] == t.region[first]) ++v;
-      run(t.region[first], first, v);
-    }
+    for (int i = 0; i < t.runs; ++i)
+      run(t.region[t.run_start[i]], t.run_start[i], t.run_start[i + 1]);
     if (t.n < t.padded) run(-1, t.n, t.padded);
   }
 
@@ -211,7 +217,27 @@ template <class T>
 void apply_softmax_regions(const Job& job, int64_t sample, int64_t first, int64_t last,
                            void* scratch) {
   const int64_t lead = fastloss::voxels_to_line(job, sample);
-  auto move = [&](Tile<T>& t, int64_t v) { t.move(v, tile_from(v, last, lead, t.step), nullptr); };
+  const bool two = job.classes == 2, suits_few = few_of_region<T>(job);
+  auto move = [&](Tile<T>& t, int64_t v) {
+    t.keeps_bytes = two && sizeof(T) == 4;
+    t.move(v, tile_from(v, last, lead, t.step), nullptr);
+  };
+  auto few = [&](Tile<T>& t) {
+    const int64_t row = t.only_region();
+    if (row >= 0 && (two || suits_few)) {
+      for (int32_t i = 0; i < job.slots.count; ++i) {
+        const RegionTable<T> numbers(job, i, sample, row);
+        std::memcpy(t.table + i * job.classes, numbers.number, sizeof(T) * size_t(job.classes));
+      }
+      if (two) {
+        apply_two_classes(t);
+        return Few::done;
+      }
+      if constexpr (kPicks<T>) return apply_few(t);
+    }
+    if (t.label_bytes) t.widen_labels();
+    return Few::unsuited;
+  };
   auto finish_tile = [&](Tile<T>& t, Tile<T>*) {
     T *others = other_slopes(t), *at_label = t.row(kB), *slope = t.row(kC), *turn = t.row(kD);
     T *overlap = t.row(kE), *region = t.row(kF), *loss = t.row(kLargest);
@@ -230,7 +256,6 @@ void apply_softmax_regions(const Job& job, int64_t sample, int64_t first, int64_
       });
     });
   };
-  auto few = [](Tile<T>&) { return Few::unsuited; };
   over_tiles<false, T>(job, sample, first, last, scratch, false, move, few, finish_tile);
 }
 
