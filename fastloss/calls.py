@@ -277,7 +277,7 @@ class Passes:
         term, place = self.loss.regional, self.backend.place
         made, rows = term.make_regions(self._target_of(target, False), term.spacing)
         if place is not None:
-            made, rows = place.array(made, "int32"), max(8, 1 << (rows - 1).bit_length())
+            made, rows = place.array(made, made.dtype.name), max(8, 1 << (rows - 1).bit_length())
         view = borrow(made, "regions")
         self._made_regions = made
         self.arrays = replace(self.arrays, regions=view.array, regions_dtype=view.dtype, rows=rows)

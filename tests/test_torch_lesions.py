@@ -191,5 +191,5 @@ def test_nnunet_refuses_regions() -> None:
     loss = ours.DC_and_BCE_loss({}, OPTIONS)
     with pytest.raises(TypeError, match="loss: regions may overlap"):
         ours.WithCCDiceCE(loss)
-    with pytest.raises(ValueError, match="weight: .*got 'volume'"):
+    with pytest.raises(ValueError, match=r"weight: .*got 'volume'"):
         ours.WithBlobs(ours.DC_and_CE_loss(OPTIONS, {}), lesion_weight="volume")

@@ -21,6 +21,7 @@ MODES = ("voronoi", "components+background", "given")
 WEIGHTINGS = ("equal", "inverse_volume", "inverse_sqrt_volume")
 _EXPONENTS = dict(zip(WEIGHTINGS, (0.0, -1.0, -0.5), strict=True))
 WITHOUT = ("whole", "skip")
+_MOST_SHORT = 1 << 15
 
 
 class PerRegion(Term):
@@ -158,13 +159,13 @@ class PerRegion(Term):
         found = components(_class_map(target), self.connectivity)
         most = max((len(classes) for classes in found.classes), default=0)
         numbers: np.ndarray = found.numbers
-        if self.regions == "components+background":
-            return numbers, most + 1
-        if most:
+        rows = most + 1 if self.regions == "components+background" else max(most, 1)
+        if self.regions == "voronoi" and most:
             numbers = voronoi(found, spacing=spacing)
             numbers -= 1
             np.maximum(numbers, 0, out=numbers)  # a sample without lesions is one region
-        return numbers, max(most, 1)
+        # Read in both passes, and kept by data loaders.
+        return numbers.astype(np.int16) if rows <= _MOST_SHORT else numbers, rows
 
     # ------------------------------------------------------------------ the value
 
