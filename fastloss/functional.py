@@ -593,7 +593,7 @@ def value_of(
             (_hashable(_FACTORS.get(kind, ""), factor), kind, names, _all_hashable(names, values))
             for factor, kind, names, values in parts
         )
-    return adapter.value(_made(whole, *parts), *arrays, extras=extras)
+    return adapter.value(_made(whole, parts, *[part[0] for part in parts]), *arrays, extras=extras)
 
 
 def _evaluated(
@@ -645,9 +645,12 @@ def _hashable(name: str, value: Any) -> Any:
     return tuple(array.tolist() if array.ndim == 1 else map(tuple, array.tolist()))
 
 
-@lru_cache(maxsize=256)
-def _made(whole: tuple[Any, ...], *parts: _Part) -> Loss:
-    """The loss of these terms and options, made once."""
+@lru_cache(maxsize=256, typed=True)
+def _made(whole: tuple[Any, ...], parts: tuple[_Part, ...], *_factors: Any) -> Loss:
+    """The loss of these terms and options, made once.
+
+    The factors of the parts are passed again for their types: True is equal to 1.0, and no factor.
+    """
     terms = [
         _times(_FACTORS.get(kind, ""), factor, kind(**dict(zip(names, values, strict=True))))
         for factor, kind, names, values in parts

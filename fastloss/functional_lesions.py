@@ -46,11 +46,10 @@ def cc_dice_ce_loss(
     cerebral lesion segmentation".
 
     >>> import numpy as np, fastloss as fl
-    >>> p = np.array([[[1.0, 0, 0, 0, 0, 0, 0, 1]]])  # one lesion as it is, and half of another
-    >>> g = np.array([[1, 0, 0, 0, 0, 0, 1, 1]])
-    >>> options = {"activation": "none", "ce_factor": 0}
-    >>> print(round(float(fl.cc_dice_ce_loss(p, g, **options)), 3))  # (0 + 1/3)/2
-    0.167
+    >>> logits, labels = np.zeros((1, 2, 8)), np.array([[1, 0, 0, 0, 0, 0, 1, 1]])
+    >>> value = fl.cc_dice_ce_loss(logits, labels)  # (1 − 1/3 + 1 − 2/4)/2 + log 2
+    >>> print(round(float(value), 3))
+    1.276
     """
     values = (dice_factor, ce_factor, smooth_nr, smooth_dr, weight, without, connectivity)
     part = ((*_NAMES, "spacing", "reduction"), (*values, spacing, reduction))
@@ -82,11 +81,10 @@ def blob_loss(
     segmentation".
 
     >>> import numpy as np, fastloss as fl
-    >>> p = np.array([[[1.0, 0, 0, 0, 0, 0, 0, 1]]])
-    >>> g = np.array([[1, 0, 0, 0, 0, 0, 1, 1]])
-    >>> options = {"activation": "none", "ce_factor": 0, "include_background": True}
-    >>> print(round(float(fl.blob_loss(p, g, **options)), 3))  # 2 · 1/5 + (0 + 1/3)/2
-    0.567
+    >>> logits, labels = np.zeros((1, 2, 8)), np.array([[1, 0, 0, 0, 0, 0, 1, 1]])
+    >>> value = fl.blob_loss(logits, labels)  # 2 (1 − 3/7) + (1 − 1/4 + 1 − 4/11)/2 + 3 log 2
+    >>> print(round(float(value), 3))
+    3.915
     """
     smooth = (smooth_nr, smooth_dr)
     names = ("include_background", "smooth_nr", "smooth_dr")

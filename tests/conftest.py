@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before anything loads OpenMP: workers share the cores, and threads that wait for each other
+    # there take many times as long. Tests of threads set their number.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Iterator
 
 import pytest
@@ -19,10 +25,17 @@ _COMMON = {
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
 # The same examples in every run; HYPOTHESIS_PROFILE=thorough searches for new ones.
-settings.register_profile("default", max_examples=80, derandomize=True, **_COMMON)
+settings.register_profile("default", max_examples=40, derandomize=True, **_COMMON)
 settings.register_profile("short", max_examples=25, derandomize=True, **_COMMON)
 settings.register_profile("thorough", max_examples=1500, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "default")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of ``-n auto``: one worker per core, and eight at most, as each compiles kernels anew."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, 8)
 
 
 @pytest.fixture(autouse=True)

@@ -452,8 +452,10 @@ def test_a_large_gradient_fits_any_place_in_memory(
     fast_backend: str, name: str, classes: int, order: str
 ) -> None:
     """Large gradients need no alignment, though non-temporal stores do."""
+    # Only the C++ kernels have such stores.
+    voxels = 400_001 if fast_backend == "cpu" else 5_001
     for shift in (0, 1, 4, 15):
-        x, y = example(1, classes, (400_001,), dtype=name)
+        x, y = example(1, classes, (voxels,), dtype=name)
         if order == "last":
             x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
         loss = fl.Loss(fl.Dice() + fl.CrossEntropy())

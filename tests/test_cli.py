@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -101,9 +102,18 @@ def test_bench_of_the_kernels(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     result = bench("--dtype", "float16", "--json", str(file), backends="cpu,reference")
     assert result.returncode == 0, result.stderr
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    report = json.loads(file.read_text(encoding="utf-8"))
+    rows = report["rows"]
     assert [row["implementation"] for row in rows] == ["cpu", "reference"]
     assert all(row["value_error"] < 1e-6 and row["gradient_error"] < 1e-3 for row in rows)
+    own, reference = rows
+    logits = math.prod(report["logits_shape"])
+    for row in rows:
+        assert row["ns_per_logit"] == pytest.approx(row["forward_backward"] / logits * 1e9)
+    # The reference is not written to be fast, and no slowest implementation.
+    assert own["speedup_over_slowest"] == 1
+    times = own["forward_backward"], reference["forward_backward"]
+    assert reference["speedup_over_slowest"] == pytest.approx(times[0] / times[1])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -154,7 +154,7 @@ def calls(draw: st.DrawFn) -> tuple[fl.Loss, Statistics]:
     return loss, statistics
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(calls())
 def test_what_is_recorded_is_the_combine_step(call: tuple[fl.Loss, Statistics]) -> None:
     loss, statistics = call

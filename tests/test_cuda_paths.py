@@ -55,10 +55,13 @@ def check(loss: Any, x: np.ndarray, y: np.ndarray, w: Any = None) -> None:
     assert_agree(*loss.value_and_grad(x, y, w, out=x), expected)  # in place
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+# Every path compiles kernels of its own: all losses in float32, and one in all dtypes.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float32") for name in LOSSES), ("dice_ce", "float16"), ("dice_ce", "float64")],
+)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("classes", [2, 4])
-@pytest.mark.parametrize("name", LOSSES)
 def test_few_classes(name: str, classes: int, last: bool, dtype: str) -> None:
     x, y = example(2, classes, (8, 6, 24), dtype=dtype)
     y = y.astype(np.uint8)
@@ -159,27 +162,25 @@ def test_infinite_logits_of_sigmoid(loss: fl.Loss, weight: float | None) -> None
 
 
 @pytest.mark.parametrize("classes", [2, 3, 20])
-@pytest.mark.parametrize("name", [*NAMED, "focal:2.0", "focal_rest:2.0"])
 @pytest.mark.parametrize("kind", ["softmax", "softmax dense", "sigmoid dense", "none dense"])
-def test_each_sum_alone(
-    kind: str, name: str, classes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_sum_alone(kind: str, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path computes each of its sums without those that usually accompany it."""
-    backend = load_backend(EMULATED)
-    monkeypatch.setattr(backend, "device", EmulatedDevice())
-    activation, _, dense = kind.partition(" ")
-    request = Request(activation, bool(dense), None, frozenset({as_sum(name)}))
-    x, y = example(2, classes, (5, 8), activation=activation)
-    target = one_hot(y, classes) if dense else y
-    arrays = Arrays(x, "float64", target, target.dtype.name, bool(dense), None, "")
-    shape = (len(request.sums), 2, classes)
-    found = [(np.empty(shape), np.empty(2), np.empty_like(x)) for _ in range(2)]
-    coefficients = np.random.default_rng(0).normal(size=shape)
-    for (sums, voxels, out), each in zip(found, (backend, REFERENCE), strict=True):
-        each.reduce(request, arrays, sums, voxels)
-        each.apply(request, arrays, coefficients, out)
-    for own, expected in zip(*found, strict=True):
-        np.testing.assert_allclose(own, expected, rtol=1e-11, atol=1e-12)
+    for name in (*NAMED, "focal:2.0", "focal_rest:2.0"):
+        backend = load_backend(EMULATED)
+        monkeypatch.setattr(backend, "device", EmulatedDevice())
+        activation, _, dense = kind.partition(" ")
+        request = Request(activation, bool(dense), None, frozenset({as_sum(name)}))
+        x, y = example(2, classes, (5, 8), activation=activation)
+        target = one_hot(y, classes) if dense else y
+        arrays = Arrays(x, "float64", target, target.dtype.name, bool(dense), None, "")
+        shape = (len(request.sums), 2, classes)
+        found = [(np.empty(shape), np.empty(2), np.empty_like(x)) for _ in range(2)]
+        coefficients = np.random.default_rng(0).normal(size=shape)
+        for (sums, voxels, out), each in zip(found, (backend, REFERENCE), strict=True):
+            each.reduce(request, arrays, sums, voxels)
+            each.apply(request, arrays, coefficients, out)
+        for own, expected in zip(*found, strict=True):
+            np.testing.assert_allclose(own, expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -243,8 +244,14 @@ def test_cross_entropy_alone_of_many_classes() -> None:
     check(fl.Loss(fl.CrossEntropy()), x, y)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("classes", [2, 3, 6, 8, 14, 16, 20, 33, 40])
+@pytest.mark.parametrize(
+    ("classes", "dtype"),
+    [
+        *((classes, "float32") for classes in (2, 3, 6, 8, 14, 16, 20, 33, 40)),
+        *((classes, "float16") for classes in (2, 3, 8, 14, 33)),
+        *((classes, "float64") for classes in (3, 20)),
+    ],
+)
 def test_channels_last_of_any_row(classes: int, dtype: str) -> None:
     """Staged tiles work with accesses of all widths, padded rows, and partial tiles."""
     for batch in (1, 2):  # the second sample may be misaligned for 16-byte accesses

@@ -66,7 +66,7 @@ def spacings(draw, axes):
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_distances_are_those_to_the_nearest_zero(backend, data):
     need_backend(backend)
@@ -104,7 +104,7 @@ def test_distances_are_those_of_edt(data):
 
 
 def test_many_small_masks():
-    """All of some sizes of lines, and 10⁵ random masks, of which most have several sizes of gap."""
+    """All lines of some sizes, and 20,000 random masks, most of which have several sizes of gap."""
     for n in range(1, 13):
         lines = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
         found = fl.distance_transform(lines, batch_axes=1)
@@ -113,7 +113,7 @@ def test_many_small_masks():
         assert np.array_equal(found, wanted)
     random = np.random.default_rng(5)
     for shape in [(2, 3, 4), (2, 1, 9), (4, 5, 1), (1, 9, 2)]:
-        many = random.random((25_000, *shape)) < random.choice([0.6, 0.9, 0.97], (25_000, 1, 1, 1))
+        many = random.random((5_000, *shape)) < random.choice([0.6, 0.9, 0.97], (5_000, 1, 1, 1))
         sizes = random.uniform(0.3, 4, 3)
         found = fl.distance_transform(many, spacing=sizes, batch_axes=1)
         grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, 3)
@@ -130,14 +130,14 @@ def test_many_small_masks():
 def test_long_lines(spacing):
     """Longer than a vector, a block of lines and a task, with distances of hundreds of voxels."""
     random = np.random.default_rng(1)
-    mask = np.ones((40, 80, 530), bool)
+    mask = np.ones((14, 60, 530), bool)
     mask[tuple(random.integers(0, n, 12) for n in mask.shape)] = False
-    mask[10:20, 30:50, 100:300] = False
+    mask[4:9, 20:40, 100:300] = False
     close(fl.distance_transform(mask, spacing=spacing), definition(mask, spacing))
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_signed_distances(backend, data):
     need_backend(backend)

@@ -188,7 +188,7 @@ def test_the_gradient_may_not_overwrite_a_field() -> None:
         (Boundary() + fl.Dice()).value_and_grad(x, y, fields={"distance": phi}, out=phi)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_field_of_every_class_beside_usual_terms(data: st.DataObject) -> None:
     """The C++ kernels take Σ φ p along with Dice and cross-entropy, whatever else is asked for."""

@@ -106,20 +106,20 @@ def test_rounding_is_to_nearest_even_throughout_a_volume(
         assert (gradient == expected).all(), steps
 
 
-@pytest.mark.parametrize("far", [36.25, -36.25, 100.0, -100.0, 40_000.0])
 @pytest.mark.parametrize("classes", [3, 9])
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
-def test_one_logit_far_from_0(backend: str, name: str, classes: int, far: float) -> None:
+def test_one_logit_far_from_0(backend: str, name: str, classes: int) -> None:
     """Wherever it is, and whatever its neighbours: exponentials neither overflow nor get lost."""
-    dtype = dtype_named(name)
-    loss = fl.CrossEntropy(reduction="sum")
-    x, y = example(1, classes, (1003,), dtype=dtype)
-    for at in (0, 7, 8, 15, 500, 511, 512, 1000, 1002):
-        for c in (0, classes - 1):
-            moved = x.copy()
-            moved[0, c, at] = far
-            value, gradient = loss.value_and_grad(moved, y)
-            expected, of_reference = reference(loss, moved, y)
-            assert float(value) == pytest.approx(float(expected), rel=1e-6)
-            error = norm(gradient[..., at].astype(np.float64) - of_reference[..., at])
-            assert error <= tolerances(dtype)[1] * max(norm(of_reference[..., at]), 1e-3)
+    for far in (36.25, -36.25, 100.0, -100.0, 40_000.0):
+        dtype = dtype_named(name)
+        loss = fl.CrossEntropy(reduction="sum")
+        x, y = example(1, classes, (1003,), dtype=dtype)
+        for at in (0, 7, 8, 15, 500, 511, 512, 1000, 1002):
+            for c in (0, classes - 1):
+                moved = x.copy()
+                moved[0, c, at] = far
+                value, gradient = loss.value_and_grad(moved, y)
+                expected, of_reference = reference(loss, moved, y)
+                assert float(value) == pytest.approx(float(expected), rel=1e-6)
+                error = norm(gradient[..., at].astype(np.float64) - of_reference[..., at])
+                assert error <= tolerances(dtype)[1] * max(norm(of_reference[..., at]), 1e-3)

@@ -326,24 +326,28 @@ def test_many_steps_take_no_memory() -> None:
 
 
 def test_memory_that_is_kept() -> None:
-    """keep_memory: later steps need hardly a new page, where they needed all of the gradient's."""
-    out = run_python(
+    """keep_memory: the steps after it need a third of the new pages, at most."""
+    run_python(
         "import jax, numpy as np, platform, resource, fastloss as fl, fastloss.jax\n"
-        "from support import *\n"
+        "x = jax.numpy.zeros((1, 2, 2100, 2100))\n"  # more than glibc keeps by itself
+        "y = jax.numpy.zeros((1, 2100, 2100), 'uint8')\n"
+        "step = jax.jit(jax.value_and_grad((fl.Dice() + fl.CrossEntropy()).__call__))\n"
+        "def faults():\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def new_pages():\n"
+        "    for _ in range(10): jax.block_until_ready(step(x, y))\n"
+        "    start = faults()\n"
+        "    for _ in range(30): jax.block_until_ready(step(x, y))\n"
+        "    return faults() - start\n"
+        "before = new_pages()\n"
         "kept = fastloss.jax.keep_memory()\n"
         "assert kept == (platform.libc_ver()[0] == 'glibc')\n"
-        "x, y = example(1, 2, (1000, 1000), dtype=np.float32)\n"  # below where pages are huge
-        "x, y = jax.numpy.asarray(x), jax.numpy.asarray(y)\n"
-        "step = jax.jit(jax.value_and_grad((fl.Dice() + fl.CrossEntropy()).__call__))\n"
-        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(20): jax.block_until_ready(step(x, y))\n"
-        "before = faults()\n"
-        "for _ in range(20): jax.block_until_ready(step(x, y))\n"
-        "print(faults() - before if kept else 0)\n",
+        "after = new_pages()\n"
+        "print(before, after)\n"
+        "assert not kept or after < before / 3, (before, after)\n",
         FASTLOSS_BACKEND=None,
         OMP_NUM_THREADS="1",
     )
-    assert int(out) < 20 * 1953 / 10  # pages of 4 KiB
 
 
 def test_without_the_interface_of_xla(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -542,7 +542,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:.*single channel")
 def test_changed_parts(name: str, how: str) -> None:
     """Whatever a user does to a part of a sum does what it does in MONAI."""
-    for data in ((LOGITS, LABELS), (ONE, LABELS.clip(0, 1))):
+    several = [(LOGITS, LABELS), (ONE, LABELS.clip(0, 1))]
+    for data in several[:1] if how == "compiled" else several:
         x, y = (torch.tensor(a) for a in data)
         changes = CHANGES[name]
         if how == "compiled":  # backward hooks it refuses

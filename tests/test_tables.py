@@ -147,7 +147,7 @@ def magnitude(request: Request, arrays: Arrays) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problem=problems())
 def test_sums_and_gradients_of_any_table(name: str, problem: tuple[Request, Arrays]) -> None:
     backend = load_backend(need_backend(name))

@@ -34,4 +34,6 @@ if [ "$short" = 1 ]; then
 elif [ $# -eq 0 ]; then
   set -- tests
 fi
-LD_PRELOAD="$preload" python -m pytest -q -p no:cacheprovider -k "not numba and not emulated" "$@"
+workers=()
+if python -c 'import xdist' 2>/dev/null; then workers=(-n auto --dist worksteal); fi
+LD_PRELOAD="$preload" python -m pytest "${workers[@]}" -q -p no:cacheprovider -k "not numba and not emulated" "$@"

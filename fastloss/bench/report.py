@@ -96,6 +96,17 @@ class Report:
             return None
         return row.spec.nbytes / self.read_bandwidth / row.forward
 
+    def speedup_over_slowest(self, row: Row) -> float | None:
+        """The slowest implementation's time over this one's, on the same input and loss.
+
+        The reference is not written to be fast, and counts only where nothing else was measured.
+        """
+        if row.forward_backward is None:
+            return None
+        alike = list(self._alike(row))
+        others = [r for r in alike if r.implementation != "reference"] or alike
+        return max(r.forward_backward or math.nan for r in others) / row.forward_backward
+
     def own(self, like: Row) -> Row | None:
         """The library's own row of the same input and loss."""
         found = {r.implementation: r for r in self._alike(like)}
@@ -133,7 +144,7 @@ class Report:
             table.percent(self.share_of_limit(row)),
             table.milliseconds(row.forward),
             table.percent(self.forward_share_of_limit(row)),
-            table.number(None if both is None else both / row.spec.count * 1e9),
+            table.number(_ns_per_logit(row)),
             "-" if row.value is None else f"{row.value:.6f}",
             table.error(row.value_error),
             table.error(row.gradient_error),
@@ -163,7 +174,9 @@ class Report:
             | {
                 "share_of_limit": self.share_of_limit(row),
                 "forward_share_of_limit": self.forward_share_of_limit(row),
+                "ns_per_logit": _ns_per_logit(row),
                 "ratio_to_fastloss": self.ratio_to_fastloss(row),
+                "speedup_over_slowest": self.speedup_over_slowest(row),
             }
             for row in self.rows
         ]
@@ -182,6 +195,11 @@ def missing_lines(missing: Sequence[Missing], losses: int) -> list[tuple[str, st
         line = f"  - {TITLES.get(name, name)}: {why}"
         lines += [("", line)] if len(found) == losses else [(loss, line) for loss in found]
     return lines
+
+
+def _ns_per_logit(row: Row) -> float | None:
+    both = row.forward_backward
+    return None if both is None else both / row.spec.count * 1e9
 
 
 def _milli(seconds: float | None) -> float | None:

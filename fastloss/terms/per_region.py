@@ -193,9 +193,11 @@ class PerRegion(Term):
             scale = 1.0 / np.maximum(counted.sum(), 1.0)
         share, falls = share * scale, falls * scale
 
-        value: Any = 0.0
+        value = np.zeros((rows.batch, 1), like=has)
         pulls = []
         for factor, term in self._parts:
+            if factor == 0:  # which may be infinite
+                continue
             own = _of_columns(share, term, first)
             values, pull = term.combine(each)
             # What does not count may be infinite.

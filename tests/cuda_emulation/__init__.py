@@ -7,7 +7,9 @@ error, and the compiler's sanitizers work as in any C++. It says nothing about s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -268,11 +270,41 @@ def _build(
     parts = ["library", text, *sanitizers, *(f"{path}\n{path.read_text()}" for path in headers)]
     folder = _cache()
     library = folder / f"{_digest([*parts, *flags, *checks])}.so"
-    try:
-        os.utime(library)
+    if _there(library):
         return library
+    with _locked(library):
+        if not _there(library):  # else another process has just compiled it
+            _forget(folder)
+            _make(library, text, include, flags, sanitizers, checks)
+    return library
+
+
+def _there(path: Path) -> bool:
+    """Whether a file was compiled; it then counts as used now."""
+    try:
+        os.utime(path)
     except FileNotFoundError:
-        _forget(folder)
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file to compile: processes that need the same one wait for the first."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _make(
+    library: Path,
+    text: str,
+    include: Sequence[Path],
+    flags: Sequence[str],
+    sanitizers: Sequence[str],
+    checks: Sequence[str],
+) -> None:
+    folder = library.parent
     folders = [f"-I{path}" for path in (HERE, *include)]
     sanitize = [f"-fsanitize={','.join(sanitizers)}"] if sanitizers else []
     if "undefined" in sanitizers:
@@ -285,7 +317,6 @@ def _build(
         objects = ["kernels.o", str(_runtime(flags, sanitizers))]
         _compile([*flags, *sanitize, "-shared", *objects, "-o", "library.so"], work)
         os.replace(work / "library.so", library)
-    return library
 
 
 def _runtime(flags: Sequence[str], sanitizers: Sequence[str]) -> Path:
@@ -299,10 +330,10 @@ def _runtime(flags: Sequence[str], sanitizers: Sequence[str]) -> Path:
         flags.append("-DFL_EMULATION_UBSAN")
     folder = _cache()
     path = folder / f"{_digest(['runtime', *flags])}.o"
-    try:
-        os.utime(path)
-    except FileNotFoundError:
-        with tempfile.TemporaryDirectory(dir=folder) as name:
+    if _there(path):
+        return path
+    with _locked(path), tempfile.TemporaryDirectory(dir=folder) as name:
+        if not _there(path):
             work = Path(name)
             _compile(
                 [*flags, f"-I{HERE}", "-c", str(HERE / "runtime.cpp"), "-o", "runtime.o"], work

@@ -19,12 +19,7 @@ _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
 _LABELS = INTEGERS | {"float32", "float64"}  # dtypes that Numba supports
 _BY = {"p": general.BY_P, "log_p": general.BY_LOG_P, "log_q": general.BY_LOG_Q}
-_MAP_KINDS = {
-    "voxel": general.VOXEL,
-    "class": general.CLASS,
-    "error": general.ERROR,
-    "mask": general.MASK,
-}
+_MAP_KINDS = {k: getattr(general, k.upper()) for k in ("voxel", "class", "error", "mask")}
 # Logits of a block: with the scratch memory of kernels it stays in the L2 cache, and a copy of it
 # is small beside the arrays.
 _LOGITS, _LOGITS_COPIED = 1 << 19, 1 << 15
@@ -159,7 +154,6 @@ class Worker:
         self.map = Window(call.map) if call.map else None
         self.out = Window(call.out) if call.out else None
         self.codes = np.empty(0, np.int32)
-        self.numbers = np.full(call.arrays.rows, -1, np.int32)
         self.no_target = (_constant(np.empty((0, 0), dtype)), 0)
         self.no_map = (np.empty((1, 0), dtype), 0)
         width = max(128, min(kernels.WIDTH, kernels.LOGITS_OF_TILE // classes))
@@ -170,8 +164,6 @@ class Worker:
             np.empty((2, width), np.float64),
             np.empty((1, width), np.int32),
         )
-
-    # ------------------------------------------------------------------ work on a block
 
     def reduce(self, sample: int, block: Block) -> Part:
         """Compute the sums over the block, and write its map."""
@@ -206,8 +198,6 @@ class Worker:
         self.map.store(sample, block)
         return Part(bad)
 
-    # ------------------------------------------------------------------ arguments of kernels
-
     def _inputs(self, sample: int, block: Block) -> tuple[tuple[Any, ...], np.ndarray, int]:
         """The arguments that all kernels share, the rows of the block, and the bad labels."""
         call = self.call
@@ -215,29 +205,22 @@ class Worker:
         regions, rows = _NO_NUMBERS, _ROW_0
         if self.regions:
             given = self._row(self.regions, sample, block)
-            regions, rows = np.empty(block.size, np.int32), np.zeros(block.size, np.int64)
-            count = labels.number_rows(given, self.numbers, regions, rows)
-            rows = rows[: max(count, 1)]  # without voxels of any region, an arbitrary row
+            inside = (given >= 0) & (given < call.arrays.rows)
+            found = np.bincount(given[inside], minlength=call.arrays.rows) > 0
+            rows = np.flatnonzero(found) if found.any() else _ROW_0
+            regions = np.where(inside, (np.cumsum(found) - 1)[given * inside], -1).astype(np.int32)
         fields = np.empty((len(self.fields), call.classes, block.size), call.dtype)
         for numbers, window, field in zip(fields, self.fields, call.arrays.fields, strict=True):
             given, first = window.read(sample, block)
             given = given[:, first : first + block.size]
             is_labels = field.kind == "labels"
             numbers[...] = given == np.arange(call.classes)[:, None] if is_labels else given
+        target = self.target.read(sample, block) if self.target else self.no_target
+        weight = self._row(self.weight, sample, block, _NO_WEIGHT)
         inputs = (
-            block.size,
-            call.activation,
-            self.logits.read(sample, block),
-            codes,
-            self.target.read(sample, block) if self.target else self.no_target,
-            call.ignore_dense,
-            self._row(self.weight, sample, block, _NO_WEIGHT),
-            regions,
-            fields,
-            call.table,
-            call.gammas,
-            self.scratch,
-        )
+            block.size, call.activation, self.logits.read(sample, block), codes, target,
+            call.ignore_dense, weight, regions, fields, call.table, call.gammas, self.scratch,
+        )  # fmt: skip
         return inputs, rows, bad
 
     def _codes(self, sample: int, block: Block) -> tuple[np.ndarray, int]:

@@ -21,7 +21,7 @@ from fastloss.backends.numba.functions import (
     product,
 )
 from fastloss.backends.numba.kernels import inner, kernel, named
-from fastloss.backends.numba.maths import exp, log, log1p
+from fastloss.backends.numba.maths import exp, log, log_sum
 from fastloss.backends.numba.rows import (
     INVERSE,
     LARGEST,
@@ -65,18 +65,15 @@ def _row_of_weight(name: str, formula: Callable[..., Any]) -> Callable[..., Any]
     return named(row, f"row_of_weight_{name}")
 
 
-def _row_of_function(name: str, formula: Callable[..., Any], add: bool) -> Callable[..., Any]:
-    """A function that writes the weight of a sum times a formula to ``to``, or adds it."""
+def _row_of_function(name: str, formula: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that adds the weight of a sum times a formula to ``to``."""
     formula = inner(named(formula, name))
 
     def row(t, r, gamma, to):
         for i in range(len(to)):
             p, q, log_p, log_q = t[P, i], t[Q, i], t[LOG_OF_P, i], t[LOG_OF_Q, i]
             v = Voxel(p, q, log_p, log_q, r[POWER_OF_P, i], r[POWER_OF_Q, i], gamma)
-            if add:
-                to[i] += product(r[WEIGHT_OF_SUM, i], formula(v))
-            else:
-                to[i] = product(r[WEIGHT_OF_SUM, i], formula(v))
+            to[i] += product(r[WEIGHT_OF_SUM, i], formula(v))
 
     return named(row, f"row_of_{name}")
 
@@ -92,10 +89,10 @@ def _one_of(name: str, rows: Sequence[Callable[..., Any]]) -> Any:
 
 _weight_row = _one_of("weight", [_row_of_weight(name, f) for name, f in WEIGHTS.items()])
 _value_row = _one_of(
-    "value", [_row_of_function(f"value_{n}", f.value, False) for n, f in FUNCTIONS.items()]
+    "value", [_row_of_function(f"value_{n}", f.value) for n, f in FUNCTIONS.items()]
 )
 _slope_row = _one_of(
-    "slope", [_row_of_function(f"slope_{n}", f.slope, True) for n, f in FUNCTIONS.items()]
+    "slope", [_row_of_function(f"slope_{n}", f.slope) for n, f in FUNCTIONS.items()]
 )
 
 
@@ -143,10 +140,12 @@ def reduce(
                 _weight_of_sum(table[s], c, start, size, fields, t, r)
                 _powers(table[s, READS], gammas[s], size, t, r)
                 summands = r[SUMMAND, :size]
+                summands[:] = 0
                 _value_row(table[s, BY_FUNCTION], t, r, gammas[s], summands)
                 _add(summands, row, sums[s, :, c])
                 if map_kind in (VOXEL, CLASS):
-                    _add_times(map_k[s, c], summands, of_map)
+                    for i in range(size):
+                        of_map[i] += product(map_k[s, c], summands[i])
     return bad
 
 
@@ -201,7 +200,8 @@ def _load(codes, target, ignore, weight, regions, start, size, scratch):
     bad = voxel_weights(weight, codes if ignored == ignored else codes[:0], regions, start, w)
     if len(codes):
         for c in range(np.int32(len(tiles))):
-            _label_row(codes[start : start + size], c, tiles[c, TARGET, :size])
+            for i in range(size):
+                tiles[c, TARGET, i] = codes[start + i] == c
         return bad
     g, first = target[0], target[1] + start
     if ignored == ignored:
@@ -267,8 +267,7 @@ def _log_p_row(r, t, size):
 
 @inner
 def _log_q_row(t, size):
-    # For p < ½ compensated, as log1p(−p): with z = fl(1 − p), log(1 − p) ≈ log z − ((z − 1) + p) /
-    # z.
+    # For p < ½ compensated, as log1p(−p): with z = fl(1 − p) it is log z − ((z − 1) + p) / z.
     one, zero = t.dtype.type(1), t.dtype.type(0)
     for i in range(size):
         p, q = t[P, i], t[Q, i]
@@ -294,7 +293,7 @@ def _sigmoid_row(t, size):
 def _log_sigmoid_row(t, size):
     for i in range(size):
         x = t[LOGITS, i]
-        of_near_one = -log1p(exp(-abs(x)))
+        of_near_one = -log_sum(exp(-abs(x)), max(t[P, i], t[Q, i]))
         t[LOG_OF_Q, i] = of_near_one - x if x >= 0 else of_near_one
         t[LOG_OF_P, i] = of_near_one if x >= 0 else of_near_one + x
 
@@ -311,7 +310,7 @@ def _copy_row(t, size):
 def _logs_row(t, size):
     for i in range(size):
         t[LOG_OF_P, i] = log(t[P, i])
-        t[LOG_OF_Q, i] = log1p(-t[P, i])
+    _log_q_row(t, size)
 
 
 @inner
@@ -344,22 +343,10 @@ def _power(base, gamma, out):
 
 
 @inner
-def _label_row(y, c, out):
-    for i in range(len(out)):
-        out[i] = y[i] == c
-
-
-@inner
 def _scale(factors, regions, row):
     """Multiply by the factor of every voxel's region; without a region, summands are 0 anyway."""
     for i in range(len(row)):
         row[i] *= factors[max(regions[i], 0) if len(regions) else 0]
-
-
-@inner
-def _add_times(factor, row, to):
-    for i in range(len(to)):
-        to[i] += product(factor, row[i])
 
 
 @inner

@@ -21,8 +21,7 @@ def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Give a generated function a unique name.
 
     Cached code refers to functions by name, argument types and a number that depends on what else
-    the process has compiled. Functions of equal names would be confused when one process loads
-    kernels that several have compiled.
+    the process has compiled: equal names would be confused in code that several have compiled.
     """
     function.__name__ = function.__qualname__ = name
     return function
@@ -41,8 +40,7 @@ def summing(function: Callable[..., Any]) -> Any:
 def kernel(function: Callable[..., Any]) -> Any:
     """A function that Python calls: it releases the GIL, and is cached on disk.
 
-    Numba's cache key has only the name and the function's own file, so the name includes a digest
-    of all files.
+    Numba's cache key has only the name and its own file: the name includes a digest of all files.
     """
     function.__qualname__ = f"{function.__qualname__}_{_sources()}"
     return numba.njit(cache=True, nogil=True, **OPTIONS)(function)

@@ -1,4 +1,4 @@
-"""Encodes labels and regions for the other kernels, and finds the label of the largest logit."""
+"""Encodes labels for the other kernels, and finds the label of the largest logit."""
 
 # mypy: ignore-errors
 # mypy cannot check functions that Numba compiles.
@@ -43,29 +43,3 @@ def encode(labels, classes, ignored, ignore, codes):
         bad += (code < 0) & (not skip)
         codes[i] = np.int32(-1) if skip else code
     return bad
-
-
-@kernel
-def number_rows(regions, numbers, codes, found):
-    """Number the regions of a block by first occurrence, into ``codes``; return how many there are.
-
-    Args:
-        regions: (n,) int64.
-        numbers: scratch, (rows,) int32, −1 everywhere before and after.
-        codes: (n,) int32, −1 for a voxel without a region.
-        found: (n,) int64, the regions by number.
-    """
-    count = 0
-    for i in range(len(codes)):
-        r = regions[i]
-        if r < 0 or r >= len(numbers):
-            codes[i] = -1
-            continue
-        if numbers[r] < 0:
-            numbers[r] = count
-            found[count] = r
-            count += 1
-        codes[i] = numbers[r]
-    for j in range(count):
-        numbers[found[j]] = -1
-    return count

@@ -50,9 +50,6 @@ def exp(x: Any) -> Any:
 def log(x: Any) -> Any: ...
 
 
-def log1p(x: Any) -> Any: ...
-
-
 def log_sum(x: Any, inverse: Any) -> Any:
     """log(1 + x) for finite x of at least 0, given 1 / (1 + x)."""
 
@@ -105,22 +102,6 @@ def _log(x):
         return y if x >= _ZERO else _NAN
 
     return log32
-
-
-@overload(log1p, jit_options=OPTIONS)
-def _log1p(x):
-    if x != types.float32:
-        return lambda x: math.log1p(x)
-
-    # With u = fl(1 + x), 1 + x = u (1 − δ / u), where δ = (u − 1) − x is computed exactly:
-    # log(1 + x) ≈ log u − δ / u.
-    def log1p32(x):
-        u = _ONE + x
-        y = log(u) - ((u - _ONE) - x) / u
-        y = y if u != _ZERO else -_INF
-        return y if u < _INF else u
-
-    return log1p32
 
 
 @overload(log_sum, jit_options=OPTIONS)

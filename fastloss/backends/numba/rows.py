@@ -76,6 +76,8 @@ def softmax(x, first, size, scratch):
     """
     tiles, r, wide, ints = scratch
     classes = np.int32(len(tiles))
+    r[LARGEST, :size] = -np.inf
+    ints[0, :size] = 0
     for c in range(classes):
         masked(x[c, first : first + size], r[WEIGHT], tiles[c, LOGITS])
         _larger(tiles[c], c, r, ints, size)
@@ -89,15 +91,10 @@ def softmax(x, first, size, scratch):
 @inner
 def _larger(t, c, r, ints, size):
     """Update the largest logits and their first class."""
-    if c == 0:
-        for i in range(size):
-            r[LARGEST, i] = t[LOGITS, i]
-            ints[0, i] = 0
-    else:
-        for i in range(size):
-            more = t[LOGITS, i] > r[LARGEST, i]
-            r[LARGEST, i] = t[LOGITS, i] if more else r[LARGEST, i]
-            ints[0, i] = c if more else ints[0, i]
+    for i in range(size):
+        more = t[LOGITS, i] > r[LARGEST, i]
+        r[LARGEST, i] = t[LOGITS, i] if more else r[LARGEST, i]
+        ints[0, i] = c if more else ints[0, i]
 
 
 @inner

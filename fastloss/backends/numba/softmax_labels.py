@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastloss.backends.numba import two_classes
 from fastloss.backends.numba.kernels import inner, kernel, summing
 from fastloss.backends.numba.rows import (
     INVERSE,
@@ -49,20 +50,18 @@ def reduce(
     skipped = codes if ignore[0] == ignore[0] else codes[:0]
     for start in range(0, n, r.shape[1]):
         size = min(r.shape[1], n - start)
-        y, w = codes[start : start + size], r[WEIGHT, :size]
+        y, w, at = codes[start : start + size], r[WEIGHT, :size], first + start
         bad += voxel_weights(weight, skipped, codes[:0], start, w)
-        softmax(x, first + start, size, scratch)
-        log_sum_row(r, _LOG_SUM, size)
         voxels[0] += total(w)
+        if len(tiles) == 2:
+            of_0, of_1 = two_classes.sums(x[0, at : at + size], x[1, at : at + size], y, w)
+            _keep(of_0, slots, sums[:, 0, 0])
+            _keep(of_1, slots, sums[:, 0, 1])
+            continue
+        softmax(x, at, size, scratch)
+        log_sum_row(r, _LOG_SUM, size)
         for c in range(np.int32(len(tiles))):
-            reference, overlap, predicted, entropy = _sums(tiles[c], y, c, r)
-            # A NaN logit makes the cross-entropies of all classes NaN, not only that of its label.
-            entropy = entropy if predicted == predicted else predicted
-            squared = _squared_sum(tiles[c], r, size) if slots[4] >= 0 else entropy
-            found = (reference, overlap, predicted, entropy, squared, reference)
-            for j in range(len(slots)):
-                if slots[j] >= 0:
-                    sums[slots[j], 0, c] += found[j]
+            _keep(_sums(tiles[c], y, c, r), slots, sums[:, 0, c])
     return bad
 
 
@@ -73,57 +72,58 @@ def apply(
 ):  # fmt: skip
     """As `general.apply`; some arguments are unused."""
     tiles, r, _, ints = scratch
-    (x, first), (out, first_out), k = logits, gradient_out, coefficients
+    (x, first), (out, first_out) = logits, gradient_out
+    k = np.zeros((len(slots), len(tiles)), coefficients.dtype)
+    for j in range(len(slots)):
+        if slots[j] >= 0:
+            k[j] = coefficients[slots[j], 0]
     skipped = codes if ignore[0] == ignore[0] else codes[:0]
     for start in range(0, n, r.shape[1]):
         size = min(r.shape[1], n - start)
-        y = codes[start : start + size]
-        voxel_weights(weight, skipped, codes[:0], start, r[WEIGHT, :size])
-        softmax(x, first + start, size, scratch)
+        y, w, at = codes[start : start + size], r[WEIGHT, :size], first + start
+        voxel_weights(weight, skipped, codes[:0], start, w)
+        to = first_out + start
+        if len(tiles) == 2:
+            # By a row of its own, as ``out`` may be the logits.
+            row = r[LARGEST, :size]
+            two_classes.gradient(x[0, at : at + size], x[1, at : at + size], y, w, k, row)
+            out[0, to : to + size] = row
+            for i in range(size):
+                out[1, to + i] = -row[i]
+            continue
+        softmax(x, at, size, scratch)
         largest_row(r, size)
         for c in range(np.int32(len(tiles))):
-            of_p, of_squared = _of(k, slots[2], c), _of(k, slots[4], c)
-            of_own, of_log = _of(k, slots[1], c), _of(k, slots[3], c)
-            _slopes(tiles[c], y, c, of_p, of_squared + of_squared, of_own, of_log, r)
+            _slopes(tiles[c], y, c, k[2, c], k[4, c] + k[4, c], k[1, c], k[3, c], r)
         add_slopes(_SLOPES, size, scratch)
         for c in range(np.int32(len(tiles))):
-            to = out[c, first_out + start : first_out + start + size]
-            gradient(tiles[c], _SLOPES, c, r, ints, to)
+            gradient(tiles[c], _SLOPES, c, r, ints, out[c, to : to + size])
 
 
 @inner
-def _of(coefficients, slot, c):
-    return coefficients[slot, 0, c] if slot >= 0 else coefficients.dtype.type(0)
-
-
-@inner
-def _cross_entropy(x, largest, log_sum, zero):
-    return log_sum - difference(x, largest, zero)
+def _keep(found, slots, sums):
+    for j in range(len(slots)):
+        if slots[j] >= 0:
+            sums[slots[j]] += found[j]
 
 
 @summing
 def _sums(t, y, c, r):
     zero = t.dtype.type(0)
-    reference = overlap = predicted = entropy = zero
+    reference = overlap = predicted = entropy = squared = zero
     for i in range(len(y)):
         p, w = t[P, i] * r[INVERSE, i], r[WEIGHT, i]
         own = w if y[i] == c else zero
         reference += own
         overlap += own * p
         predicted += w * p
+        squared += w * p * p
         # Selected, as 0 · ∞ is NaN.
-        each = _cross_entropy(t[LOGITS, i], r[LARGEST, i], r[_LOG_SUM, i], zero)
+        each = r[_LOG_SUM, i] - difference(t[LOGITS, i], r[LARGEST, i], zero)
         entropy += own * each if y[i] == c else zero
-    return reference, overlap, predicted, entropy
-
-
-@summing
-def _squared_sum(t, r, size):
-    result = t.dtype.type(0)
-    for i in range(size):
-        p = t[P, i] * r[INVERSE, i]
-        result += r[WEIGHT, i] * p * p
-    return result
+    # A NaN logit makes the cross-entropies of all classes NaN, not only that of its label.
+    entropy = entropy if predicted == predicted else predicted
+    return reference, overlap, predicted, entropy, squared, reference
 
 
 @inner

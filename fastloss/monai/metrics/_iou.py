@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -103,8 +105,7 @@ def counted(
         for total in sums:
             total[:, emptied] = 0
     if mask is not None:
-        voxels = mask.reshape(batch, -1).sum(1, keepdim=True, dtype=torch.float64)
+        voxels = mask.flatten(1).sum(1, keepdim=True, dtype=torch.float64)
     else:
-        number = y[:1, :1].numel() if batch else 0
-        voxels = sums.both.new_full((batch, 1), number)
+        voxels = sums.both.new_full((batch, 1), math.prod(y.shape[2:]))
     return sums, voxels
