@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
@@ -416,6 +417,12 @@ def test_same_bits_for_any_number_of_threads() -> None:
 
 
 # ------------------------------------------------------------------ as losses and functions
+
+
+def test_the_function_has_the_defaults_of_the_class() -> None:
+    found, own = (inspect.signature(what).parameters for what in (fl.blob_loss, fl.BlobLoss))
+    shared = [name for name in own if name != "options"]
+    assert [found[name].default for name in shared] == [own[name].default for name in shared]
 
 
 def test_functions_and_copies() -> None:
