@@ -26,6 +26,7 @@ from fastloss.functional_boundary import (
     hausdorff_dt_loss,
     skeleton_recall_loss,
 )
+from fastloss.functional_lesions import blob_loss, cc_dice_ce_loss
 from fastloss.instances import Components, components, voronoi
 from fastloss.loss import Loss
 from fastloss.statistics import Statistics
@@ -41,9 +42,11 @@ __all__ = [
     "Statistics",
     "Sum",
     "__version__",
+    "blob_loss",
     "boundary_dou_loss",
     "boundary_loss",
     "brier_loss",
+    "cc_dice_ce_loss",
     "components",
     "cross_entropy_loss",
     "dice_ce_loss",

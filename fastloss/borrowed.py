@@ -130,6 +130,9 @@ class Extras(NamedTuple):
             raise TypeError(
                 f"fields: expected a mapping from names to arrays, got {type(fields).__name__}"
             )
+        if fields is not None and regions is None and "regions" in fields:
+            fields = dict(fields)  # as `fastloss.Loss.fields` returns them
+            regions = fields.pop("regions")
         if region_count is not None:
             if isinstance(region_count, bool) or not isinstance(region_count, (int, np.integer)):
                 raise TypeError(f"region_count: expected an integer, got {region_count!r}")

@@ -127,6 +127,10 @@ def fields_of(
             if axis != 1 and len(own.shape) == found.axes + 2:
                 own = _moved(own, 1, axis)
             made[term.makes] = own if on_gpu else adapter.wrap(own, target)
+    if loss.regional is not None:
+        term = loss.regional
+        regions, _ = term.make_regions(read(False), term.spacing if spacing is None else spacing)
+        made["regions"] = adapter.wrap(regions, target)
     return {name: made[name] for name in sorted(made)}
 
 
@@ -208,7 +212,11 @@ class Passes:
         """The field that the ranking term made."""
         if loss.makers:
             self._make_fields(target)
-        if self.arrays.regions is not None and self.backend.place is None:
+        self._made_regions: Any = None
+        """The regions that were made in this call, where they were."""
+        if loss.lacks_regions(self._extras):
+            self._make_regions(target)
+        elif self.arrays.regions is not None and self.backend.place is None:
             self._check_regions()
 
     def _borrow(self, extras: Extras) -> dict[str, Any]:
@@ -260,6 +268,20 @@ class Passes:
         self._made = made
         self.arrays = replace(arrays, fields=tuple(known[name] for name in loss.field_names))
 
+    def _make_regions(self, target: Any) -> None:
+        """Make the regions that a term reads and the caller left out.
+
+        They are made in the processor's memory. On a GPU there are places for a power of 2 of them,
+        as kernels are compiled for each number of rows.
+        """
+        term, place = self.loss.regional, self.backend.place
+        made, rows = term.make_regions(self._target_of(target, False), term.spacing)
+        if place is not None:
+            made, rows = place.array(made, made.dtype.name), max(8, 1 << (rows - 1).bit_length())
+        view = borrow(made, "regions")
+        self._made_regions = made
+        self.arrays = replace(self.arrays, regions=view.array, regions_dtype=view.dtype, rows=rows)
+
     def _distances(self, name: str, given: Any, field: Field, on_gpu: bool) -> Any:
         """A field that the caller gave and another is derived from."""
         (array, dtype, kind), place = field, self.backend.place
@@ -308,8 +330,12 @@ class Passes:
     @property
     def whole_extras(self) -> Extras:
         """Regions, and all fields that the sums read: the caller's, and those that were made."""
+        extras = self._extras
+        if self._made_regions is not None:
+            regions = self.adapter.result(self._made_regions)
+            extras = extras._replace(regions=regions, region_count=self.arrays.rows)
         if not self._made:
-            return self._extras
+            return extras
         known = dict(self._extras.fields)
         axis = self.loss.channel_axis
         for name, array in self._made.items():
@@ -317,7 +343,7 @@ class Passes:
                 array = _moved(array, 1, axis)
             known[name] = self.adapter.result(array)
         fields = tuple((name, known[name]) for name in self.loss.field_names)
-        return self._extras._replace(fields=fields)
+        return extras._replace(fields=fields)
 
     def _check_regions(self) -> None:
         """Raise ValueError for numbers that are no region."""
@@ -349,7 +375,8 @@ class Passes:
     def reduce(self, whole: bool = True) -> Statistics:
         """The sums; not ``whole``: of a chunk, which may lack regions."""
         statistics, self._ranked = self.backend.statistics(self.loss, self.request, self.arrays)
-        if whole and self.arrays.regions is not None and self.backend.place is None:
+        numbered = self.arrays.regions is not None and self.backend.place is None
+        if whole and numbered and self.loss.regional is None:
             self._check_holes(statistics.voxels)
         return statistics
 

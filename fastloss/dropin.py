@@ -41,11 +41,15 @@ def recipe(kind: type[Term], **options: Any) -> Recipe:
     return _recipe(kind, options)
 
 
-def evaluate(*parts: tuple[Any, Fused], fields: Mapping[str, Tensor] | None = None) -> Tensor:
+def evaluate(
+    *parts: tuple[Any, Fused],
+    fields: Mapping[str, Tensor] | None = None,
+    region_count: int | None = None,
+) -> Tensor:
     """The weighted sum of parts that read the same tensors through the same activation.
 
-    A factor is a number, or where it is being compiled a tensor of one. ``fields`` as in a call of
-    `fastloss.Loss`.
+    A factor is a number, or where it is being compiled a tensor of one. ``fields`` and
+    ``region_count`` as in a call of `fastloss.Loss`.
     """
     first = parts[0][1]
     options = (("activation", first.activation), ("ignore_index", first.ignore_index))
@@ -56,7 +60,7 @@ def evaluate(*parts: tuple[Any, Fused], fields: Mapping[str, Tensor] | None = No
         first.logits,
         first.target,
         first.voxel_weight,
-        Extras.of(fields, None, None),
+        Extras.of(fields, None, region_count),
     )
     return value if first.divisor == 1 else value / first.divisor
 

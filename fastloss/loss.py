@@ -73,6 +73,10 @@ class Term:
 
     Else those of arrays on a GPU are made of copies in the processor's memory."""
 
+    regional: ClassVar[bool] = False
+    """Whether the term reads the sums of every region of a sample. The other terms of its loss then
+    read those of whole samples."""
+
     number_options: ClassVar[tuple[str, ...]] = ()
     """Options that are None, one number or (C,), non-negative and finite, and may be others in
     every call: nothing is compiled anew for them. A class that names them itself treats them in
@@ -184,6 +188,21 @@ class Term:
     def field_form(self, classes: int, dense: bool) -> Form:
         """How the field looks that the sums read."""
         return Form("float32", True)
+
+    @property
+    def making_regions(self) -> tuple[Any, ...]:
+        """For a `regional` term: all that its regions depend on beside the target."""
+        return ()
+
+    def make_regions(self, target: Target, spacing: Spacing) -> tuple[np.ndarray, int]:
+        """For a `regional` term: the regions of a target, and how many a sample has at most.
+
+        Both arrays are NumPy's; the regions are (B, *spatial) of int16 or int32.
+
+        Raises:
+            ValueError: they cannot be made of such a target.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define make_regions")
 
     def make_field(self, target: Target, spacing: Spacing) -> Any:
         """The field `makes`, (B, C, *spatial) or (B, *spatial); NaN and infinity are in no field.
@@ -532,6 +551,7 @@ class Loss:
         self.field_names: tuple[str, ...] = tuple(sorted(named - {""}))
         """The names of the fields that the sums read, in their order."""
         self.makers = _makers([term for _, term in terms])
+        self.regional = _regional_term([term for _, term in terms])
         self._checked: set[int] = set()
         self._factors = np.array([factor for factor, _ in terms], np.float64)
         self._text_of_options = text_of_options(tuple(self._options.items()))
@@ -560,6 +580,19 @@ class Loss:
     def additive(self) -> bool:
         """Whether the sums over a volume's chunks determine the value."""
         return self.ranking is None and not self.maps_voxels
+
+    def value_shape(self, batch: int, classes: int, regions: int = 0) -> tuple[int, ...]:
+        """As that of a term, of the sum of all."""
+        shapes = []
+        for _, term in self.terms:
+            of_regions = regions and (self.regional is None or term.regional)
+            more = (regions,) if of_regions else ()  # as older terms do not know of regions
+            shapes.append(term.value_shape(batch, classes, *more))
+        return np.broadcast_shapes(*shapes)
+
+    def lacks_regions(self, extras: Extras | None) -> bool:
+        """Whether regions are to be made of the target, where these extras are given."""
+        return self.regional is not None and (extras is None or extras.regions is None)
 
     @property
     def sums_over_batch(self) -> bool:
@@ -782,6 +815,11 @@ class Loss:
 
         The distances within a part are not those of the volume.
         """
+        if self.lacks_regions(extras):
+            raise ValueError(
+                f"{name}: a part of a volume needs the regions of the whole, cut as the part is "
+                "(see Loss.fields), but regions were not given"
+            )
         given = () if extras is None else extras.names
         for field in self.lacks(given):
             term = self.makers[field]
@@ -849,7 +887,7 @@ class Loss:
 
         The sums may be arrays that record what is done with them, in place of NumPy's.
         """
-        parts = [(weight, *term.combine(statistics)) for weight, term in self.terms]
+        parts = [(weight, *self._combined(term, statistics)) for weight, term in self.terms]
         total = _times(*parts[0][:2])
         for weight, value, _ in parts[1:]:
             try:
@@ -871,6 +909,17 @@ class Loss:
             return coefficients
 
         return total, pullback
+
+    def _combined(self, term: Term, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
+        """`Term.combine`; beside a regional term that of the sums of whole samples."""
+        if self.regional is None or term.regional or not statistics.regions:
+            return term.combine(statistics)
+        value, pull = term.combine(statistics.of_samples())
+
+        def pullback(upstream: np.ndarray) -> Derivatives:
+            return {key: to_regions(d, statistics) for key, d in pull(upstream).items()}
+
+        return value, pullback
 
     def map_coefficients(self, request: Request, classes: int) -> np.ndarray:
         """k, (S, C), of the map that a loss of every voxel is."""
@@ -1085,6 +1134,26 @@ def _reduce_to(upstream: Any, shape: tuple[int, ...], own: tuple[int, ...]) -> A
     axes = tuple(range(len(shape) - len(own)))
     axes += tuple(i + len(axes) for i, n in enumerate(own) if n == 1 and shape[i + len(axes)] != 1)
     return upstream.sum(axis=axes, keepdims=True).reshape(own)
+
+
+def to_regions(derivative: Any, statistics: Statistics) -> np.ndarray:
+    """The derivative by the sums of samples, (B, C) or what fits, as that by those of regions."""
+    regions, (_, rows, classes) = statistics.regions, statistics.sums.shape
+    batch = rows // regions
+    each = np.broadcast_to(derivative, (batch, classes))[:, None]
+    return np.broadcast_to(each, (batch, regions, classes)).reshape(rows, classes)
+
+
+def _regional_term(terms: list[Term]) -> Term | None:
+    """The term whose regions the loss has, if any does: all must take the same."""
+    found = [term for term in terms if term.regional]
+    for term in found[1:]:
+        if term.making_regions != found[0].making_regions:
+            raise ValueError(
+                f"regions: {found[0]!r} and {term!r} take different regions, and a loss has one "
+                "map of them"
+            )
+    return found[0] if found else None
 
 
 def _makers(terms: list[Term]) -> dict[str, Term]:

@@ -49,6 +49,16 @@ class Statistics:
     def classes(self) -> int:
         return int(self.sums.shape[2])
 
+    def of_samples(self) -> Statistics:
+        """The same with the regions of each sample joined, so that a row is a sample."""
+        regions = self.regions
+        if not regions:
+            return self
+        slots, _, classes = self.sums.shape
+        sums = self.sums.reshape(slots, -1, regions, classes).sum(axis=2)
+        voxels = self.voxels.reshape(-1, regions).sum(axis=1)
+        return replace(self, sums=sums, voxels=voxels, regions=0)
+
     def __add__(self, other: Statistics) -> Statistics:
         if not isinstance(other, Statistics):
             return NotImplemented

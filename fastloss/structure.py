@@ -17,7 +17,7 @@ from fastloss.tracing import constant
 
 _FLOAT64 = np.dtype(np.float64)
 _Items = tuple[tuple[str, Any], ...]
-_NO_OPTIONS = frozenset({"requires", "_loss", "_described"})
+_NO_OPTIONS = frozenset({"requires", "_loss", "_described", "_parts"})
 
 
 class Described(NamedTuple):

@@ -54,6 +54,8 @@ from fastloss.options import check_class_weight
 from fastloss.structure import options_of
 
 __all__ = [
+    "BlobLoss",
+    "CCDiceCE",
     "CrossEntropy",
     "DeepSupervision",
     "Dice",
@@ -270,6 +272,20 @@ class GeneralizedDice(_Term):
     """`fastloss.GeneralizedDice`: weighting, and the options of `fastloss.RegionTerm`."""
 
     term = fastloss.GeneralizedDice
+
+
+class CCDiceCE(_Term):
+    """`fastloss.CCDiceCE`: Dice + cross-entropy of every lesion, and its options."""
+
+    term = fastloss.CCDiceCE
+
+
+class BlobLoss(Loss):
+    """`fastloss.BlobLoss`: alpha, beta, dice_factor, ce_factor, and its other options."""
+
+    def __init__(self, **options: Any) -> None:
+        whole = {k: options.pop(k) for k in _LOSS_OPTIONS if k in options}
+        super().__init__(fastloss.BlobLoss(**options), **whole)
 
 
 class DiceCE(Loss):

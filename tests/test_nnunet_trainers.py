@@ -23,6 +23,11 @@ ours = need("fastloss.nnunet")
 
 BOUNDARY = "nnUNetTrainerFastlossBoundary"
 SKELETON = "nnUNetTrainerFastlossSkeletonRecall"
+LESIONS = {
+    "nnUNetTrainerFastlossCCDiceCE": (1.0, fl.CCDiceCE, "voronoi"),
+    "nnUNetTrainerFastlossBlob": (0.5, fl.BlobDiceCE, "components+background"),
+}
+"""The factor, the term, and how its regions are made."""
 TRAINER = "fastloss.nnunet.trainer"
 OPTIONS = {"batch_dice": True, "do_bg": False, "smooth": 1e-5, "ddp": False}
 SPACING = (2.0, 1.0, 1.0)
@@ -415,6 +420,8 @@ CASES = [
     (SKELETON, {}),
     (SKELETON, {"regions": True, "deep": False}),
     (SKELETON, {"planar": True}),
+    ("nnUNetTrainerFastlossCCDiceCE", {}),
+    ("nnUNetTrainerFastlossBlob", {"deep": False}),
 ]
 
 
@@ -462,6 +469,14 @@ def formula(made: Any, outputs: Any, target: list[Any], regions: bool) -> float:
         spacing = (2.0, 1.0, 1.0)[-(outputs[0].ndim - 2) :]
         first = boundary(outputs[0].double(), targets[0], regions=regions, spacing=spacing)
         return value + made.boundary_factor * float(first)
+    if type(made).__name__ in LESIONS:
+        factor, kind, mode = LESIONS[type(made).__name__]
+        given = fl.PerRegion(fl.Dice(), fl.CrossEntropy(), regions=mode, without=kind().without)
+        exact = given.fields(targets[0][:, 0], classes=3, spacing=(2.0, 1.0, 1.0))["regions"]
+        torch.testing.assert_close(target[count], exact, check_dtype=False)
+        for weight, x, y, r in zip(weights, outputs, targets, target[count:], strict=True):
+            value += weight * factor * float(given(x.double(), y, regions=r))
+        return value
     classes, first = outputs[0].shape[1], not regions
     axis = np.arange(classes).reshape(-1, *[1] * (outputs[0].ndim - 2))
     fields = [field.numpy() for field in target[count:]]

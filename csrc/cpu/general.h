@@ -217,9 +217,7 @@ void reduce_general(Tile<T>& t, double* sums, double* weights) {
   // Adds a row of numbers to the accumulators of its voxels' regions.
   auto by_region = [&](const T* numbers, double* to, int64_t step) {
     t.each_stretch([&](int64_t row, int first, int count) {
-      double sum = 0;
-      for (int v = first; v < first + count; ++v) sum += double(numbers[v]);
-      to[row * step] += sum;
+      to[row * step] += sum_run<T>(first, count, [&](int v) { return load<T>(numbers + v); });
     });
   };
   if (weights) {

@@ -43,6 +43,26 @@ FL_INLINE IVec<T> class_number(int64_t c) {
   return IVec<T>{} + typename Types<T>::Int(c);
 }
 
+// The first `count` lanes.
+template <class T>
+FL_INLINE IVec<T> first_lanes(int count) {
+  static const typename Types<T>::Int number[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                    8, 9, 10, 11, 12, 13, 14, 15};
+  return label_lanes<T>(number) < typename Types<T>::Int(count);
+}
+
+// Σ term(v) over the `count` voxels from `first` on. Rows are read beyond, up to a whole vector.
+template <class T, class F>
+FL_INLINE double sum_run(int first, int count, const F& term) {
+  constexpr int L = lanes<T>;
+  Vec<T> a{};
+  const int end = first + count;
+  int v = first;
+  for (; v + L <= end; v += L) a += term(v);
+  if (v < end) a += keep<T>(first_lanes<T>(end - v), term(v));
+  return total<T>(a);
+}
+
 // Named rows of one number per voxel.
 enum Row {
   kWeight,     // m; 0 for ignored voxels and for padding
@@ -94,6 +114,8 @@ struct Tile {
   T* field_rows;          // (fields, kMaxTile)
   int32_t* field_labels;  // (fields, kMaxTile), for fields that are label maps
   int32_t* region;        // the row of each voxel; negative: none
+  int runs = 0;           // of voxels of equal region
+  int16_t run_start[kMaxTile + 1];
   Runs logit_runs, target_runs, weight_runs, out_runs;
   int64_t voxel = 0;   // the first one
   int n = 0;           // voxels
@@ -171,6 +193,10 @@ struct Tile {
     Runs runs;
     runs.find(a, voxel, n);
     load_labels(a.data + sample * a.batch_stride, a.dtype, runs, job.rows, false, 0, region);
+    find_runs();
+    int32_t signs = 0;
+    for (int v = 0; v < n; ++v) signs |= region[v];
+    if (signs >= 0) return;
     T* m = row(kWeight);
     for (int v = 0; v < n; ++v)
       if (region[v] < 0) {
@@ -180,14 +206,39 @@ struct Tile {
       }
   }
 
-  // Calls f(row, first, count) for each run of voxels of equal region.
+  // Finds the runs of voxels of equal region.
+  void find_runs() {
+    constexpr int L = lanes<float>;
+    runs = 0;
+    run_start[runs++] = 0;
+    int v = 0;
+    for (; v + L < n; v += L) {
+      const IVec<float> here = label_lanes<float>(region + v);
+      const IVec<float> next = label_lanes<float>(region + v + 1);
+#if defined(__AVX512F__)
+      uint32_t ends = _mm512_cmpneq_epi32_mask((__m512i)here, (__m512i)next);
+      for (; ends; ends &= ends - 1) run_start[runs++] = int16_t(v + __builtin_ctz(ends) + 1);
+#else
+      if (!any<float>(here != next)) continue;
+      for (int i = v; i < v + L; ++i)
+        if (region[i] != region[i + 1]) run_start[runs++] = int16_t(i + 1);
+#endif
+    }
+    for (; v + 1 < n; ++v)
+      if (region[v] != region[v + 1]) run_start[runs++] = int16_t(v + 1);
+    run_start[runs] = int16_t(n);
+  }
+
+  // Calls f(row, first, count) for each of these runs that has a region.
   template <class F>
   void each_stretch(const F& f) const {
-    for (int v = 0, first = 0; v < n; first = v) {
-      while (v < n && region[v] == region[first]) ++v;
-      if (region[first] >= 0) f(int64_t(region[first]), first, v - first);
+    for (int i = 0; i < runs; ++i) {
+      const int first = run_start[i];
+      if (region[first] >= 0) f(int64_t(region[first]), first, run_start[i + 1] - first);
     }
   }
+  // The region that all voxels share, or −1.
+  int64_t only_region() const { return runs == 1 ? int64_t(region[0]) : -1; }
 
   // Loads the fields that all classes share.
   void load_fields() {

@@ -65,7 +65,7 @@ class Adapter:
     ) -> tuple[Prepared, tuple[int, ...]] | None:
         """The launch plan of such a call on a GPU and the addresses of these arrays; or None."""
         kind = self.kind(logits, "logits")
-        if kind is None or loss.field_names:
+        if kind is None or loss.field_names or loss.regional is not None:
             return None
         from fastloss.backends.cuda.prepared import find
 

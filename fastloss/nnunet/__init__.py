@@ -10,8 +10,8 @@ nnU-Net 2.8, which need not be installed.
 
 `compute_metrics_on_folder` evaluates a folder as nnU-Net does, and adds HD95, ASSD and NSD.
 
-`WithBoundary` and `WithSkeletonRecall` add a term that nnU-Net does not have, and make what it
-reads in the workers of the data loader.
+`WithBoundary`, `WithSkeletonRecall`, `WithCCDiceCE` and `WithBlobs` add a term that nnU-Net does
+not have, and make what it reads in the workers of the data loader.
 
 Cross-entropy and Dice are one fused loss, which takes two passes over the logits and no memory but
 the gradient's; an ignore channel of regions adds one byte per voxel, and top-k cross-entropy one
@@ -68,7 +68,7 @@ from fastloss.nnunet._deep_supervision import DeepSupervisionWrapper
 from fastloss.nnunet._dice import MemoryEfficientSoftDiceLoss, SoftDiceLoss, softmax_helper_dim1
 from fastloss.nnunet._entropy import RobustCrossEntropyLoss, TopKLoss
 from fastloss.nnunet._evaluation import compute_metrics_on_folder
-from fastloss.nnunet._fields import WithBoundary, WithSkeletonRecall
+from fastloss.nnunet._fields import WithBlobs, WithBoundary, WithCCDiceCE, WithSkeletonRecall
 
 __all__ = [
     "DC_and_BCE_loss",
@@ -79,7 +79,9 @@ __all__ = [
     "RobustCrossEntropyLoss",
     "SoftDiceLoss",
     "TopKLoss",
+    "WithBlobs",
     "WithBoundary",
+    "WithCCDiceCE",
     "WithSkeletonRecall",
     "compute_metrics_on_folder",
     "from_nnunet",

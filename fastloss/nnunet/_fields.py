@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fastloss.dropin import Fused, Recipe, Scheduled, as_built, evaluate, fixed, recipe, times
-from fastloss.loss import Loss
+from fastloss.loss import Loss, Term
 from fastloss.nnunet._compound import (
     Compound,
     DC_and_BCE_loss,
@@ -20,7 +20,7 @@ from fastloss.nnunet._deep_supervision import DeepSupervisionWrapper
 from fastloss.nnunet._loader import AppendFields
 from fastloss.nnunet._terms import NegativeSkeletonRecall
 from fastloss.options import check_choice, check_spacing
-from fastloss.terms import Boundary
+from fastloss.terms import BlobDiceCE, Boundary, CCDiceCE
 
 _COMPOUNDS = (DC_and_CE_loss, DC_and_topk_loss, DC_and_BCE_loss)
 
@@ -106,16 +106,22 @@ class WithField(Scheduled):
         loss = self.loss
         if own is None:
             return times(weight, loss(x, y))
-        fields = None if field is None else {self.field: field}
+        given: dict[str, Any] = {}
+        if field is not None:
+            given = {"fields": {self.field: field}, "region_count": self._region_count(field)}
         request: Fused = loss.request(self._term, x, y)
         if weight is None:
-            return evaluate((own, request), fields=fields)
+            return evaluate((own, request), **given)
         # One with hooks, or of a subclass, has to be called.
         parts = loss.fused(x, y) if as_built(loss, *_COMPOUNDS) else None
         if parts is None:
-            return times(weight, loss(x, y)) + evaluate((own, request), fields=fields)
+            return times(weight, loss(x, y)) + evaluate((own, request), **given)
         weighted = [(weight * factor, part) for factor, part in parts]
-        return evaluate(*weighted, (own, request), fields=fields)
+        return evaluate(*weighted, (own, request), **given)
+
+    def _region_count(self, field: Tensor) -> int | None:
+        """How many regions a sample has at most, where the field is a map of them."""
+        return None
 
     def append_fields(self, classes: int, *, dtype: str = "float32") -> AppendFields:
         """A transform for nnU-Net's data loader, which makes the fields in its workers.
@@ -237,6 +243,92 @@ class WithSkeletonRecall(WithField):
             smooth_dr=fixed(smooth),
         )
         super().__init__(loss, weight, weight_factors, term)
+
+
+class _WithLesions(WithField):
+    """A compound loss + weight · a term of every lesion."""
+
+    everywhere = True
+    field = "regions"
+    kind: ClassVar[type[Term]]
+
+    def __init__(
+        self,
+        loss: Any,
+        weight: float = 1.0,
+        weight_factors: Sequence[float] | None = None,
+        *,
+        lesion_weight: str = "equal",
+        **options: Any,
+    ) -> None:
+        if _has_regions(loss):
+            raise TypeError(
+                "loss: regions may overlap, and have no lesions apart; expected DC_and_CE_loss or "
+                "DC_and_topk_loss, got DC_and_BCE_loss"
+            )
+        options["weight"] = lesion_weight
+        if "spacing" in options:
+            options["spacing"] = check_spacing(options["spacing"])
+        self.kind(**options)  # raises the errors about the options
+        super().__init__(loss, weight, weight_factors, recipe(self.kind, **options))
+
+    def _region_count(self, field: Tensor) -> int | None:
+        if not field.is_cuda:
+            return None
+        # A power of 2, as kernels are compiled for each number.
+        return max(8, 1 << int(field.max()).bit_length())
+
+
+class WithCCDiceCE(_WithLesions):
+    """A compound loss + weight · connected-component Dice + cross-entropy: `fastloss.CCDiceCE`.
+
+    Each voxel belongs to the lesion of the target that is nearest to it, and every lesion counts
+    alike. With deep supervision every output has the term, with the weight of its loss. Its regions
+    are then those of full resolution at the nearest voxels if they come from the data loader, and
+    are made of the coarser target if not; a lesion that the coarser target lacks does not count.
+
+    Ignored voxels count for nothing, and are of no lesion. On a GPU a call with regions from the
+    data loader waits for their number.
+
+    Args:
+        loss: `DC_and_CE_loss` or `DC_and_topk_loss`; or one of these in a
+            `DeepSupervisionWrapper`, whose weights are then used.
+        weight: the factor of the term.
+        weight_factors: the weights of deep supervision; None: those of the wrapper, or all 1.
+        lesion_weight: how lesions are weighed, the ``weight`` of `fastloss.CCDiceCE`.
+        **options: the others of `fastloss.CCDiceCE`.
+
+    Raises:
+        TypeError: a ``loss`` of another class. ValueError: an option out of its range.
+
+    Source: Bouteille et al. 2025, "Learning to Look Closer: a new instance-wise loss for small
+    cerebral lesion segmentation".
+    """
+
+    kind = CCDiceCE
+
+
+class WithBlobs(_WithLesions):
+    """A compound loss + weight · Dice + cross-entropy of every lesion: `fastloss.BlobDiceCE`.
+
+    For a lesion the others are left out, and the background counts. It is the blob loss divided by
+    α where ``weight`` is β/α, ½ in the paper. Otherwise as `WithCCDiceCE`; the options are those of
+    `fastloss.BlobDiceCE`.
+
+    Source: Kofler et al. 2023, "blob loss: instance imbalance aware loss functions for semantic
+    segmentation".
+    """
+
+    kind = BlobDiceCE
+
+    def __init__(
+        self,
+        loss: Any,
+        weight: float = 0.5,
+        weight_factors: Sequence[float] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(loss, weight, weight_factors, **options)
 
 
 def _has_regions(loss: Any) -> bool:

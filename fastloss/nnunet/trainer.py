@@ -13,13 +13,16 @@ and ``-tr`` names one like any other::
 - ``nnUNetTrainerFastloss``: nnU-Net's default loss.
 - ``nnUNetTrainerFastlossBoundary``: that + the boundary loss, whose factor grows with the epoch.
 - ``nnUNetTrainerFastlossSkeletonRecall``: that + skeleton recall, for thin structures.
+- ``nnUNetTrainerFastlossCCDiceCE``: that + connected-component Dice and cross-entropy, in which
+  small lesions count as much as large ones.
+- ``nnUNetTrainerFastlossBlob``: that + the part of the blob loss for each lesion.
 
 Prediction looks the trainer up by the same name, so keep the file and the variable. A version of
 nnU-Net that does not know ``nnUNet_extTrainer`` finds the same file in its own folder
 ``nnunetv2/training/nnUNetTrainer/``.
 
-Any other trainer becomes fused by the mixins `FusedLoss`, `BoundaryLoss` and `SkeletonRecallLoss`,
-in the same file::
+Any other trainer becomes fused by the mixins `FusedLoss`, `BoundaryLoss`, `SkeletonRecallLoss`,
+`CCDiceCELoss` and `BlobLoss`, in the same file::
 
     from fastloss.nnunet.trainer import FusedLoss
     from nnunetv2.training.nnUNetTrainer.variants.loss.nnUNetTrainerDiceLoss import (
@@ -38,9 +41,9 @@ and a subclass sets options, as the attributes say::
             super().__init__(plans, configuration, fold, dataset_json, device)
             self.num_epochs = 200
 
-The loss is computed on the tensors' device, which must have a `fastloss` backend. Distances and
-skeletons are made in the workers of nnU-Net's data loader, by a transform after nnU-Net's own; no
-file of nnU-Net is changed.
+The loss is computed on the tensors' device, which must have a `fastloss` backend. Distances,
+skeletons and lesions are made in the workers of nnU-Net's data loader, by a transform after
+nnU-Net's own; no file of nnU-Net is changed.
 """
 
 from __future__ import annotations
@@ -51,17 +54,27 @@ from typing import TYPE_CHECKING, Any
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from fastloss.nnunet._convert import from_nnunet
-from fastloss.nnunet._fields import WithBoundary, WithField, WithSkeletonRecall
+from fastloss.nnunet._fields import (
+    WithBlobs,
+    WithBoundary,
+    WithCCDiceCE,
+    WithField,
+    WithSkeletonRecall,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "BlobLoss",
     "BoundaryLoss",
+    "CCDiceCELoss",
     "FusedLoss",
     "SkeletonRecallLoss",
     "nnUNetTrainerFastloss",
+    "nnUNetTrainerFastlossBlob",
     "nnUNetTrainerFastlossBoundary",
+    "nnUNetTrainerFastlossCCDiceCE",
     "nnUNetTrainerFastlossSkeletonRecall",
 ]
 
@@ -219,6 +232,62 @@ class SkeletonRecallLoss(_FieldLoss):
         )
 
 
+class _LesionLoss(_FieldLoss):
+    """A mixin that adds a term of every lesion."""
+
+    lesion_factor: float
+    """The factor of the term."""
+    lesion_weight = "equal"
+    """How lesions are weighed: "equal", "inverse_volume" or "inverse_sqrt_volume"."""
+
+    configuration_manager: Any
+
+
+class CCDiceCELoss(_LesionLoss):
+    """A mixin that adds connected-component Dice + cross-entropy to a trainer's loss.
+
+    loss + ``lesion_factor`` · `fastloss.CCDiceCE`, in which every lesion counts alike; with deep
+    supervision of each output: see `WithCCDiceCE`. Nearness is measured in the spacing of the
+    plans. An ignore label is taken as it comes.
+
+    Raises:
+        TypeError: when the loss is built, if it is not one of nnU-Net's Dice with a cross-entropy
+            of labels, as for a data set with regions.
+        ValueError: an attribute out of its range.
+
+    Source: Bouteille et al. 2025, "Learning to Look Closer: a new instance-wise loss for small
+    cerebral lesion segmentation".
+    """
+
+    lesion_factor = 1.0
+
+    def _with_term(self, loss: nn.Module) -> WithField:
+        spacing = tuple(float(size) for size in self.configuration_manager.spacing)
+        return WithCCDiceCE(
+            loss, self.lesion_factor, lesion_weight=self.lesion_weight, spacing=spacing
+        )
+
+
+class BlobLoss(_LesionLoss):
+    """A mixin that adds the part of the blob loss for each lesion to a trainer's loss.
+
+    loss + ``lesion_factor`` · `fastloss.BlobDiceCE`, the blob loss divided by α, ``lesion_factor``
+    being β/α; with deep supervision of each output: see `WithBlobs`. An ignore label is taken as it
+    comes.
+
+    Raises:
+        TypeError, ValueError: as `CCDiceCELoss`.
+
+    Source: Kofler et al. 2023, "blob loss: instance imbalance aware loss functions for semantic
+    segmentation".
+    """
+
+    lesion_factor = 0.5
+
+    def _with_term(self, loss: nn.Module) -> WithField:
+        return WithBlobs(loss, self.lesion_factor, lesion_weight=self.lesion_weight)
+
+
 class nnUNetTrainerFastloss(FusedLoss, nnUNetTrainer):
     """nnU-Net's default trainer with its default loss, fused."""
 
@@ -229,3 +298,11 @@ class nnUNetTrainerFastlossBoundary(BoundaryLoss, nnUNetTrainer):
 
 class nnUNetTrainerFastlossSkeletonRecall(SkeletonRecallLoss, nnUNetTrainer):
     """nnU-Net's default trainer with its default loss + skeleton recall."""
+
+
+class nnUNetTrainerFastlossCCDiceCE(CCDiceCELoss, nnUNetTrainer):
+    """nnU-Net's default trainer with its default loss + that of every lesion and its region."""
+
+
+class nnUNetTrainerFastlossBlob(BlobLoss, nnUNetTrainer):
+    """nnU-Net's default trainer with its default loss + that of every lesion and the background."""

@@ -16,14 +16,18 @@ from fastloss.terms.linear import (
     MeanAbsoluteError,
     PolyCrossEntropy,
 )
+from fastloss.terms.per_region import BlobDiceCE, BlobLoss, CCDiceCE, PerRegion
 from fastloss.terms.region import Dice, GeneralizedDice, Jaccard, RegionTerm, Tversky
 from fastloss.terms.skeletons import skeleton
 
 __all__ = [
     "MCC",
+    "BlobDiceCE",
+    "BlobLoss",
     "Boundary",
     "BoundaryDoU",
     "Brier",
+    "CCDiceCE",
     "CrossEntropy",
     "Dice",
     "Focal",
@@ -33,6 +37,7 @@ __all__ = [
     "HausdorffDT",
     "Jaccard",
     "MeanAbsoluteError",
+    "PerRegion",
     "PolyCrossEntropy",
     "RegionTerm",
     "SkeletonRecall",

@@ -389,7 +389,8 @@ class CudaBackend(Backend):
         terms = [term for _, term in loss.terms if term.joins_ranks]
         if not terms:
             return None
-        joined = terms[0].join_ranks(statistics)
+        own = statistics if loss.regional is None else statistics.of_samples()
+        joined = terms[0].join_ranks(own)
         slots, _, classes = joined.sums.shape
         both = self.place.empty((slots * classes + 1,), "float64")
         both[:-1], both[-1:] = joined.sums.reshape(-1), joined.voxels

@@ -85,6 +85,11 @@ def described(
             rows = _count_of_regions(regions) if rows is None else rows
             regions = _array(regions)
     loss.check_field_names(names)
+    if loss.lacks_regions(extras):
+        raise ValueError(
+            "regions: a program that JAX transforms cannot make them, as it has to know how many "
+            "there are; give those that Loss.fields makes, and region_count"
+        )
     target = _array(target)
     weight = None if voxel_weight is None else _array(voxel_weight)
     arrays = arrange(
@@ -163,8 +168,7 @@ def _value_shape(
         axis = loss.channel_axis % len(shape)
         return shape[:axis] + shape[axis + 1 :]
     batch, classes = arrays.logits.shape[:2]
-    more = (regions,) if regions else ()  # as older terms do not know of regions
-    return np.broadcast_shapes(*(t.value_shape(batch, classes, *more) for _, t in loss.terms))
+    return loss.value_shape(batch, classes, regions)
 
 
 def _field_shape(loss: FusedLoss, name: str, shape: tuple[int, ...], arrays: Arrays) -> Shape:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from fastloss.borrowed import Extras
@@ -39,10 +38,7 @@ def value(
     parts = int(jax.lax.psum(1, axis_name))
     call, arrays = described(loss, logits, target, voxel_weight, extras)
     batch = logits.shape[0] * (parts if shard == "batch" else 1)
-    more = (call.regions,) if call.regions else ()
-    shape = np.broadcast_shapes(
-        *(term.value_shape(batch, call.sums[2], *more) for _, term in loss.terms)
-    )
+    shape = loss.value_shape(batch, call.sums[2], call.regions)
     call = call._replace(value=shape, reuses=reuse_logits, parts=parts, shard=shard)
     logits, *others = alike(logits, *arrays)
     own = _statistics(call, logits, tuple(others))

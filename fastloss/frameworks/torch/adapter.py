@@ -91,7 +91,8 @@ class TorchAdapter(TensorAdapter):
             )
         if ranks is not None and ranks.shard == "volume":
             loss.check_given(extras, "shard")
-        if loss.makers and loss.lacks(() if extras is None else extras.names):
+        given_names = () if extras is None else extras.names
+        if loss.lacks_regions(extras) or (loss.makers and loss.lacks(given_names)):
             # Made once, not again in the backward pass: autograd saves them, as it does others.
             extras = loss.passes(logits, target, voxel_weight, extras).whole_extras
         differentiable = torch.is_grad_enabled() and logits.requires_grad
@@ -111,6 +112,7 @@ class TorchAdapter(TensorAdapter):
         passes = loss.passes(logits, target, voxel_weight, extras)
         if ranks is None:
             return self.result(passes.forward()[0])
+        _join_regions(passes, ranks, logits)
         return self.result(passes.combine(ranks.join(loss, passes.reduce(whole=False))[0])[0])
 
     def takes_numbers(self, logits: Any, options: Iterable[Any]) -> bool:
@@ -226,6 +228,12 @@ def _takes_logits(
         return call.takes(loss, ADAPTER, arrays, addresses, arrays[0].detach())
 
 
+def _join_regions(passes: Any, ranks: Ranks, logits: torch.Tensor) -> None:
+    """Have as many rows for the regions of a sample as the rank that has most."""
+    if passes.arrays.regions is not None:
+        passes.arrays.rows = ranks.most(passes.arrays.rows, logits.device)
+
+
 def _check_unspent(ctx: Any) -> None:
     """Raise RuntimeError where a gradient has been written over the logits before."""
     if ctx.spent:
@@ -257,6 +265,7 @@ class _Value(torch.autograd.Function):
         if ranks is None:
             value, ctx.pullback = passes.forward()
         else:
+            _join_regions(passes, ranks, logits)
             statistics, ctx.first = ranks.join(loss, passes.reduce(whole=False))
             value, ctx.pullback = passes.combine(statistics)
         # Of the large arrays nothing may live longer than what autograd itself keeps of them: it
@@ -266,7 +275,7 @@ class _Value(torch.autograd.Function):
         ctx.save_for_backward(*(a if isinstance(a, torch.Tensor) else None for a in given))
         ctx.others = tuple(None if isinstance(a, torch.Tensor) else a for a in given)
         ctx.passes = None if _saved_tensors_hooks(True) else passes
-        ctx.loss, ctx.backend, ctx.ranks = loss, passes.backend, ranks
+        ctx.loss, ctx.backend, ctx.ranks, ctx.rows = loss, passes.backend, ranks, passes.arrays.rows
         ctx.reuse_logits, ctx.spent = reuse_logits, False
         return ADAPTER.result(value)
 
@@ -279,6 +288,7 @@ class _Value(torch.autograd.Function):
         if passes is None:
             extras = None if ctx.extras is None else ctx.extras.with_arrays(others)
             passes = ctx.loss.passes(logits, target, voxel_weight, extras)
+            passes.arrays.rows = ctx.rows
             if passes.backend.place is None:  # the choice that the forward pass met
                 passes.backend = ctx.backend
 

@@ -51,6 +51,12 @@ class Ranks(NamedTuple):
             total, weight = total.numpy(), weight.numpy()
         return replace(statistics, sums=total, voxels=weight), first
 
+    def most(self, number: int, device: torch.device) -> int:
+        """The largest of the numbers of all ranks."""
+        largest = torch.full((1,), number, dtype=torch.int64, device=device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._process_group())
+        return int(largest)
+
     def own(self, coefficients: Any, first: int, batch: int) -> Any:
         """This rank's part, ``batch`` rows, of the derivatives by the joined sums.
 

@@ -74,6 +74,11 @@ def value(
     group, shard = ("", "") if ranks is None else (ranks.group, ranks.shard)
     names_of = (structure, group, shard)
     result: torch.Tensor
+    if regions is None and _is_regional(structure):
+        raise ValueError(
+            "regions: compiled code cannot make them, as it has to know how many there are; give "
+            "those that Loss.fields makes, and region_count"
+        )
     lacking = _lacking(structure, names, shard)
     if lacking:
         made = torch.ops.fastloss.made_fields(
@@ -97,8 +102,14 @@ def _lacking(structure: str, names: str, shard: str) -> tuple[str, ...]:
     """The fields that are to be made, where those named are given."""
     loss, given = loss_of(structure), tuple(names.split("\n")) if names else ()
     if shard == "volume":
-        loss.check_given(Extras(tuple((name, None) for name in given)), "shard")
+        regions = () if loss.regional else None  # which are given, or an error was raised
+        loss.check_given(Extras(tuple((name, None) for name in given), regions), "shard")
     return loss.lacks(given)
+
+
+@constant
+def _is_regional(structure: str) -> bool:
+    return loss_of(structure).regional is not None
 
 
 @constant
@@ -323,14 +334,13 @@ def _fake_loss(
         nothing = logits.new_empty((0,))
         return logits.new_empty(shape, dtype=dtype), nothing, torch.empty_like(nothing)
     batch, classes = logits.shape[0], logits.shape[loss.channel_axis]
-    more = () if regions is None else (region_count,)  # as older terms do not know of regions
-    shape = torch.broadcast_shapes(*(t.value_shape(batch, classes, *more) for _, t in loss.terms))
+    of_value = loss.value_shape(batch, classes, 0 if regions is None else region_count)
     slots, batch = _count_of_sums(loss), batch * (1 if regions is None else region_count)
     if group:
         _check_ranks(loss, shard, regions)
         batch = 1 if loss.sums_over_batch else batch
     return (
-        logits.new_empty(shape, dtype=dtype),
+        logits.new_empty(of_value, dtype=dtype),
         logits.new_empty((slots, batch, classes), dtype=torch.float64),
         logits.new_empty((batch,), dtype=torch.float64),
     )
