@@ -18,8 +18,16 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 SOURCES = Path("csrc") / "cpu"
-KERNELS = ("passes.cpp", "soft_skeleton.cpp")  # compiled once per instruction set
-BINDINGS = ("module.cpp", "distance.cpp", "bind_soft_skeleton.cpp")
+KERNELS = ("passes.cpp", "soft_skeleton.cpp", "voronoi.cpp")  # compiled once per instruction set
+BINDINGS = (
+    "module.cpp",
+    "distance.cpp",
+    "surface.cpp",
+    "counts.cpp",
+    "components.cpp",
+    "bind_voronoi.cpp",
+    "bind_soft_skeleton.cpp",
+)
 
 # FASTLOSS_CXXFLAGS adds flags, for instance those of a sanitizer.
 EXTRA = os.environ.get("FASTLOSS_CXXFLAGS", "").split()

@@ -1,9 +1,15 @@
 """Distances and boundary losses beside their peers, all in one run, as a table.
 
-    python benchmarks/distances.py [--repeats N] [--quick]
+    python benchmarks/distances.py [--repeats N] [--quick] [--labels FILE.nii.gz]
 
-Labels are the phantom torso of 14 classes, spacing (1.5, 1.5, 3). Functions take turns; figures
-are medians. Peers that are not installed (edt, scipy, monai, torch) are left out, by name.
+Labels are the phantom torso of 14 classes, spacing (1.5, 1.5, 3). With --labels there are rows of
+a real label volume too, with the spacing that its header tells: the organ of the most voxels, and
+the signed maps of all organs. The sdist of totalsegmentator has some (tests/reference_files):
+
+    pip download --no-deps --no-binary :all: totalsegmentator
+
+Functions take turns; figures are medians. Peers that are not installed (edt, scipy, monai, torch)
+are left out, by name.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ from fastloss.bench.phantom import phantom
 
 SPACING = (1.5, 1.5, 3.0)
 FAR = 10 * 1.5  # ten voxels
+Spacing = tuple[float, ...]
 Functions = dict[str, Callable[[], object]]
 
 
@@ -31,12 +38,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5, help="samples of each (default: 5)")
     parser.add_argument("--quick", action="store_true", help="volumes of 64³ in place of 128³")
+    parser.add_argument("--labels", type=Path, help="a label volume that nibabel reads")
     options = parser.parse_args()
     fl.set_num_threads(machine.threads())
     print(machine.machine_text(machine.machine()))
     edge = 64 if options.quick else 128
     rows = []
-    for title, functions, demands in cases(edge):
+    real = () if options.labels is None else _real(options.labels)
+    for title, functions, demands in (*real, *cases(edge)):
         print(f"{title} ...", file=sys.stderr, flush=True)
         seconds = interleave(
             {name: Timed(function) for name, function in functions.items()}, options.repeats
@@ -77,9 +86,34 @@ def cases(edge: int) -> Any:
     yield from _losses(edge, labels)
 
 
-def _transform(mask: np.ndarray) -> Callable[[], object]:
+def _real(path: Path) -> Any:
+    """Cases of a label volume."""
+    image: Any = import_module("nibabel").load(path)
+    numbers = np.asarray(image.dataobj)
+    spacing = tuple(float(size) for size in image.header.get_zooms()[: numbers.ndim])
+    present, labels = np.unique(numbers, return_inverse=True)
+    labels = np.ascontiguousarray(labels.reshape(numbers.shape).astype(np.uint16))
+    classes = len(present)
+    if classes <= 255:
+        labels = labels.astype(np.uint8)
+    shape = "×".join(map(str, labels.shape))
+    title = f"{path.name}, {shape} at {'×'.join(f'{size:g}' for size in spacing)} mm"
+    organ = 1 + int(np.bincount(labels.ravel(), minlength=classes)[1:].argmax())
+    for place, mask in [("inside", labels == organ), ("outside", labels != organ)]:
+        functions = {"fastloss": _transform(mask, spacing)}
+        functions |= _peers(lambda name, m=mask: _peer(name, m, spacing))
+        yield f"{title}, {place}", functions, {"edt": "≥ 3", "scipy": "≥ 12"}
+    out = np.empty((1, classes, *labels.shape), np.float32)
+    signed: Functions = {
+        "fastloss": lambda: fl.signed_distance(labels[None], classes, spacing=spacing, out=out)
+    }
+    signed |= _peers(lambda name: _signed_peer(name, labels, classes, spacing))
+    yield f"{title}, {classes} signed maps", signed, {"scipy": "≥ 20", "edt": "≥ 3"}
+
+
+def _transform(mask: np.ndarray, spacing: Spacing = SPACING) -> Callable[[], object]:
     out = np.empty(mask.shape, np.float32)
-    return lambda: fl.distance_transform(mask, spacing=SPACING, out=out)
+    return lambda: fl.distance_transform(mask, spacing=spacing, out=out)
 
 
 def _peers(make: Callable[[str], Callable[[], object]]) -> Functions:
@@ -92,22 +126,24 @@ def _peers(make: Callable[[str], Callable[[], object]]) -> Functions:
     return found
 
 
-def _peer(name: str, mask: np.ndarray) -> Callable[[], object]:
+def _peer(name: str, mask: np.ndarray, spacing: Spacing = SPACING) -> Callable[[], object]:
     if name == "edt":
         edt = import_module("edt")
-        return lambda: edt.edt(mask, anisotropy=SPACING, parallel=machine.threads())
+        return lambda: edt.edt(mask, anisotropy=spacing, parallel=machine.threads())
     ndimage = import_module("scipy.ndimage")
-    return lambda: ndimage.distance_transform_edt(mask, sampling=SPACING)
+    return lambda: ndimage.distance_transform_edt(mask, sampling=spacing)
 
 
-def _signed_peer(name: str, labels: np.ndarray) -> Callable[[], object]:
+def _signed_peer(
+    name: str, labels: np.ndarray, classes: int = 14, spacing: Spacing = SPACING
+) -> Callable[[], object]:
     transform = {"edt": "edt", "scipy": "scipy.ndimage"}[name]
     import_module(transform)
 
     def run() -> None:
-        for c in range(14):
+        for c in range(classes):
             mask = labels == c
-            inside, outside = _peer(name, mask)(), _peer(name, ~mask)()
+            inside, outside = _peer(name, mask, spacing)(), _peer(name, ~mask, spacing)()
             np.where(mask, 1 - inside, outside)  # type: ignore[operator]
 
     return run

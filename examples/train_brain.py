@@ -13,7 +13,7 @@ import csv
 import json
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
-from math import isnan
+from math import isfinite
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -152,9 +152,11 @@ def _summary(options: argparse.Namespace, histories: list[History]) -> dict[str,
                 "loss_peak_bytes": history.loss_memory,
                 "held_out_dice": history.held_out[options.steps],
                 "held_out_hd95_mm": {
-                    tissue: None if isnan(distance) else distance  # JSON has no NaN
-                    for tissue, distance in history.hd95.items()
+                    tissue: distance if isfinite(distance) else None  # JSON has no infinity
+                    for tissue, distance in history.hd95[options.steps].items()
                 },
+                "held_out_nsd": history.nsd[options.steps],
+                "evaluation_seconds": median(history.evaluation_seconds),
             }
             for history in histories
         },
@@ -193,11 +195,17 @@ def _print_table(histories: list[History]) -> None:
     for tissue in histories[0].held_out[1]:
         final = [list(history.held_out.values())[-1][tissue] for history in histories]
         rows[f"held-out Dice, {tissue}"] = [f"{dice:.4f}" for dice in final]
-    for tissue in histories[0].hd95:
-        distances = [history.hd95[tissue] for history in histories]
+    for tissue in histories[0].held_out[1]:
+        distances = [list(history.hd95.values())[-1][tissue] for history in histories]
         rows[f"held-out HD95, {tissue}"] = [
-            "none found" if isnan(distance) else f"{distance:.2f} mm" for distance in distances
+            f"{distance:.2f} mm" if isfinite(distance) else "none found" for distance in distances
         ]
+    for tissue in histories[0].held_out[1]:
+        shares = [list(history.nsd.values())[-1][tissue] for history in histories]
+        rows[f"held-out NSD, {tissue}"] = [f"{share:.4f}" for share in shares]
+    rows["these metrics, an evaluation"] = [
+        f"{1e3 * median(h.evaluation_seconds):.1f} ms" for h in histories
+    ]
     width = max(map(len, rows))
     for name, values in rows.items():
         print(f"{name:<{width}}" + "".join(f"{value:>12}" for value in values))

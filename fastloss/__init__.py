@@ -1,5 +1,6 @@
 """Losses for 3D segmentation, value and gradient, fused into two passes over the logits."""
 
+from fastloss import metrics
 from fastloss.backends import use_backend
 from fastloss.distance import distance_transform, signed_distance
 from fastloss.functional import (
@@ -12,11 +13,20 @@ from fastloss.functional import (
     generalized_cross_entropy_loss,
     generalized_dice_loss,
     jaccard_loss,
+    mcc_loss,
     mean_absolute_error_loss,
     poly_cross_entropy_loss,
     top_k_cross_entropy_loss,
     tversky_loss,
 )
+from fastloss.functional_boundary import (
+    boundary_dou_loss,
+    boundary_loss,
+    generalized_surface_loss,
+    hausdorff_dt_loss,
+    skeleton_recall_loss,
+)
+from fastloss.instances import Components, components, voronoi
 from fastloss.loss import Loss
 from fastloss.statistics import Statistics
 from fastloss.sums import Sum
@@ -26,11 +36,15 @@ from fastloss.threads import get_num_threads, set_num_threads
 from fastloss.version import __version__
 
 __all__ = [
+    "Components",
     "Loss",
     "Statistics",
     "Sum",
     "__version__",
+    "boundary_dou_loss",
+    "boundary_loss",
     "brier_loss",
+    "components",
     "cross_entropy_loss",
     "dice_ce_loss",
     "dice_focal_loss",
@@ -39,15 +53,21 @@ __all__ = [
     "focal_loss",
     "generalized_cross_entropy_loss",
     "generalized_dice_loss",
+    "generalized_surface_loss",
     "get_num_threads",
+    "hausdorff_dt_loss",
     "jaccard_loss",
+    "mcc_loss",
     "mean_absolute_error_loss",
+    "metrics",
     "poly_cross_entropy_loss",
     "set_num_threads",
     "signed_distance",
+    "skeleton_recall_loss",
     "top_k_cross_entropy_loss",
     "tversky_loss",
     "use_backend",
+    "voronoi",
 ]
 __all__ += _terms
 __all__.sort()

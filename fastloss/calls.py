@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from math import prod
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,7 +15,16 @@ from fastloss.arrays import FLOATS, INTEGERS, Field, arrange, channels_second, c
 from fastloss.backends import Backend, current_backend
 from fastloss.backends.base import with_ranked
 from fastloss.borrowed import Borrowed, Extras, Place
-from fastloss.fields import Target, as_field, distances_of, make, narrowed, target_of
+from fastloss.fields import (
+    Target,
+    as_field,
+    distances_of,
+    distances_on_gpu,
+    make,
+    narrowed,
+    target_of,
+    target_on_gpu,
+)
 from fastloss.frameworks import adapter_of, borrow
 from fastloss.maps import Map
 from fastloss.protocol import FusedLoss
@@ -88,18 +97,49 @@ def fields_of(
 ) -> dict[str, Any]:
     """The fields of a target, as `fastloss.Loss.fields` says."""
     adapter = adapter_of(target, "target")
-    array, kind, place = adapter.borrow(target, "target")
+    view, kind, place = adapter.borrow(target, "target")
     if kind not in FLOATS and kind not in INTEGERS:
         raise TypeError(f"target: expected integers, bool or floating numbers, got {kind}")
-    shape = array.shape
-    if place is not None:
-        array, kind = adapter.numbers(target, "target"), "float64"
     axis = loss.channel_axis
+    arranged = partial(_arranged_target, classes=classes, dense=dense, axes=axes, channel_axis=axis)
+    view = arranged(view)
+    if not dense and classes == 1 and loss.activation != "softmax":
+        view, dense = view[:, None], True  # the mask of a single channel
+    options: dict[str, Any] = {"classes": classes, "ignore": loss.ignore_index}
+    options["activation"] = loss.activation
+
+    @cache
+    def read(on_gpu: bool) -> Target:
+        if on_gpu:
+            return target_on_gpu(Borrowed(view, kind, place), dense, **options)
+        if place is None:
+            return target_of(view, kind, dense, **options)
+        own = arranged(adapter.numbers(target, "target")).reshape(view.shape)
+        return target_of(own, "float64", dense, **options)
+
+    made: dict[str, Any] = {}
+    for term in loss.makers.values():
+        if term.makes not in made:
+            on_gpu = place is not None and term.on_gpu
+            found = read(on_gpu)
+            own = term.make_field(found, term.spacing if spacing is None else spacing)
+            own = narrowed(own, dtype)
+            if axis != 1 and len(own.shape) == found.axes + 2:
+                own = _moved(own, 1, axis)
+            made[term.makes] = own if on_gpu else adapter.wrap(own, target)
+    return {name: made[name] for name in sorted(made)}
+
+
+def _arranged_target(
+    array: np.ndarray, *, classes: int, dense: bool, axes: int | None, channel_axis: int
+) -> np.ndarray:
+    """A target as (B, *spatial), or if ``dense`` (B, C, *spatial); ValueError if it is none."""
+    shape = array.shape
     whole = axes is not None and array.ndim == axes + 2
     if dense or whole:
         if array.ndim < 2:
             raise ValueError(f"target: expected (batch, channels, *spatial), got shape {shape}")
-        array = channels_second(array, axis, "target") if axis != 1 else array
+        array = channels_second(array, channel_axis, "target") if channel_axis != 1 else array
     if dense:
         fits = array.shape[1] == classes and axes in (None, array.ndim - 2)
     else:
@@ -109,20 +149,13 @@ def fields_of(
         wanted = f"a dense target of {classes} channels" if dense else "a label map"
         of = "" if axes is None else f" of {axes} spatial axes"
         raise ValueError(f"target: expected {wanted}{of}, got shape {shape}")
-    if not dense and classes == 1 and loss.activation != "softmax":
-        array, dense = array[:, None], True  # the mask of a single channel
-    found = target_of(
-        array, kind, dense, classes=classes, ignore=loss.ignore_index, activation=loss.activation
-    )
-    made = {}
-    for term in loss.makers.values():
-        if term.makes not in made:
-            own = term.make_field(found, term.spacing if spacing is None else spacing)
-            own = narrowed(own, dtype)
-            if axis != 1 and own.ndim == found.axes + 2:
-                own = np.moveaxis(own, 1, axis)
-            made[term.makes] = adapter.wrap(own, target)
-    return {name: made[name] for name in sorted(made)}
+    return array
+
+
+def _moved(array: Any, source: int, to: int) -> Any:
+    """The array with this axis elsewhere."""
+    move = getattr(array, "movedim", None)  # of tensors, where NumPy has a function
+    return np.moveaxis(array, source, to) if move is None else move(source, to)
 
 
 _NO_EXTRAS = Extras()
@@ -180,15 +213,7 @@ class Passes:
 
     def _borrow(self, extras: Extras) -> dict[str, Any]:
         """Borrow fields and regions: what `arrange` takes beside the usual arrays."""
-        names, loss = extras.names, self.loss
-        if names != loss.field_names:
-            sources = {maker.makes for maker in loss.makers.values()}
-            made = {name for name, maker in loss.makers.items() if name != maker.makes}
-            read = {*loss.field_names, *sources}
-            if not set(names) <= read or not read - made <= {*names, *sources}:
-                wanted = ", ".join(map(repr, sorted(read - made))) or "none"
-                got = ", ".join(map(repr, names)) or "none"
-                raise ValueError(f"fields: the terms of this loss read {wanted}, got {got}")
+        self.loss.check_field_names(extras.names)
         fields = {name: borrow(array, f"fields[{name!r}]") for name, array in extras.fields}
         self.more.update((f"fields[{name!r}]", field) for name, field in fields.items())
         if extras.regions is None:
@@ -208,41 +233,56 @@ class Passes:
     def _make_fields(self, target: Any) -> None:
         """Make the fields that the sums read and the caller left out.
 
-        On a GPU the target, and where p > ½, are copied to the processor's memory, where fields are
-        made, and these are copied back.
+        On a GPU they are made there, but for those of terms that are not ``on_gpu``: for these the
+        target is copied to the processor's memory, and the field back.
         """
         loss, arrays, place = self.loss, self.arrays, self.backend.place
         names, given = self._extras.names, dict(self._extras.fields)
         known = dict(zip(names, arrays.fields, strict=True))
-        classes = arrays.logits.shape[1]
-
-        def reader(name: str) -> Callable[[], np.ndarray]:
-            def read() -> np.ndarray:
-                array, dtype, kind = known[name]
-                if place is not None:
-                    array, dtype = self._fetch(given[name], array), "float64"
-                return distances_of(name, array, dtype, kind, classes)
-
-            return read
-
-        def read_target() -> Target:
-            array, dtype = arrays.target, arrays.target_dtype
-            if place is not None:
-                array, dtype = self._fetch(target, array), "float64"
-            ignore, activation = loss.ignore_index, loss.activation
-            return target_of(
-                array, dtype, arrays.dense, classes=classes, ignore=ignore, activation=activation
-            )
-
-        sources = {name: reader(name) for name in known if name not in loss.field_names}
         missing = loss.lacks(names)
-        made: dict[str, Any] = {}
-        for name, array in make(loss, missing, sources, read_target, self._mask).items():
-            own = array if place is None else place.array(array, array.dtype.name)
-            made[name] = own
-            known[name] = as_field(array, borrow(own, name).array, arrays)
+        there = [name for name in missing if place is not None and loss.makers[name].on_gpu]
+        here = [name for name in missing if name not in there]
+
+        def made_by(names: list[str], on_gpu: bool) -> dict[str, Any]:
+            sources = {
+                name: partial(self._distances, name, given[name], known[name], on_gpu)
+                for name in known
+                if name not in loss.field_names
+            }
+            own = partial(self._target_of, target, on_gpu)
+            return make(loss, names, sources, own, partial(self._mask, on_gpu))
+
+        made = made_by(there, True) if there else {}
+        for name, array in made_by(here, False).items() if here else ():
+            made[name] = array if place is None else place.array(array, array.dtype.name)
+        for name, own in made.items():
+            known[name] = as_field(borrow(own, name), arrays)
         self._made = made
         self.arrays = replace(arrays, fields=tuple(known[name] for name in loss.field_names))
+
+    def _distances(self, name: str, given: Any, field: Field, on_gpu: bool) -> Any:
+        """A field that the caller gave and another is derived from."""
+        (array, dtype, kind), place = field, self.backend.place
+        classes = self.arrays.logits.shape[1]
+        if on_gpu:
+            return distances_on_gpu(name, given, Borrowed(array, dtype, place), kind, classes)
+        if place is not None:
+            array, dtype = self._fetch(given, array), "float64"
+        return distances_of(name, array, dtype, kind, classes)
+
+    def _target_of(self, target: Any, on_gpu: bool) -> Target:
+        loss, arrays, place = self.loss, self.arrays, self.backend.place
+        array, dtype = arrays.target, arrays.target_dtype
+        options: dict[str, Any] = {
+            "classes": arrays.logits.shape[1],
+            "ignore": loss.ignore_index,
+            "activation": loss.activation,
+        }
+        if on_gpu:
+            return target_on_gpu(Borrowed(array, dtype, place), arrays.dense, **options)
+        if place is not None:
+            array, dtype = self._fetch(target, array), "float64"
+        return target_of(array, dtype, arrays.dense, **options)
 
     def _fetch(self, array: Any, like: np.ndarray) -> np.ndarray:
         """A copy of a caller's array on a GPU, in the shape in which the kernels take it."""
@@ -252,14 +292,16 @@ class Passes:
             own = channels_second(own, axis, "array")
         return own.reshape(like.shape)
 
-    def _mask(self) -> np.ndarray:
-        """Where p > ½, (B, C, *spatial)."""
+    def _mask(self, on_gpu: bool) -> Any:
+        """Where p > ½, (B, C, *spatial) of bool; ``on_gpu``: of uint8, there."""
         (batch, classes), spatial = self.arrays.logits.shape[:2], self.arrays.logits.shape[2:]
         whole = self.request
         request = make_request(whole.activation, whole.dense, whole.ignore_index, frozenset())
         out = self.backend.empty((batch, classes, prod(spatial)), np.dtype(np.uint8))
         view = borrow(out, "out").array
         self.backend.write_map(request, replace(self.arrays, fields=()), Map("mask", view))
+        if on_gpu:
+            return out.reshape(batch, classes, *spatial)
         own: np.ndarray = out if self.backend.place is None else self.backend.place.numpy(out)
         return own.view(np.bool_).reshape(batch, classes, *spatial)
 
@@ -272,8 +314,7 @@ class Passes:
         axis = self.loss.channel_axis
         for name, array in self._made.items():
             if axis != 1 and len(array.shape) == self.arrays.logits.ndim:
-                move = getattr(array, "movedim", None)  # of tensors, where NumPy has a function
-                array = move(1, axis) if move is not None else np.moveaxis(array, 1, axis)
+                array = _moved(array, 1, axis)
             known[name] = self.adapter.result(array)
         fields = tuple((name, known[name]) for name in self.loss.field_names)
         return self._extras._replace(fields=fields)
@@ -336,9 +377,7 @@ class Passes:
         self.backend.write_map(request, arrays, voxel_map)
         value = out.reshape(shape)
         if by_class and loss.channel_axis != 1:
-            move = getattr(value, "movedim", None)  # a tensor's, which NumPy does not know
-            axis = loss.channel_axis
-            value = move(1, axis) if move is not None else np.moveaxis(value, 1, axis)
+            value = _moved(value, 1, loss.channel_axis)
         pull = partial(_pull_map, tuple(value.shape), coefficients, self.backend.place)
         return value, pull
 

@@ -1,4 +1,4 @@
-"""The command line: what is installed, and how fast it is here."""
+"""The command line: what is installed, how fast it is here, and metrics of files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastloss.backends import BACKENDS, current_backend, load_backend
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastloss", description="Fused losses for 3D segmentation."
+        prog="python -m fastloss", description="Fused losses and metrics for 3D segmentation."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("info", help="version, backends, instruction set and threads")
@@ -29,15 +29,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="time, accuracy and memory on a real volume, against other implementations",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="metrics of predicted label maps in NIfTI files",
+        description="Metrics of predicted label maps, two NIfTI files or two folders of them.",
+    )
     if arguments is None:
         arguments = sys.argv[1:]
-    # The benchmark's choices live in modules that nothing else should load.
-    if "bench" in arguments:
+    # The choices of a command live in modules that nothing else should load.
+    if "bench" in arguments[:1]:
         _add_bench_options(bench)
+    if "evaluate" in arguments[:1]:
+        from fastloss.evaluation import command
+
+        command.add_options(evaluate)
     options = parser.parse_args(arguments)
     if options.command == "info":
         print(info())
         return 0
+    if options.command == "evaluate":
+        return command.run(evaluate, options, arguments)
     return _bench(bench, options)
 
 

@@ -1,4 +1,8 @@
-"""Fields that a loss makes by itself: of the target, and of what is predicted."""
+"""Fields that a loss makes by itself: of the target, and of what is predicted.
+
+They are NumPy's, or arrays on a GPU, as the call's are: a function here takes either, and of the
+latter queues work on the current stream, without waiting for it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastloss.arrays import Arrays, Field
+from fastloss.borrowed import Borrowed
+from fastloss.frameworks import borrow
 
 Spacing = float | tuple[float, ...] | None
 _MOST = float(np.finfo(np.float16).max)
@@ -19,14 +25,14 @@ class Target(NamedTuple):
     Attributes:
         labels: (B, *spatial) of integers; a voxel that is ignored, or whose label is not in
             [0, C), is of no class. None of a dense target.
-        masks: (B, C, *spatial) bool: where a dense target is above ½, and no voxel is ignored.
-            None of a label map.
+        masks: (B, C, *spatial) bool, on a GPU 0 and 1 of uint8: where a dense target is above ½,
+            and no voxel is ignored. None of a label map.
         classes: C.
         activation: that of the loss.
     """
 
-    labels: np.ndarray | None
-    masks: np.ndarray | None
+    labels: Any
+    masks: Any
     classes: int
     activation: str
 
@@ -34,9 +40,8 @@ class Target(NamedTuple):
     def axes(self) -> int:
         """The number of spatial axes."""
         if self.labels is not None:
-            return self.labels.ndim - 1
-        assert self.masks is not None
-        return self.masks.ndim - 2
+            return len(self.labels.shape) - 1
+        return len(self.masks.shape) - 2
 
 
 class Form(NamedTuple):
@@ -49,7 +54,10 @@ class Form(NamedTuple):
 def target_of(
     array: np.ndarray, dtype: str, dense: bool, *, classes: int, ignore: int | None, activation: str
 ) -> Target:
-    """The target of these numbers, (B, *spatial) or (B, C, *spatial) if ``dense``."""
+    """The target of these numbers, (B, *spatial) or (B, C, *spatial) if ``dense``.
+
+    Labels with a fraction are of no class.
+    """
     if dtype == "bool":
         array = array.view(np.uint8)
     if dense:
@@ -65,10 +73,22 @@ def target_of(
         return Target(None, masks, classes, activation)
     if array.dtype.kind == "f" or dtype == "bfloat16":
         array = numbers(array, dtype)
-        array = np.where((array >= 0) & (array < classes), array, -1).astype(np.int32)
+        known = (array >= 0) & (array < classes) & (array == np.floor(array))
+        array = np.where(known, array, -1).astype(np.int32)
     if ignore is not None and 0 <= ignore < classes:
         array = np.where(array == ignore, -1, array.astype(np.int32))
     return Target(array, None, classes, activation)
+
+
+def target_on_gpu(
+    target: Borrowed, dense: bool, *, classes: int, ignore: int | None, activation: str
+) -> Target:
+    """As `target_of`, of an array on a GPU."""
+    kernels = _indices()
+    if dense:
+        return Target(None, kernels.dense_masks(target, ignore), classes, activation)
+    ignored = ignore if ignore is not None and 0 <= ignore < classes else None
+    return Target(kernels.class_indices(target, classes, ignored), None, classes, activation)
 
 
 def numbers(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -80,32 +100,114 @@ def numbers(array: np.ndarray, dtype: str) -> np.ndarray:
 
 def distances_of(name: str, array: np.ndarray, dtype: str, kind: str, classes: int) -> np.ndarray:
     """A field that another is derived from, (B, C, *spatial), as a copy."""
-    if kind == "labels":
-        raise TypeError(f"fields[{name!r}]: expected floating numbers, got a map of {dtype}")
+    _refuse_labels(name, dtype, kind)
     own = numbers(array, dtype)
     if kind == "voxel":
         own = np.repeat(own[:, None], classes, axis=1)
     return own
 
 
+def distances_on_gpu(name: str, given: Any, field: Borrowed, kind: str, classes: int) -> Any:
+    """As `distances_of`, of an array on a GPU: ``given`` itself if it is such a field.
+
+    Args:
+        field: its view, in the shape in which kernels take it.
+    """
+    _refuse_labels(name, field.dtype, kind)
+    view = field.array
+    if kind == "voxel":
+        shape = (len(view), classes, *view.shape[1:])
+        field = field._replace(array=np.broadcast_to(view[:, None], shape))
+    elif field.dtype == "float32" and view.flags.c_contiguous and given.shape == view.shape:
+        return given
+    return _kernels().powers(1.0, [field])
+
+
+def _refuse_labels(name: str, dtype: str, kind: str) -> None:
+    if kind == "labels":
+        raise TypeError(f"fields[{name!r}]: expected floating numbers, got a map of {dtype}")
+
+
+def powers(exponent: float, first: Any, second: Any = None) -> Any:
+    """x^e of distances, or x^e + y^e; then ``first`` may be overwritten."""
+    if isinstance(first, np.ndarray):
+        raised = _raised(exponent, first, None if second is None else first)
+        if second is not None:
+            raised += _raised(exponent, second)
+        return raised
+    arrays = [borrow(a, "fields") for a in (first, second) if a is not None]
+    return _kernels().powers(exponent, arrays, out=None if second is None else first)
+
+
+def _raised(exponent: float, array: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    found: np.ndarray
+    found = np.square(array, out=out) if exponent == 2 else np.power(array, exponent, out=out)
+    return found
+
+
+def boundary_voxels(target: Target) -> Any:
+    """Where a voxel of a class shares a face with one that is not of it, or lies at the edge.
+
+    Of a label map (B, *spatial), whose voxels of no class are all alike; of masks (B, C, *spatial),
+    within each.
+    """
+    labels, masks = target.labels, target.masks
+    array = labels if masks is None else masks
+    if not isinstance(array, np.ndarray):
+        return _kernels().boundary_voxels(borrow(array, "target"), masks is not None)
+    if masks is not None:
+        found = _differs(masks, 2)
+        found &= masks
+        return found
+    known = (labels >= 0) & (labels < target.classes)
+    return _differs(np.where(known, labels.astype(np.int32), -1), 1)
+
+
+def _differs(array: np.ndarray, first: int) -> np.ndarray:
+    """Where a voxel differs from one that shares a face with it, or lies at the edge."""
+    found = np.zeros(array.shape, bool)
+    for axis in range(first, array.ndim):
+        moved, edges = np.moveaxis(array, axis, 0), np.moveaxis(found, axis, 0)
+        if not len(moved):
+            continue
+        change = moved[1:] != moved[:-1]
+        edges[1:] |= change
+        edges[:-1] |= change
+        edges[0] = edges[-1] = True
+    return found
+
+
+def _kernels() -> Any:
+    # Where no array is on a GPU, nothing of it is imported.
+    from fastloss.backends.cuda import fields
+
+    return fields
+
+
+def _indices() -> Any:
+    from fastloss.backends.cuda import indices
+
+    return indices
+
+
 def make(
     loss: Any,
     names: Iterable[str],
-    given: Mapping[str, Callable[[], np.ndarray]],
+    given: Mapping[str, Callable[[], Any]],
     target: Callable[[], Target],
-    mask: Callable[[], np.ndarray],
-) -> dict[str, np.ndarray]:
+    mask: Callable[[], Any],
+) -> dict[str, Any]:
     """The fields of these names, those of the sums of the loss.
 
     Args:
-        given: functions that copy the fields which others are derived from, by name.
+        given: functions that read the fields which others are derived from, by name.
         target: a function that reads the target.
-        mask: a function that finds where p > ½, (B, C, *spatial) bool.
+        mask: a function that finds where p > ½, (B, C, *spatial).
     """
-    known: dict[str, np.ndarray] = {}
+    known: dict[str, Any] = {}
     read: list[Target] = []
 
-    def source(term: Any) -> np.ndarray:
+    def source(term: Any) -> Any:
         if term.makes in given:
             return given[term.makes]()
         if term.makes not in known:
@@ -124,8 +226,13 @@ def make(
     return made
 
 
-def narrowed(field: np.ndarray, dtype: str) -> np.ndarray:
+def narrowed(field: Any, dtype: str) -> Any:
     """A field of floating numbers in this dtype, any other as it is."""
+    if not isinstance(field, np.ndarray):
+        found = borrow(field, "fields")
+        if "float" not in found.dtype or found.dtype == dtype:
+            return field
+        return _kernels().powers(1.0, [found], dtype)
     if field.dtype.kind != "f" or field.dtype.name == dtype:
         return field
     if dtype == "float16":
@@ -133,10 +240,11 @@ def narrowed(field: np.ndarray, dtype: str) -> np.ndarray:
     return field.astype(dtype)
 
 
-def as_field(array: np.ndarray, view: np.ndarray, arrays: Arrays) -> Field:
-    """A field that was made, as kernels take it; ``view``: where it lies."""
-    kind = "labels" if array.dtype.kind in "iu" and arrays.logits.shape[1] > 1 else "voxel"
-    return Field(view, array.dtype.name, "class" if array.ndim == arrays.logits.ndim else kind)
+def as_field(made: Borrowed, arrays: Arrays) -> Field:
+    """A field that was made, as kernels take it."""
+    view, dtype, _ = made
+    kind = "labels" if view.dtype.kind in "iu" and arrays.logits.shape[1] > 1 else "voxel"
+    return Field(view, dtype, "class" if view.ndim == arrays.logits.ndim else kind)
 
 
 def spacing_of(spacing: Any, axes: int) -> tuple[float, ...]:

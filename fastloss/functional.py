@@ -34,6 +34,8 @@ A reduction gives
 
 Where a call names ``regions``, each of them takes the place of a sample.
 
+Functions of boundaries are in `fastloss.functional_boundary`.
+
 Every function raises TypeError or ValueError, naming the argument, for an option out of its range,
 and for arrays as `fastloss.Loss` does.
 """
@@ -51,6 +53,7 @@ from fastloss.loss import Loss, Term
 from fastloss.options import factor_of, readable, refuse_gradient
 from fastloss.structure import recipe
 from fastloss.terms import (
+    MCC,
     Brier,
     CrossEntropy,
     Dice,
@@ -91,7 +94,7 @@ def cross_entropy_loss(
     own = ("weight", "label_smoothing", "reduction"), (weight, label_smoothing, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, CrossEntropy, *own))
+    return value_of(arrays, whole, (regions, region_count), (1.0, CrossEntropy, *own))
 
 
 def focal_loss(
@@ -121,7 +124,7 @@ def focal_loss(
     own = ("gamma", "alpha", "reduction"), (gamma, alpha, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, Focal, *own))
+    return value_of(arrays, whole, (regions, region_count), (1.0, Focal, *own))
 
 
 def brier_loss(
@@ -147,7 +150,7 @@ def brier_loss(
     own = ("weight", "reduction"), (weight, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, Brier, *own))
+    return value_of(arrays, whole, (regions, region_count), (1.0, Brier, *own))
 
 
 def mean_absolute_error_loss(
@@ -175,7 +178,7 @@ def mean_absolute_error_loss(
     own = ("weight", "reduction"), (weight, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, MeanAbsoluteError, *own))
+    return value_of(arrays, whole, (regions, region_count), (1.0, MeanAbsoluteError, *own))
 
 
 def poly_cross_entropy_loss(
@@ -205,7 +208,7 @@ def poly_cross_entropy_loss(
     own = ("epsilon", "weight", "reduction"), (epsilon, weight, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, PolyCrossEntropy, *own))
+    return value_of(arrays, whole, (regions, region_count), (1.0, PolyCrossEntropy, *own))
 
 
 def generalized_cross_entropy_loss(
@@ -235,7 +238,7 @@ def generalized_cross_entropy_loss(
     own = ("q", "weight", "reduction"), (q, weight, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, GeneralizedCrossEntropy, *own))
+    return value_of(arrays, whole, (regions, region_count), (1.0, GeneralizedCrossEntropy, *own))
 
 
 def top_k_cross_entropy_loss(
@@ -264,7 +267,7 @@ def top_k_cross_entropy_loss(
     own = ("k", "weight"), (k, weight)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, TopKCrossEntropy, *own))
+    return value_of(arrays, whole, (regions, region_count), (1.0, TopKCrossEntropy, *own))
 
 
 def dice_loss(
@@ -291,7 +294,7 @@ def dice_loss(
     own = _region(include_background, batch, smooth_nr, smooth_dr, weight, reduction, squared)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, Dice, *own))
+    return value_of(arrays, whole, (regions, region_count), (1.0, Dice, *own))
 
 
 def jaccard_loss(
@@ -320,7 +323,7 @@ def jaccard_loss(
     own = _region(include_background, batch, smooth_nr, smooth_dr, weight, reduction, squared)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, Jaccard, *own))
+    return value_of(arrays, whole, (regions, region_count), (1.0, Jaccard, *own))
 
 
 def tversky_loss(
@@ -355,7 +358,7 @@ def tversky_loss(
     own = (*region[0], "alpha", "beta", "gamma"), (*region[1], alpha, beta, gamma)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, Tversky, *own))
+    return value_of(arrays, whole, (regions, region_count), (1.0, Tversky, *own))
 
 
 def generalized_dice_loss(
@@ -388,7 +391,40 @@ def generalized_dice_loss(
     own = (*region[0], "weighting"), (*region[1], weighting)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(arrays, whole, (regions, region_count), (1.0, GeneralizedDice, *own))
+    return value_of(arrays, whole, (regions, region_count), (1.0, GeneralizedDice, *own))
+
+
+def mcc_loss(
+    logits: Any, target: Any, voxel_weight: Any = None, *,
+    include_background: bool = True, batch: bool = False,
+    smooth_nr: float = 0.0, smooth_dr: float = 1e-5,
+    weight: Any = None, reduction: str = "mean",
+    activation: str | None = None, ignore_index: int | None = None,
+    channel_axis: int | None = None, validate: bool | None = None,
+    regions: Any = None, region_count: int | None = None,
+) -> Any:  # fmt: skip
+    """1 − the Matthews correlation coefficient of every class, times w; `fastloss.MCC`.
+
+    It is (n O − P G + s_nr) / √(P G (n−P) (n−G) + s_dr), n being the sum of the voxel weights.
+
+    Args:
+        reduction: "mean" over samples and classes, "sum", or "none": (B, C).
+
+    Source: Abhishek & Hamarneh 2021, "Matthews correlation coefficient loss for deep convolutional
+    networks: application to skin lesion segmentation".
+
+    >>> import numpy as np, fastloss as fl
+    >>> p, g = np.array([[[1.0, 0, 0, 0]]]), np.array([[[1.0, 1, 0, 0]]])
+    >>> print(round(float(fl.mcc_loss(p, g, activation="none")), 3))  # 1 − 2/√12
+    0.423
+    """
+    own = (
+        ("include_background", "batch", "smooth_nr", "smooth_dr", "weight", "reduction"),
+        (include_background, batch, smooth_nr, smooth_dr, weight, reduction),
+    )
+    whole = (activation, ignore_index, channel_axis, validate)
+    arrays = (logits, target, voxel_weight)
+    return value_of(arrays, whole, (regions, region_count), (1.0, MCC, *own))
 
 
 def dice_ce_loss(
@@ -424,7 +460,7 @@ def dice_ce_loss(
     other = ("weight", "label_smoothing", "reduction"), (ce_weight, label_smoothing, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(
+    return value_of(
         arrays,
         whole,
         (regions, region_count),
@@ -465,7 +501,7 @@ def dice_focal_loss(
     other = ("gamma", "alpha", "reduction"), (gamma, alpha, reduction)
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
-    return _value(
+    return value_of(
         arrays,
         whole,
         (regions, region_count),
@@ -522,18 +558,29 @@ def _region(*values: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     return _REGION, values
 
 
-def _value(
+def value_of(
     arrays: tuple[Any, Any, Any],
     whole: tuple[Any, ...],
     regions: tuple[Any, int | None],
     *parts: _Part,
+    fields: Any = None,
 ) -> Any:
+    """The value of a loss of these terms.
+
+    Args:
+        arrays: logits, target and voxel weight.
+        whole: activation, ignore index, channel axis and whether to validate.
+        regions: they, and their number.
+        parts: of every term its factor, class, and names and values of its options.
+    """
     adapter = adapter_of(arrays[0], "logits")
-    extras = Extras.of(None, *regions)
+    extras = Extras.of(fields, *regions)
     if adapter.takes_numbers(arrays[0], ()):
         return _evaluated(adapter, arrays, whole, extras, parts)
     plain = _PLAIN.issuperset(map(type, whole))
-    for factor, _, _, values in parts:
+    for factor, kind, _, values in parts:
+        if isinstance(factor, bool):  # or it would be 1 of an earlier call
+            raise TypeError(f"{_FACTORS[kind]}: expected a number, got {factor!r}")
         if not _PLAIN.issuperset(map(type, values)):
             plain = False
             if adapter.takes_numbers(arrays[0], values):

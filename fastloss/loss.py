@@ -68,6 +68,11 @@ class Term:
     looks: ClassVar[bool] = False
     """Whether its `derives` depends on what is predicted, and so on all voxels of a sample."""
 
+    on_gpu: ClassVar[bool] = False
+    """Whether `make_field` and `derive_field` take arrays on a GPU, and leave what they make there.
+
+    Else those of arrays on a GPU are made of copies in the processor's memory."""
+
     number_options: ClassVar[tuple[str, ...]] = ()
     """Options that are None, one number or (C,), non-negative and finite, and may be others in
     every call: nothing is compiled anew for them. A class that names them itself treats them in
@@ -177,20 +182,26 @@ class Term:
         """How the field looks that the sums read."""
         return Form("float32", True)
 
-    def make_field(self, target: Target, spacing: Spacing) -> np.ndarray:
+    def make_field(self, target: Target, spacing: Spacing) -> Any:
         """The field `makes`, (B, C, *spatial) or (B, *spatial); NaN and infinity are in no field.
+
+        It is NumPy's, as the arrays of ``target`` are; both are on a GPU where the call's arrays
+        are and the term is ``on_gpu``.
 
         Raises:
             ValueError: ``spacing`` has not one number for each spatial axis.
         """
         raise NotImplementedError(f"{type(self).__name__} must define make_field")
 
-    def derive_field(self, field: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    def derive_field(self, field: Any, mask: Any) -> Any:
         """The field `derives` of the field `makes`, both (B, C, *spatial) of float32.
+
+        They are NumPy's or on a GPU, as for `make_field`.
 
         Args:
             field: to be read only.
-            mask: for a term that ``looks``, where p > ½: (B, C, *spatial) bool.
+            mask: for a term that ``looks``, where p > ½: (B, C, *spatial) of bool, on a GPU 0 and 1
+                of uint8. Else None.
         """
         raise NotImplementedError(f"{type(self).__name__} must define derive_field")
 
@@ -426,6 +437,11 @@ class Loss:
     backward pass. `torch.compile`, `torch.export` and `torch.jit.trace` take a loss into the graph,
     with its numbers as they are then; a process that loads such a graph imports `fastloss.torch`
     first. The methods record no graph, whatever their tensors require.
+
+    JAX arrays give JAX arrays, and `jax.grad`, `jax.vjp`, `jax.vmap` and `jax.jit` of a call
+    work likewise on a CPU: the numbers of the loss are constants of a compiled program. There,
+    ``region_count`` is needed, and bad labels and weights are reported by XLA's runtime error. The
+    methods take arrays, and cannot be traced. See `fastloss.jax` for data over several devices.
 
     Without a sample, or without a voxel, a mean is 0, and a region term has the value of its
     formula for empty regions; the gradient is as empty as the logits.
@@ -742,6 +758,18 @@ class Loss:
     def lacks(self, names: Sequence[str]) -> tuple[str, ...]:
         """The fields that the sums read and that have to be made, where those named are given."""
         return tuple(name for name in self.field_names if name in self.makers and name not in names)
+
+    def check_field_names(self, names: tuple[str, ...]) -> None:
+        """Raise ValueError if the terms read other fields than these and those that they make."""
+        if names == self.field_names:
+            return
+        sources = {maker.makes for maker in self.makers.values()}
+        made = {name for name, maker in self.makers.items() if name != maker.makes}
+        read = {*self.field_names, *sources}
+        if not set(names) <= read or not read - made <= {*names, *sources}:
+            wanted = ", ".join(map(repr, sorted(read - made))) or "none"
+            got = ", ".join(map(repr, names)) or "none"
+            raise ValueError(f"fields: the terms of this loss read {wanted}, got {got}")
 
     def check_given(self, extras: Extras | None, name: str) -> None:
         """Raise ValueError if a part of a volume would be taken for all of it.

@@ -23,8 +23,9 @@ from fastloss.backends.cuda import engine
 from fastloss.backends.cuda.call import GENERAL, NO_TYPE
 from fastloss.backends.cuda.combine.program import trace
 from fastloss.backends.cuda.copies import KERNELS as COPY_KERNELS
-from fastloss.backends.cuda.distance import INDEX_KERNELS
 from fastloss.backends.cuda.distance import KERNELS as DISTANCE_KERNELS
+from fastloss.backends.cuda.fields import BOUNDARY_KERNELS, POWER_KERNELS
+from fastloss.backends.cuda.indices import KERNELS as INDEX_KERNELS
 from fastloss.backends.cuda.source import PASSES, source, specialised
 from fastloss.backends.cuda.top_k import KERNELS as TOP_K_KERNELS
 from fastloss.maps import Map
@@ -429,6 +430,8 @@ def other_kernels() -> dict[str, tuple[str, tuple[str, ...]]]:
         "top k": (source("top_k.cu"), TOP_K_KERNELS),
         "distance": (source("distance.cu"), DISTANCE_KERNELS),
         "class indices": (source("class_indices.cu"), INDEX_KERNELS),
+        "powers": (source("powers.cu"), POWER_KERNELS),
+        "boundary voxels": (source("boundary_voxels.cu"), BOUNDARY_KERNELS),
     }
     losses = {
         "dice+ce": (fl.Dice() + fl.CrossEntropy(), 2, 14),

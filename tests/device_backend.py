@@ -17,9 +17,10 @@ from fastloss.arrays import Arrays
 from fastloss.backends.base import Backend
 from fastloss.backends.cuda import engine
 from fastloss.backends.cuda.copies import KERNELS as COPY_KERNELS
-from fastloss.backends.cuda.distance import INDEX_KERNELS
 from fastloss.backends.cuda.distance import KERNELS as DISTANCE_KERNELS
+from fastloss.backends.cuda.fields import BOUNDARY_KERNELS, POWER_KERNELS
 from fastloss.backends.cuda.general import MAX_SUMS
+from fastloss.backends.cuda.indices import KERNELS as INDEX_KERNELS
 from fastloss.backends.cuda.operands import KERNELS as OPERAND_KERNELS
 from fastloss.backends.cuda.source import PASSES, source, source_of, specialised
 from fastloss.backends.cuda.top_k import KERNELS
@@ -36,6 +37,8 @@ STRUCTS_OF_OTHERS = {
     COPY_KERNELS: "CopyCall",
     DISTANCE_KERNELS: "DistanceCall",
     INDEX_KERNELS: "IndexCall",
+    POWER_KERNELS: "PowerCall",
+    BOUNDARY_KERNELS: "BoundaryCall",
 }
 """The same for the kernels of other sources."""
 

@@ -32,6 +32,9 @@ class OnDevice:
     def reshape(self, *shape: Any) -> OnDevice:
         return OnDevice(self.values.reshape(*shape), self.ordinal)
 
+    def movedim(self, source: int, to: int) -> OnDevice:
+        return OnDevice(np.moveaxis(self.values, source, to), self.ordinal)
+
     def __add__(self, other: OnDevice) -> OnDevice:
         return OnDevice(self.values + other.values, self.ordinal)
 

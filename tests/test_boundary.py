@@ -599,7 +599,7 @@ def test_ranks(tmp_path: Any) -> None:
 # --------------------------------------------------------------------------- arrays on a GPU
 
 
-def test_fields_of_arrays_on_a_device_are_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fields_of_arrays_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     need_backend("emulated cuda")
     stand_in.install(monkeypatch)
     loss = whole()

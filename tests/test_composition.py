@@ -15,6 +15,7 @@ from support import example, finite_differences, need, one_hot
 import fastloss as fl
 
 X, Y = example(2, 3, (300,))
+PLANE, PLANE_LABELS = example(2, 3, (9, 10))
 TERMS = (
     fl.Dice(),
     fl.Dice(squared=True, include_background=False),
@@ -206,6 +207,15 @@ def test_options_that_contradict_each_other(name: str, one: Any, other: Any) -> 
          fl.PolyCrossEntropy(epsilon=2, weight=0.5)),
         (fl.generalized_cross_entropy_loss, {"q": 0.5, "reduction": "sum"},
          fl.GeneralizedCrossEntropy(q=0.5, reduction="sum")),
+        (fl.mcc_loss, {"batch": True, "smooth_nr": 0.5}, fl.MCC(batch=True, smooth_nr=0.5)),
+        (fl.boundary_loss, {"spacing": 2, "reduction": "none"},
+         fl.Boundary(spacing=2, reduction="none")),
+        (fl.hausdorff_dt_loss, {"alpha": 1.5, "log": True, "spacing": np.array([0.5])},
+         fl.HausdorffDT(alpha=1.5, log=True, spacing=(0.5,))),
+        (fl.generalized_surface_loss, {"smooth_dr": 0, "weight": [1, 2]},
+         fl.GeneralizedSurface(smooth_dr=0, weight=[1, 2])),
+        (fl.boundary_dou_loss, {"smooth": 0.1, "batch": True},
+         fl.BoundaryDoU(smooth=0.1, batch=True)),
         (fl.dice_ce_loss, {}, fl.Dice() + fl.CrossEntropy()),
         (
             fl.dice_ce_loss,
@@ -237,6 +247,8 @@ def test_functions_are_the_classes(function: Any, options: Any, loss: Any) -> No
 
 
 OWN: dict[Any, dict[type[fl.Term], dict[str, str]]] = {
+    fl.boundary_dou_loss: {fl.BoundaryDoU: {}},
+    fl.boundary_loss: {fl.Boundary: {}},
     fl.brier_loss: {fl.Brier: {}},
     fl.cross_entropy_loss: {fl.CrossEntropy: {}},
     fl.dice_ce_loss: {fl.Dice: {}, fl.CrossEntropy: {"weight": "ce_weight"}},
@@ -245,9 +257,13 @@ OWN: dict[Any, dict[type[fl.Term], dict[str, str]]] = {
     fl.focal_loss: {fl.Focal: {}},
     fl.generalized_cross_entropy_loss: {fl.GeneralizedCrossEntropy: {}},
     fl.generalized_dice_loss: {fl.GeneralizedDice: {}},
+    fl.generalized_surface_loss: {fl.GeneralizedSurface: {}},
+    fl.hausdorff_dt_loss: {fl.HausdorffDT: {}},
     fl.jaccard_loss: {fl.Jaccard: {}},
+    fl.mcc_loss: {fl.MCC: {}},
     fl.mean_absolute_error_loss: {fl.MeanAbsoluteError: {}},
     fl.poly_cross_entropy_loss: {fl.PolyCrossEntropy: {}},
+    fl.skeleton_recall_loss: {fl.SkeletonRecall: {}},
     fl.top_k_cross_entropy_loss: {fl.TopKCrossEntropy: {}},
     fl.tversky_loss: {fl.Tversky: {}},
 }
@@ -268,15 +284,33 @@ def test_every_function_is_listed() -> None:
 def test_functions_have_the_defaults_of_the_classes(function: Any) -> None:
     given = named_options(function)
     expected = named_options(fl.Loss) | named_options(fl.Loss.__call__)
-    del expected["fields"]  # which none of these terms reads
+    if all(kind.makes == "" for kind in OWN[function]):
+        del expected["fields"]  # which these terms do not read
     for kind, names in OWN[function].items():
         term = kind()
         for option in re.findall(r"(\w+)=", repr(term)):
-            expected[names.get(option, option)] = getattr(term, option)
+            if option != "spacing" or term.makes in ("boundary", "distance"):  # else of no meaning
+                expected[names.get(option, option)] = getattr(term, option)
     if len(OWN[function]) > 1:
         expected |= {name: 1.0 for name in given if name.endswith("_factor")}
     assert given == expected
-    np.testing.assert_array_equal(function(X, Y), sum(kind() for kind in OWN[function])(X, Y))
+    x, y = X, Y
+    if function is fl.skeleton_recall_loss:
+        need("skimage")
+        x, y = PLANE, PLANE_LABELS
+    np.testing.assert_array_equal(function(x, y), sum(kind() for kind in OWN[function])(x, y))
+
+
+def test_functions_take_fields() -> None:
+    loss = fl.HausdorffDT(spacing=(2, 1)) + fl.GeneralizedSurface(spacing=(2, 1))
+    fields = loss.fields(PLANE_LABELS, classes=3, spacing=(2, 1))
+    both = fl.hausdorff_dt_loss(PLANE, PLANE_LABELS, spacing=(2, 1), fields=fields)
+    both += fl.generalized_surface_loss(PLANE, PLANE_LABELS, fields=fields)
+    np.testing.assert_allclose(both, loss(PLANE, PLANE_LABELS, fields=fields), rtol=1e-12)
+    with pytest.raises(ValueError, match=r"^fields: the terms of this loss read 'boundary', got "):
+        fl.boundary_loss(PLANE, PLANE_LABELS, fields=fields)
+    with pytest.raises(ValueError, match=r"^spacing: expected 2 numbers"):
+        fl.boundary_loss(PLANE, PLANE_LABELS, spacing=(1, 2, 3))
 
 
 def test_functions_read_what_changes_in_place() -> None:

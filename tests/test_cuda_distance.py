@@ -13,7 +13,7 @@ from stand_in import OnDevice
 from support import _absent, need, packed
 
 import fastloss as fl
-from fastloss.backends.cuda import distance
+from fastloss.backends.cuda import distance, indices
 from fastloss.backends.distances import CONVENTIONS
 from fastloss.borrowed import Borrowed
 from fastloss.distance import signed_of_masks
@@ -370,9 +370,9 @@ def run_on(device: Any, dtype: str, grids: Any = GRIDS) -> list[bytes]:
         for given in (labels, packed(labels), packed(labels.astype(np.float64))):
             out = np.zeros((2, per_volume, *grid), dtype)
             array = Borrowed(given, given.dtype.name)
-            indices = distance._indices(device, array, "labels", per_volume)
+            own = indices.readable(device, array, "labels", per_volume)
             distance._launch(
-                device, indices, 2, per_volume, grid, (2, 1, 1), "kervadec", 7.5, dtype,
+                device, own, 2, per_volume, grid, (2, 1, 1), "kervadec", 7.5, dtype,
                 out.ctypes.data,
             )  # fmt: skip
             assert_close(OnDevice(out), expected)

@@ -1,4 +1,4 @@
-"""Exact Euclidean distances, against SciPy's, which finds the nearest voxels themselves."""
+"""Exact Euclidean distances, against SciPy's, which finds the nearest voxels, and edt's."""
 
 from __future__ import annotations
 
@@ -77,6 +77,30 @@ def test_distances_are_those_to_the_nearest_zero(backend, data):
         found = fl.distance_transform(mask, spacing=spacing, max_distance=limit)
     assert found.dtype == np.float32
     close(found, definition(mask, spacing, np.inf if limit is None else limit))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_distances_are_those_of_edt(data):
+    """A second library, of another method: parabolas in float32."""
+    edt = need("edt")
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    shape = data.draw(st.lists(st.integers(1, 20), min_size=2, max_size=3))
+    sizes = data.draw(st.tuples(*[st.floats(0.2, 8)] * len(shape)))
+    classes = data.draw(st.integers(2, 4))
+    labels = random.integers(0, classes, shape)
+    if data.draw(st.booleans()):
+        labels = ndimage.grey_dilation(labels, size=data.draw(st.integers(2, 6)))
+    found = fl.signed_distance(labels[None], classes, spacing=sizes, convention="exact")[0]
+    for c, signed_map in enumerate(found):
+        mask = np.ascontiguousarray(labels == c)
+        inside, outside = (edt.edt(m, anisotropy=sizes).astype(float) for m in (mask, ~mask))
+        if mask.all() or not mask.any():  # edt's mark of "nowhere" is not infinite
+            inside[mask], outside[~mask] = np.inf, np.inf
+        tolerance = {"rtol": 1e-5, "atol": 1e-5}
+        wanted = np.where(mask, inside, 0)
+        np.testing.assert_allclose(fl.distance_transform(mask, spacing=sizes), wanted, **tolerance)
+        np.testing.assert_allclose(signed_map, np.where(mask, -inside, outside), **tolerance)
 
 
 def test_many_small_masks():

@@ -33,7 +33,7 @@ volume.load_brain = half
 
 
 def train_brain(
-    *arguments: str, absent: tuple[str, ...] = (), before: str = ""
+    *arguments: str, absent: tuple[str, ...] = (), script: Path = SCRIPT, before: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Run the script with some packages made unimportable, after some code."""
     program = (
@@ -41,12 +41,12 @@ def train_brain(
         "find = importlib.util.find_spec\n"
         f"importlib.util.find_spec = lambda name: None if name in {absent!r} else find(name)\n"
         f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n{before}"
-        f"sys.argv = [{str(SCRIPT)!r}, *{arguments!r}]\n"
-        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        f"sys.argv = [{str(script)!r}, *{arguments!r}]\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
     )
     command = [sys.executable, "-c", program]
     if not absent and not before:
-        command = [sys.executable, SCRIPT, *arguments]
+        command = [sys.executable, script, *arguments]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return subprocess.run(
         command,
@@ -154,6 +154,7 @@ def test_boundary_run(run: tuple[Path, str], run_boundary: tuple[Path, str]) -> 
     for tissue, distance in summary["implementations"]["fastloss"]["held_out_hd95_mm"].items():
         line = next(x for x in printed.splitlines() if x.startswith(f"held-out HD95, {tissue} "))
         assert line.endswith(" none found" if distance is None else f" {distance:.2f} mm")
+    assert "\nthese metrics, an evaluation " in printed
     assert "distances.png" in printed
     assert "distances.png" not in run[1]
     assert not (run[0] / "distances.png").exists()
@@ -175,26 +176,43 @@ def test_both_implementations_are_one_loss(brain_modules: Any, loss_name: str) -
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5, atol=1e-9)
 
 
-def test_hd95(brain_modules: Any) -> None:
-    """By hand, and as MONAI where that is installed."""
-    hd95 = brain_modules("metrics").hd95
-    a, b = np.zeros((2, 12, 12, 12), bool)
-    a[2:5, 2:5, 2:5] = True
-    b[2:5, 2:5, 4:7] = True  # moved by two voxels, of 1.5 mm each
-    assert hd95(a, a, (3.0, 1.0, 1.5)) == 0
-    assert hd95(a, b, (3.0, 1.0, 1.5)) == 3
-    assert np.isnan(hd95(a, np.zeros_like(a), (1.0, 1.0, 1.0)))
-    assert np.isnan(hd95(np.zeros_like(a), a, (1.0, 1.0, 1.0)))
-    monai, torch = need("monai.metrics"), need("torch")
-    rng = np.random.default_rng(0)
-    smooth = need("scipy.ndimage").gaussian_filter
-    for spacing in ((1.0, 1.0, 1.0), (3.0, 1.0, 1.5)):
-        a, b = (smooth(rng.normal(size=(14, 15, 16)), 1.5) > 0 for _ in range(2))  # to the edges
-        both = (torch.tensor(mask)[None, None].float() for mask in (a, b))
-        theirs = monai.compute_hausdorff_distance(
-            *both, include_background=True, percentile=95, spacing=spacing
-        )
-        np.testing.assert_allclose(hd95(a, b, spacing), float(theirs), rtol=1e-5)
+def test_held_out_metrics(brain_modules: Any) -> None:
+    """Of labels, by tissue in the order of the classes, and as DeepMind defines them."""
+    need("torch")
+    training = brain_modules("training")
+    truth = np.zeros((12, 12, 12), np.uint8)
+    truth[2:6, 2:6, 2:6] = 1
+    truth[8:10, 8:10, 8:10] = 2
+    predicted = np.where(truth == 1, truth, 0)
+    scores = training.evaluate(predicted, truth)
+    assert scores.classes == ("grey matter", "white matter")
+    assert [float(scores[name][0, 0]) for name in ("dice", "hd95", "nsd")] == [1, 0, 1]
+    assert [float(scores[name][0, 1]) for name in ("dice", "hd95", "nsd")] == [0, np.inf, 0]
+    scores = training.evaluate(np.roll(truth, 2, 0), truth)
+    assert scores["hd95"][0, 0] == 2  # mm
+    assert scores.about["definition"] == "deepmind"
+
+
+def test_training_in_jax(tmp_path: Path) -> None:
+    """A few steps write all that the page names; an absent package is named at once."""
+    for package in ("jax", "optax", "nilearn", "nibabel", "matplotlib"):
+        need(package)
+    script = SCRIPT.with_name("train_jax.py")
+    options = ["--steps", str(STEPS), "--patch", "16", "--out", str(tmp_path)]
+    result = train_brain(*options, script=script, before=HALF)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"step {STEPS}/{STEPS}  loss " in result.stdout
+    with (tmp_path / "curve.csv").open(newline="", encoding="utf-8") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert len(set(losses)) == STEPS
+    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    assert all(0 <= dice <= 1 for dice in summary["held_out_dice"].values())
+    for name in ("curve.png", "overlay.png"):
+        image = need("matplotlib.image").imread(tmp_path / name)[..., :3]
+        assert (np.ptp(image, axis=2) > 0.3).mean() > 0.0005
+    result = train_brain(absent=("optax",), script=script)
+    assert result.returncode == 2
+    assert "package optax is not there: pip install" in result.stderr
 
 
 def test_absent_package_is_named_before_work_begins() -> None:

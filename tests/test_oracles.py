@@ -269,6 +269,15 @@ def test_jaccard_as_monai(batch: bool, squared: bool) -> None:
     compare(term, lambda t: oracle(t, onehot_tensor(y)), x, y)
 
 
+@pytest.mark.parametrize("batch", [False, True])
+def test_matthews_correlation_as_monai(batch: bool) -> None:
+    losses = monai_losses()
+    x, y = example(B, C, SPATIAL, seed=8)
+    oracle = losses.MCCLoss(softmax=True, batch=batch, smooth_nr=0.5, smooth_dr=2.0)
+    term = fl.MCC(batch=batch, smooth_nr=0.5, smooth_dr=2.0)
+    compare(term, lambda t: oracle(t, onehot_tensor(y)), x, y)
+
+
 @pytest.mark.parametrize("term", ["dice", "jaccard", "tversky"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_sigmoid_regions_as_monai(term: str, reduction: str) -> None:
@@ -405,6 +414,8 @@ TERMS = {
     "generalized dice": fl.GeneralizedDice(weight=WEIGHT),
     "generalized batch dice": fl.GeneralizedDice(weighting="simple", batch=True),
     "squared generalized dice": fl.GeneralizedDice(weighting="uniform", squared=True),
+    "matthews correlation": fl.MCC(weight=WEIGHT, smooth_nr=0.1),
+    "batch matthews correlation": fl.MCC(batch=True, include_background=False, smooth_dr=0),
     "sum of terms": 0.5 * fl.Dice() + 2 * fl.CrossEntropy() + fl.Focal(gamma=3),
 }
 

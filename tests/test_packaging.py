@@ -105,7 +105,8 @@ def defined(parent: ast.Module | ast.ClassDef) -> set[str]:
 def test_installed_package_finds_its_cuda_sources(built: Path, tmp_path: Path) -> None:
     code = (
         "from fastloss.backends.cuda import source as s; print(s.folder());"
-        "names = 'passes', 'top_k', 'copy', 'distance', 'class_indices';"
+        "names = 'passes', 'top_k', 'copy', 'distance', 'class_indices', 'powers', "
+        "'boundary_voxels';"
         "print(''.join(s.source(name + '.cu') for name in names), end='')"
     )
     result = subprocess.run(
@@ -128,5 +129,7 @@ def test_installed_package_finds_its_cuda_sources(built: Path, tmp_path: Path) -
         "copy",
         "distance_lines",
         "class_indices",
+        "powers",
+        "boundary_voxels",
     ):
         assert f"fastloss_{kernel}(" in text

@@ -163,6 +163,26 @@ def test_jaccard() -> None:
     assert smooth(PREDICTED, THERE) == pytest.approx(1 - 2 / 4)
 
 
+@pytest.mark.parametrize("smooth_dr", [0, 1e-5])
+def test_matthews_correlation(smooth_dr: float) -> None:
+    loss = probabilities(fl.MCC(smooth_dr=smooth_dr, reduction="none"))
+    g = np.array([[[1.0, 1, 0, 0]]])
+    wanted = {(1, 1, 0, 0): 0, (0, 0, 1, 1): 2, (1, 0, 1, 0): 1, (1, 0, 0, 0): 1 - 2 / 12**0.5}
+    for p, value in wanted.items():
+        assert loss(np.array([[p]], float), g) == pytest.approx(value, abs=1e-5)
+    # Nothing there, or nothing else: right, or of no relation and without a gradient.
+    for g, p in ((0.0, 0.25), (1.0, 0.25)):
+        there, half = np.full((1, 1, 4), g), np.array([[[p, 0, 1, 0]]])
+        value, gradient = loss.value_and_grad(half, there)
+        assert value == pytest.approx(1)
+        assert not gradient.any()
+        assert loss(there, there) == 0
+    # A voxel's weight is how often it counts.
+    p, g, w = (np.array(a, float) for a in ([[[0.9, 0.2, 0.4]]], [[[1, 0, 1]]], [[3, 1, 2]]))
+    often = [np.repeat(a, [3, 1, 2], axis=-1) for a in (p, g)]
+    assert loss(p, g, w) == pytest.approx(loss(*often))
+
+
 @pytest.mark.parametrize(
     ("alpha", "beta", "expected"),
     [(0.5, 0.5, 0.5), (1, 1, 2 / 3), (0.3, 0.7, 0.5), (0.2, 0.3, 1 / 3), (0, 0, 0)],

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import need, need_gloo
+from support import example, need, need_gloo
 
 torch = need("torch")
 
@@ -87,6 +87,28 @@ def test_compiled(name: str, backend: str) -> None:
     for function in (fast, lambda z, g: loss(z, y, **g).sum()):
         leaf = x.clone().requires_grad_()
         value = function(leaf, given)
+        value.backward()
+        found.append((value.detach(), leaf.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("function", [fl.boundary_loss, fl.hausdorff_dt_loss])
+@pytest.mark.parametrize("given", [False, True])
+def test_compiled_functions_of_boundaries(function: Any, given: bool) -> None:
+    torch._dynamo.reset()
+    x, y = (torch.as_tensor(a) for a in example(2, 3, (5, 6), dtype="float32"))
+    loss = fl.Boundary() + fl.HausdorffDT()
+    name = "boundary" if function is fl.boundary_loss else "distance"
+    fields = {name: loss.fields(y, classes=3)[name]} if given else None
+
+    def called(z: Any) -> Any:
+        return function(z, y, spacing=(2, 1), fields=fields)
+
+    fast = torch.compile(called, fullgraph=True, backend="aot_eager")
+    found = []
+    for call in (fast, called):
+        leaf = x.clone().requires_grad_()
+        value = call(leaf)
         value.backward()
         found.append((value.detach(), leaf.grad))
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)

@@ -10,6 +10,7 @@
 // p_c (by_rest_k p_k / q_k) at the others, where p_c ≤ q_k.
 #pragma once
 
+#include "likeliest.h"
 #include "softmax.h"
 #include "tile.h"
 #include "voxel.h"
@@ -277,35 +278,23 @@ void reduce_general(Tile<T>& t, double* sums, double* weights) {
 template <class T>
 void label_map(Tile<T>& t) {
   t.holes = false;  // voxels of weight 0 get a label too
-  t.load_logits();
-  int32_t found[kMaxTile];
-  const T* first = t.x;
-  if (t.job.classes == 1) {
-    const bool given = t.job.activation == Activation::none;
-    const bool certain = t.job.activation == Activation::softmax;
-    for (int v = 0; v < t.n; ++v)
-      found[v] = certain ? first[v] == first[v] : first[v] > T(given ? 0.5 : 0);
-  } else {
-    T* most = t.row(kA);
-    std::memcpy(most, first, sizeof(T) * size_t(t.padded));
-    std::memset(found, 0, sizeof found);
-    for (int64_t c = 1; c < t.job.classes; ++c) {
-      const T* x = t.x + c * t.stride;
-      for (int v = 0; v < t.n; ++v) {
-        // NaN ranks above all numbers, and nothing above NaN.
-        const bool above = (x[v] > most[v]) | ((x[v] != x[v]) & (most[v] == most[v]));
-        most[v] = above ? x[v] : most[v];
-        found[v] = above ? int32_t(c) : found[v];
-      }
-    }
-  }
-  auto write = [&](auto number) {
-    auto* to = map_row<decltype(number)>(t);
-    for (int v = 0; v < t.n; ++v) to[v] = decltype(number)(found[v]);
+  const auto write = [&](const auto* found) {
+    const auto as = [&](auto number) {
+      auto* to = map_row<decltype(number)>(t);
+      for (int v = 0; v < t.n; ++v) to[v] = decltype(number)(found[v]);
+    };
+    if (t.job.map_dtype == DType::u8) as(uint8_t());
+    else if (t.job.map_dtype == DType::u16) as(uint16_t());
+    else if (t.job.map_dtype == DType::i32) as(int32_t());
+    else as(int64_t());
   };
-  if (t.job.map_dtype == DType::u8) write(uint8_t());
-  else if (t.job.map_dtype == DType::i32) write(int32_t());
-  else write(int64_t());
+  if (t.job.classes > 1) return write(likeliest(t));
+  t.load_logits();
+  const bool given = t.job.activation == Activation::none;
+  const bool certain = t.job.activation == Activation::softmax;
+  uint8_t found[kMaxTile];
+  for (int v = 0; v < t.n; ++v) found[v] = certain ? t.x[v] == t.x[v] : t.x[v] > T(given ? 0.5 : 0);
+  write(found);
 }
 
 // Whether p > ½, for every class of the voxels that count; 0 for those that do not.

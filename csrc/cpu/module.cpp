@@ -19,9 +19,11 @@
 #include <emmintrin.h>
 #endif
 
+#include "components.h"
 #include "distance.h"
 #include "job.h"
 #include "shared.h"
+#include "surface.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -33,6 +35,7 @@ FASTLOSS_ISAS
 #undef X
 
 void bind_soft_skeleton(py::module_& m);
+void bind_counts(py::module_& m);
 
 namespace {
 
@@ -108,9 +111,6 @@ DType dtype_of(const std::string& name) {
   throw py::type_error("unsupported dtype " + name);
 }
 
-namespace {
-
-// The (B[, C], *spatial) array in memory, with axes merged where they step evenly.
 Array view(const py::array& a, const std::string& dtype, bool channels) {
   Array r;
   r.data = static_cast<char*>(const_cast<void*>(a.data()));
@@ -137,6 +137,8 @@ Array view(const py::array& a, const std::string& dtype, bool channels) {
   }
   return r;
 }
+
+namespace {
 
 constexpr int64_t kRangesPerThread = 16;
 
@@ -499,8 +501,12 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("get_num_threads", &num_threads);
   m.def("set_num_threads", [](int n) { wanted_threads = n; });
+  bind_components(m);
   bind_distance(m);
+  bind_surface(m);
+  bind_counts(m);
   m.def("copy_bandwidth", &copy_bandwidth);
   m.def("read_bandwidth", &read_bandwidth);
   bind_soft_skeleton(m);
+  bind_voronoi(m);
 }

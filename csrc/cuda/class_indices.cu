@@ -1,33 +1,28 @@
-// Class indices of labels, or 0 and 1 of masks, of any number type, strides and alignment.
-#include "numbers.h"
+// Class indices of labels, and 0 and 1 of masks, of any number type, strides and alignment.
+#include "anywhere.h"
 
 constexpr int kThreads = 256;
-constexpr int kIndexAxes = 18;
 
-// Mirrored in fastloss/backends/cuda/distance.py.
+// Mirrored in fastloss/backends/cuda/indices.py.
 struct IndexCall {
   const char* from;
   char* to;  // uint8, or uint16 where `wide`
   unsigned long long count;
-  unsigned long long shape[kIndexAxes];
-  long long from_stride[kIndexAxes], to_stride[kIndexAxes];  // bytes
+  unsigned long long shape[kAnyAxes];
+  long long from_stride[kAnyAxes], to_stride[kAnyAxes];  // bytes
+  long long from_channel, to_channel;  // the same between classes, of a dense target
+  double ignored;                      // a label, or the number of a dense target
   int axes;
   int type;
   int aligned;  // numbers lie at multiples of their size
   int classes;  // labels beyond become this; 0: a mask, 1 for what is not 0
+  int ignores;  // of enum Ignore
   int wide;
 };
 
-// A GPU accesses numbers only at multiples of their size.
 template <class T>
 FL_DEVICE T load_anywhere(const IndexCall& call, const char* from) {
-  if (call.aligned) return load_one<T>(from);
-  union {
-    T number;
-    char bytes[sizeof(T)];
-  } found;
-  for (unsigned i = 0; i < sizeof(T); ++i) found.bytes[i] = from[i];
-  return found.number;
+  return load_anywhere<T>(from, call.aligned != 0);
 }
 
 FL_DEVICE int index_of(const IndexCall& call, long long label) {
@@ -108,6 +103,17 @@ FL_DEVICE int index_at(const IndexCall& call, const char* from) {
   }
 }
 
+// The voxel i, from the slowest axis to the fastest.
+FL_DEVICE void walk(const IndexCall& call, unsigned long long i, const char*& from, char*& to) {
+  for (int axis = call.axes - 1; axis >= 0; --axis) {
+    const unsigned long long next = i / call.shape[axis];
+    const long long at = static_cast<long long>(i - next * call.shape[axis]);
+    from += at * call.from_stride[axis];
+    to += at * call.to_stride[axis];
+    i = next;
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads)
     fastloss_class_indices(const __grid_constant__ IndexCall call) {
   const unsigned long long step = static_cast<unsigned long long>(kThreads) * gridDim.x;
@@ -115,16 +121,32 @@ extern "C" __global__ void __launch_bounds__(kThreads)
        i < call.count; i += step) {
     const char* from = call.from;
     char* to = call.to;
-    unsigned long long rest = i;
-    for (int axis = call.axes - 1; axis >= 0; --axis) {
-      const unsigned long long next = rest / call.shape[axis];
-      const long long at = static_cast<long long>(rest - next * call.shape[axis]);
-      from += at * call.from_stride[axis];
-      to += at * call.to_stride[axis];
-      rest = next;
-    }
-    const int index = index_at(call, from);
+    walk(call, i, from, to);
+    int index = index_at(call, from);
+    if (call.ignores != kNothing && double(index) == call.ignored) index = call.classes;
     if (call.wide) *reinterpret_cast<unsigned short*>(to) = static_cast<unsigned short>(index);
     else *reinterpret_cast<unsigned char*>(to) = static_cast<unsigned char>(index);
+  }
+}
+
+// A thread for each voxel of a dense target: where a class is above one half, unless the voxel is
+// ignored, because of the class of this number or of a number anywhere.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    fastloss_dense_masks(const __grid_constant__ IndexCall call) {
+  const unsigned long long step = static_cast<unsigned long long>(kThreads) * gridDim.x;
+  for (unsigned long long i = static_cast<unsigned long long>(kThreads) * blockIdx.x + threadIdx.x;
+       i < call.count; i += step) {
+    const char* from = call.from;
+    char* to = call.to;
+    walk(call, i, from, to);
+    const auto number = [&](long long c) {
+      return number_anywhere(call.type, from + c * call.from_channel, call.aligned != 0);
+    };
+    bool counts = true;
+    if (call.ignores == kClass) counts = !(number(static_cast<long long>(call.ignored)) > 0.5);
+    if (call.ignores == kValue)
+      for (int c = 0; c < call.classes; ++c) counts = counts && number(c) != call.ignored;
+    for (int c = 0; c < call.classes; ++c)
+      to[c * call.to_channel] = counts && number(c) > 0.5 ? 1 : 0;
   }
 }

@@ -22,8 +22,12 @@ class History:
     """The seconds of each step."""
     held_out: dict[int, dict[str, float]] = field(default_factory=dict)
     """By step: the Dice of each tissue in the held-out slab."""
-    hd95: dict[str, float] = field(default_factory=dict)
-    """Of each tissue in the held-out slab, after the last step: `metrics.hd95` in mm."""
+    hd95: dict[int, dict[str, float]] = field(default_factory=dict)
+    """The same for the 95th percentile of the distances between surfaces, in mm."""
+    nsd: dict[int, dict[str, float]] = field(default_factory=dict)
+    """The same for the normalised surface Dice."""
+    evaluation_seconds: list[float] = field(default_factory=list)
+    """The seconds of each evaluation, without the prediction."""
     slices: list[np.ndarray] = field(default_factory=list)
     """The predicted labels in the planes of `planes`."""
     loss_seconds: float = 0.0
@@ -32,3 +36,8 @@ class History:
     """The peak memory of forward and backward of a step in bytes, over that before it."""
     loss_memory: int | None = None
     """The same for the loss alone, including its gradient by the logits."""
+
+    @property
+    def measured(self) -> tuple[dict[int, dict[str, float]], ...]:
+        """Dice, HD95 and NSD."""
+        return self.held_out, self.hd95, self.nsd

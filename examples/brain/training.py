@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import fastloss as fl
 from brain.history import History
 from brain.memory import peak
-from brain.metrics import dice, hd95
 from brain.unet import DIVISOR, SMALLEST_PATCH, UNet
 from brain.volume import CLASSES, SPACING, Brain, Patches, planes
 
@@ -24,7 +24,12 @@ LEARNING_RATE = 0.01
 """Low enough that steps do not overshoot, which would amplify rounding errors."""
 SMOOTH = 1e-5
 POINTS = 12
-"""How often the held-out Dice is measured, at equal intervals."""
+"""How often the held-out slab is evaluated, at equal intervals."""
+METRICS = ("dice", "hd95", "nsd")
+DEFINITION = "deepmind"
+"""Of surfaces: `fastloss.metrics.surface` has the others."""
+TOLERANCE = 1.0
+"""Of NSD, in mm: a voxel."""
 CONTEXT = 12
 """Voxels of context on each side of the predicted part."""
 
@@ -54,8 +59,6 @@ def make_loss(implementation: str, loss_name: str) -> LossFunction:
             return value + factor * boundary(logits, labels) if with_boundary else value
 
         return monai_loss
-
-    import fastloss as fl
 
     dice_ce = fl.Dice(batch=True, smooth_nr=SMOOTH, smooth_dr=SMOOTH) + fl.CrossEntropy()
     distances = fl.Boundary(include_background=False)
@@ -107,10 +110,13 @@ def train(
         history.loss.append(loss.item())
         schedule.step()
         if step == 1 or step % every == 0 or step == steps:
-            tissues = held_out_tissues(net, brain)
-            history.held_out[step] = {name: dice(*masks) for name, masks in tissues.items()}
+            predicted = _predict(net, brain, 1, brain.held_out)
+            start = perf_counter()
+            scores = evaluate(predicted, brain.labels[:, brain.held_out])
+            history.evaluation_seconds.append(perf_counter() - start)
+            for values, name in zip(history.measured, METRICS, strict=True):
+                values[step] = dict(zip(scores.classes, scores[name][0].tolist(), strict=True))
             _report(history, steps)
-    history.hd95 = {name: hd95(*masks, SPACING) for name, masks in tissues.items()}
     history.loss_seconds = _seconds(loss_function, logits.detach(), labels)
     history.slices = [
         _predict(net, brain, axis, slice(index, index + 1)).squeeze(axis)
@@ -119,13 +125,32 @@ def train(
     return history
 
 
+def evaluate(predicted: np.ndarray, truth: np.ndarray) -> fl.metrics.Scores:
+    """The metrics of each tissue in a part of the volume, from its labels."""
+    return fl.metrics.evaluate(
+        predicted[None],
+        truth[None],
+        metrics=METRICS,
+        classes=CLASSES,
+        spacing=SPACING,
+        definition=DEFINITION,
+        tolerance=TOLERANCE,
+    )
+
+
 def _report(history: History, steps: int) -> None:
     step = len(history.loss)
-    dice = ", ".join(f"{name} {value:.3f}" for name, value in history.held_out[step].items())
+    found = {
+        "Dice": [f"{value:.3f}" for value in history.held_out[step].values()],
+        "HD95": [f"{value:.1f}" for value in history.hd95[step].values()],
+        "NSD": [f"{value:.3f}" for value in history.nsd[step].values()],
+    }
+    values = ", ".join(f"{name} {' '.join(each)}" for name, each in found.items())
     print(
         f"{history.implementation:>8}  step {step:>{len(str(steps))}}/{steps}"
         f"  loss {history.loss[-1]:.4f}  {median(history.seconds):.3f} s/step"
-        f"  held-out Dice: {dice}",
+        f"  held-out {' and '.join(history.held_out[step])}: {values}"
+        f"  ({1e3 * history.evaluation_seconds[-1]:.0f} ms)",
         flush=True,
     )
 
@@ -163,16 +188,6 @@ def _peak_memory(
 
 
 # ---------------------------------------------------------------------- prediction
-
-
-def held_out_tissues(net: UNet, brain: Brain) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """For each tissue, its predicted mask in the held-out slab and the true one."""
-    predicted = _predict(net, brain, 1, brain.held_out)
-    truth = brain.labels[:, brain.held_out]
-    return {
-        name: (predicted == label, truth == label)
-        for label, name in enumerate(CLASSES[1:], start=1)
-    }
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ __all__ = [
     "REMEDIES",
     "Backend",
     "add_backend",
+    "chosen_backend",
     "current_backend",
     "limit_threads",
     "load_backend",
@@ -81,6 +82,12 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def chosen_backend() -> str:
+    """The name of the backend of `use_backend`; empty without one."""
+    chosen = _chosen.get()
+    return "" if chosen is None else chosen.name
 
 
 def current_backend() -> Backend:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.arrays import Arrays, Field
-from fastloss.backends import distances
+from fastloss.backends import components, counts, distances, surfaces
 from fastloss.borrowed import Place
 from fastloss.maps import Map
 from fastloss.protocol import FusedLoss
@@ -92,6 +92,45 @@ class Backend:
     def class_indices(self, labels: np.ndarray, classes: int, out: np.ndarray) -> int:
         """As `fastloss.backends.distances.class_indices`, of labels in any strides."""
         return distances.class_indices(labels, classes, out)
+
+    # ------------------------------------------------------------------ metrics
+
+    def likeliest(self, scores: np.ndarray, dtype: str, out: np.ndarray) -> None:
+        """As `fastloss.backends.counts.likeliest`."""
+        counts.likeliest(scores, dtype, out)
+
+    def confusion(self, prediction: np.ndarray, reference: np.ndarray, found: np.ndarray) -> None:
+        """As `fastloss.backends.counts.confusion`."""
+        counts.confusion(prediction, reference, found)
+
+    def surface_distances(
+        self,
+        prediction: np.ndarray,
+        reference: np.ndarray,
+        structures: np.ndarray,
+        axes: int,
+        spacing: Sequence[float],
+        areas: np.ndarray | None,
+        counted: np.ndarray | None,
+    ) -> list[tuple[surfaces.Directed, surfaces.Directed]]:
+        """As `fastloss.backends.surfaces.surface_distances`."""
+        return surfaces.surface_distances(
+            prediction, reference, structures, axes, spacing, areas, counted
+        )
+
+    # ------------------------------------------------------------------ instances
+
+    def components(
+        self, classes: np.ndarray, table: np.ndarray, connectivity: int
+    ) -> components.Labelled:
+        """As `fastloss.backends.components.NumpyLabelled`."""
+        return components.NumpyLabelled(classes, table, connectivity)
+
+    def voronoi(self, numbers: np.ndarray, spacing: Sequence[float], out: np.ndarray) -> None:
+        """As `fastloss.backends.components.voronoi`; all in C order."""
+        components.voronoi(numbers, spacing, out)
+
+    # ------------------------------------------------------------------ skeletons
 
     skeletonizes = False
     """Whether it defines `soft_skeleton`."""

@@ -11,7 +11,9 @@ import numpy as np
 import fastloss._cpu as _cpu
 from fastloss.arrays import Arrays
 from fastloss.backends.base import Backend, bad_labels, bad_weights
+from fastloss.backends.components import Labelled
 from fastloss.backends.distances import CONVENTIONS
+from fastloss.backends.surfaces import Directed
 from fastloss.maps import KINDS, Map
 from fastloss.request import ACTIVATIONS, Request
 from fastloss.sums import FUNCTIONS, WEIGHTS
@@ -103,6 +105,39 @@ class CpuBackend(Backend):
 
     def class_indices(self, labels: np.ndarray, classes: int, out: np.ndarray) -> int:
         return _cpu.class_indices(labels, classes, out)
+
+    def surface_distances(
+        self,
+        prediction: np.ndarray,
+        reference: np.ndarray,
+        structures: np.ndarray,
+        axes: int,
+        spacing: Sequence[float],
+        areas: np.ndarray | None,
+        counted: np.ndarray | None,
+    ) -> list[tuple[Directed, Directed]]:
+        found = _cpu.surface_distances(
+            prediction,
+            reference,
+            structures,
+            axes,
+            list(spacing),
+            areas,
+            None if counted is None else np.ascontiguousarray(counted).view(np.uint8),
+        )
+        return [(Directed(*there), Directed(*back)) for there, back in found]
+
+    def likeliest(self, scores: np.ndarray, dtype: str, out: np.ndarray) -> None:
+        _cpu.likeliest(scores, dtype, out)
+
+    def confusion(self, prediction: np.ndarray, reference: np.ndarray, found: np.ndarray) -> None:
+        _cpu.confusion(prediction, reference, found)
+
+    def components(self, classes: np.ndarray, table: np.ndarray, connectivity: int) -> Labelled:
+        return _cpu.Labelled(classes, table, connectivity)
+
+    def voronoi(self, numbers: np.ndarray, spacing: Sequence[float], out: np.ndarray) -> None:
+        _cpu.voronoi(numbers, list(spacing), out)
 
     def soft_skeleton(
         self,

@@ -22,7 +22,7 @@ def distance_transform(
         out: (V, z, y, x) float32.
     """
     for volume, to in zip(mask, out, strict=True):
-        to[...] = np.minimum(_to_seeds(volume == 0, spacing), limit)
+        to[...] = np.minimum(to_seeds(volume == 0, spacing), limit)
 
 
 def signed_distance(
@@ -45,8 +45,8 @@ def signed_distance(
     for volume, maps in zip(classes, out, strict=True):
         for c, to in enumerate(maps, first):
             mask = volume == c
-            outside = np.minimum(_to_seeds(mask, spacing), limit)
-            inside = np.minimum(_to_seeds(~mask, spacing), limit)
+            outside = np.minimum(to_seeds(mask, spacing), limit)
+            inside = np.minimum(to_seeds(~mask, spacing), limit)
             if convention != "exact" and (mask.all() or not mask.any()):
                 to[...] = 0
             elif convention == "unsigned":
@@ -67,7 +67,7 @@ def class_indices(labels: np.ndarray, classes: int, out: np.ndarray) -> int:
     return int(((out != found) | (labels != labels)).sum())
 
 
-def _to_seeds(seeds: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+def to_seeds(seeds: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     """Distances to the nearest seed, float64; infinite where there is none."""
     squared = np.where(seeds, 0.0, np.inf)
     for axis, size in enumerate(spacing):

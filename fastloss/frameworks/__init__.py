@@ -29,9 +29,20 @@ def _cupy() -> Adapter:
     return CUPY
 
 
+def _jax() -> Adapter:
+    from fastloss.frameworks.jax.adapter import ADAPTER
+
+    return ADAPTER
+
+
 # From the root package of an array's type to the adapter that serves it. Frameworks that are not
 # listed are borrowed by DLPack.
-_SPECIAL: dict[str, Callable[[], Adapter]] = {"torch": _torch, "cupy": _cupy}
+_SPECIAL: dict[str, Callable[[], Adapter]] = {
+    "torch": _torch,
+    "cupy": _cupy,
+    "jax": _jax,
+    "jaxlib": _jax,
+}
 _adapters: dict[type, Adapter | None] = {}
 
 

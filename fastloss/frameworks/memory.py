@@ -120,3 +120,25 @@ def new_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return np.empty(shape, dtype)
     new: np.ndarray = large(nbytes).view(dtype).reshape(shape)
     return new
+
+
+def huge_pages(address: int, nbytes: int) -> None:
+    """Let the system make memory that is not written yet of huge pages, where they fit in it."""
+    if _HUGE is None or _madvise is None:
+        return
+    start = -(-address // _PAGE) * _PAGE
+    size = (address + nbytes - start) // _PAGE * _PAGE
+    if size > 0:
+        _madvise(start, size, _HUGE)
+
+
+def _find_madvise() -> Any:
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
+
+
+_madvise = _find_madvise()

@@ -38,7 +38,7 @@ PyTorch's operations:
   ``ignore_index`` and without background.
 - MaskedDiceLoss under ``torch.compile``, of a label map with background.
 - BoundaryLoss, HausdorffDTLoss and LogHausdorffDTLoss of a subclass with its own distances, and an
-  ``alpha`` that is not above 0. Their distances are measured in the processor's memory.
+  ``alpha`` that is not above 0.
 - SoftclDiceLoss, and that part of SoftDiceclDiceLoss: activation, one-hot target and sums. The soft
   skeletons are computed by a kernel of their own in CPU memory. Its working memory is at most
   twice the probabilities, or where these are few, 121 of their planes (with ``iter_=3``); for the

@@ -11,6 +11,7 @@ from fastloss.loss import Derivatives, Pullback, Term
 from fastloss.options import check_choice, check_class_weight, check_number
 from fastloss.statistics import Statistics
 from fastloss.sums import NAMED
+from fastloss.terms.correlation import MCC
 from fastloss.terms.distribution import VoxelwiseTerm, inverse
 from fastloss.terms.region import RegionTerm
 
@@ -90,81 +91,10 @@ class GeneralizedOverlap(RegionTerm):
         return np.where(there, weight, weight.max(axis=1, keepdims=True))
 
 
-class MatthewsCorrelation(Term):
-    """1 − MCC, with MCC = (n O − P G + s_nr) / √(P G (n − P) (n − G) + s_dr).
+class MatthewsCorrelation(MCC):
+    """`fastloss.MCC`, not always defined: where the root is 0 it is NaN or infinite."""
 
-    n is the number of voxels. With TP = O, FP = P − O, FN = G − O and TN = n − P − G + O this is
-    (TP TN − FP FN + s_nr) over the root of the product of the four margins. The loss of a class
-    without FP and FN is 0, though the root may be. Options as in `fastloss.RegionTerm`.
-    """
-
-    requires = frozenset({"region"})
-
-    def __init__(
-        self,
-        *,
-        include_background: bool,
-        batch: bool,
-        smooth_nr: float,
-        smooth_dr: float,
-        reduction: str,
-    ) -> None:
-        self.include_background = include_background
-        self.batch = batch
-        self.smooth_nr = check_number("smooth_nr", smooth_nr)
-        self.smooth_dr = check_number("smooth_dr", smooth_dr)
-        self.reduction = check_choice("reduction", reduction, ("mean", "sum", "none"))
-
-    @property
-    def sums_over_batch(self) -> bool:
-        return self.batch
-
-    def value_shape(self, batch: int, classes: int, regions: int = 0) -> tuple[int, ...]:
-        if self.reduction != "none":
-            return ()
-        return (1 if self.batch else batch, classes - int(not self.include_background))
-
-    def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
-        first = int(not self.include_background)
-        sums = [statistics[name] for name in ("overlap", "predicted", "reference")]
-        sums = [*(s[:, first:] for s in sums), statistics.voxels[:, None]]
-        if self.batch:
-            sums = [s.sum(axis=0, keepdims=True) for s in sums]
-        overlap, predicted, reference, voxels = sums
-        margins = reference * (voxels - reference)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            numerator = voxels * overlap - predicted * reference + self.smooth_nr
-            square = predicted * (voxels - predicted) * margins + self.smooth_dr
-            root = np.sqrt(square)
-            by_numerator = 1.0 / root
-            by_square = -0.5 * numerator / (square * root)
-            value = 1.0 - numerator / root
-            by_overlap = -voxels * by_numerator
-            by_predicted = reference * by_numerator
-            by_predicted = by_predicted - by_square * margins * (voxels - 2.0 * predicted)
-        wrong = (predicted != overlap) | (reference != overlap)
-        value = np.where(wrong, value, 0.0)
-        # Where a class is everywhere or nowhere, nothing changes the value. The two derivatives
-        # would say so by cancelling each other, voxel by voxel and to rounding.
-        varies = wrong & (margins != 0)
-        by_overlap, by_predicted = (np.where(varies, a, 0.0) for a in (by_overlap, by_predicted))
-        count = max(value.size, 1) if self.reduction == "mean" else 1
-        if self.reduction != "none":
-            value = value.sum() / count
-
-        def pullback(upstream: np.ndarray) -> Derivatives:
-            derivatives = {}
-            for name, by_sum in (("overlap", by_overlap), ("predicted", by_predicted)):
-                derivative = upstream * by_sum / count
-                if first:
-                    shape = (derivative.shape[0], derivative.shape[1] + 1)
-                    whole = np.zeros(shape, like=derivative)
-                    whole[:, 1:] = derivative
-                    derivative = whole
-                derivatives[name] = derivative
-            return derivatives
-
-        return value, pullback
+    _always_defined = False
 
 
 class ChannelFocal(Term):

@@ -8,6 +8,8 @@ or none at all: `fastloss.nnunet.trainer` has trainers to name with ``-tr``, and
 converts a loss that was already built. Signatures, defaults, values and gradients are those of
 nnU-Net 2.8, which need not be installed.
 
+`compute_metrics_on_folder` evaluates a folder as nnU-Net does, and adds HD95, ASSD and NSD.
+
 `WithBoundary` and `WithSkeletonRecall` add a term that nnU-Net does not have, and make what it
 reads in the workers of the data loader.
 
@@ -65,6 +67,7 @@ from fastloss.nnunet._convert import from_nnunet
 from fastloss.nnunet._deep_supervision import DeepSupervisionWrapper
 from fastloss.nnunet._dice import MemoryEfficientSoftDiceLoss, SoftDiceLoss, softmax_helper_dim1
 from fastloss.nnunet._entropy import RobustCrossEntropyLoss, TopKLoss
+from fastloss.nnunet._evaluation import compute_metrics_on_folder
 from fastloss.nnunet._fields import WithBoundary, WithSkeletonRecall
 
 __all__ = [
@@ -78,6 +81,7 @@ __all__ = [
     "TopKLoss",
     "WithBoundary",
     "WithSkeletonRecall",
+    "compute_metrics_on_folder",
     "from_nnunet",
     "softmax_helper_dim1",
 ]

@@ -8,6 +8,7 @@ from fastloss.terms.boundary import (
     HausdorffDT,
     SkeletonRecall,
 )
+from fastloss.terms.correlation import MCC
 from fastloss.terms.distribution import CrossEntropy, Focal, TopKCrossEntropy, VoxelwiseTerm
 from fastloss.terms.linear import (
     Brier,
@@ -19,6 +20,7 @@ from fastloss.terms.region import Dice, GeneralizedDice, Jaccard, RegionTerm, Tv
 from fastloss.terms.skeletons import skeleton
 
 __all__ = [
+    "MCC",
     "Boundary",
     "BoundaryDoU",
     "Brier",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.distance import MOST_AXES, signed_distance, signed_of_masks
-from fastloss.fields import Form, Spacing, Target, spacing_of
+from fastloss.fields import Form, Spacing, Target, boundary_voxels, powers, spacing_of
 from fastloss.loss import Pullback
 from fastloss.options import check_dilations, check_number, check_spacing
 from fastloss.statistics import Statistics
@@ -22,7 +22,7 @@ class FieldTerm(ClassTerm):
     To make it takes longer than the loss: `fastloss.Loss.fields` makes it ahead. Ignored voxels
     are of no class for the field, as are those whose label is not in [0, C); voxel weights do not
     change it. Where a target is soft, a class is where it is above ½. Fields of arrays on a GPU are
-    made in the processor's memory, for which the call waits.
+    made there, without waiting; a skeleton in the processor's memory, for which the call waits.
 
     Args:
         spacing: the size of a voxel, one number or one per spatial axis, above 0; None: 1.
@@ -38,6 +38,12 @@ class FieldTerm(ClassTerm):
         self.spacing = check_spacing(spacing)
         # Of the object, as of a class torch.compile cannot read a frozenset in a term made inside.
         self.requires = frozenset([key for key in self.reads if key != VOXELS])
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if "on_gpu" not in own and ("make_field" in own or "derive_field" in own):
+            cls.on_gpu = False  # written for NumPy's arrays, until it says otherwise
 
 
 class Boundary(FieldTerm):
@@ -62,6 +68,7 @@ class Boundary(FieldTerm):
     """
 
     makes = "boundary"
+    on_gpu = True
     _mean = Sum("one", "p", field="boundary")
 
     @property
@@ -73,7 +80,7 @@ class Boundary(FieldTerm):
         scale = _inverse(voxels) * np.ones_like(total)
         return total * scale, ((self._mean, scale),)
 
-    def make_field(self, target: Target, spacing: Spacing) -> np.ndarray:
+    def make_field(self, target: Target, spacing: Spacing) -> Any:
         return _distances(target, spacing, "kervadec")
 
 
@@ -81,8 +88,9 @@ class _DistanceTerm(FieldTerm):
     """A loss that reads the distances to the boundary, the field ``"distance"``."""
 
     makes = "distance"
+    on_gpu = True
 
-    def make_field(self, target: Target, spacing: Spacing) -> np.ndarray:
+    def make_field(self, target: Target, spacing: Spacing) -> Any:
         return _distances(target, spacing, "unsigned")
 
 
@@ -118,6 +126,7 @@ class HausdorffDT(_DistanceTerm):
     """
 
     looks = True
+    on_gpu = True
 
     def __init__(self, *, alpha: float = 2.0, log: bool = False, **options: Any) -> None:
         self.alpha = check_number("alpha", alpha)
@@ -157,13 +166,10 @@ class HausdorffDT(_DistanceTerm):
         slope = 1.0 / (1.0 + np.maximum(value, 0.0))
         return np.log1p(np.maximum(value, 0.0)), lambda upstream: pullback(upstream * slope)
 
-    def derive_field(self, field: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        assert mask is not None
-        spacing = spacing_of(self.spacing, mask.ndim - 2)
+    def derive_field(self, field: Any, mask: Any) -> Any:
+        spacing = spacing_of(self.spacing, len(mask.shape) - 2)
         predicted = signed_of_masks(mask, spacing=spacing, convention="unsigned")
-        both = _power(predicted, self.alpha)
-        both += _power(field, self.alpha)
-        return both
+        return powers(self.alpha, predicted, field)
 
 
 class GeneralizedSurface(_DistanceTerm):
@@ -185,6 +191,7 @@ class GeneralizedSurface(_DistanceTerm):
     medical imaging segmentation".
     """
 
+    on_gpu = True
     _squared = "distance_squared"
     _sums = (
         Sum("one", "one", field=_squared),
@@ -215,8 +222,8 @@ class GeneralizedSurface(_DistanceTerm):
         right = whole - 2.0 * reference + reference_squared - 2.0 * product + squared
         return 1.0 - right * inverse, ((self._sums[3], 2.0 * inverse), (self._sums[4], -inverse))
 
-    def derive_field(self, field: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        return _power(field, 2.0)
+    def derive_field(self, field: Any, mask: Any) -> Any:
+        return powers(2.0, field)
 
 
 class BoundaryDoU(FieldTerm):
@@ -242,6 +249,7 @@ class BoundaryDoU(FieldTerm):
     """
 
     makes = "boundary_voxels"
+    on_gpu = True
     _boundary = Sum("target", "one", field="boundary_voxels")
 
     def __init__(self, *, smooth: float = 1e-5, **options: Any) -> None:
@@ -267,17 +275,9 @@ class BoundaryDoU(FieldTerm):
     def field_form(self, classes: int, dense: bool) -> Form:
         return Form("bool", dense)
 
-    def make_field(self, target: Target, spacing: Spacing) -> np.ndarray:
+    def make_field(self, target: Target, spacing: Spacing) -> Any:
         spacing_of(spacing, target.axes)
-        if target.masks is not None:
-            found = _boundary_of(target.masks, 2)
-            found &= target.masks
-            return found
-        assert target.labels is not None
-        labels, classes = target.labels, target.classes
-        # All that is of no class is alike.
-        labels = np.where((labels >= 0) & (labels < classes), labels.astype(np.int32), -1)
-        return _boundary_of(labels, 1)
+        return boundary_voxels(target)
 
 
 class SkeletonRecall(FieldTerm):
@@ -353,7 +353,6 @@ class SkeletonRecall(FieldTerm):
             tubes &= target.masks
             tubes[:, 0] = False  # as of a label map
             return tubes
-        assert target.labels is not None
         labels = target.labels
         foreground = (labels > 0) & (labels < classes)
         there = _each(foreground[:, None], self.dilations)[:, 0]
@@ -371,7 +370,7 @@ def _each(masks: np.ndarray, dilations: int) -> np.ndarray:
     return tubes
 
 
-def _distances(target: Target, spacing: Spacing, convention: str) -> np.ndarray:
+def _distances(target: Target, spacing: Spacing, convention: str) -> Any:
     """Distances to the boundary of every class, (B, C, *spatial) float32."""
     sizes = spacing_of(spacing, target.axes)
     if not 1 <= len(sizes) <= MOST_AXES:
@@ -379,31 +378,9 @@ def _distances(target: Target, spacing: Spacing, convention: str) -> np.ndarray:
             f"target: expected one to {MOST_AXES} spatial axes to measure along, got {len(sizes)}"
         )
     how: dict[str, Any] = {"spacing": sizes, "convention": convention}
-    found: np.ndarray
     if target.labels is not None:
-        found = signed_distance(target.labels, target.classes, **how)
-    else:
-        found = signed_of_masks(target.masks, **how)
-    return found
-
-
-def _power(distances: np.ndarray, exponent: float) -> np.ndarray:
-    raised: np.ndarray = np.square(distances) if exponent == 2 else np.power(distances, exponent)
-    return raised
-
-
-def _boundary_of(array: np.ndarray, first: int) -> np.ndarray:
-    """Where a voxel differs from one that shares a face with it, or is at the edge of the array."""
-    found = np.zeros(array.shape, bool)
-    for axis in range(first, array.ndim):
-        moved, edges = np.moveaxis(array, axis, 0), np.moveaxis(found, axis, 0)
-        if not len(moved):
-            continue
-        change = moved[1:] != moved[:-1]
-        edges[1:] |= change
-        edges[:-1] |= change
-        edges[0] = edges[-1] = True
-    return found
+        return signed_distance(target.labels, target.classes, **how)
+    return signed_of_masks(target.masks, **how)
 
 
 def _inverse(size: np.ndarray) -> np.ndarray:

@@ -108,3 +108,36 @@ def test_cupy() -> None:
     found = fl.signed_distance(cupy.asarray(labels), 4, convention="exact")
     assert isinstance(found, cupy.ndarray)
     np.testing.assert_allclose(to_numpy(found), signed(labels, 4, None, np.inf), 2e-6, 2e-6)
+
+
+TERMS = {
+    "boundary": fl.Boundary(spacing=SPACING),
+    "hausdorff": fl.HausdorffDT(alpha=1.5, spacing=SPACING),
+    "surface": fl.GeneralizedSurface(spacing=SPACING),
+    "boundary over union": fl.BoundaryDoU(),
+}
+
+
+@pytest.mark.parametrize("ignore", [None, 1, 255])
+@pytest.mark.parametrize("name", TERMS)
+def test_fields_that_terms_make(name: str, ignore: int | None) -> None:
+    """As on the CPU, and the host does not wait."""
+    need_torch_gpu()
+    loss = fl.Loss(TERMS[name], fl.Dice(), ignore_index=ignore)
+    labels = torch.from_numpy(blobs((2, 20, 21, 22), 4))
+    labels[:, :3, :4] = ignore or 0
+    x = torch.randn(2, 4, 20, 21, 22, generator=torch.Generator().manual_seed(0))
+    here, there = x.clone().requires_grad_(), x.cuda().requires_grad_()
+    expected = loss(here, labels)
+    expected.backward()
+    target = labels.cuda()
+    loss(there, target).backward()  # compiles
+    fields = loss.fields(target, classes=4, dtype="float16")
+    there.grad = None
+    with no_waiting():
+        value = loss(there, target)
+        value.backward()
+        again = loss.fields(target, classes=4, dtype="float16")
+    torch.testing.assert_close(value.cpu(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(there.grad.cpu(), here.grad, rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(again[key], fields[key]) for key in fields)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import frexp, inf, ldexp, prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from fastloss.backends.cuda.axes import merge_axes
 from fastloss.backends.cuda.backend import CudaBackend
-from fastloss.backends.cuda.call import TYPES
 from fastloss.backends.cuda.copies import copy_back
 from fastloss.backends.cuda.device import Device
+from fastloss.backends.cuda.indices import Indices, address_of, readable
 from fastloss.backends.cuda.source import source
 from fastloss.borrowed import Borrowed
 
@@ -53,48 +52,12 @@ DISTANCE_CALL = np.dtype(
 _RECORD = np.dtype(("V", DISTANCE_CALL.itemsize))
 KERNELS = tuple(f"fastloss_distance_{name}" for name in ("begin", "rows", "lines"))
 
-_INDEX_AXES = 18
-# Mirrors `struct IndexCall` in csrc/cuda/class_indices.cu.
-INDEX_CALL = np.dtype(
-    [
-        ("from", np.int64),
-        ("to", np.int64),
-        ("count", np.int64),
-        ("shape", np.int64, _INDEX_AXES),
-        ("from_stride", np.int64, _INDEX_AXES),
-        ("to_stride", np.int64, _INDEX_AXES),
-        ("axes", np.int32),
-        ("type", np.int32),
-        ("aligned", np.int32),
-        ("classes", np.int32),
-        ("wide", np.int32),
-    ],
-    align=True,
-)
-_INDEX_RECORD = np.dtype(("V", INDEX_CALL.itemsize))
-INDEX_KERNELS = ("fastloss_class_indices",)
-
 # In the order of `enum Convention` in csrc/cuda/distance.cu; the first is a plain transform's.
 _CONVENTIONS = ("inside", "kervadec", "exact", "unsigned")
 _LANES, _THREADS, _GRID = 32, 256, 2**31 - 1
 _BLOCKS = 4096
 _TOGETHER = 1 << 24
 """Voxels of the maps of one launch: enough to fill a GPU, and scratch memory of 64 MiB or so."""
-
-
-class _Indices(NamedTuple):
-    """Class indices or a mask, in C order.
-
-    Attributes:
-        item: bytes of each.
-        any: whether all but 0 are inside; else, those of a map's class.
-        owner: what keeps the memory alive until the launches are queued.
-    """
-
-    address: int
-    item: int
-    any: bool
-    owner: Any
 
 
 def distance_transform(
@@ -183,15 +146,15 @@ def _distances(
     assert place is not None
     into = None if out is None else out.array
     made: Any = None
-    if into is not None and into.flags.c_contiguous and not _address(into) % into.itemsize:
-        to = _address(into)
+    if into is not None and into.flags.c_contiguous and not address_of(into) % into.itemsize:
+        to = address_of(into)
     else:
         made = place.empty(shape, dtype)
         to = place.address(made)
     if prod(shape):
         device: Device = CudaBackend(place).device
         grid = (*(1,) * (3 - len(spatial)), *spatial)
-        indices = _indices(device, array, name, classes)
+        indices = readable(device, array, name, classes)
         _launch(
             device, indices, volumes, max(1, classes), grid, spacing, convention, limit, dtype, to
         )
@@ -202,7 +165,7 @@ def _distances(
 
 def _launch(
     device: Device,
-    indices: _Indices,
+    indices: Indices,
     volumes: int,
     per_volume: int,
     grid: tuple[int, ...],
@@ -282,44 +245,3 @@ def _squares(grid: Sequence[int], spacing: Sequence[float]) -> tuple[list[float]
     sizes = [size if n > 1 else 0.0 for n, size in zip(grid, spacing, strict=True)]
     scale = ldexp(1.0, frexp(max(sizes) or 1.0)[1] - 1)
     return [(size / scale) ** 2 for size in sizes], scale
-
-
-# ------------------------------------------------------------------ class indices
-
-
-def _indices(device: Device, array: Borrowed, name: str, classes: int) -> _Indices:
-    """The array itself where a kernel can read it as it is, else a copy."""
-    view, any_inside = array.array, not classes
-    kept = ("bool", "uint8", "uint16") if classes else ("bool", "uint8", "int8", "uint16", "int16")
-    address = _address(view)
-    if array.dtype in kept and view.flags.c_contiguous and not address % view.itemsize:
-        return _Indices(address, view.itemsize, any_inside, view)
-    wide = classes > 255
-    item = 1 + wide
-    memory = device.empty(view.size * item)
-    strides = [item * prod(view.shape[axis + 1 :]) for axis in range(view.ndim)]
-    offsets, axes = merge_axes(view.shape, [view.strides, strides])
-    if len(axes) > _INDEX_AXES:
-        raise ValueError(
-            f"{name}: at most {_INDEX_AXES} axes without an even step between them can be read, "
-            f"got {len(axes)}; pass a contiguous copy"
-        )
-    steps = [s for s, n in zip(view.strides, view.shape, strict=True) if n > 1]
-    call = np.zeros(1, INDEX_CALL)
-    call["from"], call["to"] = address + offsets[0], memory.address + offsets[1]
-    call["count"], call["axes"] = view.size, len(axes)
-    call["shape"][0, : len(axes)] = [n for n, _ in axes]
-    call["from_stride"][0, : len(axes)] = [by[0] for _, by in axes]
-    call["to_stride"][0, : len(axes)] = [by[1] for _, by in axes]
-    call["type"] = TYPES.index("uint8" if array.dtype == "bool" else array.dtype)
-    call["aligned"] = not any(step % view.itemsize for step in (address, *steps))
-    call["classes"], call["wide"] = classes, wide
-    (kernel,) = device.kernels(source("class_indices.cu"), INDEX_KERNELS)
-    grid = min(_BLOCKS, -(-view.size // _THREADS))
-    device.launch(kernel, grid, (_THREADS, 1), 0, call.view(_INDEX_RECORD))
-    return _Indices(memory.address, item, any_inside, memory)
-
-
-def _address(view: np.ndarray) -> int:
-    address: int = view.__array_interface__["data"][0]
-    return address

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SHARDS = ("batch", "volume")
 WORLD = "world"
+T = TypeVar("T")
 
 
 class Ranks(NamedTuple):
@@ -128,6 +129,21 @@ def ranks(process_group: Any, shard: str) -> Ranks | None:
             f"one, or None, got {process_group!r}"
         )
     return Ranks(name, shard)
+
+
+def gathered(part: T, process_group: Any) -> list[T]:
+    """This object of every process of a group, in their order.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised. TypeError: no process group.
+    """
+    named = ranks(process_group, "batch")
+    if named is None:
+        return [part]
+    group = named._process_group()
+    parts: list[Any] = [None] * group.size()
+    dist.all_gather_object(parts, part, group=group)
+    return parts
 
 
 def _tensor(sums: Any) -> torch.Tensor:

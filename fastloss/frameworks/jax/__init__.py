@@ -1,0 +1,1 @@
+"""JAX: arrays, tracers, and the two passes as calls of compiled programs."""
