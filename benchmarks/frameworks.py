@@ -1,6 +1,6 @@
 """Times the loss in frameworks that compile: against their own formulas, and against NumPy.
 
-    python benchmarks/frameworks.py [--framework jax] [--sizes C4-128,C14-96] [--seconds 3]
+    python benchmarks/frameworks.py [--framework NAME] [--sizes C4-128,C14-96] [--seconds 3]
                                      [--keep-memory]
 
 Dice + cross-entropy, value and gradient, float32 logits and a label map. What is compared runs in
@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from frameworks_tensorflow import WITHOUT, keras_step, tensorflow
 
 import fastloss as fl
 
@@ -82,10 +83,12 @@ def jax(logits: np.ndarray, labels: np.ndarray) -> tuple[dict[str, Call], dict[s
 
 FRAMEWORKS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "jax": (jax, ("jax", "optax")),
+    "tensorflow": (tensorflow, ("tensorflow", "keras")),
+    "keras": (keras_step, ("tensorflow", "keras")),
 }
 """By name: the function that makes the calls, with "fastloss, jit" or another for ours, and the
 packages that it needs."""
-OURS = {"jax": "fastloss, jit"}
+OURS = {"jax": "fastloss, jit", "tensorflow": "fastloss, tf.function", "keras": "fastloss"}
 
 
 def in_turn(calls: dict[str, Call], seconds: float) -> dict[str, float]:
@@ -127,6 +130,10 @@ def main() -> None:
         for size in options.sizes.split(","):
             calls, demands = make(*arrays(*SIZES[size]))
             found = in_turn(calls, options.seconds)
+            without = found.pop(WITHOUT, 0.0)
+            if without:
+                print(f"without the loss a step takes {1e3 * without:.2f} ms, which are taken off")
+                found = {name: own - without for name, own in found.items()}
             ours = found[OURS[framework]]
             print(f"{framework}, {size}³")
             for name, own in found.items():

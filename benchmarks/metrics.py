@@ -1,6 +1,6 @@
 """Metrics beside their peers, all in one run, as a table.
 
-    python benchmarks/metrics.py [overlap ...] [--repeats N] [--quick]
+    python benchmarks/metrics.py [overlap] [lesions] [--repeats N] [--quick]
 
 Functions take turns; figures are medians. Peers that are not installed (torch, monai, torchmetrics)
 are left out, by name. A section is a function that yields cases; `SECTIONS` lists them.
@@ -169,7 +169,12 @@ def _numpy(scores: np.ndarray, reference: np.ndarray) -> Callable[[], object]:
     return run
 
 
-SECTIONS: dict[str, Callable[[int], Iterator[Case]]] = {"overlap": overlap}
+def lesions(edge: int) -> Iterator[Case]:
+    """60 lesions; `metrics_lesions` runs these alone."""
+    yield from (Case(*case) for case in import_module("metrics_lesions").cases(edge))
+
+
+SECTIONS: dict[str, Callable[[int], Iterator[Case]]] = {"overlap": overlap, "lesions": lesions}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import argparse
 import csv
 import json
 from importlib.util import find_spec
-from math import isnan
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -63,8 +63,8 @@ def main() -> None:
         f"\na step {1e3 * step:.0f} ms, of which the loss alone, forward and backward, "
         f"{1e3 * history.loss_seconds:.2f} ms"
     )
-    for tissue, distance in history.hd95.items():
-        found = "none found" if isnan(distance) else f"{distance:.2f} mm"
+    for tissue, distance in history.hd95[options.steps].items():
+        found = f"{distance:.2f} mm" if isfinite(distance) else "none found"
         print(f"held-out HD95, {tissue}: {found}")
     print(f"curve.png, overlay.png, curve.csv and summary.json are in {options.out}")
 
@@ -83,7 +83,10 @@ def _write(history: History, folder: Path) -> None:
         "step_seconds": median(history.seconds),
         "loss_seconds": history.loss_seconds,
         "held_out_dice": history.held_out[len(history.loss)],
-        "held_out_hd95_mm": {k: None if isnan(d) else d for k, d in history.hd95.items()},
+        "held_out_hd95_mm": {
+            tissue: distance if isfinite(distance) else None  # JSON has no other
+            for tissue, distance in history.hd95[len(history.loss)].items()
+        },
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
 

@@ -81,6 +81,9 @@ class Term:
     signed = False
     """Whether these numbers may be negative."""
 
+    autograph_info__: ClassVar[Any] = {}
+    """TensorFlow's AutoGraph calls what has one as it is, instead of rewriting it."""
+
     _described: Described | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -462,6 +465,9 @@ class Loss:
     >>> print(grad.shape, grad.dtype)
     (1, 2, 4, 4, 4) float32
     """
+
+    autograph_info__: ClassVar[Any] = {}
+    """As of a `Term`."""
 
     def __init__(
         self,

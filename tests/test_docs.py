@@ -24,7 +24,9 @@ MODULES = ["fastloss"] + [
 FOLDER = Path(fastloss.__file__).parent.parent
 NEEDED = {
     "fastloss.frameworks.cupy": "cupy",
+    "fastloss.frameworks.tensorflow": "tensorflow",
     "fastloss.frameworks.torch": "torch",
+    "fastloss.keras": "keras",
     "fastloss.dropin": "torch",
     "fastloss.torch": "torch",
     "fastloss.monai": "torch",
@@ -76,7 +78,14 @@ def test_there_are_examples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "package"), [("README.md", ""), ("README.md", "torch"), ("CONTRIBUTING.md", "")]
+    ("page", "package"),
+    [
+        ("README.md", ""),
+        ("README.md", "torch"),
+        ("README.md", "tensorflow"),
+        ("README.md", "keras"),
+        ("CONTRIBUTING.md", ""),
+    ],
 )
 def test_page(backend: str, page: str, package: str) -> None:
     """The Python blocks run in order, as one program; those that need a package only with it."""

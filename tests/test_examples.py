@@ -33,14 +33,14 @@ volume.load_brain = half
 
 
 def train_brain(
-    *arguments: str, absent: tuple[str, ...] = (), script: Path = SCRIPT, before: str = ""
+    *arguments: str, absent: tuple[str, ...] = (), before: str = "", script: Path = SCRIPT
 ) -> subprocess.CompletedProcess[str]:
     """Run the script with some packages made unimportable, after some code."""
     program = (
         "import importlib.util, runpy, sys\n"
         "find = importlib.util.find_spec\n"
         f"importlib.util.find_spec = lambda name: None if name in {absent!r} else find(name)\n"
-        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n{before}"
+        f"sys.path.insert(0, {str(script.parent)!r})\n{before}"
         f"sys.argv = [{str(script)!r}, *{arguments!r}]\n"
         f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
     )

@@ -81,6 +81,15 @@ for dtype in (np.float32, np.float16, bfloat16, np.float64):
             assert (out == expected).all(), (dtype, classes, order, shift)
             assert (memory[: aligned + shift] == 7).all()
             assert (memory[aligned + shift + x.size :] == 7).all()
+# The likeliest class; NaN counts as larger than all numbers, and the first of equal numbers wins.
+for dtype in (np.float32, np.float16, bfloat16, np.float64):
+    for classes, voxels in ((2, 530), (3, 16), (5, 1100), (9, 31)):
+        x = random.integers(-2, 3, (2, classes, voxels)).astype(dtype)
+        x[random.random(x.shape) < 0.1] = np.nan
+        expected = x.astype(np.float64).argmax(1)
+        for given in (x, np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)):
+            matrix = fl.metrics.confusion_matrix(given, expected)
+            assert np.trace(matrix) == matrix.sum() == 2 * voxels, (dtype, classes, voxels)
 print(fl.backends.load_backend("cpu").isa, count)
 """
 

@@ -91,8 +91,8 @@ def test_types_of_the_kernels_name_all_that_they_offer() -> None:
     support.need_backend("cpu")
     kernels = importlib.import_module("fastloss._cpu")
     stub = ast.parse((support.ROOT / "fastloss" / "_cpu.pyi").read_text(encoding="utf-8"))
-    (passes,) = (node for node in stub.body if isinstance(node, ast.ClassDef))
-    for what, types in ((kernels, stub), (kernels.Passes, passes)):
+    classes = [node for node in stub.body if isinstance(node, ast.ClassDef)]
+    for what, types in ((kernels, stub), *((getattr(kernels, c.name), c) for c in classes)):
         assert defined(types) == {name for name in vars(what) if not name.startswith("_")}
 
 

@@ -35,6 +35,12 @@ def _jax() -> Adapter:
     return ADAPTER
 
 
+def _tensorflow() -> Adapter:
+    from fastloss.frameworks.tensorflow.adapter import ADAPTER
+
+    return ADAPTER
+
+
 # From the root package of an array's type to the adapter that serves it. Frameworks that are not
 # listed are borrowed by DLPack.
 _SPECIAL: dict[str, Callable[[], Adapter]] = {
@@ -42,6 +48,7 @@ _SPECIAL: dict[str, Callable[[], Adapter]] = {
     "cupy": _cupy,
     "jax": _jax,
     "jaxlib": _jax,
+    "tensorflow": _tensorflow,
 }
 _adapters: dict[type, Adapter | None] = {}
 

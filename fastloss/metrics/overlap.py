@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from math import nan, prod, sqrt
 from typing import Any, NamedTuple
 
@@ -69,28 +69,40 @@ class Joint(NamedTuple):
 
 MOST_IN_MATRIX = 1024
 """Indices up to which voxels are counted in a matrix."""
+_AT_ONCE = 2**21
+"""Numbers of all matrices of a call, unless a single sample has more."""
 
 
 def count(pair: Pair) -> list[list[Counts]]:
     """For every sample a list with the counts of every class."""
     found: list[list[Counts]] = [[] for _ in range(pair.batch)]
     for group in pair.groups:
-        # A voxel that does not count has the last index in the reference, which is of no class.
-        last = group.members.shape[1] - 1
         labels = [np.flatnonzero(row) for row in group.members]
-        joints: Iterable[Joint]
-        if last < MOST_IN_MATRIX:
-            joints = map(Joint.of_matrix, matrices(group, pair.counted))
-        else:
-            joints = (_sorted(group, pair.counted, b) for b in range(pair.batch))
+        joints = _joints(group, pair.counted)
         for joint, of_sample in zip(joints, found, strict=True):
-            of_sample += joint.counts(labels, last)
+            of_sample += joint.counts(labels, group.members.shape[1])
     return found
+
+
+def _joints(group: Group, counted: np.ndarray | None) -> Iterator[Joint]:
+    """That of every sample."""
+    indices = group.members.shape[1]
+    step = max(1, _AT_ONCE // indices**2) if indices <= MOST_IN_MATRIX else 1
+    for first in range(0, len(group.prediction), step):
+        some = slice(first, first + step)
+        part = Group(group.prediction[some], group.reference[some], group.members)
+        where = None if counted is None else counted[some]
+        if indices <= MOST_IN_MATRIX:
+            yield from map(Joint.of_matrix, matrices(part, where))
+        else:
+            voxels = () if where is None else where
+            yield Joint.of_volumes(part.reference[voxels], part.prediction[voxels], indices)
 
 
 def matrices(group: Group, counted: np.ndarray | None, pooled: bool = False) -> np.ndarray:
     """For every sample, or all of them ``pooled``, the voxels of each index of the reference that
     are predicted as each, (samples, indices, indices) of int64, less the index of no class."""
+    # A voxel that does not count has the last index in the reference, which is of no class.
     last = group.members.shape[1] - 1
     prediction, reference = group.prediction, group.reference
     if counted is not None:
@@ -101,13 +113,6 @@ def matrices(group: Group, counted: np.ndarray | None, pooled: bool = False) -> 
     found = np.empty((len(prediction), last + 1, last + 1), np.int64)
     current_backend().confusion(prediction, reference, found)
     return found[:, :last, :last]
-
-
-def _sorted(group: Group, counted: np.ndarray | None, sample: int) -> Joint:
-    prediction, reference = group.prediction[sample], group.reference[sample]
-    if counted is not None:
-        prediction, reference = prediction[counted[sample]], reference[counted[sample]]
-    return Joint.of_volumes(reference, prediction, group.members.shape[1])
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -104,9 +104,8 @@ def run(text: bytes, operands: Sequence[np.ndarray], results: Sequence[np.ndarra
 
 def _at(index: tuple[int, ...], operand: np.ndarray) -> np.ndarray:
     """The part of an operand; of one that is the same for all of an axis there is one."""
-    own = (i if n > 1 else 0 for i, n in zip(index, operand.shape, strict=False))
-    place = (*own, Ellipsis)
-    part: np.ndarray = operand[place]
+    own: Any = (*(i if n > 1 else 0 for i, n in zip(index, operand.shape, strict=False)), ...)
+    part: np.ndarray = operand[own]
     return part
 
 

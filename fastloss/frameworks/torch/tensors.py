@@ -144,6 +144,8 @@ class TorchPlace(Place):
         return int(array.data_ptr())
 
     def numpy(self, array: Any) -> np.ndarray:
+        if array.dtype == torch.bfloat16:  # see Borrowed
+            return self.numpy(array.view(torch.int16)).view(np.uint16)
         result: np.ndarray = array.cpu().numpy()
         return result
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_PART = 1 << 16
-"""Voxels."""
+from fastloss.monai.metrics._parts import in_numpy, on_threads, parts
+
 _FEW = 1 << 10
 """Voxels of a channel, below which all channels are one operation."""
 
@@ -55,13 +55,13 @@ def overlap(
     """
     p, g = predicted.tensor, reference.tensor
     if not p.is_cpu or not g.is_cpu:
-        found = _on_device(predicted, reference, channels, mask, binary)
+        found = list(_on_device(predicted, reference, channels, mask, binary))
     elif math.prod(p.shape[2:]) < _FEW and not predicted.labels and not reference.labels:
         return _few(p[:, list(channels)], g[:, list(channels)], mask, binary)
     else:
         found = _on_cpu(predicted, reference, channels, mask, binary)
     shape = (3, p.shape[0], len(channels))
-    return Overlap(*torch.stack(list(found) or [g.new_zeros(3)], 1).double().reshape(shape))
+    return Overlap(*torch.stack(found or [g.new_zeros(3)], 1).double().reshape(shape))
 
 
 def _few(p: Tensor, g: Tensor, mask: Tensor | None, binary: bool) -> Overlap:
@@ -94,18 +94,20 @@ def _on_device(
 
 def _on_cpu(
     predicted: Side, reference: Side, channels: Sequence[int], mask: Tensor | None, binary: bool
-) -> Iterator[Tensor]:
-    for b in range(predicted.tensor.shape[0]):
-        m = None if mask is None else _numpy(mask[b].reshape(-1))
-        for c in channels:
-            p, g = _numpy(predicted.row(b, c)), _numpy(reference.row(b, c))
-            found = np.zeros(3)
-            for start in range(0, len(p), _PART):
-                at = slice(start, start + _PART)
-                part_p = p[at] == c if predicted.labels else p[at]
-                part_g = g[at] == c if reference.labels else g[at]
-                found += _of_part(part_p, part_g, None if m is None else m[at], binary)
-            yield torch.from_numpy(found)
+) -> list[Tensor]:
+    def sums(place: tuple[int, int]) -> Tensor:
+        b, c = place
+        m = None if mask is None else in_numpy(mask[b].reshape(-1))
+        p, g = in_numpy(predicted.row(b, c)), in_numpy(reference.row(b, c))
+        found = np.zeros(3)
+        for at in parts(len(p)):
+            part_p = p[at] == c if predicted.labels else p[at]
+            part_g = g[at] == c if reference.labels else g[at]
+            found += _of_part(part_p, part_g, None if m is None else m[at], binary)
+        return torch.from_numpy(found)
+
+    places = [(b, c) for b in range(len(predicted.tensor)) for c in channels]
+    return on_threads(sums, places, len(places) * predicted.tensor[:1, :1].numel())
 
 
 def _of_part(
@@ -132,13 +134,6 @@ def _hard(numbers: np.ndarray) -> np.ndarray | None:
         return numbers
     ones: np.ndarray = numbers == 1
     return ones if np.count_nonzero(ones) == np.count_nonzero(numbers != 0) else None
-
-
-def _numpy(row: Tensor) -> np.ndarray:
-    if row.dtype in (torch.float16, torch.bfloat16):
-        row = row.float()  # one channel; NumPy is slow with the one and lacks the other
-    found: np.ndarray = row.as_subclass(Tensor).detach().numpy()
-    return found
 
 
 def value_dtype(*tensors: Tensor) -> torch.dtype:

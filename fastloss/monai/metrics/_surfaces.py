@@ -16,6 +16,7 @@ from fastloss.backends import current_backend
 from fastloss.metrics.surface_elements import element_areas
 from fastloss.monai.metrics._chamfer import METRICS, chamfer_distances
 from fastloss.monai.metrics._options import plain
+from fastloss.monai.metrics._parts import in_numpy, on_threads, parts
 
 DISTANCE_METRICS = ("euclidean", *METRICS)
 MOST_AXES = 3
@@ -142,22 +143,53 @@ class _Masks(NamedTuple):
 
 def _read(sample: Tensor, channels: Sequence[int], counted: Tensor | None) -> _Masks:
     """The masks of one sample, each channel of which is read once."""
-    few = len(channels) < 256
-    labels = torch.zeros(
-        sample.shape[1:], dtype=torch.uint8 if few else torch.int32, device=sample.device
+    labels, sizes = (_labels_on_cpu if sample.is_cpu else _labels_on_device)(
+        sample, channels, counted
     )
-    found: list[Any] = []
+    rows = None
+    if sum(sizes) != np.count_nonzero(labels):
+        rows = [_one(sample[c], counted).cpu().numpy() for c in channels]
+    return _Masks(sizes, labels, rows)
+
+
+def _labels_on_cpu(
+    sample: Tensor, channels: Sequence[int], counted: Tensor | None
+) -> tuple[np.ndarray, list[int]]:
+    """The sum of the masks, each times one more than its place; and their sizes.
+
+    Disjoint masks add up to labels. Others do not, of which their sizes tell.
+    """
+    labels = np.zeros(sample.shape[1:], np.uint8 if len(channels) < 256 else np.uint16)
+    to = labels.reshape(-1)
+    rows = [in_numpy(sample[c].reshape(-1)) for c in channels]
+    inside = None if counted is None else counted.reshape(-1).numpy()
+
+    def add(at: slice) -> list[int]:
+        sizes = []
+        for i, row in enumerate(rows):
+            mask = row[at] if row.dtype == np.bool_ else row[at] == 1
+            if inside is not None:
+                mask = mask & inside[at]
+            sizes.append(int(np.count_nonzero(mask)))
+            to[at] += np.multiply(mask, i + 1, dtype=to.dtype)
+        return sizes
+
+    all_sizes = on_threads(add, parts(to.size), to.size * len(rows))
+    return labels, [sum(sizes[i] for sizes in all_sizes) for i in range(len(rows))]
+
+
+def _labels_on_device(
+    sample: Tensor, channels: Sequence[int], counted: Tensor | None
+) -> tuple[np.ndarray, list[int]]:
+    labels = torch.zeros(sample.shape[1:], dtype=torch.int32, device=sample.device)
+    sizes = []
     for i, c in enumerate(channels):
         mask = _one(sample[c], counted)
-        found.append(np.count_nonzero(mask.numpy()) if mask.is_cpu else mask.sum())
-        # Disjoint masks add up to labels. Of others the sizes tell.
-        labels += mask.to(labels.dtype) * (i + 1)
-    sizes = [int(size) for size in found]
-    there = labels.cpu().numpy()
-    rows = None
-    if sum(sizes) != np.count_nonzero(there):
-        rows = [_one(sample[c], counted).cpu().numpy() for c in channels]
-    return _Masks(sizes, there if few else there.astype(np.uint16), rows)
+        sizes.append(mask.sum())
+        labels += mask * (i + 1)
+    found = labels.to(torch.uint8) if len(channels) < 256 else labels
+    dtype = np.uint8 if len(channels) < 256 else np.uint16
+    return found.cpu().numpy().astype(dtype, copy=False), [int(size) for size in sizes]
 
 
 def _one(channel: Tensor, counted: Tensor | None) -> Tensor:

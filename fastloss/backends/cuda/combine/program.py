@@ -168,15 +168,35 @@ def trace(
             functions beyond those that the message lists.
     """
     value_dtype = np.dtype(value_dtype)
-    graph = Graph()
     shape = (len(request.sums), batch, classes)
-    sums = graph.input("sums", shape)
-    voxels = graph.input("voxels", (batch,))
     if layout is None:
         layout = tuple(
             HOST if recorded else operand.tobytes()
             for operand, recorded in zip(loss.operands, recorded_of(loss), strict=True)
         )
+    value, derivatives = record(loss, request, batch, classes, value_dtype, layout, regions)
+    types = tuple(where for where in layout if where in ("float32", "float64"))
+    host = sum(len(o) for o, where in zip(loss.operands, layout, strict=True) if where == HOST)
+    return Program(value, derivatives, value_dtype, shape, host, types)
+
+
+def record(
+    loss: FusedLoss,
+    request: Request,
+    batch: int,
+    classes: int,
+    value_dtype: np.dtype,
+    layout: Layout,
+    regions: int = 0,
+) -> tuple[Node, list[Node]]:
+    """The value, and the derivative by each sum, as graphs of the inputs that `evaluate` lists.
+
+    Arguments and errors as in `trace`.
+    """
+    graph = Graph()
+    shape = (len(request.sums), batch, classes)
+    sums = graph.input("sums", shape)
+    voxels = graph.input("voxels", (batch,))
     numbers, given = _numbers(graph, loss, layout)
     joined = None
     if any(term.joins_ranks for _, term in loss.terms):
@@ -201,10 +221,7 @@ def trace(
         if value.shape:
             upstream = _as_array(graph, graph.input("upstream", value.shape))
         coefficients = pullback(upstream) + faults[:, None]
-    derivatives: list[Node] = [_node(graph, coefficients[slot]) for slot in range(shape[0])]
-    types = tuple(where for where in layout if where in ("float32", "float64"))
-    host = sum(len(o) for o, where in zip(loss.operands, layout, strict=True) if where == HOST)
-    return Program(value, derivatives, value_dtype, shape, host, types)
+    return value, [_node(graph, coefficients[slot]) for slot in range(shape[0])]
 
 
 def _numbers(

@@ -1,0 +1,1 @@
+"""TensorFlow: tensors, gradient tapes, graphs, and XLA."""

@@ -1,0 +1,135 @@
+"""Keras' Dice and Tversky losses."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import keras
+from keras import ops
+
+from fastloss.keras import _inputs, _reduce
+from fastloss.loss import Loss
+from fastloss.terms.region import Dice as DiceTerm
+from fastloss.terms.region import RegionTerm
+from fastloss.terms.region import Tversky as TverskyTerm
+
+registered = keras.saving.register_keras_serializable(package="fastloss")
+
+
+class _Region:
+    """A loss of overlap and sizes along the axes that it sums over."""
+
+    axis: Any
+    reduction: Any
+    dtype: Any
+    name: str
+
+    def _term(self, **options: Any) -> RegionTerm:
+        raise NotImplementedError
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        mask = _reduce.mask_of(y_pred)
+        with keras.name_scope(self.name):
+            values = self.call(y_true, y_pred)
+            found = _reduce.reduced(values, sample_weight, mask, self.reduction, self.dtype)
+            return ops.cast(found, self.dtype)
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """The values that are not reduced."""
+        y_true, y_pred = _inputs.tensor(y_true), _inputs.predictions(y_pred, self.dtype)
+        y_true, y_pred = _reduce.same_rank(y_true, y_pred)
+        plan = _layout(self.axis, y_pred) if len(y_true.shape) == len(y_pred.shape) else None
+        if plan is None:
+            dtype = self.dtype
+            return super().call(ops.cast(y_true, dtype), ops.cast(y_pred, dtype))  # type: ignore[misc]
+        shape, axis, batch, left = plan
+        epsilon = float(keras.config.epsilon())
+        term = self._term(smooth_nr=0.0, smooth_dr=epsilon, batch=batch, reduction="none")
+        loss = _loss(term, axis)
+        values = loss(ops.reshape(y_pred, shape), ops.reshape(y_true, shape))
+        return ops.reshape(values, left)
+
+
+def _loss(term: RegionTerm, axis: int) -> Loss:
+    return Loss(term, activation="none", channel_axis=axis)
+
+
+def _layout(axis: Any, y_pred: Any) -> tuple[Any, int, bool, tuple[int, ...]] | None:
+    """How sums over these axes are sums over voxels; None: they are not.
+
+    The shape to read the arrays in, where the channels are in it, whether samples are joined, and
+    the shape of what is left.
+    """
+    rank = len(y_pred.shape)
+    if rank == 0:
+        return None
+    if axis is None:
+        axes = set(range(rank))
+    else:
+        given = axis if isinstance(axis, (tuple, list)) else (axis,)
+        if not all(isinstance(a, int) and -rank <= a < rank for a in given):
+            return None
+        axes = {a % rank for a in given}
+    left = [i for i in range(rank) if i not in axes]
+    sizes = [y_pred.shape[i] for i in range(rank)]
+    channels, first = sizes[-1], ops.shape(y_pred)[0]
+    if not left:
+        return (1, 1, -1), 1, False, ()
+    if left == [0]:
+        return (first, 1, _rest(sizes, [0])), 1, False, (-1,)
+    if left == [rank - 1] and channels is not None:
+        return (1, -1, channels), 2, False, (-1,)
+    if left == [0, rank - 1] and channels is not None:
+        rest = _rest(sizes, [0, rank - 1])
+        return (first, rest, channels), 2, False, (-1, channels)
+    if left == [0, 1] and sizes[1] is not None:
+        return (first, sizes[1], _rest(sizes, [0, 1])), 1, False, (-1, sizes[1])
+    if left == [1] and sizes[1] is not None:
+        return (first, sizes[1], _rest(sizes, [0, 1])), 1, True, (-1,)
+    return None
+
+
+def _rest(sizes: list[int | None], without: list[int]) -> int:
+    """The product of the other sizes; −1 where one is not known."""
+    product = 1
+    for i, n in enumerate(sizes):
+        if i not in without:
+            if n is None:
+                return -1
+            product *= n
+    return product
+
+
+@registered
+class Dice(_Region, keras.losses.Dice):
+    """`keras.losses.Dice`: 1 − 2 Σ y p / (Σ y + Σ p + ε), of probabilities, summed over ``axis``.
+
+    Without an axis there is one Dice of all numbers, batch and classes included; ``axis=(1, 2, 3)``
+    gives that of every sample and class of a volume (B, D, H, W, C).
+    """
+
+    def _term(self, **options: Any) -> RegionTerm:
+        return _dice(tuple(options.items()))
+
+
+@registered
+class Tversky(_Region, keras.losses.Tversky):
+    """`keras.losses.Tversky`, of probabilities, summed over ``axis`` as in `Dice`.
+
+    As in Keras, ``alpha`` weighs what is missed (Σ y (1−p)) and ``beta`` what is found too much
+    (Σ p (1−y)), the other way round than its documentation and `fastloss.Tversky` have it.
+    """
+
+    def _term(self, **options: Any) -> RegionTerm:
+        return _tversky(float(self.beta), float(self.alpha), tuple(options.items()))
+
+
+@lru_cache(maxsize=64)
+def _dice(options: tuple[tuple[str, Any], ...]) -> RegionTerm:
+    return DiceTerm(**dict(options))
+
+
+@lru_cache(maxsize=64)
+def _tversky(alpha: float, beta: float, options: tuple[tuple[str, Any], ...]) -> RegionTerm:
+    return TverskyTerm(alpha=alpha, beta=beta, **dict(options))
