@@ -133,7 +133,7 @@ RACES = {
     "40 classes": Case("float32", 40, spatial=(9, 32), needs="squared", blocks=1, batch=1),
     "105 classes": Case("float32", 105, spatial=(33,), needs="focal", blocks=1, batch=1),
     "300 classes": Case("float32", 300, spatial=(33,), needs="region", blocks=1, batch=1),
-    "1030 classes": Case("float32", 1030, spatial=(33,), needs="focal", blocks=1, batch=1),
+    "1030 classes": Case("float32", 1030, spatial=(9,), needs="focal", blocks=1, batch=1),
     "channels last": Case(
         "float32", 3, "channels last", spatial=(641,), needs="region", blocks=1, batch=1
     ),
