@@ -90,7 +90,7 @@ def _absent(name: str, error: ImportError) -> None:
 
 
 def python(
-    code: str, *, timeout: float = 120, **environment: str | None
+    code: str, *, timeout: float = 300, **environment: str | None
 ) -> subprocess.CompletedProcess[str]:
     """Run a script in a fresh interpreter, with these environment variables set (None: unset)."""
     if environment.get("FASTLOSS_BACKEND") == EMULATED:  # which only tests know
@@ -116,7 +116,7 @@ def python(
     )
 
 
-def run_python(code: str, *, timeout: float = 120, **environment: str | None) -> str:
+def run_python(code: str, *, timeout: float = 300, **environment: str | None) -> str:
     """As `python`, for a script that must succeed; its output."""
     result = python(code, timeout=timeout, **environment)
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout}{result.stderr}"

@@ -470,3 +470,16 @@ def test_widely_spread_logits(backend: str, seed: int, spread: float) -> None:
     assert_agree(*loss.value_and_grad(x, y), reference(loss, x, y))
     loss = fl.Loss(loss, activation="sigmoid")
     assert_agree(*loss.value_and_grad(x, y), reference(loss, x, y))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_two_classes(backend: str, dtype: str, weighted: bool) -> None:
+    """Labels that change at random, and tiles of one label, with a weight per class."""
+    x, y = example(2, 2, (20_001,), dtype=dtype)
+    y[0, 1000:], y[1] = 1, np.arange(20_001) > 9000
+    w = np.random.default_rng(0).uniform(0, 2, y.shape) * (y != y[:, ::-1]) if weighted else None
+    weight = [1.0, 0.3]
+    fast = fl.Dice(weight=weight[::-1]) + fl.CrossEntropy(weight=weight)
+    for loss in (fast, fast + fl.Dice(squared=True, weight=weight)):
+        assert_agree(*loss.value_and_grad(x, y.astype(np.uint8), w), reference(loss, x, y, w))

@@ -104,9 +104,10 @@ def address_sanitized() -> dict[Job, tuple[int, str]]:
     return run_sanitized(jobs, "address,undefined")
 
 
-@pytest.mark.parametrize("case", COVERING, ids=str)
-def test_memory_and_arithmetic(address_sanitized, case):
-    assert_clean(address_sanitized[Job(case)])
+def test_memory_and_arithmetic(address_sanitized):
+    bad = {str(case): address_sanitized[Job(case)] for case in COVERING}
+    bad = {case: found for case, found in bad.items() if found != (0, "")}
+    assert not bad, "\n".join(f"{case}: {said}" for case, (_, said) in bad.items())
 
 
 @pytest.mark.parametrize("job", SPECIAL, ids=lambda job: str(job.case))
@@ -132,7 +133,7 @@ RACES = {
     "40 classes": Case("float32", 40, spatial=(9, 32), needs="squared", blocks=1, batch=1),
     "105 classes": Case("float32", 105, spatial=(33,), needs="focal", blocks=1, batch=1),
     "300 classes": Case("float32", 300, spatial=(33,), needs="region", blocks=1, batch=1),
-    "1030 classes": Case("float32", 1030, spatial=(33,), needs="focal", blocks=1, batch=1),
+    "1030 classes": Case("float32", 1030, spatial=(9,), needs="focal", blocks=1, batch=1),
     "channels last": Case(
         "float32", 3, "channels last", spatial=(641,), needs="region", blocks=1, batch=1
     ),

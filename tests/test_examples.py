@@ -199,7 +199,7 @@ def test_training_in_jax(tmp_path: Path) -> None:
         need(package)
     script = SCRIPT.with_name("train_jax.py")
     options = ["--steps", str(STEPS), "--patch", "16", "--out", str(tmp_path)]
-    result = train_brain(*options, script=script)
+    result = train_brain(*options, script=script, before=HALF)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"step {STEPS}/{STEPS}  loss " in result.stdout
     with (tmp_path / "curve.csv").open(newline="", encoding="utf-8") as file:
