@@ -166,6 +166,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // is negative, too large, NaN, or has a fraction.
 extern "C" __global__ void __launch_bounds__(kThreads)
     fastloss_largest_label(const __grid_constant__ ReadCall call) {
+  __shared__ int of_block;
+  if (threadIdx.x == 0) of_block = 0;
   int largest = 0;
   bool wrong = false;
   for_voxels(call, [&](const char* from, char*) {
@@ -179,8 +181,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2)
     largest = max(largest, __shfl_xor_sync(kAllLanes, largest, step));
-  const bool any_wrong = __any_sync(kAllLanes, wrong);
-  if (threadIdx.x % kLanes != 0) return;
-  if (largest > __ldcg(call.found)) atomicMax(call.found, largest);
+  const bool any_wrong = __syncthreads_or(wrong);
+  if (threadIdx.x % kLanes == 0) atomicMax(&of_block, largest);
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  atomicMax(call.found, of_block);
   if (any_wrong) atomicOr(call.found + 1, 1);
 }

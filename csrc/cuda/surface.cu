@@ -42,12 +42,21 @@ FL_DEVICE int index_at(const SurfaceCall& call, long long i) {
 
 // --- Boxes
 
+// A number that other threads may be changing.
+FL_DEVICE int latest(const int* at) {
+#ifdef FL_EMULATION
+  return __atomic_load_n(at, __ATOMIC_RELAXED);
+#else
+  return *static_cast<const volatile int*>(at);
+#endif
+}
+
 FL_DEVICE void extend(int* box, const int* at) {
 #pragma unroll
   for (int axis = 0; axis < 3; ++axis) {
     // Most voxels extend nothing; a number that is out of date does no harm.
-    if (at[axis] < box[axis]) atomicMin(box + axis, at[axis]);
-    if (at[axis] >= box[3 + axis]) atomicMax(box + 3 + axis, at[axis] + 1);
+    if (at[axis] < latest(box + axis)) atomicMin(box + axis, at[axis]);
+    if (at[axis] >= latest(box + 3 + axis)) atomicMax(box + 3 + axis, at[axis] + 1);
   }
 }
 
