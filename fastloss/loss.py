@@ -449,7 +449,8 @@ class Loss:
       target, as `fastloss.Boundary`, need none: see `fields` for how to make them ahead.
     - regions: None, or the region that every voxel belongs to, (B, *spatial) or (B, 1, *spatial) of
       integers: 0, 1, 2, … within a sample, each of at least one voxel; −1 where a voxel counts for
-      nothing. Sums are then formed for every region, and terms take regions for samples.
+      nothing. Sums are then formed for every region, and terms take regions for samples: all but
+      those beside a `fastloss.PerRegion`, which makes its regions where none are given.
     - region_count: how many regions a sample may have; found out if it is not given, but on a GPU,
       where to look would wait. Chunks of a volume on a GPU need the same.
 
@@ -699,7 +700,8 @@ class Loss:
 
         Returns:
             By name, arrays of the target's framework (of one that allocates none, NumPy arrays),
-            the samples along the first axis; empty where no term makes a field.
+            the samples along the first axis; empty where no term makes a field. The regions of
+            `fastloss.PerRegion` are called ``"regions"``, and are not a field that sums read.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, shape or range.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import finite_differences, need, need_backend, one_hot
+from support import assert_agree, finite_differences, need, need_backend, one_hot, reference
 
 import fastloss as fl
 from fastloss.backends import use_backend
@@ -127,8 +127,9 @@ def volume(
 
 
 @pytest.mark.parametrize("mode", [CELLS, BLOBS])
-@pytest.mark.parametrize("classes", [2, 4])
-@pytest.mark.parametrize("weight", WEIGHT)
+@pytest.mark.parametrize(
+    ("classes", "weight"), [(2, "equal"), (4, "inverse_volume"), (3, "inverse_sqrt_volume")]
+)
 def test_loop_over_lesions(backend: str, mode: str, classes: int, weight: str) -> None:
     x, y = volume(classes, 3, classes, (6, 7, 8))
     y[1] = 0  # no lesion
@@ -316,6 +317,38 @@ def test_hundreds_of_lesions(backend: str) -> None:
     assert np.allclose(gradient, expected[1], atol=1e-12)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("loss", [fl.CCDiceCE() + fl.Dice(), fl.BlobLoss()], ids=["cc", "blob"])
+def test_many_voxels(classes: int, dtype: str, loss: Any) -> None:
+    """Whole tiles of one region and of several, of one label and of several, in any layout."""
+    rng = np.random.default_rng(classes)
+    x = (3 * rng.normal(size=(2, classes, 9, 20, 64))).astype(dtype)
+    y = np.zeros((2, 9, 20, 64), np.uint8)
+    for b, z, row in ((0, 1, 3), (0, 7, 12), (1, 4, 9)):
+        for column, size in ((2, 6), (20, 1), (40, 17)):
+            label = 1 + (z + column) % (classes - 1)
+            y[b, z : z + 2, row : row + 3, column : column + size] = label
+    y[0, 5] = 9
+    loss = fl.Loss(loss, ignore_index=9)
+    expected = reference(loss, x, y)
+    last = np.ascontiguousarray(np.moveaxis(x, 1, -1))
+    for logits in (x, np.moveaxis(last, -1, 1)):
+        for labels in (y, y.astype(np.int64)):
+            with use_backend(need_backend("cpu")):
+                found = loss.value_and_grad(logits, labels)
+            assert_agree(*found, expected)
+    far = x.copy()
+    far[0, 0, 0, 0, :8] = np.inf
+    far[0, :, 0, 0, 8:12] = 60000
+    far[1, 1, 0, 0, 3] = -60000
+    with use_backend(need_backend("cpu")):
+        value, gradient = loss.value_and_grad(far, y)
+    right = reference(loss, far, y)
+    assert value == pytest.approx(right[0], rel=1e-5)
+    assert np.allclose(gradient, right[1], atol=1e-5)
+
+
 def test_each_sample_alone_and_sums() -> None:
     x, y = volume(10, 3, 3, (6, 7), 0.15)
     y[2] = 0
@@ -373,6 +406,15 @@ def test_regions_of_the_caller(backend: str) -> None:
     assert term(x, y, regions=regions) == pytest.approx(np.mean(values), rel=1e-9)
     with pytest.raises(ValueError, match="regions: expected the regions of this call"):
         term(x, y)
+
+
+def test_a_lesion_that_is_background_is_none() -> None:
+    x, y = np.random.default_rng(4).normal(size=(1, 2, 9)), np.array([[1, 1, 0, 0, 1, 0, 0, 1, 0]])
+    numbers = fl.components(y).numbers
+    regions = np.where(numbers == 2, 0, np.where(numbers == 3, 2, numbers))
+    masks = [((regions == k) | (regions == 0)).astype(float) for k in (1, 2)]
+    right = np.mean([call(dice_ce(2)(1), x, y, mask, 0)[0] for mask in masks])
+    assert fl.BlobDiceCE()(x, y, regions=regions) == pytest.approx(right, rel=1e-9)
 
 
 def test_other_terms_are_those_of_whole_samples(backend: str) -> None:

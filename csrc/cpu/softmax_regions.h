@@ -81,6 +81,163 @@ void add_runs(Tile<T>& t, bool logs, double* sums, double* weights) {
   });
 }
 
+// The derivatives by the sums of one slot and region, (C,), in the working type; 0 for no region.
+template <class T>
+struct RegionTable {
+  T number[kMostRegionClasses];
+
+  RegionTable(const Job& job, int slot, int64_t sample, int64_t row) {
+    for (int i = 0; i < lanes<T>; ++i) number[i] = T(0);
+    const double* from = slot < 0 || row < 0 ? nullptr : job.coefficients_of(slot, sample, row);
+    for (int64_t c = 0; c < job.classes; ++c) {
+      const T k = from ? T(from[c]) : T(0);
+      number[c] = k == k ? k : T(NAN);  // the caller's NaN may have any bits
+    }
+  }
+};
+
+// Of two classes, the rows of m p of the label, of the other class, and of the label's loss.
+// Returns false if `kEven` and some voxel has a NaN or two equal infinities.
+template <bool kEven, class T, class S, class Labels>
+bool two_region_rows(Tile<T>& t, const S* x0, const S* x1, const Labels& labels, bool logs) {
+  T *to_own = t.row(kA), *to_other = t.row(kB), *to_loss = t.row(kC);
+  const T* m = t.row(kWeight);
+  const IVec<T> sign = bits<T>(splat<T>(T(-0.0)));
+  const NearExponential<T> exponential;
+  Vec<T> probe{};
+  for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
+    prefetch(x0 + v + kPrefetch);
+    prefetch(x1 + v + kPrefetch);
+    const Vec<T> a = load_as<S, T>(x0 + v), b = load_as<S, T>(x1 + v);
+    // z = x_other − x_label, and −log p_label = max(0, z) + log(1+e)
+    Vec<T> z = choose<Labels, T>(labels.zero(v), b - a, a - b);
+    if (!kEven) z = drop<T>(a == b, z);  // equal infinities: p = ½
+    const Vec<T> e = exponential(larger(splat<T>(kNothing<T>), from_bits<T>(bits<T>(z) | sign)));
+    const Vec<T> big = T(1) / (e + T(1)), little = e * big;
+    const IVec<T> more = bits<T>(z) < 0;
+    Vec<T> own = select<T>(more, big, little), other = select<T>(more, little, big);
+    Vec<T> loss = logs ? log_one_plus_small(e) + larger(splat<T>(0), z) : Vec<T>{};
+    if (kEven) {
+      probe += own;
+    } else {
+      const Vec<T> w = load<T>(m + v);
+      own *= w;
+      other *= w;
+      loss *= w;
+    }
+    store<T>(to_own + v, own);
+    store<T>(to_other + v, other);
+    store<T>(to_loss + v, loss);
+  }
+  return !any<T>(probe != probe);
+}
+
+// Adds a tile of two classes and several regions to the sums of its block.
+template <class T>
+void reduce_two_regions(Tile<T>& t, bool logs, double* sums, double* weights) {
+  with_labels(t, [&](auto even, auto x0, auto x1, const auto& labels) {
+    return two_region_rows<decltype(even)::value>(t, x0, x1, labels, logs);
+  });
+  int64_t of_tile = -1;
+  if (!t.label_bytes) of_tile = t.only_label();
+  else if (t.ones_among == 0 || t.ones_among == t.n) of_tile = t.ones_among > 0;
+  else t.widen_labels();
+  const auto& s = t.job.slots;
+  const T *m = t.row(kWeight), *own = t.row(kA), *other = t.row(kB), *loss = t.row(kC);
+  const auto* label = t.labels();
+  const bool ones = t.ones;
+  auto slot = [&](int which) { return (which >= 0 ? which : s.count) * 2; };
+  const int64_t reference = slot(s.reference), overlap = slot(s.overlap);
+  const int64_t predicted = slot(s.predicted), losses = slot(s.cross_entropy);
+  t.each_stretch([&](int64_t row, int first, int count) {
+    double* to = sums + row * (s.count + 1) * 2;
+    auto add = [&](int64_t c, double size, double p, double rest, double lost) {
+      weights[row] += size;
+      to[reference + c] += size;
+      to[overlap + c] += p;
+      to[predicted + c] += p;
+      to[predicted + 1 - c] += rest;
+      to[losses + c] += lost;
+    };
+    const int64_t only = of_tile >= 0 ? of_tile : label_of_run<T>(label, first, count);
+    if (only >= 0) {
+      auto all = [&](const T* r) __attribute__((always_inline)) {
+        return sum_run<T>(first, count,
+                          [&](int v) __attribute__((always_inline)) { return load<T>(r + v); });
+      };
+      return add(only, ones ? double(count) : all(m), all(own), all(other), all(loss));
+    }
+    for (int64_t c = 0; c < 2; ++c) {
+      const IVec<T> number = class_number<T>(c);
+      auto all = [&](const T* r) __attribute__((always_inline)) {
+        return sum_run<T>(first, count, [&](int v) __attribute__((always_inline)) {
+          return keep<T>(label_lanes<T>(label + v) == number, load<T>(r + v));
+        });
+      };
+      add(c, all(m), all(own), all(other), all(loss));
+    }
+  });
+}
+
+// Of two classes, the gradient by x₁; see `two_label_gradients`, whose four coefficients are rows
+// here: `region` and `loss`, each for label 0 and, in the next row, for label 1.
+template <bool kEven, class T, class S, class Labels>
+bool two_region_gradients(Tile<T>& t, const S* x0, const S* x1, const Labels& labels, T* gradient) {
+  const T *region0 = t.row(kD), *region1 = t.row(kE), *loss0 = t.row(kF), *loss1 = t.row(kG);
+  const T* m = t.row(kWeight);
+  const NearExponential<T> exponential;
+  Vec<T> probe{};
+  for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
+    prefetch(x0 + v + kPrefetch);
+    prefetch(x1 + v + kPrefetch);
+    const Vec<T> a = load_as<S, T>(x0 + v), b = load_as<S, T>(x1 + v);
+    const IVec<T> zero = labels.zero(v);
+    Vec<T> z = choose<Labels, T>(zero, b - a, a - b);
+    if (!kEven) z = drop<T>(a == b, z);  // equal infinities: p = ½
+    z = larger(splat<T>(kNothing<T>), smaller(splat<T>(-Numbers<T>::smallest_exponent), z));
+    const Vec<T> e = exponential(z), own = T(1) / (e + T(1)), other = e * own;
+    if (kEven) probe += own;
+    const Vec<T> region = choose<Labels, T>(zero, load<T>(region0 + v), load<T>(region1 + v));
+    const Vec<T> loss = choose<Labels, T>(zero, load<T>(loss0 + v), load<T>(loss1 + v));
+    Vec<T> g = other * (own * region + loss);
+    if (!kEven) g *= load<T>(m + v);
+    store<T>(gradient + v, g);
+  }
+  return !any<T>(probe != probe);
+}
+
+// Writes the gradient of a tile of two classes and several regions.
+template <class T>
+void apply_two_regions(Tile<T>& t) {
+  constexpr int L = lanes<T>;
+  const auto& s = t.job.slots;
+  T* rows[4] = {t.row(kD), t.row(kE), t.row(kF), t.row(kG)};
+  auto fill = [&](int64_t row, int first, int end) {
+    const RegionTable<T> overlap(t.job, s.overlap, t.sample, row);
+    const RegionTable<T> region(t.job, s.predicted, t.sample, row);
+    const RegionTable<T> loss(t.job, s.cross_entropy, t.sample, row);
+    const T turn = region.number[1] - region.number[0];
+    const T numbers[4] = {turn - overlap.number[0], turn + overlap.number[1], loss.number[0],
+                          -loss.number[1]};
+    for (int i = 0; i < 4; ++i) {
+      int v = first;
+      // Vectors run over into the next run, which is filled after, but not into the next row.
+      for (; v < end && v + L <= kMaxTile; v += L) store<T>(rows[i] + v, splat<T>(numbers[i]));
+      for (; v < end; ++v) rows[i][v] = numbers[i];
+    }
+  };
+  for (int i = 0; i < t.runs; ++i)
+    fill(t.region[t.run_start[i]], t.run_start[i], t.run_start[i + 1]);
+  if (t.n < t.padded) fill(-1, t.n, t.padded);
+  T* gradient = t.row(kC);
+  with_labels(t, [&](auto even, auto x0, auto x1, const auto& labels) {
+    return two_region_gradients<decltype(even)::value>(t, x0, x1, labels, gradient);
+  });
+  write_rows(t, t.second, t.x, [&](const auto& row, const auto& put) {
+    put.opposites(gradient, t.padded, row(1), row(0));
+  });
+}
+
 // Whether a tile of one region is computed by the path of few classes.
 template <class T>
 bool few_of_region(const Job& job) {
@@ -102,11 +259,13 @@ void reduce_softmax_regions(const Job& job, int64_t sample, const Blocks& blocks
     const int64_t row = t.only_region(), block = blocks.of(t.voxel);
     double* sums = blocks.sums + (block * job.rows + row) * per_row;
     double* weight = blocks.weights + block * job.rows + row;
-    if (row >= 0 && two) {
-      reduce_two_classes(t, sums, weight);
+    if (two) {
+      if (row >= 0) reduce_two_classes(t, sums, weight);
+      else
+        reduce_two_regions(t, logs, blocks.sums + block * job.rows * per_row,
+                           blocks.weights + block * job.rows);
       return Few::done;
     }
-    if (t.label_bytes) t.widen_labels();
     if constexpr (kPicks<T>)
       if (row >= 0 && suits_few) {
         auto to = [&](int slot) { return sums + (slot >= 0 ? slot : s.count) * job.classes; };
@@ -126,21 +285,6 @@ void reduce_softmax_regions(const Job& job, int64_t sample, const Blocks& blocks
   over_tiles<false, T>(job, sample, blocks.first, blocks.last, scratch, false, move, few,
                        finish_tile);
 }
-
-// The derivatives by the sums of one slot and region, (C,), in the working type; 0 for no region.
-template <class T>
-struct RegionTable {
-  T number[kMostRegionClasses];
-
-  RegionTable(const Job& job, int slot, int64_t sample, int64_t row) {
-    for (int i = 0; i < lanes<T>; ++i) number[i] = T(0);
-    const double* from = slot < 0 || row < 0 ? nullptr : job.coefficients_of(slot, sample, row);
-    for (int64_t c = 0; c < job.classes; ++c) {
-      const T k = from ? T(from[c]) : T(0);
-      number[c] = k == k ? k : T(NAN);  // the caller's NaN may have any bits
-    }
-  }
-};
 
 // Fills the rows that `label_gradients` reads, with the coefficients of each voxel's region, and
 // those of k_c in `second`. Vectors run over into the next run, which is filled after.
@@ -235,7 +379,10 @@ void apply_softmax_regions(const Job& job, int64_t sample, int64_t first, int64_
       }
       if constexpr (kPicks<T>) return apply_few(t);
     }
-    if (t.label_bytes) t.widen_labels();
+    if (two) {
+      apply_two_regions(t);
+      return Few::done;
+    }
     return Few::unsuited;
   };
   auto finish_tile = [&](Tile<T>& t, Tile<T>*) {
