@@ -7,6 +7,7 @@ mean nothing. `CudaTestDevice` runs them on a GPU, over copies of the arrays.
 from __future__ import annotations
 
 import ctypes
+import threading
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -46,6 +47,10 @@ STRUCTS_OF_OTHERS = {
     SURFACE_KERNELS: "SurfaceCall",
 }
 """The same for the kernels of other sources."""
+
+
+_one_at_a_time = threading.RLock()
+"""Held by a launch: an emulated kernel's threads are global to the process."""
 
 
 class Allocated(NamedTuple):
@@ -101,11 +106,19 @@ class EmulatedDevice:
         self, kernel: Any, grid: int, block: tuple[int, int], shared: int, call: np.ndarray
     ) -> None:
         library, name = kernel
-        library.launch(name, (grid, 1, 1), (*block, 1), shared, call.tobytes(), order=self.order)
+        with _one_at_a_time:
+            library.launch(
+                name, (grid, 1, 1), (*block, 1), shared, call.tobytes(), order=self.order
+            )
+
+
+def _library(text: str, names: tuple[str, ...], struct: str) -> Any:
+    with _one_at_a_time:
+        return _built(text, names, struct)
 
 
 @cache
-def _library(text: str, names: tuple[str, ...], struct: str) -> Any:
+def _built(text: str, names: tuple[str, ...], struct: str) -> Any:
     from cuda_emulation import Library
 
     return Library(text, dict.fromkeys(names, struct))
