@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import mmap
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,19 @@ def _absent(name: str, error: ImportError) -> None:
     if name.partition(".")[0] in REQUIRED:
         pytest.fail(f"{name} is required by FASTLOSS_REQUIRE, but: {error}", pytrace=False)
     pytest.skip(f"{name}: {error}", allow_module_level=True)
+
+
+def made_once(folder: Path, name: str, make: Callable[[], Any]) -> Any:
+    """What a costly function makes, in one of the workers that share the folder, for all."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return make()
+    from cuda_emulation import locked
+
+    path = folder / f"{name}.pickle"
+    with locked(path):
+        if not path.exists():
+            path.write_bytes(pickle.dumps(make()))
+        return pickle.loads(path.read_bytes())
 
 
 def python(

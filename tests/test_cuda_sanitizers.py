@@ -15,7 +15,7 @@ import cuda_emulation
 import pytest
 from cuda_cases import Case
 from device_backend import EmulatedDevice
-from support import _absent
+from support import _absent, made_once
 
 if shutil.which(cuda_emulation.compiler()[0]) is None:
     _absent("c++", FileNotFoundError(cuda_emulation.compiler()[0]))
@@ -99,9 +99,10 @@ ADDRESS_FAULTS = [
 
 
 @pytest.fixture(scope="module")
-def address_sanitized() -> dict[Job, tuple[int, str]]:
+def address_sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, tuple[int, str]]:
     jobs = [*map(Job, COVERING), *SPECIAL, *(job for job, _ in ADDRESS_FAULTS)]
-    return run_sanitized(jobs, "address,undefined")
+    shared = tmp_path_factory.getbasetemp().parent
+    return made_once(shared, "address", lambda: run_sanitized(jobs, "address,undefined"))
 
 
 def test_memory_and_arithmetic(address_sanitized):
@@ -199,9 +200,10 @@ RACE_FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def thread_sanitized() -> dict[Job, tuple[int, str]]:
-    faulty = [Job(RACES[name], fault) for fault, name in RACE_FAULTS.items()]
-    return run_sanitized([*map(Job, RACES.values()), *faulty], "thread")
+def thread_sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, tuple[int, str]]:
+    jobs = [*map(Job, RACES.values()), *(Job(RACES[n], fault) for fault, n in RACE_FAULTS.items())]
+    shared = tmp_path_factory.getbasetemp().parent
+    return made_once(shared, "thread", lambda: run_sanitized(jobs, "thread"))
 
 
 def test_every_barrier_has_a_case():

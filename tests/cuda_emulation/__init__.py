@@ -272,7 +272,7 @@ def _build(
     library = folder / f"{_digest([*parts, *flags, *checks])}.so"
     if _there(library):
         return library
-    with _locked(library):
+    with locked(library):
         if not _there(library):  # else another process has just compiled it
             _forget(folder)
             _make(library, text, include, flags, sanitizers, checks)
@@ -289,7 +289,7 @@ def _there(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file to compile: processes that need the same one wait for the first."""
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -332,7 +332,7 @@ def _runtime(flags: Sequence[str], sanitizers: Sequence[str]) -> Path:
     path = folder / f"{_digest(['runtime', *flags])}.o"
     if _there(path):
         return path
-    with _locked(path), tempfile.TemporaryDirectory(dir=folder) as name:
+    with locked(path), tempfile.TemporaryDirectory(dir=folder) as name:
         if not _there(path):
             work = Path(name)
             _compile(
