@@ -67,14 +67,13 @@ def test_torch(backend: str, dtype: str, dense: bool) -> None:
     np.testing.assert_array_equal(gradient_torch, gradient)
 
 
-@pytest.mark.parametrize(
-    "type_", ["bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "bfloat16"]
-)
-def test_torch_labels_of_every_type(backend: str, type_: str) -> None:
+def test_torch_labels_of_every_type(backend: str) -> None:
     torch = need("torch")
-    x, y = example(2, 2, (300,), dtype=np.float32)
-    labels = torch.tensor(y).to(getattr(torch, type_))
-    assert LOSS(torch.tensor(x), labels) == LOSS(x, y)
+    integers = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32")
+    for type_ in ("bool", *integers, "bfloat16"):
+        x, y = example(2, 2, (300,), dtype=np.float32)
+        labels = torch.tensor(y).to(getattr(torch, type_))
+        assert LOSS(torch.tensor(x), labels) == LOSS(x, y)
 
 
 def test_torch_bfloat16(backend: str) -> None:

@@ -68,17 +68,17 @@ def test_as_pytorch(
         np.testing.assert_allclose(our_gradient, gradient, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("classes", [2, 3, 14, 40])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_narrow_logits(backend: str, classes: int, dtype: Any) -> None:
-    x, y = example(2, classes, (11, 13), dtype=dtype)
-    value, gradient = fl.TopKCrossEntropy(k=20).value_and_grad(x, y)
-    expected, expected_gradient = oracle(x, y, 20)
-    assert value.dtype == np.float32
-    assert gradient.dtype == dtype
-    assert value == pytest.approx(expected, rel=1e-6)
-    rounding = 2e-6 if dtype == np.float32 else 2e-3
-    assert norm(gradient.astype(np.float64) - expected_gradient) <= rounding * norm(gradient)
+def test_narrow_logits(backend: str, dtype: Any) -> None:
+    for classes in (2, 3, 14, 40):
+        x, y = example(2, classes, (11, 13), dtype=dtype)
+        value, gradient = fl.TopKCrossEntropy(k=20).value_and_grad(x, y)
+        expected, expected_gradient = oracle(x, y, 20)
+        assert value.dtype == np.float32
+        assert gradient.dtype == dtype
+        assert value == pytest.approx(expected, rel=1e-6)
+        rounding = 2e-6 if dtype == np.float32 else 2e-3
+        assert norm(gradient.astype(np.float64) - expected_gradient) <= rounding * norm(gradient)
 
 
 def test_beside_other_terms(backend: str) -> None:
