@@ -94,7 +94,7 @@ def _monai(prediction: np.ndarray, reference: np.ndarray, classes: int) -> Calla
 
 
 def _deepmind(prediction: np.ndarray, reference: np.ndarray, classes: int) -> Callable[[], object]:
-    np.Inf = np.inf  # type: ignore[attr-defined]  # which NumPy 2 removed
+    vars(np)["Inf"] = np.inf  # which NumPy 2 removed
     tool = import_module("surface_distance")
 
     def run() -> object:
