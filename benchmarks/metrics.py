@@ -1,6 +1,6 @@
 """Metrics beside their peers, all in one run, as a table.
 
-    python benchmarks/metrics.py [overlap] [lesions] [--repeats N] [--quick]
+    python benchmarks/metrics.py [overlap] [surface] [lesions] [--repeats N] [--quick]
 
 Functions take turns; figures are medians. Peers that are not installed (torch, monai, torchmetrics)
 are left out, by name. A section is a function that yields cases; `SECTIONS` lists them.
@@ -174,7 +174,16 @@ def lesions(edge: int) -> Iterator[Case]:
     yield from (Case(*case) for case in import_module("metrics_lesions").cases(edge))
 
 
-SECTIONS: dict[str, Callable[[int], Iterator[Case]]] = {"overlap": overlap, "lesions": lesions}
+def surface(edge: int) -> Iterator[Case]:
+    """HD95, ASSD and NSD; `metrics_surface` has the cases."""
+    yield from (Case(*case) for case in import_module("metrics_surface").cases(edge))
+
+
+SECTIONS: dict[str, Callable[[int], Iterator[Case]]] = {
+    "overlap": overlap,
+    "surface": surface,
+    "lesions": lesions,
+}
 
 
 if __name__ == "__main__":

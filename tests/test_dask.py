@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from support import need
@@ -95,3 +100,15 @@ def test_bad_input(volume):
         fastloss.dask.value(fl.Dice(), parts, labels + 7)
     with pytest.raises(TypeError, match="fields: expected arrays by name"):
         fastloss.dask.value(fl.Dice(), parts, labels, fields=[labels])
+
+
+def test_example():
+    need("zarr")
+    script = Path(__file__).resolve().parent.parent / "examples" / "dask_zarr.py"
+    arguments = ["--classes", "3", "--edge", "16", "--chunk", "8"]
+    path = os.pathsep.join(filter(None, [str(script.parent.parent), os.environ.get("PYTHONPATH")]))
+    run = subprocess.run(
+        [sys.executable, script, *arguments],
+        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert "value and gradient of 0.00 GB" in run.stdout
