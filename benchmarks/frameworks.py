@@ -3,8 +3,8 @@
     python benchmarks/frameworks.py [--framework NAME] [--sizes C4-128,C14-96] [--seconds 3]
                                      [--keep-memory]
 
-Dice + cross-entropy, value and gradient, float32 logits and a label map. What is compared runs in
-turn in one process, and a row gives medians. A framework that is not installed is named and left
+Dice + cross-entropy, value and gradient, float32 logits and a label map. Implementations
+take turns in one process, and a row gives medians. A framework that is not installed is named and left
 out. Set the number of threads by OMP_NUM_THREADS and, for XLA, NPROC.
 """
 

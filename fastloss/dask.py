@@ -85,7 +85,7 @@ def gradient(
     """The gradient by the logits, a Dask array of their shape, dtype and chunks that is made later.
 
     Args:
-        statistics: those of the volume, if they are known; else they are computed now.
+        statistics: those of the volume; computed now if not given.
         upstream: the gradient of what follows by the loss; 1 by default.
         others: as in `value`.
     """

@@ -45,7 +45,7 @@ struct Surface {
   bool empty() const { return first == last; }
 };
 
-// What a structure is made of: whether a voxel of each class index is in it.
+// For each class index, whether its voxels belong to the structure.
 using Members = const bool*;
 
 // A box of voxels with a margin of one, 1 where `is` says so, 0 beyond the volume.

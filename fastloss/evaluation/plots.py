@@ -17,7 +17,7 @@ MOST_POINTS = 60
 
 
 class Box(NamedTuple):
-    """What is drawn of one class."""
+    """The values of one class, as they are drawn."""
 
     low: float
     first: float

@@ -27,7 +27,7 @@ KILLED = "a process ended without a result, perhaps for lack of memory: try fewe
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how; `fastloss.metrics.evaluate` tells more of each."""
+    """The options of an evaluation; `fastloss.metrics.evaluate` documents them."""
 
     metrics: tuple[str, ...] = DEFAULT
     classes: Mapping[str, tuple[int, ...]] | None = None
@@ -58,7 +58,7 @@ def evaluate_files(
     jobs: int = 1,
     progress: Callable[[Case, str], None] | None = None,
 ) -> Results:
-    """The scores of all cases. What is wrong with a case is kept, and the others go on.
+    """The scores of all cases. A case that fails is recorded, and the others go on.
 
     Args:
         cases: as `match` finds them.
@@ -250,7 +250,7 @@ def evaluate_in_processes(
                         result = future.result()
                         yield running.pop(future), result
         except BrokenProcessPool:
-            # One of these killed its process: each again, by itself.
+            # One of these cases killed its process: run each again in a process of its own.
             for case in running.values():
                 try:
                     with _pool(1, threads) as pool:

@@ -82,7 +82,7 @@ class _Voxelwise:
 
     def _plan(self, y_true: Any, y_pred: Any) -> _Plan | None:
         """How these are computed; None: by Keras."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _plan")
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         mask = _reduce.mask_of(y_pred)

@@ -43,7 +43,7 @@ class _Fused(keras.losses.Loss):
 
     def _read(self, y_pred: Any) -> tuple[losses.Loss, Any]:
         """The loss, and the logits or probabilities that it reads."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _read")
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Each sample's value, (B,); the value itself where the loss joins the samples."""
@@ -224,7 +224,7 @@ class _Named(_Fused):
 
     def _terms(self) -> Any:
         """The loss, without activation and axes."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _terms")
 
     def _read(self, y_pred: Any) -> tuple[losses.Loss, Any]:
         channels = y_pred.shape[self.axis]

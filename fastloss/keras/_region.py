@@ -26,7 +26,7 @@ class _Region:
     name: str
 
     def _term(self, **options: Any) -> RegionTerm:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _term")
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         mask = _reduce.mask_of(y_pred)

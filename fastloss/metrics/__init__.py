@@ -1,4 +1,4 @@
-"""What a segmentation is judged by: overlap, surfaces, lesions, each by a named definition."""
+"""Metrics of segmentations: overlap, surfaces and lesions, each by a named definition."""
 
 from fastloss.metrics.confusion import ConfusionAccumulator, confusion_matrix
 from fastloss.metrics.evaluate import METRICS, evaluate

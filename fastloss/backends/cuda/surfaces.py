@@ -1,6 +1,6 @@
 """Distances between surfaces on a GPU: those of `fastloss.backends.surfaces`, and as exact.
 
-What comes to CPU memory are the boxes of class indices, and for every element of a surface the
+Only the boxes of class indices are copied to CPU memory, and for every element of a surface the
 voxels to the nearest one of the other surface.
 """
 

@@ -135,7 +135,7 @@ def check_name(metric_name: str) -> str:
     for short, others in NAMES.items():
         if asked == short or asked in others:
             return short
-    raise NotImplementedError(
+    raise NotImplementedError(  # as MONAI, whose callers may catch it
         f"metric_name: expected one of {', '.join(map(repr, NAMES))}, or another of their names, "
         f"got {metric_name!r}"
     )
