@@ -4,8 +4,8 @@
                                      [--keep-memory]
 
 Dice + cross-entropy, value and gradient, float32 logits and a label map. Implementations
-take turns in one process, and a row gives medians. A framework that is not installed is named and left
-out. Set the number of threads by OMP_NUM_THREADS and, for XLA, NPROC.
+take turns in one process, and a row gives medians. A framework that is not installed is named
+and left out. Set the number of threads by OMP_NUM_THREADS and, for XLA, NPROC.
 """
 
 from __future__ import annotations
