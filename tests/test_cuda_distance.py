@@ -387,6 +387,7 @@ def test_results_do_not_depend_on_the_order_of_blocks_and_threads(dtype: str) ->
         assert run_on(EmulatedDevice(order=order), dtype) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitize", ["address,undefined", "thread"])
 def test_memory_and_races(sanitize: str) -> None:
     """Under the compiler's sanitizers; a report ends the process."""

@@ -1,4 +1,7 @@
-"""The CUDA kernels on the CPU under the compiler's sanitizers: memory, arithmetic, and races."""
+"""The CUDA kernels on the CPU under the compiler's sanitizers: memory, arithmetic, and races.
+
+Compiling them takes minutes: ``pytest -m slow`` runs these tests, and so does `.ci/run`.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ from support import _absent, made_once
 
 if shutil.which(cuda_emulation.compiler()[0]) is None:
     _absent("c++", FileNotFoundError(cuda_emulation.compiler()[0]))
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = "import cuda_cases, json, sys; cuda_cases.main(json.loads(sys.argv[1]), sys.argv[2])"
 
