@@ -657,18 +657,18 @@ def misuse(threads: bool) -> Library:
     return Library(source, {**kernels, "good": "Call"}, threads=threads)
 
 
-@pytest.mark.parametrize("order", cuda_emulation.ORDERS)
 @pytest.mark.parametrize("name", MISUSE)
-def test_threads_that_do_not_meet_are_an_error_and_no_hang(misuse, name, order):
+def test_threads_that_do_not_meet_are_an_error_and_no_hang(misuse, name):
     kernel = f"misuse_{list(MISUSE).index(name)}"
-    out = np.zeros(45, np.int32)
-    with pytest.raises(LaunchError, match=MISUSE[name][1]) as raised:
-        misuse.launch(kernel, (2, 1, 1), (45, 1, 1), 0, pack(out), order=order)
-    block = r"\(1, 0, 0\)" if order == "reverse" else r"\([01], 0, 0\)"
-    raised.match(rf"^kernel '{kernel}', block {block}")
-    # The next launch is not affected.
-    misuse.launch("good", (1, 1, 1), (45, 1, 1), 0, pack(out), order=order)
-    assert (out == 15).all()
+    for order in cuda_emulation.ORDERS:
+        out = np.zeros(45, np.int32)
+        with pytest.raises(LaunchError, match=MISUSE[name][1]) as raised:
+            misuse.launch(kernel, (2, 1, 1), (45, 1, 1), 0, pack(out), order=order)
+        block = r"\(1, 0, 0\)" if order == "reverse" else r"\([01], 0, 0\)"
+        raised.match(rf"^kernel '{kernel}', block {block}")
+        # The next launch is not affected.
+        misuse.launch("good", (1, 1, 1), (45, 1, 1), 0, pack(out), order=order)
+        assert (out == 15).all()
 
 
 # --- Building and launching -----------------------------------------------------------------------

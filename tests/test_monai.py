@@ -257,14 +257,17 @@ def test_unusual_options(name: str, options: dict[str, Any], x: np.ndarray, y: n
         assert_same(name, Call(options, x, y), 1e-7)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("batch", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_empty_batch(name: str, batch: bool, reduction: str) -> None:
+def test_empty_batch(name: str) -> None:
     """As MONAI has it, whose mean over nothing is NaN; the gradient is as empty as the logits."""
+    for batch in (False, True):
+        for reduction in ("mean", "sum", "none"):
+            if name != "DiceCELoss" or reduction != "none":
+                _check_empty_batch(name, batch, reduction)
+
+
+def _check_empty_batch(name: str, batch: bool, reduction: str) -> None:
     accepted = inspect.signature(getattr(monai_losses, name)).parameters
-    if name == "DiceCELoss" and reduction == "none":
-        reduction = "sum"
     options = ONE_HOT | {"reduction": reduction, "softmax": True, "batch": batch}
     options = {key: value for key, value in options.items() if key in accepted}
     arrays = [LOGITS[:0], LABELS[:0]]
