@@ -1,6 +1,6 @@
 """The CUDA kernels on the CPU under the compiler's sanitizers: memory, arithmetic, and races.
 
-Compiling them takes minutes: ``pytest -m slow`` runs these tests, and so does `.ci/run`.
+Compiling the kernels takes minutes: ``pytest -m slow`` runs these tests, and so does `.ci/run`.
 """
 
 from __future__ import annotations

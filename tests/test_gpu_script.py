@@ -19,6 +19,8 @@ from fastloss.bench.arguments import device_name
 from fastloss.bench.inputs import Spec
 from fastloss.bench.report import Row
 
+pytestmark = pytest.mark.slow
+
 FOLDER = ROOT / "benchmarks" / "gpu"
 
 

@@ -720,6 +720,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_gathers_over_ranks(tmp_path: Any) -> None:
     started = [
         subprocess.Popen([sys.executable, "-c", RANKS, str(rank), str(tmp_path / "store")])

@@ -943,6 +943,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("i", "how"),
     [(0, "compiled"), *((i, how) for i in range(len(TWO_RANKS)) for how in ("eager", "nnU-Net"))],
@@ -970,6 +971,7 @@ def test_two_ranks(ranks: Any, i: int, how: str) -> None:
         np.testing.assert_allclose(got, exact, rtol=by, atol=by * float(exact.abs().max()))
 
 
+@pytest.mark.slow
 def test_two_ranks_without_ignored_voxels_are_one_process(ranks: Any) -> None:
     call = TWO_RANKS[0]
     value, gradient = by_formula(call)

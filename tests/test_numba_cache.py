@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from support import need_backend, run_python
 
 SCRIPT = """
@@ -20,6 +21,7 @@ np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-12)
 """
 
 
+@pytest.mark.slow
 def test_kernels_that_different_processes_compiled_agree(tmp_path: Path) -> None:
     """One process validates, another trains, and a third loads the kernels that both compiled."""
     need_backend("numba")

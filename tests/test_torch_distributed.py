@@ -11,6 +11,8 @@ from torch_support import PARTS, needs_torch, torch, value_and_gradient  # noqa:
 
 import fastloss as fl
 
+pytestmark = pytest.mark.slow
+
 W = [0.5, 1.0, 2.0]
 LOSSES = {
     "sums over the batch": lambda: fl.Dice(batch=True) + fl.CrossEntropy(weight=W),

@@ -184,6 +184,7 @@ def _rank(rank: int, address: str, shard: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["batch", "volume"])
 def test_ranks(tmp_path: Any, shard: str) -> None:
     need_gloo()
