@@ -10,10 +10,11 @@ import numpy as np
 
 import fastloss._cpu as _cpu
 from fastloss.arrays import Arrays
-from fastloss.backends.base import Backend, bad_labels, bad_weights
+from fastloss.backends.base import Backend
 from fastloss.backends.components import Labelled
 from fastloss.backends.distances import CONVENTIONS
 from fastloss.backends.surfaces import Directed
+from fastloss.backends.targets import bad_labels, bad_weights, load
 from fastloss.maps import KINDS, Map
 from fastloss.request import ACTIVATIONS, Request
 from fastloss.sums import FUNCTIONS, WEIGHTS
