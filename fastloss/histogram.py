@@ -12,8 +12,8 @@ counted:
 ``hinge``   h = 1 − x of the foreground, 1 + x of the background, where x is the logit, by
             v = max(h, 0): bins are narrow near 1, where a network begins.
 
-In both, a voxel is foreground where g > ½. Bins are in the order of their errors. `csrc/cpu/errors.h`
-mirrors this module.
+In both, a voxel is foreground where g > ½. Bins are in the order of their errors. This module is
+mirrored by `csrc/cpu/errors.h`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Layout(NamedTuple):
         return np.minimum(found, first)
 
     def counted(self, v: np.ndarray) -> np.ndarray:
-        """v as its bin counts it: 0 below all octaves, and their end above them, if v ends there."""
+        """v as its bin counts it: 0 below all octaves, and their end above them."""
         v = np.asarray(v, np.float32).astype(np.float64)
         found = self.place(v)
         v = np.where(found == 0, 0.0, v)

@@ -1,6 +1,8 @@
-"""The target as the reference and the terms that rank voxels read it, and what may be wrong in it."""
+"""The target in float64, as the reference and terms that rank voxels read it, and its faults."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
