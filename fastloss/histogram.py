@@ -7,13 +7,14 @@ A bin holds the numbers whose float32 bits agree but for the last ones: it is a 
 octave wide, so that small errors are told apart as well as large ones. Two kinds of error are
 counted:
 
-``errors``  e = |g − p| in [0, 1], by v = min(e, 1 − e): bins are narrow near 0, near 1, where the
-            few voxels lie that a rare class is ranked by, and near ½, where a network begins.
-``hinge``   h = 1 − x of the foreground, 1 + x of the background, where x is the logit, by
-            v = max(h, 0): bins are narrow near 1, where a network begins.
+``errors``  e = |g − p| in [0, 1], by e itself up to ½ and by 1 − e above: bins are narrow near 1,
+            where the few voxels lie that a rare class is ranked by, and near ½, where a network
+            begins.
+``hinge``   h = 1 − x of the foreground, 1 + x of the background, where x is the logit, up to 0 as
+            0: bins are narrow near 1, where a network begins, and for the large ones.
 
-In both, a voxel is foreground where g > ½. Bins are in the order of their errors. This module is
-mirrored by `csrc/cpu/errors.h`.
+The number that a bin is found by is called v. In both, a voxel is foreground where g > ½. Bins are
+in the order of their errors. This module is mirrored by `csrc/cpu/errors.h`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ import numpy as np
 
 HISTOGRAMS = ("errors", "hinge")
 
-# (the exponent of 2 at which the octaves begin, how many there are, log2 of the bins of each).
-_OCTAVES = {
-    "errors": ((-24, 16, 6), (-8, 6, 8), (-2, 1, 11)),
-    "hinge": ((-12, 10, 6), (-2, 1, 8), (-1, 2, 11), (1, 4, 9), (5, 11, 6)),
-}
+Octaves = tuple[tuple[int, int, int], ...]
+"""The exponent of 2 at which octaves begin, how many there are, and log2 of the bins of each."""
+_SMALL: Octaves = ((-24, 16, 6), (-8, 6, 8), (-2, 1, 11))
+_LARGE: Octaves = ((-24, 8, 7), (-16, 14, 9), (-2, 1, 11))
+_HINGE: Octaves = ((-12, 10, 6), (-2, 1, 8), (-1, 2, 11), (1, 1, 10), (2, 2, 11), (4, 12, 9))
 _MANTISSA = 23
 _BIAS = 127
 
@@ -39,13 +40,23 @@ class Layout(NamedTuple):
 
     Attributes:
         kind: one of `HISTOGRAMS`.
-        places: the number of bins of v: one of all below the octaves, one of all above them.
-        bins: twice as many of ``errors``: those of e ≤ ½, then those of e > ½, where v falls.
+        octaves: those by e, or h. Below them is one bin more, and above them another.
+        mirrored: those by 1 − e, in falling order, likewise.
     """
 
     kind: str
-    places: int
-    bins: int
+    octaves: Octaves
+    mirrored: Octaves = ()
+
+    @property
+    def places(self) -> int:
+        """The number of bins by e, or h."""
+        return _places(self.octaves)
+
+    @property
+    def bins(self) -> int:
+        """The number of all bins."""
+        return self.places + (_places(self.mirrored) if self.mirrored else 0)
 
     @property
     def slots(self) -> int:
@@ -53,37 +64,36 @@ class Layout(NamedTuple):
         every bin, and then likewise Σ v."""
         return 4 * self.bins
 
-    def place(self, v: np.ndarray) -> np.ndarray:
-        """The bin of v, in [0, places), before those of large errors are put behind the others."""
-        bits = np.asarray(v, np.float32).view(np.int32).astype(np.int64)
-        found = np.zeros(bits.shape, np.int64)
-        first = 1
-        for exponent, octaves, log_bins in _OCTAVES[self.kind]:
-            start = (exponent + _BIAS) << _MANTISSA
-            own = first + ((bits - start) >> (_MANTISSA - log_bins))
-            found = np.where(bits >= start, own, found)
-            first += octaves << log_bins
-        return np.minimum(found, first)
 
-    def counted(self, v: np.ndarray) -> np.ndarray:
-        """v as its bin counts it: 0 below all octaves, and their end above them."""
-        v = np.asarray(v, np.float32).astype(np.float64)
-        found = self.place(v)
-        v = np.where(found == 0, 0.0, v)
-        return np.where(found == self.places - 1, np.minimum(v, self.end), v)
+_LAYOUTS = {
+    "errors": Layout("errors", _SMALL, _LARGE),
+    "hinge": Layout("hinge", _HINGE),
+}
 
-    @property
-    def end(self) -> float:
-        """The least number above all octaves."""
-        exponent, octaves, _ = _OCTAVES[self.kind][-1]
-        return float(2.0 ** (exponent + octaves))
+
+def layout(kind: str) -> Layout:
+    """The bins of a kind of error."""
+    return _LAYOUTS[kind]
 
 
 @cache
-def layout(kind: str) -> Layout:
-    """The bins of a kind of error."""
-    places = 2 + sum(octaves << log_bins for _, octaves, log_bins in _OCTAVES[kind])
-    return Layout(kind, places, places * (2 if kind == "errors" else 1))
+def _places(octaves: Octaves) -> int:
+    return 2 + sum(count << log_bins for _, count, log_bins in octaves)
+
+
+def _placed(octaves: Octaves, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The bin of v among these, and v as it is counted: 0 below the octaves, their end above."""
+    exponent, count, _ = octaves[-1]
+    v = np.minimum(np.asarray(v, np.float32), np.float32(2.0 ** (exponent + count)))
+    bits = v.view(np.int32).astype(np.int64)
+    place = np.zeros(bits.shape, np.int64)
+    first = 1
+    for exponent, count, log_bins in octaves:
+        start = (exponent + _BIAS) << _MANTISSA
+        own = first + ((bits - start) >> (_MANTISSA - log_bins))
+        place = np.where(bits >= start, own, place)
+        first += count << log_bins
+    return np.minimum(place, first), np.where(place == 0, 0.0, v.astype(np.float64))
 
 
 def binned(
@@ -97,12 +107,12 @@ def binned(
     """
     own = layout(kind)
     if kind == "hinge":
-        v = np.maximum(1 - np.where(foreground, x, -x), 0)
-        return own.place(v), own.counted(v), np.where(foreground, -1.0, 1.0)
+        h = np.maximum(1 - np.where(foreground, x, -x), 0)
+        return *_placed(own.octaves, h), np.where(foreground, -1.0, 1.0)
     error, rest = np.where(foreground, q, p), np.where(foreground, p, q)
     # As float32, for which of the two is larger is asked of the numbers that are counted.
     large = error.astype(np.float32) > rest.astype(np.float32)
-    v = np.where(large, rest, error)
-    place = own.place(v)
-    place = np.where(large, own.bins - 1 - place, place)
-    return place, own.counted(v), np.where(foreground == large, 1.0, -1.0)
+    small_place, small = _placed(own.octaves, error)
+    large_place, distance = _placed(own.mirrored, rest)
+    place = np.where(large, own.bins - 1 - large_place, small_place)
+    return place, np.where(large, distance, small), np.where(foreground == large, 1.0, -1.0)

@@ -19,63 +19,60 @@ struct Binned {
   alignas(64) T slope[kMaxTile];
 };
 
-// From v, `flags` of 1: foreground, 2: the large errors, 4: does not count.
-template <bool kMirrored, size_t N>
-FL_INLINE void place_all(const fastloss::Octaves (&octaves)[N], int padded, const float* v,
-                         const int32_t* flags, int32_t* place, int32_t* rest) {
-  constexpr int kMost = 8;
-  static_assert(N <= kMost, "");
+struct Place {
+  int32_t at, rest;
+};
+// The place of v, given its bits, and d.
+template <size_t N>
+FL_INLINE Place place_of(const fastloss::Octaves (&octaves)[N], int32_t bits) {
   const int32_t last = fastloss::last_place(octaves), end = fastloss::end_bits(octaves);
-  const int32_t bins = (last + 1) * (kMirrored ? 2 : 1);
-  for (int i = 0; i < padded; ++i) {
-    int32_t bits;
-    std::memcpy(&bits, v + i, sizeof bits);
-    bits = bits < end ? bits : end;
-    int32_t at = 0, left = 0, first = 1;
+  bits = bits < end ? bits : end;
+  int32_t at = 0, rest = 0, first = 1;
 #pragma GCC unroll 8
-    for (size_t o = 0; o < N; ++o) {
-      const int32_t start = fastloss::float_bits(octaves[o].exponent);
-      const int shift = 23 - octaves[o].bits;
-      const bool inside = bits >= start;
-      at = inside ? first + ((bits - start) >> shift) : at;
-      left = inside ? bits & ((1 << shift) - 1) : left;
-      first += octaves[o].count << octaves[o].bits;
-    }
-    at = at < last ? at : last;
-    left = bits == end ? 0 : left;
-    if (kMirrored) at = flags[i] & 2 ? bins - 1 - at : at;
-    at += flags[i] & 1 ? bins : 0;
-    place[i] = flags[i] & 4 ? 2 * bins : at;
-    rest[i] = left;
+  for (size_t o = 0; o < N; ++o) {
+    const int32_t start = fastloss::float_bits(octaves[o].exponent);
+    const int shift = 23 - octaves[o].bits;
+    at = bits >= start ? first + ((bits - start) >> shift) : at;
+    rest = bits >= start ? bits & ((1 << shift) - 1) : rest;
+    first += octaves[o].count << octaves[o].bits;
   }
+  return {at < last ? at : last, rest};
+}
+FL_INLINE int32_t bits_of(float v) {
+  int32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
 }
 
 // Rows of p and q, or for a hinge of the logit x; g and m.
 template <class T>
 void find_bins(ErrorKind kind, int padded, const T* p, const T* q, const T* x, const T* g,
                const T* m, Binned<T>& to) {
-  alignas(64) float v[kMaxTile];
-  alignas(64) int32_t flags[kMaxTile];
+  const int32_t bins = fastloss::bins_of(kind);
   if (kind == ErrorKind::error) {
     for (int i = 0; i < padded; ++i) {
       const bool foreground = g[i] > T(0.5);
       const float a = float(p[i]), b = float(q[i]);
       const float error = foreground ? b : a, others = foreground ? a : b;
       const bool large = error > others;
-      v[i] = large ? others : error;
-      flags[i] = int32_t(foreground) + 2 * int32_t(large) + (m[i] > T(0) ? 0 : 4);
+      const Place small_place = place_of(fastloss::kSmallErrors, bits_of(error));
+      const Place large_place = place_of(fastloss::kLargeErrors, bits_of(others));
+      int32_t at = large ? bins - 1 - large_place.at : small_place.at;
+      at += foreground ? bins : 0;
+      to.place[i] = m[i] > T(0) ? at : 2 * bins;
+      to.rest[i] = large ? large_place.rest : small_place.rest;
       to.slope[i] = foreground == large ? T(1) : T(-1);
     }
-    place_all<true>(fastloss::kErrorOctaves, padded, v, flags, to.place, to.rest);
   } else {
     for (int i = 0; i < padded; ++i) {
       const bool foreground = g[i] > T(0.5);
       const T h = T(1) + (foreground ? -x[i] : x[i]);
-      v[i] = h > T(0) ? float(h) : 0.f;
-      flags[i] = int32_t(foreground) + (m[i] > T(0) ? 0 : 4);
+      const Place found = place_of(fastloss::kHingeErrors, bits_of(h > T(0) ? float(h) : 0.f));
+      const int32_t at = found.at + (foreground ? bins : 0);
+      to.place[i] = m[i] > T(0) ? at : 2 * bins;
+      to.rest[i] = found.rest;
       to.slope[i] = foreground ? T(-1) : T(1);
     }
-    place_all<false>(fastloss::kHingeOctaves, padded, v, flags, to.place, to.rest);
   }
 }
 

@@ -18,8 +18,10 @@ constexpr int kMaxHistograms = 2;
 struct Octaves {
   int exponent, count, bits;
 };
-constexpr Octaves kErrorOctaves[] = {{-24, 16, 6}, {-8, 6, 8}, {-2, 1, 11}};
-constexpr Octaves kHingeOctaves[] = {{-12, 10, 6}, {-2, 1, 8}, {-1, 2, 11}, {1, 4, 9}, {5, 11, 6}};
+constexpr Octaves kSmallErrors[] = {{-24, 16, 6}, {-8, 6, 8}, {-2, 1, 11}};
+constexpr Octaves kLargeErrors[] = {{-24, 8, 7}, {-16, 14, 9}, {-2, 1, 11}};
+constexpr Octaves kHingeErrors[] = {{-12, 10, 6}, {-2, 1, 8},  {-1, 2, 11},
+                                    {1, 1, 10},   {2, 2, 11}, {4, 12, 9}};
 
 constexpr int32_t float_bits(int exponent) { return (exponent + 127) << 23; }
 
@@ -36,11 +38,9 @@ constexpr int32_t end_bits(const Octaves (&octaves)[N]) {
   return float_bits(octaves[N - 1].exponent + octaves[N - 1].count);
 }
 
-constexpr int32_t places_of(ErrorKind kind) {
-  return 1 + (kind == ErrorKind::error ? last_place(kErrorOctaves) : last_place(kHingeOctaves));
-}
 constexpr int32_t bins_of(ErrorKind kind) {
-  return places_of(kind) * (kind == ErrorKind::error ? 2 : 1);
+  return kind == ErrorKind::error ? 2 + last_place(kSmallErrors) + last_place(kLargeErrors)
+                                  : 1 + last_place(kHingeErrors);
 }
 
 // Numbers of one class in a tally: background, foreground, and one place for voxels that do not

@@ -351,7 +351,7 @@ class Passes {
     for (int64_t i = 0; i < job.slots.count * job.classes; ++i)
       alone = alone && (i / job.classes == own || job.map_coefficients[i] == 0.0);
     if (!alone || job.activation != Activation::softmax || job.dense || job.regions ||
-        job.field_count)
+        job.field_count || job.histograms)
       return;
     job.losses = job.map_out;
     job.loss_weights = job.map_coefficients + own * job.classes;

@@ -36,9 +36,9 @@ BinScale scale_of_place(const Octaves (&octaves)[N], int32_t place) {
   return {value(end_bits(octaves)), 0};
 }
 inline BinScale scale_of_bin(ErrorKind kind, int32_t bin) {
-  if (kind == ErrorKind::hinge) return scale_of_place(kHingeOctaves, bin);
-  const int32_t places = places_of(kind);
-  return scale_of_place(kErrorOctaves, bin < places ? bin : 2 * places - 1 - bin);
+  if (kind == ErrorKind::hinge) return scale_of_place(kHingeErrors, bin);
+  if (bin <= last_place(kSmallErrors)) return scale_of_place(kSmallErrors, bin);
+  return scale_of_place(kLargeErrors, bins_of(kind) - 1 - bin);
 }
 
 // The numbers of all classes of a sample, per word of a tally.

@@ -97,10 +97,13 @@ class _Lovasz(Term):
         self.method = check_choice("method", method, METHODS)
         if self.method == "exact":
             fields = [sum_._replace(field="lovasz") for sum_, _ in self.score]
-            self.ranking = fields[0]
             self.requires = frozenset([PREDICTED, *(sum_ for sum_, _ in self.score), *fields])
         else:
             self.requires = frozenset([PREDICTED, self.histogram])
+
+    @property
+    def ranking(self) -> Sum | None:  # type: ignore[override]
+        return self.score[0][0]._replace(field="lovasz") if self.method == "exact" else None
 
     def check(self, activation: str, classes: int) -> None:
         if not isinstance(self.classes, str) and max(self.classes) >= classes:
@@ -207,7 +210,7 @@ class _Lovasz(Term):
                     share = 1.0 / (len(rows) * len(chosen))
                     value += share * loss
                     by[at] = share * slope * sign
-                numbers[row, c] = by.reshape(len(row), -1)
+                numbers[row, c] = by.reshape(len(row), numbers.shape[2])
         return value
 
 
