@@ -27,6 +27,11 @@ from fastloss.functional_boundary import (
     skeleton_recall_loss,
 )
 from fastloss.functional_lesions import blob_loss, cc_dice_ce_loss
+from fastloss.functional_ranking import (
+    lovasz_hinge_loss,
+    lovasz_softmax_loss,
+    ohem_cross_entropy_loss,
+)
 from fastloss.instances import Components, components, voronoi
 from fastloss.loss import Loss
 from fastloss.statistics import Statistics
@@ -60,9 +65,12 @@ __all__ = [
     "get_num_threads",
     "hausdorff_dt_loss",
     "jaccard_loss",
+    "lovasz_hinge_loss",
+    "lovasz_softmax_loss",
     "mcc_loss",
     "mean_absolute_error_loss",
     "metrics",
+    "ohem_cross_entropy_loss",
     "poly_cross_entropy_loss",
     "set_num_threads",
     "signed_distance",

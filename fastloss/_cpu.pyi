@@ -21,6 +21,7 @@ class Passes:
         dense: bool,
         ignore_index: int | None,
         sums: Sequence[tuple[int, int, float, int]],
+        histograms: Sequence[int],
         /,
     ) -> None: ...
     def reduce(
@@ -35,6 +36,7 @@ class Passes:
         voxels: np.ndarray,
         voxel_map: _VoxelMap | None,
         more: _More | None,
+        weight_scale: float,
         /,
     ) -> _Faults | None: ...
     def apply(

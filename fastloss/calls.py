@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastloss.arrays import FLOATS, INTEGERS, Field, arrange, channels_second, check_out
-from fastloss.backends import Backend, current_backend
+from fastloss.backends import Backend, current_backend, load_backend
 from fastloss.backends.base import with_ranked
 from fastloss.borrowed import Borrowed, Extras, Place
 from fastloss.fields import (
@@ -208,6 +208,8 @@ class Passes:
             **given,
         )
         self.request = loss.request(self.arrays)
+        if self.request.histograms and not self.backend.counts_errors:
+            self.backend = _that_counts(loss, self.backend)
         self._ranked: Field | None = None
         """The field that the ranking term made."""
         if loss.makers:
@@ -485,6 +487,16 @@ class Passes:
             assert self._ranked is not None
             arrays = with_ranked(self.request, arrays, term, self._ranked)
         self.backend.gradient(self.request, arrays, coefficients, view)
+
+
+def _that_counts(loss: FusedLoss, backend: Backend) -> Backend:
+    """The backend for a loss with histograms, in place of one that has none."""
+    if backend.place is None:
+        return load_backend("reference")
+    raise TypeError(
+        f"terms: {type(loss.counting).__name__} is not computed on a GPU; pass copies of the "
+        "arrays in CPU memory"
+    )
 
 
 def on_device(logits: Borrowed, *others: Borrowed | None, **more: Borrowed) -> Backend:

@@ -35,7 +35,7 @@ A reduction gives
 Where a call names ``regions``, each of them takes the place of a sample.
 
 Functions of boundaries are in `fastloss.functional_boundary`, those of lesions in
-`fastloss.functional_lesions`.
+`fastloss.functional_lesions`, and those that rank voxels in `fastloss.functional_ranking`.
 
 Every function raises TypeError or ValueError, naming the argument, for an option out of its range,
 and for arrays as `fastloss.Loss` does.

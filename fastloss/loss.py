@@ -14,6 +14,7 @@ from fastloss.borrowed import Extras
 from fastloss.calls import Passes, fields_of, on_device, value_and_grad
 from fastloss.fields import Form, Spacing, Target
 from fastloss.frameworks import adapter_of, borrow
+from fastloss.histogram import HISTOGRAMS
 from fastloss.naming import keep, register
 from fastloss.options import (
     check_axes,
@@ -52,6 +53,20 @@ class Term:
 
     ranking: Sum | None = None
     """For a term that chooses voxels by a map of their losses: the sum whose field it so makes."""
+
+    ranks_weighted = True
+    """For such a term: whether the map has the voxel weights in it, and is what `choose` takes.
+
+    Else it is what `rank` takes."""
+
+    ranks_classes = False
+    """Whether that map has one number for every voxel and class."""
+
+    sums_chosen = False
+    """Whether the sums of such a term's field are formed by a pass over the logits."""
+
+    ranks_dense = False
+    """Whether such a term takes dense targets."""
 
     kept_percent: float | None = None
     """For such a term that takes the mean of the largest losses: of how many percent of all voxels.
@@ -234,6 +249,14 @@ class Term:
     def choose(self, losses: np.ndarray) -> float:
         """Turn that map, (B, voxels), into the field, in place; return the sum over all voxels."""
         raise NotImplementedError(f"{type(self).__name__} must define choose")
+
+    def rank(self, numbers: np.ndarray, targets: list[tuple[np.ndarray, np.ndarray]]) -> float:
+        """As `choose`, of a map of unweighted voxels, (B, voxels) or with classes (B, C, voxels).
+
+        ``targets``: for every sample g, (C, voxels), and the voxel weights, (voxels,), which are 0
+        where voxels count for nothing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define rank")
 
     @property
     def maps_voxels(self) -> bool:
@@ -546,10 +569,13 @@ class Loss:
         self._terms = terms
         self.needs: frozenset[str | Sum] = frozenset().union(*(term.requires for _, term in terms))
         self.ranking = _ranking_term([term for _, term in terms])
+        counting = (term for _, term in terms if not term.requires.isdisjoint(HISTOGRAMS))
+        self.counting = next(counting, None)
+        """A term that reads a histogram, if one does."""
         self.maps_voxels = _is_per_voxel([term for _, term in terms])
-        own = None if self.ranking is None else self.ranking.ranking
-        named = {need.field for need in self.needs if isinstance(need, Sum) and need != own}
-        self.field_names: tuple[str, ...] = tuple(sorted(named - {""}))
+        own = "" if self.ranking is None else self.ranking.ranking.field
+        named = {need.field for need in self.needs if isinstance(need, Sum)}
+        self.field_names: tuple[str, ...] = tuple(sorted(named - {"", own}))
         """The names of the fields that the sums read, in their order."""
         self.makers = _makers([term for _, term in terms])
         self.regional = _regional_term([term for _, term in terms])
@@ -789,7 +815,15 @@ class Loss:
             for _, term in self.terms:
                 term.check(self.activation, classes)
             self._checked.add(classes)
-        if arrays.dense and self.ranking is not None:
+        whole = self.counting
+        if whole is None and self.ranking is not None and self.ranking.ranks_classes:
+            whole = self.ranking
+        if whole is not None and (arrays.regions is not None or self.regional is not None):
+            raise ValueError(
+                f"regions: {type(whole).__name__} ranks the voxels of whole samples, and has no "
+                "loss of regions; leave them out, and terms that make them"
+            )
+        if arrays.dense and self.ranking is not None and not self.ranking.ranks_dense:
             raise ValueError(
                 f"target: {type(self.ranking).__name__} takes a label map, got a dense "
                 f"target {arrays.target.shape}"
@@ -1123,7 +1157,10 @@ def _ranking_term(terms: list[Term]) -> Term | None:
     """The term that chooses among voxels, of which there may be one."""
     found = [term for term in terms if term.ranking is not None]
     if len(found) > 1:
-        raise ValueError(f"terms: expected at most one {type(found[0]).__name__} in a loss")
+        raise ValueError(
+            f"terms: expected at most one {type(found[0]).__name__} in a loss, and beside it no "
+            f"other term that ranks voxels, got {len(found)} such terms"
+        )
     return found[0] if found else None
 
 

@@ -34,6 +34,7 @@ class FusedLoss(Protocol):
     makers: Any
     regional: Any
     ranking: Any
+    counting: Any
     maps_voxels: bool
 
     @property

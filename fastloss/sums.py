@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from fastloss.histogram import HISTOGRAMS
+
 
 class Sum(NamedTuple):
     """Σ over voxels of m · weight · field · function(p), for every row and class.
@@ -128,11 +130,15 @@ def family(name: str, activation: str) -> tuple[Sum, ...]:
 def table(needs: Iterable[str | Sum], activation: str) -> tuple[Sum, ...]:
     """Every sum of these families and sums, once, in an order that depends on nothing else.
 
+    Histograms that are needed beside them are passed over: see `Request.histograms`.
+
     Raises:
         ValueError: an unknown family, weight or function, or a parameter that is none.
     """
     found = {REFERENCE}
     for need in needs:
+        if need in HISTOGRAMS:
+            continue
         if isinstance(need, str):
             found.update(family(need, activation))
         else:

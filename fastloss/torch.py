@@ -65,6 +65,9 @@ __all__ = [
     "GeneralizedDice",
     "Jaccard",
     "Loss",
+    "LovaszHinge",
+    "LovaszSoftmax",
+    "OHEMCrossEntropy",
     "TopKCrossEntropy",
     "Tversky",
     "soft_skeleton",
@@ -242,6 +245,27 @@ class TopKCrossEntropy(_Term):
     """`fastloss.TopKCrossEntropy`: k, weight."""
 
     term = fastloss.TopKCrossEntropy
+
+
+class OHEMCrossEntropy(_Term):
+    """`fastloss.OHEMCrossEntropy`: threshold, min_kept, weight."""
+
+    term = fastloss.OHEMCrossEntropy
+
+
+class LovaszSoftmax(_Term):
+    """`fastloss.LovaszSoftmax`: classes, per_sample, method."""
+
+    term = fastloss.LovaszSoftmax
+
+
+class LovaszHinge(_Term):
+    """`fastloss.LovaszHinge`: classes, per_sample, method; the activation is "sigmoid"."""
+
+    term = fastloss.LovaszHinge
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"activation": "sigmoid", **options})
 
 
 class Focal(_Term):

@@ -27,7 +27,7 @@ from fastloss.backends.cuda.operands import KERNELS as OPERAND_KERNELS
 from fastloss.backends.cuda.source import PASSES, source, source_of, specialised
 from fastloss.backends.cuda.surfaces import KERNELS as SURFACE_KERNELS
 from fastloss.backends.cuda.top_k import KERNELS
-from fastloss.backends.reference import check_targets
+from fastloss.backends.targets import check_targets
 from fastloss.borrowed import byte_bounds, device_view
 from fastloss.maps import Map
 from fastloss.request import Request

@@ -10,6 +10,7 @@
 // p_c (by_rest_k p_k / q_k) at the others, where p_c ≤ q_k.
 #pragma once
 
+#include "error_rows.h"
 #include "likeliest.h"
 #include "softmax.h"
 #include "tile.h"
@@ -199,17 +200,18 @@ N* map_row(Tile<T>& t, int64_t c = -1) {
   return (N*)job.map_out + row * job.voxels + t.voxel;
 }
 
-// Adds a tile to the sums of its block, (rows, S + 1, C) and (rows,), unless they are null, and
-// writes its part of a map, if one is requested.
+// Adds a tile to the sums of its block, (rows, S + 1, C) and (rows,), and to tallies of errors,
+// unless they are null, and writes its part of a map, if one is requested.
 template <class T>
-void reduce_general(Tile<T>& t, double* sums, double* weights) {
+void reduce_general(Tile<T>& t, double* sums, double* weights, uint64_t* tallies) {
   constexpr int L = lanes<T>;
   const Job& job = t.job;
   const auto& s = job.slots;
   const int64_t classes = job.classes, per_row = (s.count + 1) * classes;
   const int n = t.padded;
   const bool maps = job.map == MapKind::voxel || job.map == MapKind::of_class;
-  const Wanted wanted = job.map == MapKind::error ? Wanted() : wanted_for_values(job);
+  Wanted wanted = job.map == MapKind::error ? Wanted() : wanted_for_values(job);
+  wanted.rests |= tallies != nullptr;
   begin_general(t, wanted.logs || wanted.rests);
   t.load_fields();
   T *m = t.row(kWeight), *g = t.row(kE), *each = t.row(kG), *mapped = t.row(kH);
@@ -262,6 +264,7 @@ void reduce_general(Tile<T>& t, double* sums, double* weights) {
           store<T>(mapped + v, load<T>(mapped + v) + product<T>(k, term(v)));
       });
     }
+    if (tallies) tally_errors(t, c, f.p, f.q, g, tallies);
     if (job.map == MapKind::error)
       for (int v = 0; v < n; v += L)
         store<T>(mapped + v, load<T>(m + v) * absolute<T>(load<T>(g + v) - load<T>(f.p + v)));
@@ -332,6 +335,7 @@ void apply_general(Tile<T>& t) {
     wanted.rests |= sum.function != Function::p && sum.function != Function::p_squared &&
                     sum.function != Function::log;
   }
+  if (job.histograms) others = wanted.rests = true;
   by_log_q |=
       job.activation == Activation::none && (s.cross_entropy_rest >= 0 || s.uniform_rest >= 0);
   begin_general(t, wanted.logs || wanted.rests);
@@ -396,6 +400,7 @@ void apply_general(Tile<T>& t) {
         }
       });
     }
+    if (job.histograms) differentiate_errors(t, c, f.p, f.q, g, by_p, by_log, by_rest);
     T* x = t.x + c * t.stride;
     if (softmax) {
       // t_c, the derivative by log p_c, replaces largest − x in `second`.

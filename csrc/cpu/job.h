@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "distance_job.h"
+#include "errors.h"
 #include "voxel.h"
 
 namespace fastloss {
@@ -149,10 +150,15 @@ struct Job {
   // and apply multiplies the derivative by the slot `top_k` by it.
   void* losses = nullptr;
   const double* loss_weights = nullptr;  // w, (C,), reduce only
+  // Histograms of errors, of samples: see errors.h and tallies.h.
+  int32_t histograms = 0;
+  ErrorKind error_kinds[kMaxHistograms] = {};
+  double weight_scale = 1;       // by which voxel weights become integers
+  const void* slopes = nullptr;  // apply only
 
-  // Whether only these sums, of `Named`, are requested.
+  // Whether only these sums, of `Named`, are requested, and neither regions nor histograms.
   bool asks_only_for(uint32_t named) const {
-    return (slots.kinds & ~named) == 0 && !regions && map == MapKind::none;
+    return (slots.kinds & ~named) == 0 && !regions && map == MapKind::none && histograms == 0;
   }
   // Where the coefficients of a sum begin, (C,).
   const double* coefficients_of(int64_t sum, int64_t sample, int64_t row) const {
@@ -215,6 +221,7 @@ struct Blocks {
   double* sums;         // (blocks, rows, S + 1, C), the last slot unused; initially zeros
   double* weights;      // (blocks, rows), the sums of voxel weights; initially zeros
   Faults* faults;       // (blocks,)
+  uint64_t* tallies;    // of errors, or null
 
   int64_t of(int64_t voxel) const { return (voxel - first) / size; }
   // The voxels of the tile that starts at v.

@@ -24,6 +24,7 @@
 #include "job.h"
 #include "shared.h"
 #include "surface.h"
+#include "tallies.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -145,9 +146,12 @@ constexpr int64_t kRangesPerThread = 16;
 // One Request, see fastloss/request.py.
 class Passes {
  public:
-  // Sums are (weight, function, parameter, place among the fields or −1).
+  // Sums are (weight, function, parameter, place among the fields or −1); histograms are kinds of
+  // error, whose sums are behind the others.
   Passes(int activation, bool dense, py::object ignore,
-         const std::vector<std::tuple<int, int, double, int>>& sums) {
+         const std::vector<std::tuple<int, int, double, int>>& sums,
+         const std::vector<int>& histograms) {
+    for (int kind : histograms) job_.error_kinds[job_.histograms++] = ErrorKind(kind);
     job_.activation = Activation(activation);
     job_.dense = dense;
     if (!ignore.is_none()) {
@@ -165,15 +169,17 @@ class Passes {
   }
 
   // Returns None, or (bad labels, the first, bad weights, the first). `voxel_map`: None or (kind,
-  // out, its dtype, coefficients); `more`: see `Operands`.
+  // out, its dtype, coefficients); `more`: see `Operands`. `weight_scale`: see `Job`.
   py::object reduce(const py::array& logits, const std::string& logits_dtype,
                     const py::array& target, const std::string& target_dtype,
                     const py::object& weight, const std::string& weight_dtype,
                     py::array_t<double> sums, py::array_t<double> voxels,
-                    const py::object& voxel_map, const py::object& more) const {
+                    const py::object& voxel_map, const py::object& more,
+                    double weight_scale) const {
     Operands operands;
     Job job =
         fill(logits, logits_dtype, target, target_dtype, weight, weight_dtype, more, operands);
+    job.weight_scale = weight_scale;
     if (!voxel_map.is_none()) set_map(job, voxel_map.cast<py::tuple>(), operands, true);
     double *to = sums.mutable_data(), *to_voxels = voxels.mutable_data();
     Faults faults;
@@ -195,6 +201,18 @@ class Passes {
     if (!out.writeable()) throw py::value_error("out: expected a writable array");
     job.out = view(out, logits_dtype, true);
     job.coefficients = coefficients.data();
+    std::vector<float> slopes;
+    std::vector<double> slopes_of_double;
+    if (job.histograms) {
+      const double* by = job.coefficients + job.slots.count * job.batch * job.classes;
+      if (job.logits.dtype == DType::f64) {
+        slopes_of_double = slopes_of<double>(job, by);
+        job.slopes = slopes_of_double.data();
+      } else {
+        slopes = slopes_of<float>(job, by);
+        job.slopes = slopes.data();
+      }
+    }
     // Past the caches a store does not first read the line. In place the line is there already,
     // and a small gradient is better left where its reader finds it.
     int64_t bytes = job.batch * job.classes * job.voxels * item_size(job.out.dtype);
@@ -333,7 +351,7 @@ class Passes {
     for (int64_t i = 0; i < job.slots.count * job.classes; ++i)
       alone = alone && (i / job.classes == own || job.map_coefficients[i] == 0.0);
     if (!alone || job.activation != Activation::softmax || job.dense || job.regions ||
-        job.field_count)
+        job.field_count || job.histograms)
       return;
     job.losses = job.map_out;
     job.loss_weights = job.map_coefficients + own * job.classes;
@@ -353,6 +371,7 @@ class Passes {
       blocks = (job.voxels + block - 1) / block;
       int64_t wanted = kRangesPerThread * num_threads();
       range = std::max<int64_t>(blocks * job.batch / wanted, 1);
+      if (job.histograms) range = std::max<int64_t>(std::min(range, kMostTallied / 2 / block), 1);
       ranges = (blocks + range - 1) / range;
     }
   };
@@ -364,17 +383,21 @@ class Passes {
     const int64_t size = rows * row, wanted = job.slots.count * job.classes;
     std::vector<double> partial(size_t(count * size)), weights(size_t(count * rows));
     std::vector<Faults> found(static_cast<size_t>(count));
+    Tallies tallies(job, sums + wanted * job.batch * rows);
     parallel(job.batch * plan.ranges, kernels->scratch_size(job), [&](int64_t i, void* scratch) {
       int64_t sample = i / plan.ranges, first = i % plan.ranges * plan.range;
       int64_t last = std::min(first + plan.range, blocks), place = sample * blocks + first;
+      const int64_t voxels = std::min(last * plan.block, job.voxels) - first * plan.block;
       Blocks here = {first * plan.block,
                      std::min(last * plan.block, job.voxels),
                      plan.block,
                      partial.data() + place * size,
                      &weights[size_t(place * rows)],
-                     &found[size_t(place)]};
+                     &found[size_t(place)],
+                     job.histograms ? tallies.of_thread(sample, voxels) : nullptr};
       kernels->reduce(job, sample, here, scratch);
     });
+    tallies.finish();
     std::fill(sums, sums + wanted * job.batch * rows, 0.0);
     std::fill(voxels, voxels + job.batch * rows, 0.0);
     for (int64_t i = 0; i < count; ++i) {
@@ -488,7 +511,8 @@ PYBIND11_MODULE(_cpu, m) {
   pthread_atfork(nullptr, nullptr, in_child);
 #endif
   py::class_<Passes>(m, "Passes")
-      .def(py::init<int, bool, py::object, const std::vector<std::tuple<int, int, double, int>>&>())
+      .def(py::init<int, bool, py::object, const std::vector<std::tuple<int, int, double, int>>&,
+                    const std::vector<int>&>())
       .def("reduce", &Passes::reduce)
       .def("apply", &Passes::apply)
       .def("write_map", &Passes::write_map);

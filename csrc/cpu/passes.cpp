@@ -34,7 +34,7 @@ void reduce_blocks(const Job& job, int64_t sample, const Blocks& blocks, void* s
     double* weights = blocks.weights + block * job.rows;
     if (path == Path::two_classes) reduce_two_classes(tile, sums, weights);
     else if (path == Path::softmax_dense) reduce_softmax_dense(tile, sums, weights);
-    else reduce_general(tile, sums, weights);
+    else reduce_general(tile, sums, weights, blocks.tallies);
     if (!tile.binary) tile.find_bad_numbers(&blocks.faults[block]);
   }
 }
@@ -47,7 +47,7 @@ void map_voxels(const Job& job, int64_t sample, int64_t first, int64_t last, Fau
     tile.move(v, int(last - v < tile.step ? last - v : tile.step), faults);
     if (job.map == MapKind::label) label_map(tile);
     else if (job.map == MapKind::mask) mask_map(tile);
-    else reduce_general<T>(tile, nullptr, nullptr);
+    else reduce_general<T>(tile, nullptr, nullptr, nullptr);
     if (!tile.binary) tile.find_bad_numbers(faults);
   }
 }

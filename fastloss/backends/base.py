@@ -11,11 +11,13 @@ import numpy as np
 
 from fastloss.arrays import Arrays, Field
 from fastloss.backends import components, counts, distances, surfaces
+from fastloss.backends.targets import target_of_sample
 from fastloss.borrowed import Place
 from fastloss.maps import Map
 from fastloss.protocol import FusedLoss
 from fastloss.request import Request, make_request
 from fastloss.statistics import Statistics
+from fastloss.sums import Sum
 
 
 class Backend:
@@ -33,6 +35,9 @@ class Backend:
     place: Place | None = None
     """The GPU in whose memory it computes; None: CPU memory."""
 
+    counts_errors = False
+    """Whether it computes requests with histograms: else the reference does."""
+
     def reduce(
         self,
         request: Request,
@@ -43,6 +48,8 @@ class Backend:
     ) -> None:
         """Write the sums of ``request.sums``, (S, rows, C), and of the voxel weights, (rows,).
 
+        Behind the sums of the table are those of its histograms, of which there are none with
+        regions.
         Also writes a map of kind "voxel", if one is requested, in the same pass.
 
         Raises:
@@ -166,26 +173,52 @@ class Backend:
         voxels = np.empty(batch)
         term = loss.ranking
         if term is None:
-            sums = np.empty((len(request.sums), batch, classes))
+            sums = np.empty((request.slots, batch, classes))
             self.reduce(request, arrays, sums, voxels)
             return Statistics(request, sums, voxels, arrays.value_dtype, None, regions), None
-        # The field is computed from the map that the pass over the other sums writes.
-        others = make_request(
-            request.activation, request.dense, request.ignore_index, request.needs - {term.ranking}
-        )
-        losses = np.empty(
-            (arrays.target.shape[0], prod(arrays.target.shape[1:])), arrays.value_dtype
-        )
-        found = np.empty((len(others.sums), batch, classes))
-        voxel_map = Map("voxel", losses, term.ranks_by(others, classes))
+        sums = np.zeros((request.slots, batch, classes))
+        if term.ranks_weighted:
+            field = self._rank(term, request, arrays, sums, voxels)
+        else:
+            field = self._rank_unweighted(term, request, arrays, sums, voxels)
+        return Statistics(request, sums, voxels, arrays.value_dtype, None, regions), field
+
+    def _rank(
+        self, term: Any, request: Request, arrays: Arrays, sums: np.ndarray, voxels: np.ndarray
+    ) -> Field:
+        """The field of a ranking term, of the map that the pass over the other sums writes."""
+        others = _without_field(request, term.ranking.field)
+        shape, dtype = arrays.target.shape, arrays.value_dtype
+        losses = np.empty((shape[0], prod(shape[1:])), dtype)
+        found = np.empty((others.slots, *sums.shape[1:]))
+        voxel_map = Map("voxel", losses, term.ranks_by(others, sums.shape[2]))
         self.reduce(others, arrays, found, voxels, voxel_map)
-        sums = np.zeros((len(request.sums), batch, classes))
-        sums[[request.index[total] for total in others.sums]] = found
+        _place(found, others, sums, request)
         total = term.choose(losses)
         if sums.size:
             sums[request.index[term.ranking], 0, 0] = total
-        field = Field(losses.reshape(arrays.target.shape), arrays.value_dtype.name, "voxel")
-        return Statistics(request, sums, voxels, arrays.value_dtype, None, regions), field
+        return Field(losses.reshape(shape), dtype.name, "voxel")
+
+    def _rank_unweighted(
+        self, term: Any, request: Request, arrays: Arrays, sums: np.ndarray, voxels: np.ndarray
+    ) -> Field:
+        """The field of a term that ranks voxels, or voxels and classes, whatever they weigh."""
+        others = _without_field(request, term.ranking.field)
+        found = np.empty((others.slots, *sums.shape[1:]))
+        self.reduce(others, arrays, found, voxels)
+        _place(found, others, sums, request)
+        (batch, classes), spatial = arrays.logits.shape[:2], arrays.logits.shape[2:]
+        shape = (batch, classes, *spatial) if term.ranks_classes else (batch, *spatial)
+        numbers = np.empty((*shape[: 1 + term.ranks_classes], prod(spatial)), arrays.value_dtype)
+        kind = "class" if term.ranks_classes else "voxel"
+        plain = replace(arrays, voxel_weight=None)
+        self.write_map(others, plain, Map(kind, numbers, term.ranks_by(others, classes)))
+        targets = [target_of_sample(request, arrays, b) for b in range(batch)]
+        sums[request.index[term.ranking], :1, :1] = term.rank(numbers, targets)
+        field = Field(numbers.reshape(shape), arrays.value_dtype.name, kind)
+        if term.sums_chosen:
+            self.reduce(request, with_ranked(request, arrays, term, field), sums, voxels)
+        return field
 
     def combine(self, loss: FusedLoss, statistics: Statistics) -> tuple[Any, Callable[[Any], Any]]:
         """The value, and its pullback from upstream to the coefficients for `gradient`."""
@@ -216,42 +249,20 @@ class Backend:
         """Let at most this many threads compute, where the backend has threads."""
 
 
+def _without_field(request: Request, field: str) -> Request:
+    """The request without the sums of this field."""
+    needs = {need for need in request.needs if not (isinstance(need, Sum) and need.field == field)}
+    return make_request(request.activation, request.dense, request.ignore_index, frozenset(needs))
+
+
+def _place(found: np.ndarray, own: Request, sums: np.ndarray, request: Request) -> None:
+    """Write the sums of a request where those of a request of more sums are."""
+    for key in (*own.sums, *own.histograms):
+        sums[request.index[key]] = found[own.index[key]]
+
+
 def with_ranked(request: Request, arrays: Arrays, term: Any, ranked: Field) -> Arrays:
     """The arrays with the field that a ranking term computed, in the order of the request."""
     given = iter(arrays.fields)
     fields = (ranked if name == term.ranking.field else next(given) for name in request.fields)
     return replace(arrays, fields=tuple(fields))
-
-
-def bad_labels(count: int, first: Any, request: Request, classes: int) -> ValueError:
-    """The error for labels that are no class; for a dense target that of `bad_numbers`."""
-    if request.dense:
-        number = request.ignore_index if request.ignores_number(classes) else None
-        return bad_numbers(count, first, number, classes)
-    ignored = "" if request.ignore_index is None else f" or ignore_index={request.ignore_index}"
-    shown = int(first) if float(first).is_integer() else float(first)
-    plural = "label is" if count == 1 else "labels are"
-    return ValueError(
-        f"target: expected labels in [0, {classes}){ignored}, but {count} {plural} not; the first "
-        f"is {shown}"
-    )
-
-
-def bad_numbers(count: int, first: Any, ignored: int | None, classes: int) -> ValueError:
-    """The error for integers in a dense target that are neither 0 nor 1 nor ``ignored``."""
-    allowed = "0 or 1" if ignored is None else f"0 or 1 or ignore_index={ignored}"
-    kind = "a mask" if classes == 1 else "a dense target"
-    plural = "number is" if count == 1 else "numbers are"
-    return ValueError(
-        f"target: expected {allowed} in {kind} of integers, but {count} {plural} not; the first is "
-        f"{int(first)}"
-    )
-
-
-def bad_weights(count: int, first: Any) -> ValueError:
-    """The error for negative or undefined voxel weights."""
-    plural = "number is" if count == 1 else "numbers are"
-    return ValueError(
-        f"voxel_weight: expected finite numbers of at least 0, but {count} {plural} not; the first "
-        f"is {float(first):g}"
-    )

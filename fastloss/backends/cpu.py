@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import frexp, inf
 from typing import Any
 
 import numpy as np
 
 import fastloss._cpu as _cpu
 from fastloss.arrays import Arrays
-from fastloss.backends.base import Backend, bad_labels, bad_weights
+from fastloss.backends.base import Backend
 from fastloss.backends.components import Labelled
 from fastloss.backends.distances import CONVENTIONS
 from fastloss.backends.surfaces import Directed
+from fastloss.backends.targets import bad_labels, bad_weights, load
+from fastloss.histogram import HISTOGRAMS
 from fastloss.maps import KINDS, Map
 from fastloss.request import ACTIVATIONS, Request
 from fastloss.sums import FUNCTIONS, WEIGHTS
@@ -22,6 +25,7 @@ from fastloss.sums import FUNCTIONS, WEIGHTS
 class CpuBackend(Backend):
     name = "cpu"
     skeletonizes = True
+    counts_errors = True
 
     @property
     def isa(self) -> str:
@@ -52,6 +56,7 @@ class CpuBackend(Backend):
             voxels,
             None if voxel_map is None else _described(voxel_map),
             _more(arrays),
+            _weight_scale(arrays) if request.histograms else 1.0,
         )
         if faults is not None:
             _raise(faults, request, arrays)
@@ -179,11 +184,20 @@ def _more(arrays: Arrays) -> tuple[Any, ...] | None:
     return fields, arrays.regions, arrays.regions_dtype, arrays.rows
 
 
+def _weight_scale(arrays: Arrays) -> float:
+    """The power of 2 by which the largest voxel weight is at most 2^21, and at least 2^20."""
+    if arrays.voxel_weight is None or not arrays.voxel_weight.size:
+        return 1.0
+    largest = float(load(arrays.voxel_weight, arrays.weight_dtype).max())
+    return 2.0 ** (_WEIGHT_BITS - frexp(largest)[1]) if 0 < largest < inf else 1.0
+
+
 def _described(voxel_map: Map) -> tuple[Any, ...]:
     out = voxel_map.out
     return 1 + KINDS.index(voxel_map.kind), out, out.dtype.name, voxel_map.coefficients
 
 
+_WEIGHT_BITS = 21
 _FIELDS = ("voxel", "class", "labels")
 _FUNCTIONS = tuple(FUNCTIONS)
 
@@ -201,6 +215,7 @@ def _passes(request: Request) -> _cpu.Passes:
             (WEIGHTS.index(s.weight), _FUNCTIONS.index(s.function), s.parameter, place(s.field))
             for s in request.sums
         ],
+        [HISTOGRAMS.index(kind) for kind in request.histograms],
     )
 
 

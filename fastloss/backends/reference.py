@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastloss.arrays import INTEGERS, Arrays
-from fastloss.backends.base import Backend, bad_labels, bad_weights
+from fastloss.arrays import Arrays
+from fastloss.backends.base import Backend
+from fastloss.backends.targets import check_targets, load, target_of_sample
+from fastloss.histogram import binned, layout
 from fastloss.maps import Map
 from fastloss.request import Request
 from fastloss.sums import Sum
@@ -85,6 +87,7 @@ class _Sample(NamedTuple):
 
 class ReferenceBackend(Backend):
     name = "reference"
+    counts_errors = True
 
     def reduce(
         self,
@@ -105,6 +108,8 @@ class ReferenceBackend(Backend):
                     summands = _summands(total, v, sample)
                     for c, of_class in enumerate(summands):
                         sums[s, rows, c] = _by_row(of_class, sample, arrays.rows)
+                for kind in request.histograms:
+                    sums[request.index[kind], b] = _histogram(kind, v, sample)
                 if voxel_map is not None:
                     voxel_map.out[b] = _mapped(request, voxel_map, v, sample)
 
@@ -116,8 +121,10 @@ class ReferenceBackend(Backend):
             rows = coefficients[:, b * arrays.rows : (b + 1) * arrays.rows]
             with np.errstate(all="ignore"):
                 # The coefficients of every voxel's row: (S, C, N).
-                k = rows.transpose(0, 2, 1)[:, :, np.maximum(sample.row, 0)]
-                gradient = _gradient(request, k, sample)
+                of_sums = rows[: len(request.sums)].transpose(0, 2, 1)
+                k = of_sums[:, :, np.maximum(sample.row, 0)]
+                by_error = {kind: rows[request.index[kind], 0] for kind in request.histograms}
+                gradient = _gradient(request, k, by_error, sample)
                 out[b] = _store(gradient.reshape(out[b].shape), arrays.logits_dtype)
 
     def write_map(self, request: Request, arrays: Arrays, voxel_map: Map) -> None:
@@ -125,7 +132,7 @@ class ReferenceBackend(Backend):
         for b in range(arrays.logits.shape[0]):
             sample = _sample(request, arrays, b)
             if voxel_map.kind == "label":  # for all voxels, including ignored ones
-                x = _load(arrays.logits[b], arrays.logits_dtype).reshape(len(sample.x), -1)
+                x = load(arrays.logits[b], arrays.logits_dtype).reshape(len(sample.x), -1)
                 sample = sample._replace(x=x)
             with np.errstate(all="ignore"):
                 v = _activate(request.activation, sample.x)
@@ -169,7 +176,38 @@ def _mapped(request: Request, voxel_map: Map, v: Probability, sample: _Sample) -
     return each.sum(axis=0) if voxel_map.kind == "voxel" else each
 
 
-def _gradient(request: Request, k: np.ndarray, sample: _Sample) -> np.ndarray:
+def _histogram(kind: str, v: Probability, sample: _Sample) -> np.ndarray:
+    """The sums of a histogram of one sample, (4 · bins, C)."""
+    own = layout(kind)
+    found = np.zeros((2, 2, own.bins, len(sample.x)))  # counts and Σ v; background, foreground
+    foreground = sample.g > 0.5
+    place, size, _ = binned(kind, v.p, v.q, sample.x, foreground)
+    for c in range(len(sample.x)):
+        at = place[c] + own.bins * foreground[c]
+        for to, weight in zip(found, (sample.m, sample.m * size[c]), strict=True):
+            to[:, :, c] = np.bincount(at, weight, 2 * own.bins).reshape(2, own.bins)
+    return found.reshape(own.slots, len(sample.x))
+
+
+def _add_errors(
+    kind: str, by_error: np.ndarray, v: Probability, by: dict[str, np.ndarray], sample: _Sample
+) -> None:
+    """Add the derivative of the errors' bins, given that by Σ v of each bin, (4 · bins, C)."""
+    own = layout(kind)
+    foreground = sample.g > 0.5
+    place, _, slope = binned(kind, v.p, v.q, sample.x, foreground)
+    at = (2 + foreground) * own.bins + place
+    change = sample.m * slope * np.take_along_axis(by_error.T, at, 1)
+    if kind == "hinge":  # x = log p − log q
+        by["log_p"] += change
+        by["log_q"] -= change
+    else:
+        by["p"] += change
+
+
+def _gradient(
+    request: Request, k: np.ndarray, by_error: dict[str, np.ndarray], sample: _Sample
+) -> np.ndarray:
     """Σ over the sums of k · (derivative of the summand by each logit), (C, N)."""
     v = _activate(request.activation, sample.x)
     by = {name: np.zeros_like(sample.x) for name in ("p", "log_p", "log_q")}
@@ -177,6 +215,8 @@ def _gradient(request: Request, k: np.ndarray, sample: _Sample) -> np.ndarray:
         function = FUNCTIONS[total.function]
         weight = coefficient * _weights(total, sample)
         by[function.by] += _product(weight, function.slope(v, total.parameter))
+    for kind, of_bins in by_error.items():
+        _add_errors(kind, of_bins, v, by, sample)
     p, q, by_p, by_log_p, by_log_q = v.p, v.q, by["p"], by["log_p"], by["log_q"]
     gradient: np.ndarray
     if request.activation == "softmax":
@@ -238,25 +278,8 @@ def _is_largest(x: np.ndarray) -> np.ndarray:
 
 
 def _sample(request: Request, arrays: Arrays, b: int) -> _Sample:
-    classes = arrays.logits.shape[1]
-    x = _load(arrays.logits[b], arrays.logits_dtype).reshape(classes, -1)
-    y = _load(arrays.target[b], arrays.target_dtype)
-    if arrays.voxel_weight is None:
-        m = np.ones(x.shape[1])
-    else:
-        m = _load(arrays.voxel_weight[b], arrays.weight_dtype).reshape(-1)
-    ignore = request.ignore_index
-    if arrays.dense:
-        g = y.reshape(classes, -1)
-        if ignore is not None:
-            is_class = classes > 1 and 0 <= ignore < classes
-            ignored = g[ignore] > 0.5 if is_class else (g == ignore).any(axis=0)
-            m = np.where(ignored, 0.0, m)
-    else:
-        labels = y.reshape(-1)
-        g = (labels == np.arange(classes)[:, None]).astype(np.float64)
-        if ignore is not None:
-            m = np.where(labels == ignore, 0.0, m)
+    x = load(arrays.logits[b], arrays.logits_dtype).reshape(arrays.logits.shape[1], -1)
+    g, m = target_of_sample(request, arrays, b)
     row = np.zeros(x.shape[1], np.int64)
     if arrays.regions is not None:
         row = arrays.regions[b].reshape(-1).astype(np.int64)
@@ -264,56 +287,13 @@ def _sample(request: Request, arrays: Arrays, b: int) -> _Sample:
         m = np.where(row < 0, 0.0, m)
     fields = {}
     for name, field in zip(request.fields, arrays.fields, strict=True):
-        numbers = _load(field.array[b], field.dtype)
+        numbers = load(field.array[b], field.dtype)
         if field.kind == "labels":
-            numbers = (numbers.reshape(-1) == np.arange(classes)[:, None]).astype(np.float64)
+            numbers = (numbers.reshape(-1) == np.arange(len(x))[:, None]).astype(np.float64)
         numbers = np.broadcast_to(numbers.reshape(-1, x.shape[1]), x.shape)
         fields[name] = np.where(m == 0, 0.0, numbers)
     # An ignored voxel contributes nothing even if it holds NaN.
     return _Sample(np.where(m == 0, 0.0, x), np.where(m == 0, 0.0, g), m, row, fields)
-
-
-def check_targets(request: Request, arrays: Arrays) -> None:
-    """Raise ValueError for labels that are no class and for bad voxel weights.
-
-    Integers in a dense target must be 0 or 1; floating-point numbers may be anything.
-    """
-    classes = arrays.logits.shape[1]
-    if arrays.dense:
-        check_dense(request, arrays)
-    else:
-        labels = _load(arrays.target, arrays.target_dtype)
-        good = (labels >= 0) & (labels < classes) & (labels == np.floor(labels))
-        if request.ignore_index is not None:
-            good |= labels == request.ignore_index
-        if not good.all():
-            raise bad_labels(int((~good).sum()), labels[~good][0], request, classes)
-    if arrays.voxel_weight is not None:
-        weight = _load(arrays.voxel_weight, arrays.weight_dtype)
-        good = (weight >= 0) & (weight < np.inf)
-        if not good.all():
-            raise bad_weights(int((~good).sum()), weight[~good][0])
-
-
-def check_dense(request: Request, arrays: Arrays) -> None:
-    """Raise ValueError for integers in a dense target that are neither 0 nor 1 nor ignored."""
-    if arrays.target_dtype not in INTEGERS:
-        return
-    classes = arrays.logits.shape[1]
-    numbers = np.moveaxis(arrays.target, 1, -1)  # so that the first bad number is in voxel order
-    if arrays.target_dtype == "bool":
-        numbers = numbers.view(np.uint8)
-    bad = (numbers != 0) & (numbers != 1)
-    if request.ignores_number(classes):
-        bad &= numbers != request.ignore_index
-    if bad.any():
-        raise bad_labels(int(bad.sum()), numbers[bad][0], request, classes)
-
-
-def _load(array: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "bfloat16":
-        return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return array.astype(np.float64)
 
 
 def _store(array: np.ndarray, dtype: str) -> np.ndarray:

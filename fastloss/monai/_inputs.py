@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastloss.backends.base import bad_numbers
+from fastloss.backends.targets import bad_numbers
 from fastloss.dropin import at_least_float32
 
 

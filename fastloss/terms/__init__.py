@@ -10,12 +10,14 @@ from fastloss.terms.boundary import (
 )
 from fastloss.terms.correlation import MCC
 from fastloss.terms.distribution import CrossEntropy, Focal, TopKCrossEntropy, VoxelwiseTerm
+from fastloss.terms.hardest import OHEMCrossEntropy
 from fastloss.terms.linear import (
     Brier,
     GeneralizedCrossEntropy,
     MeanAbsoluteError,
     PolyCrossEntropy,
 )
+from fastloss.terms.lovasz import LovaszHinge, LovaszSoftmax
 from fastloss.terms.per_region import BlobDiceCE, BlobLoss, CCDiceCE, PerRegion
 from fastloss.terms.region import Dice, GeneralizedDice, Jaccard, RegionTerm, Tversky
 from fastloss.terms.skeletons import skeleton
@@ -36,7 +38,10 @@ __all__ = [
     "GeneralizedSurface",
     "HausdorffDT",
     "Jaccard",
+    "LovaszHinge",
+    "LovaszSoftmax",
     "MeanAbsoluteError",
+    "OHEMCrossEntropy",
     "PerRegion",
     "PolyCrossEntropy",
     "RegionTerm",

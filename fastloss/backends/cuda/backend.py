@@ -27,7 +27,7 @@ from fastloss.backends.cuda.combine.program import Program, trace
 from fastloss.backends.cuda.operands import Operands, on_device, operands_of, repeat
 from fastloss.backends.cuda.source import PASSES, describe, specialised
 from fastloss.backends.cuda.top_k import keep_largest
-from fastloss.backends.reference import check_targets
+from fastloss.backends.targets import check_targets
 from fastloss.borrowed import byte_bounds, device_view
 from fastloss.maps import Map
 from fastloss.protocol import FusedLoss

@@ -20,7 +20,7 @@ from fastloss.arrays import Arrays
 from fastloss.backends.base import Backend
 from fastloss.backends.numba.blocks import Block
 from fastloss.backends.numba.call import Call, Worker
-from fastloss.backends.reference import check_dense, check_targets
+from fastloss.backends.targets import check_dense, check_targets
 from fastloss.maps import Map
 from fastloss.request import Request
 

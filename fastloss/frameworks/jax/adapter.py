@@ -117,7 +117,7 @@ def described(
         fields=names,
         regions=count,
         dense=arrays.dense,
-        sums=(len(request.sums), batch * arrays.rows, classes),
+        sums=(request.slots, batch * arrays.rows, classes),
         value=_value_shape(loss, logits.shape, arrays, count),
         dtype=arrays.value_dtype.name,
     )

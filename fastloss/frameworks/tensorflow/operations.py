@@ -91,9 +91,10 @@ def value(
 
 def _check(loss: FusedLoss, extras: Extras | None, how: str) -> None:
     """Raise ValueError for what is not computed in this way."""
-    if loss.ranking is not None:
+    ranks = loss.ranking or loss.counting
+    if ranks is not None:
         raise ValueError(
-            f"terms: {type(loss.ranking).__name__} is not computed {how}; leave out jit_compile"
+            f"terms: {type(ranks).__name__} is not computed {how}; leave out jit_compile"
         )
     lacking = loss.lacks(() if extras is None else extras.names)
     if lacking:
