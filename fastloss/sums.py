@@ -37,19 +37,29 @@ FUNCTIONS = {
     "focal": True,
     "focal_rest": True,
     "generalized": True,
+    "log_power": True,
+    "error": False,
+    "sign": False,
+    "log_ratio": False,
+    "log_ratio_rest": False,
 }
-"""Every function of p, and whether it takes a parameter γ:
+"""Every function of p, or of p and g, and whether it takes a parameter γ:
 
-==============  ========================================
-``one``         1
-``p``           p
-``p_squared``   p²
-``log``         −log p
-``log_rest``    −log(1−p)
-``focal``       (1−p)^γ (−log p)
-``focal_rest``  p^γ (−log(1−p))
-``generalized`` (1 − p^γ) / γ, γ > 0
-==============  ========================================
+==================  ========================================
+``one``             1
+``p``               p
+``p_squared``       p²
+``log``             −log p
+``log_rest``        −log(1−p)
+``focal``           (1−p)^γ (−log p)
+``focal_rest``      p^γ (−log(1−p))
+``generalized``     (1 − p^γ) / γ, γ > 0
+``log_power``       (−log p)^γ
+``error``           |p − g|
+``sign``            the sign of p − g, whose derivative is 0
+``log_ratio``       log g − log p; where g = 0, −log p
+``log_ratio_rest``  log(1−g) − log(1−p); where g = 1, −log(1−p)
+==================  ========================================
 """
 
 REFERENCE = Sum("target")
