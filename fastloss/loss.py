@@ -77,6 +77,10 @@ class Term:
     """Whether the term reads the sums of every region of a sample. The other terms of its loss then
     read those of whole samples."""
 
+    local: ClassVar[bool] = False
+    """For a `regional` term: whether the region of a voxel depends on that voxel alone, so that a
+    part of a volume can make its own."""
+
     number_options: ClassVar[tuple[str, ...]] = ()
     """Options that are None, one number or (C,), non-negative and finite, and may be others in
     every call: nothing is compiled anew for them. A class that names them itself treats them in
@@ -817,7 +821,7 @@ class Loss:
 
         The distances within a part are not those of the volume.
         """
-        if self.lacks_regions(extras):
+        if self.lacks_regions(extras) and not self.regional.local:  # type: ignore[union-attr]
             raise ValueError(
                 f"{name}: a part of a volume needs the regions of the whole, cut as the part is "
                 "(see Loss.fields), but regions were not given"

@@ -71,6 +71,8 @@ CROSS_ENTROPY = Sum("target", "log")
 CROSS_ENTROPY_REST = Sum("rest", "log_rest")
 UNIFORM = Sum("one", "log")
 UNIFORM_REST = Sum("one", "log_rest")
+DIVERGENCE = Sum("target", "log_ratio")
+DIVERGENCE_REST = Sum("rest", "log_ratio_rest")
 
 NAMED = {
     "reference": REFERENCE,
@@ -118,7 +120,7 @@ def family(name: str, activation: str) -> tuple[Sum, ...]:
     """The sums that terms ask for together, under one name.
 
     "region": overlap and predicted; "squared": overlap and the squared sizes; "cross_entropy";
-    "uniform"; "focal:γ". Of a sigmoid the last three count both outcomes.
+    "uniform"; "focal:γ"; "divergence". Of a sigmoid the last four count both outcomes.
     """
     both = activation == "sigmoid"
     if name == "region":
@@ -132,6 +134,8 @@ def family(name: str, activation: str) -> tuple[Sum, ...]:
     if name.startswith("focal:"):
         gamma = name.partition(":")[2]
         return (as_sum(f"focal:{gamma}"), as_sum(f"focal_rest:{gamma}"))[: 1 + both]
+    if name == "divergence":
+        return (DIVERGENCE, DIVERGENCE_REST)[: 1 + both]
     raise ValueError(f"requires: no sums are called {name!r}")
 
 
