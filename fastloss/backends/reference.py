@@ -62,7 +62,9 @@ FUNCTIONS = {
         lambda v, gamma: -(v.p**gamma),
     ),
     "log_power": Function(
-        "log_p", lambda v, gamma: (-v.log_p) ** gamma, lambda v, gamma: _power_slope(-v.log_p, gamma)
+        "log_p",
+        lambda v, gamma: (-v.log_p) ** gamma,
+        lambda v, gamma: _power_slope(-v.log_p, gamma),
     ),
     "error": Function(
         "p", lambda v, _: np.abs(_difference(v)), lambda v, _: np.sign(_difference(v))

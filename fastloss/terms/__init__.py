@@ -36,6 +36,7 @@ from fastloss.terms.unified_focal import UnbalancedFocal, UnbalancedTversky, Uni
 from fastloss.terms.wasserstein import GeneralizedWassersteinDice
 
 __all__ = [
+    "MCC",
     "BalancedCrossEntropy",
     "BlobDiceCE",
     "BlobLoss",
@@ -59,7 +60,6 @@ __all__ = [
     "LogCoshDice",
     "LogarithmicCrossEntropy",
     "LogarithmicDice",
-    "MCC",
     "MeanAbsoluteError",
     "PerRegion",
     "PolyCrossEntropy",

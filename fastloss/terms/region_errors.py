@@ -35,9 +35,11 @@ class DiceSemimetric(ClassTerm):
     Wang et al. 2023, "Jaccard metric losses: optimizing the Jaccard index with soft labels".
 
     >>> import numpy as np, fastloss as fl
-    >>> p = g = np.array([[[0.5, 0.25, 0, 0]]])
-    >>> print([fl.Loss(t, activation="none")(p, g).round(3) for t in (fl.DiceSemimetric(), fl.Dice())])
-    [0.0, 0.583]
+    >>> g = np.array([[[0.5, 0.25, 0, 0]]])
+    >>> for term in (fl.DiceSemimetric(), fl.Dice()):
+    ...     print(fl.Loss(term, activation="none")(g, g).round(3))
+    0.0
+    0.583
     """
 
     requires = frozenset({"region", ERROR})

@@ -145,7 +145,7 @@ class UnifiedFocal(Loss):
     >>> import numpy as np, fastloss as fl
     >>> p, labels = np.array([[[0.5, 1, 1, 0.5], [0.5, 0, 0, 0.5]]]), np.array([[0, 0, 0, 1]])
     >>> print(round(float(fl.UnifiedFocal(activation="none")(p, labels)), 3))
-    0.278
+    0.295
     """
 
     def __init__(

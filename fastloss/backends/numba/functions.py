@@ -13,8 +13,7 @@ from fastloss.backends.numba.kernels import inner
 
 
 class Voxel(NamedTuple):
-    """The inputs of a formula for one voxel and class, with q = 1−p, the powers p^γ and q^γ, and the
-    target g."""
+    """The inputs of a formula for one voxel and class: with q = 1−p, p^γ, q^γ, and the target g."""
 
     p: float
     q: float
