@@ -336,7 +336,7 @@ class Term:
 
     def value_and_grad(
         self, logits: Any, target: Any, voxel_weight: Any = None, **options: Any
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, ...]:
         """As `fastloss.Loss.value_and_grad`, with the default options."""
         return self._loss.value_and_grad(logits, target, voxel_weight, **options)
 
@@ -634,7 +634,8 @@ class Loss:
         region_count: int | None = None,
         out: Any = None,
         upstream: Any = None,
-    ) -> tuple[Any, Any]:
+        target_grad: bool = False,
+    ) -> tuple[Any, ...]:
         """The value, and its gradient by the logits in the logits' shape and dtype.
 
         Args:
@@ -642,12 +643,26 @@ class Loss:
                 returned; the logits themselves are allowed, and are then overwritten.
             upstream: the gradient of the final result by this value, of the value's shape; 1 if
                 not given. With ``reduction="none"`` the weights of its entries.
+            target_grad: return the gradient by a dense target of floating numbers as well, in its
+                shape and dtype: (value, gradient, gradient by the target). Fields and regions that
+                terms make of the target are constants. Arrays in CPU memory alone; it takes a pass
+                of its own, and one for each region where a call has regions. PyTorch's autograd
+                computes it of a target that requires a gradient.
 
         Raises:
-            ValueError: ``out`` is read-only, or overlaps an input other than as the logits.
+            ValueError: ``out`` is read-only, or overlaps an input other than as the logits; there
+                is no gradient by such a target. TypeError: a term of yours has no derivative by
+                the sums of the target alone.
+
+        >>> import numpy as np, fastloss as fl
+        >>> p, g = np.array([[0.5, 0.5]]), np.array([[0.75, 0.25]])
+        >>> loss = fl.Loss(fl.CrossEntropy(), activation="none")
+        >>> print(loss.value_and_grad(p, g, target_grad=True)[2].round(3))  # −log p
+        [[0.693 0.693]]
         """
         extras = Extras.of(fields, regions, region_count)
-        return value_and_grad(self, logits, target, voxel_weight, extras, out, upstream)
+        arrays = (logits, target, voxel_weight)
+        return value_and_grad(self, *arrays, extras, out, upstream, target_grad)
 
     def statistics(
         self,

@@ -154,6 +154,31 @@ def table(needs: Iterable[str | Sum], activation: str) -> tuple[Sum, ...]:
     return tuple(sorted(found, key=_place))
 
 
+def slopes_by_target(total: Sum) -> tuple[tuple[float, Sum], ...]:
+    """The derivative of a sum's summand by the target of the same voxel and class.
+
+    It is Σ factor · the summand of another sum.
+
+    Raises:
+        ValueError: it is no such sum.
+    """
+    if total._replace(field="") in (DIVERGENCE, DIVERGENCE_REST):  # g log(g/p): log(g/p) + 1
+        sign = 1.0 if total.weight == "target" else -1.0
+        return (sign, total._replace(weight="one")), (sign, Sum(field=total.field))
+    of_weight = {
+        "one": (),
+        "target": ((1.0, "one"),),
+        "rest": ((-1.0, "one"),),
+        "target_squared": ((2.0, "target"),),
+    }[total.weight]
+    found = tuple((factor, total._replace(weight=weight)) for factor, weight in of_weight)
+    if total.function == "error":
+        return (*found, (-1.0, total._replace(function="sign")))
+    if total.function in ("log_ratio", "log_ratio_rest"):
+        raise ValueError(f"target: no derivative of {name_of(total)} by the target is known")
+    return found
+
+
 def _place(total: Sum) -> tuple[int, int, float, str, str]:
     named = _ORDER.get(total, len(_ORDER))
     # All of one parameter side by side: focal, then focal_rest.
