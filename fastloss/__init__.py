@@ -26,6 +26,7 @@ from fastloss.functional_boundary import (
     hausdorff_dt_loss,
     skeleton_recall_loss,
 )
+from fastloss.functional_distillation import distillation_loss
 from fastloss.functional_lesions import blob_loss, cc_dice_ce_loss
 from fastloss.functional_more import (
     combo_loss,
@@ -66,6 +67,7 @@ __all__ = [
     "dice_loss",
     "dice_semimetric_loss",
     "distance_transform",
+    "distillation_loss",
     "exponential_logarithmic_loss",
     "focal_loss",
     "generalized_cross_entropy_loss",

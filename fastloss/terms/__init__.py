@@ -16,6 +16,7 @@ from fastloss.terms.entropies import (
     KLDivergence,
     SymmetricCrossEntropy,
 )
+from fastloss.terms.errors import AbsoluteError, DiceSemimetric, SensitivitySpecificity
 from fastloss.terms.linear import (
     Brier,
     GeneralizedCrossEntropy,
@@ -30,13 +31,13 @@ from fastloss.terms.logarithmic import (
 )
 from fastloss.terms.per_region import BlobDiceCE, BlobLoss, CCDiceCE, PerRegion
 from fastloss.terms.region import Dice, GeneralizedDice, Jaccard, RegionTerm, Tversky
-from fastloss.terms.region_errors import DiceSemimetric, SensitivitySpecificity
 from fastloss.terms.skeletons import skeleton
 from fastloss.terms.unified_focal import UnbalancedFocal, UnbalancedTversky, UnifiedFocal
 from fastloss.terms.wasserstein import GeneralizedWassersteinDice
 
 __all__ = [
     "MCC",
+    "AbsoluteError",
     "BalancedCrossEntropy",
     "BlobDiceCE",
     "BlobLoss",

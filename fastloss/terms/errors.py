@@ -1,4 +1,4 @@
-"""Region losses on sums of errors: of |p − g|, and of its square."""
+"""Losses on sums of errors: of |p − g|, and of its square."""
 
 from __future__ import annotations
 
@@ -7,13 +7,35 @@ from typing import Any
 import numpy as np
 
 from fastloss.options import check_number
+from fastloss.statistics import Statistics
 from fastloss.sums import OVERLAP, Sum
+from fastloss.terms.linear import ClassWeighted
 from fastloss.terms.per_class import VOXELS, ClassTerm
 from fastloss.terms.region import ratio
 
 ERROR = Sum("one", "error")
 _SQUARES = Sum("target", "p_squared")
 _SQUARES_OF_REST = Sum("rest", "p_squared")
+
+
+class AbsoluteError(ClassWeighted):
+    """Absolute error, Σ_c w_c |p_c − g_c|, of soft targets as of hard ones.
+
+    `fastloss.MeanAbsoluteError` is the same for hard targets, and quicker. Where p = g exactly, the
+    slope is 0. Options as in `ClassWeighted`.
+
+    Source: Ghosh et al. 2017, "Robust loss functions under label noise for deep neural networks".
+
+    >>> import numpy as np, fastloss as fl
+    >>> loss = fl.Loss(fl.AbsoluteError(), activation="none")
+    >>> print(round(float(loss(np.array([[0.8, 0.2]]), np.array([[0.5, 0.5]]))), 3))
+    0.6
+    """
+
+    requires = frozenset({ERROR})
+
+    def coefficients(self, statistics: Statistics) -> dict[Any, float]:
+        return {ERROR: 1.0}
 
 
 class DiceSemimetric(ClassTerm):
