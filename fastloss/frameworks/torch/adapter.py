@@ -97,7 +97,8 @@ class TorchAdapter(TensorAdapter):
         given_names = () if extras is None else extras.names
         if loss.lacks_regions(extras) or (loss.makers and loss.lacks(given_names)):
             # Made once, not again in the backward pass: autograd saves them, as it does others.
-            extras = loss.passes(logits, target, voxel_weight, extras).whole_extras
+            constant = target.detach() if by_target else target
+            extras = loss.passes(logits, constant, voxel_weight, extras).whole_extras
         differentiable = torch.is_grad_enabled() and (logits.requires_grad or by_target)
         if differentiable and reuse_logits:
             _check_reuse(logits)
