@@ -42,5 +42,7 @@ def neighbour_shares(
         shape = [1] * shares.ndim
         shape[axis] = len(kernel)
         flat = shares.reshape(-1, 1, *shares.shape[2:])
-        shares = convolve(flat, kernel.reshape(shape), padding="same").reshape(shares.shape)
+        around = [0, 0] * (shares.ndim - 1 - axis) + [(len(kernel) - 1) // 2, len(kernel) // 2]
+        flat = functional.pad(flat, around)
+        shares = convolve(flat, kernel.reshape(shape)).reshape(shares.shape)
     return shares
