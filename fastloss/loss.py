@@ -459,7 +459,8 @@ class Loss:
       where to look would wait. Chunks of a volume on a GPU need the same.
 
     PyTorch tensors give PyTorch tensors. A loss that is called with logits that require a gradient
-    is differentiated by autograd, once: gradients flow to the logits alone, and second derivatives
+    is differentiated by autograd, once: gradients flow to the logits, and to a dense target of
+    floating numbers in CPU memory that requires one, but not in compiled code. Second derivatives
     raise RuntimeError. Beside the gradient no memory is taken; the arrays are kept until the
     backward pass. `torch.compile`, `torch.export` and `torch.jit.trace` take a loss into the graph,
     with its numbers as they are then; a process that loads such a graph imports `fastloss.torch`
