@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastloss.arrays import FLOATS, INTEGERS, Field, arrange, channels_second, check_out
+from fastloss.arrays import FLOATS, INTEGERS, Arrays, Field, arrange, channels_second, check_out
 from fastloss.backends import Backend, current_backend, load_backend
 from fastloss.backends.base import with_ranked
 from fastloss.borrowed import Borrowed, Extras, Place
@@ -28,7 +28,7 @@ from fastloss.fields import (
 from fastloss.frameworks import adapter_of, borrow
 from fastloss.maps import Map
 from fastloss.protocol import FusedLoss
-from fastloss.request import make_request
+from fastloss.request import Request, make_request
 from fastloss.statistics import Statistics
 
 UPSTREAM = "upstream"
@@ -66,9 +66,10 @@ def value_and_grad(
     extras: Extras | None = None,
     out: Any = None,
     upstream: Any = None,
-) -> tuple[Any, Any]:
+    target_grad: bool = False,
+) -> tuple[Any, ...]:
     """The value and the gradient, as `fastloss.Loss.value_and_grad` says."""
-    if upstream is None and extras is None:
+    if upstream is None and extras is None and not target_grad:
         adapter = adapter_of(logits, "logits")
         ready = adapter.prepared(loss, logits, target, voxel_weight)
         arrays = (logits, target, voxel_weight)
@@ -80,8 +81,15 @@ def value_and_grad(
             return value, call.gradient(loss, adapter, arrays, addresses, kept, out=out)
     passes = loss.passes(logits, target, voxel_weight, extras)
     out, view = passes.output(out)
+    if target_grad:
+        passes.differentiate_target()
     value, pullback = passes.forward()
-    passes.apply(pullback(passes.upstream(upstream)), view)
+    coefficients = pullback(passes.upstream(upstream))
+    if target_grad:  # before the logits may be overwritten
+        by_target = passes.target_gradient(coefficients, target)
+        passes.apply(coefficients, view)
+        return passes.adapter.result(value), out, by_target
+    passes.apply(coefficients, view)
     return passes.adapter.result(value), out
 
 
@@ -170,6 +178,8 @@ class Passes:
 
     _made: Mapping[str, Any] = MappingProxyType({})
     """The fields that were made in this call, where there are any."""
+    _for_target = False
+    """Whether there is to be a gradient by the target."""
 
     def __init__(
         self,
@@ -426,6 +436,10 @@ class Passes:
 
     def _apply_per_voxel(self, by: PerVoxel, out: np.ndarray) -> None:
         """The gradient of the loss of every voxel: the upstream gradient is one more field."""
+        self.backend.apply(*self._of_every_voxel(by), out)
+
+    def _of_every_voxel(self, by: PerVoxel) -> tuple[Request, Arrays, np.ndarray]:
+        """What `Backend.apply` takes for a loss of every voxel."""
         loss, arrays = self.loss, self.arrays
         upstream = by.upstream.array
         by_class = self.request.activation == "sigmoid"
@@ -441,11 +455,48 @@ class Passes:
         for s, k in zip(whole.sums, by.coefficients, strict=True):
             coefficients[request.index[weighted[s]]] = k
         field = Field(upstream, by.upstream.dtype, "class" if by_class else "voxel")
-        self.backend.apply(request, replace(arrays, fields=(field,)), coefficients, out)
+        return request, replace(arrays, fields=(field,)), coefficients
 
     def combine(self, statistics: Statistics) -> tuple[Any, Callable[[Any], Any]]:
         """The value, and from its upstream gradient what `apply` takes."""
+        if self._for_target:
+            statistics = replace(statistics, for_target=True)
         return self.backend.combine(self.loss, statistics)
+
+    def differentiate_target(self) -> None:
+        """Have the results of the pullback fit for `target_gradient`.
+
+        Raises:
+            ValueError: there is no gradient by such a target.
+        """
+        arrays = self.arrays
+        if self.backend.place is not None:
+            raise ValueError(
+                "target: its gradient is computed in CPU memory alone, got arrays on a GPU; pass "
+                "target.detach()"
+            )
+        if not arrays.dense or arrays.target_dtype not in FLOATS:
+            raise ValueError(
+                "target: expected a dense target of floating numbers, by which there is a "
+                f"gradient, got {arrays.target_dtype} of shape {self.target.array.shape}"
+            )
+        self._for_target = True
+
+    def target_gradient(self, coefficients: Any, target: Any) -> Any:
+        """The gradient by the target, in its shape and dtype, given what `apply` takes."""
+        request, arrays = self.request, self.arrays
+        if isinstance(coefficients, PerVoxel):
+            request, arrays, coefficients = self._of_every_voxel(coefficients)
+        batch, classes, *spatial = arrays.logits.shape
+        found = np.empty((batch, classes, prod(spatial)), arrays.value_dtype)
+        self.backend.apply_target(request, arrays, coefficients, found)
+        whole = found.reshape(arrays.logits.shape)
+        if self.loss.channel_axis != 1 and self.target.array.ndim == whole.ndim:
+            whole = np.moveaxis(whole, 1, self.loss.channel_axis)
+        whole = whole.reshape(self.target.array.shape)
+        if self.target.dtype != "bfloat16":  # which NumPy lacks
+            whole = whole.astype(self.target.dtype, copy=False)
+        return adapter_of(target, "target").wrap(whole, target)
 
     def output(self, out: Any) -> tuple[Any, Borrowed]:
         """The array that takes the gradient, as the caller sees it, and its view."""

@@ -92,6 +92,10 @@ class Term:
     """Whether the term reads the sums of every region of a sample. The other terms of its loss then
     read those of whole samples."""
 
+    local: ClassVar[bool] = False
+    """For a `regional` term: whether the region of a voxel depends on that voxel alone, so that a
+    part of a volume can make its own."""
+
     number_options: ClassVar[tuple[str, ...]] = ()
     """Options that are None, one number or (C,), non-negative and finite, and may be others in
     every call: nothing is compiled anew for them. A class that names them itself treats them in
@@ -355,7 +359,7 @@ class Term:
 
     def value_and_grad(
         self, logits: Any, target: Any, voxel_weight: Any = None, **options: Any
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, ...]:
         """As `fastloss.Loss.value_and_grad`, with the default options."""
         return self._loss.value_and_grad(logits, target, voxel_weight, **options)
 
@@ -478,7 +482,8 @@ class Loss:
       where to look would wait. Chunks of a volume on a GPU need the same.
 
     PyTorch tensors give PyTorch tensors. A loss that is called with logits that require a gradient
-    is differentiated by autograd, once: gradients flow to the logits alone, and second derivatives
+    is differentiated by autograd, once: gradients flow to the logits, and to a dense target of
+    floating numbers in CPU memory that requires one, but not in compiled code. Second derivatives
     raise RuntimeError. Beside the gradient no memory is taken; the arrays are kept until the
     backward pass. `torch.compile`, `torch.export` and `torch.jit.trace` take a loss into the graph,
     with its numbers as they are then; a process that loads such a graph imports `fastloss.torch`
@@ -656,7 +661,8 @@ class Loss:
         region_count: int | None = None,
         out: Any = None,
         upstream: Any = None,
-    ) -> tuple[Any, Any]:
+        target_grad: bool = False,
+    ) -> tuple[Any, ...]:
         """The value, and its gradient by the logits in the logits' shape and dtype.
 
         Args:
@@ -664,12 +670,26 @@ class Loss:
                 returned; the logits themselves are allowed, and are then overwritten.
             upstream: the gradient of the final result by this value, of the value's shape; 1 if
                 not given. With ``reduction="none"`` the weights of its entries.
+            target_grad: return the gradient by a dense target of floating numbers as well, in its
+                shape and dtype: (value, gradient, gradient by the target). Fields and regions that
+                terms make of the target are constants. Arrays in CPU memory alone; it takes a pass
+                of its own, and one for each region where a call has regions. PyTorch's autograd
+                computes it of a target that requires a gradient.
 
         Raises:
-            ValueError: ``out`` is read-only, or overlaps an input other than as the logits.
+            ValueError: ``out`` is read-only, or overlaps an input other than as the logits; there
+                is no gradient by such a target. TypeError: a term of yours has no derivative by
+                the sums of the target alone.
+
+        >>> import numpy as np, fastloss as fl
+        >>> p, g = np.array([[0.5, 0.5]]), np.array([[0.75, 0.25]])
+        >>> loss = fl.Loss(fl.CrossEntropy(), activation="none")
+        >>> print(loss.value_and_grad(p, g, target_grad=True)[2].round(3))  # −log p
+        [[0.693 0.693]]
         """
         extras = Extras.of(fields, regions, region_count)
-        return value_and_grad(self, logits, target, voxel_weight, extras, out, upstream)
+        arrays = (logits, target, voxel_weight)
+        return value_and_grad(self, *arrays, extras, out, upstream, target_grad)
 
     def statistics(
         self,
@@ -851,7 +871,7 @@ class Loss:
 
         The distances within a part are not those of the volume.
         """
-        if self.lacks_regions(extras):
+        if self.lacks_regions(extras) and not self.regional.local:  # type: ignore[union-attr]
             raise ValueError(
                 f"{name}: a part of a volume needs the regions of the whole, cut as the part is "
                 "(see Loss.fields), but regions were not given"

@@ -24,6 +24,7 @@ class Statistics:
         joined: the same over all ranks and samples, where a term asks for them.
         regions: how many rows a sample has, those of its regions; 0 where a row is a sample. A
             sample of fewer regions has rows of no voxels at its end, which no term counts.
+        for_target: whether the derivatives by sums of the target alone are asked for as well.
 
     Of arrays on a GPU the sums are there as well, in arrays of the same framework.
     """
@@ -34,6 +35,7 @@ class Statistics:
     dtype: np.dtype
     joined: Statistics | None = None
     regions: int = 0
+    for_target: bool = False
 
     def __getitem__(self, key: str | Sum) -> np.ndarray:
         """One of the sums, (rows, C): by its name, for example ``"overlap"``, or by a `Sum`."""

@@ -39,19 +39,29 @@ FUNCTIONS = {
     "focal": True,
     "focal_rest": True,
     "generalized": True,
+    "log_power": True,
+    "error": False,
+    "sign": False,
+    "log_ratio": False,
+    "log_ratio_rest": False,
 }
-"""Every function of p, and whether it takes a parameter γ:
+"""Every function of p, or of p and g, and whether it takes a parameter γ:
 
-==============  ========================================
-``one``         1
-``p``           p
-``p_squared``   p²
-``log``         −log p
-``log_rest``    −log(1−p)
-``focal``       (1−p)^γ (−log p)
-``focal_rest``  p^γ (−log(1−p))
-``generalized`` (1 − p^γ) / γ, γ > 0
-==============  ========================================
+==================  ========================================
+``one``             1
+``p``               p
+``p_squared``       p²
+``log``             −log p
+``log_rest``        −log(1−p)
+``focal``           (1−p)^γ (−log p)
+``focal_rest``      p^γ (−log(1−p))
+``generalized``     (1 − p^γ) / γ, γ > 0
+``log_power``       (−log p)^γ
+``error``           |p − g|
+``sign``            the sign of p − g, whose derivative is 0
+``log_ratio``       log g − log p; where g = 0, −log p
+``log_ratio_rest``  log(1−g) − log(1−p); where g = 1, −log(1−p)
+==================  ========================================
 """
 
 REFERENCE = Sum("target")
@@ -63,6 +73,8 @@ CROSS_ENTROPY = Sum("target", "log")
 CROSS_ENTROPY_REST = Sum("rest", "log_rest")
 UNIFORM = Sum("one", "log")
 UNIFORM_REST = Sum("one", "log_rest")
+DIVERGENCE = Sum("target", "log_ratio")
+DIVERGENCE_REST = Sum("rest", "log_ratio_rest")
 
 NAMED = {
     "reference": REFERENCE,
@@ -110,7 +122,7 @@ def family(name: str, activation: str) -> tuple[Sum, ...]:
     """The sums that terms ask for together, under one name.
 
     "region": overlap and predicted; "squared": overlap and the squared sizes; "cross_entropy";
-    "uniform"; "focal:γ". Of a sigmoid the last three count both outcomes.
+    "uniform"; "focal:γ"; "divergence". Of a sigmoid the last four count both outcomes.
     """
     both = activation == "sigmoid"
     if name == "region":
@@ -124,6 +136,8 @@ def family(name: str, activation: str) -> tuple[Sum, ...]:
     if name.startswith("focal:"):
         gamma = name.partition(":")[2]
         return (as_sum(f"focal:{gamma}"), as_sum(f"focal_rest:{gamma}"))[: 1 + both]
+    if name == "divergence":
+        return (DIVERGENCE, DIVERGENCE_REST)[: 1 + both]
     raise ValueError(f"requires: no sums are called {name!r}")
 
 
@@ -144,6 +158,31 @@ def table(needs: Iterable[str | Sum], activation: str) -> tuple[Sum, ...]:
         else:
             found.add(_checked(need))
     return tuple(sorted(found, key=_place))
+
+
+def slopes_by_target(total: Sum) -> tuple[tuple[float, Sum], ...]:
+    """The derivative of a sum's summand by the target of the same voxel and class.
+
+    It is Σ factor · the summand of another sum.
+
+    Raises:
+        ValueError: it is no such sum.
+    """
+    if total._replace(field="") in (DIVERGENCE, DIVERGENCE_REST):  # g log(g/p): log(g/p) + 1
+        sign = 1.0 if total.weight == "target" else -1.0
+        return (sign, total._replace(weight="one")), (sign, Sum(field=total.field))
+    of_weight = {
+        "one": (),
+        "target": ((1.0, "one"),),
+        "rest": ((-1.0, "one"),),
+        "target_squared": ((2.0, "target"),),
+    }[total.weight]
+    found = tuple((factor, total._replace(weight=weight)) for factor, weight in of_weight)
+    if total.function == "error":
+        return (*found, (-1.0, total._replace(function="sign")))
+    if total.function in ("log_ratio", "log_ratio_rest"):
+        raise ValueError(f"target: no derivative of {name_of(total)} by the target is known")
+    return found
 
 
 def _place(total: Sum) -> tuple[int, int, float, str, str]:

@@ -46,30 +46,41 @@ from fastloss.dropin import Scheduled, times
 from fastloss.frameworks.torch import operators as torch_operators  # noqa: F401  registers what exported graphs call
 from fastloss.frameworks.torch.adapter import ADAPTER
 from fastloss.frameworks.torch.distributed import ranks
+from fastloss.frameworks.torch.neighbours import neighbour_shares
 from fastloss.frameworks.torch.skeleton import soft_skeleton
 from fastloss.frameworks.torch.tensors import bytes_of, is_traced, refuse_gradient
 from fastloss.functional import dice_ce, dice_focal
 from fastloss.loss import Term
-from fastloss.options import check_class_weight
+from fastloss.options import check_choice, check_class_weight, check_count, check_number
 from fastloss.structure import options_of
 
 __all__ = [
     "BlobLoss",
     "CCDiceCE",
+    "Combo",
     "CrossEntropy",
     "DeepSupervision",
     "Dice",
     "DiceCE",
     "DiceFocal",
+    "DiceSemimetric",
+    "ExponentialLogarithmic",
     "Focal",
     "GeneralizedDice",
+    "GeneralizedWassersteinDice",
     "Jaccard",
+    "KLDivergence",
+    "LogCoshDice",
     "Loss",
     "LovaszHinge",
     "LovaszSoftmax",
+    "NeighborAwareCE",
     "OHEMCrossEntropy",
+    "SensitivitySpecificity",
+    "SymmetricCrossEntropy",
     "TopKCrossEntropy",
     "Tversky",
+    "UnifiedFocal",
     "soft_skeleton",
 ]
 
@@ -304,12 +315,147 @@ class CCDiceCE(_Term):
     term = fastloss.CCDiceCE
 
 
-class BlobLoss(Loss):
-    """`fastloss.BlobLoss`: alpha, beta, dice_factor, ce_factor, and its other options."""
+class LogCoshDice(_Term):
+    """`fastloss.LogCoshDice`: the options of `fastloss.RegionTerm`."""
+
+    term = fastloss.LogCoshDice
+
+
+class SensitivitySpecificity(_Term):
+    """`fastloss.SensitivitySpecificity`: r, smooth_dr, and the options of a region term."""
+
+    term = fastloss.SensitivitySpecificity
+
+
+class DiceSemimetric(_Term):
+    """`fastloss.DiceSemimetric`: jaccard, and the options of a region term."""
+
+    term = fastloss.DiceSemimetric
+
+
+class SymmetricCrossEntropy(_Term):
+    """`fastloss.SymmetricCrossEntropy`: alpha, beta, log_zero, weight, reduction."""
+
+    term = fastloss.SymmetricCrossEntropy
+
+
+class KLDivergence(_Term):
+    """`fastloss.KLDivergence`: weight, reduction."""
+
+    term = fastloss.KLDivergence
+
+
+class GeneralizedWassersteinDice(_Term):
+    """`fastloss.GeneralizedWassersteinDice`: distances, weighting, smooth_nr, smooth_dr,
+    reduction."""
+
+    term = fastloss.GeneralizedWassersteinDice
+
+
+class _Sum(Loss):
+    """A sum of terms with options of its own, and those of `Loss`."""
+
+    kind: ClassVar[type[fastloss.Loss]]
 
     def __init__(self, **options: Any) -> None:
         whole = {k: options.pop(k) for k in _LOSS_OPTIONS if k in options}
-        super().__init__(fastloss.BlobLoss(**options), **whole)
+        super().__init__(self.kind(**options), **whole)
+
+
+class BlobLoss(_Sum):
+    """`fastloss.BlobLoss`: alpha, beta, dice_factor, ce_factor, and its other options."""
+
+    kind = fastloss.BlobLoss
+
+
+class Combo(_Sum):
+    """`fastloss.Combo`: alpha, beta, and its other options."""
+
+    kind = fastloss.Combo
+
+
+class ExponentialLogarithmic(_Sum):
+    """`fastloss.ExponentialLogarithmic`: dice_factor, ce_factor, gamma_dice, gamma_ce, ce_weight,
+    and its other options."""
+
+    kind = fastloss.ExponentialLogarithmic
+
+
+class UnifiedFocal(_Sum):
+    """`fastloss.UnifiedFocal`: focal_share, delta, gamma, symmetric, and its other options."""
+
+    kind = fastloss.UnifiedFocal
+
+
+class NeighborAwareCE(torch.nn.Module):
+    """Cross-entropy + α · the mean over voxels and classes of |u − x|, or of (u − x)².
+
+    x are the logits, and u the shares of the classes among the neighbours of a voxel, outside the
+    array 0: it keeps a network from being too sure of itself. As the penalty is on logits, it is no
+    term of a `fastloss.Loss`: the kernels compute both parts, each in two passes, and u takes the
+    memory of the logits in float32, with another as much while it is made. Softmax of label maps.
+
+    Args:
+        alpha: α, at least 0.
+        distance: "l1" or "l2".
+        size: the edge of the cube of neighbours, at least 1.
+        sigma: the standard deviation of a Gaussian in voxels, above 0, in place of the cube.
+        ignore_index: voxels of this label count for nothing, and are no neighbours.
+
+    Raises:
+        ValueError, TypeError: an option out of its range.
+
+    Source: Murugesan et al. 2023, "Trust your neighbours: penalty-based constraints for model
+    calibration".
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.1,
+        distance: str = "l1",
+        size: int = 3,
+        sigma: float | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.alpha = check_number("alpha", alpha)
+        self.distance = check_choice("distance", distance, ("l1", "l2"))
+        self.size = check_count("size", size)
+        self.sigma = None if sigma is None else check_number("sigma", sigma)
+        if self.sigma == 0:
+            raise ValueError("sigma: expected a number above 0, got 0")
+        self.ignore_index = ignore_index
+        term = fastloss.AbsoluteError if distance == "l1" else fastloss.Brier
+        self.entropy = fastloss.Loss(fastloss.CrossEntropy(), ignore_index=ignore_index)
+        self.penalty = fastloss.Loss(term(), activation="none")
+
+    def forward(
+        self, logits: torch.Tensor, target: torch.Tensor, voxel_weight: Any = None
+    ) -> torch.Tensor:
+        """The value.
+
+        Args:
+            logits: (B, C, *spatial), with 1 to 3 spatial axes.
+            target: a label map, (B, *spatial) or (B, 1, *spatial).
+            voxel_weight: as in `fastloss.Loss`.
+        """
+        value: torch.Tensor = self.entropy(logits, target, voxel_weight)
+        labels = target[:, 0] if target.ndim == logits.ndim else target
+        if self.ignore_index is not None:
+            counted = labels != self.ignore_index
+            labels = torch.where(counted, labels, -1)
+            if voxel_weight is None:
+                voxel_weight = counted
+            else:
+                voxel_weight = voxel_weight.reshape(-1, *counted.shape[1:]) * counted
+        classes = logits.shape[1]
+        shares = neighbour_shares(labels, classes, size=self.size, sigma=self.sigma)
+        return value + (self.alpha / classes) * self.penalty(logits, shares, voxel_weight)
+
+    def extra_repr(self) -> str:
+        how = f"size={self.size}" if self.sigma is None else f"sigma={self.sigma}"
+        return f"alpha={self.alpha}, distance={self.distance!r}, {how}"
 
 
 class DiceCE(Loss):

@@ -252,6 +252,7 @@ OWN: dict[Any, dict[type[fl.Term], dict[str, str]]] = {
     fl.brier_loss: {fl.Brier: {}},
     fl.cc_dice_ce_loss: {fl.CCDiceCE: {}},
     fl.cross_entropy_loss: {fl.CrossEntropy: {}},
+    fl.dice_semimetric_loss: {fl.DiceSemimetric: {}},
     fl.dice_ce_loss: {fl.Dice: {}, fl.CrossEntropy: {"weight": "ce_weight"}},
     fl.dice_focal_loss: {fl.Dice: {}, fl.Focal: {}},
     fl.dice_loss: {fl.Dice: {}},
@@ -261,11 +262,15 @@ OWN: dict[Any, dict[type[fl.Term], dict[str, str]]] = {
     fl.generalized_surface_loss: {fl.GeneralizedSurface: {}},
     fl.hausdorff_dt_loss: {fl.HausdorffDT: {}},
     fl.jaccard_loss: {fl.Jaccard: {}},
+    fl.kl_divergence_loss: {fl.KLDivergence: {}},
+    fl.log_cosh_dice_loss: {fl.LogCoshDice: {}},
     fl.mcc_loss: {fl.MCC: {}},
     fl.mean_absolute_error_loss: {fl.MeanAbsoluteError: {}},
     fl.ohem_cross_entropy_loss: {fl.OHEMCrossEntropy: {}},
     fl.poly_cross_entropy_loss: {fl.PolyCrossEntropy: {}},
+    fl.sensitivity_specificity_loss: {fl.SensitivitySpecificity: {}},
     fl.skeleton_recall_loss: {fl.SkeletonRecall: {}},
+    fl.symmetric_cross_entropy_loss: {fl.SymmetricCrossEntropy: {}},
     fl.top_k_cross_entropy_loss: {fl.TopKCrossEntropy: {}},
     fl.tversky_loss: {fl.Tversky: {}},
 }
@@ -279,8 +284,16 @@ def named_options(what: Any) -> dict[str, Any]:
 
 
 def test_every_function_is_listed() -> None:
-    # `fl.BlobLoss` is no term: see test_per_region. Those of Lovász have no regions: test_lovasz.
-    others = {fl.blob_loss, fl.lovasz_hinge_loss, fl.lovasz_softmax_loss}
+    others = {  # of sums of terms, and others: see test_per_region, test_lovasz, test_longer_list
+        fl.blob_loss,
+        fl.combo_loss,
+        fl.distillation_loss,
+        fl.exponential_logarithmic_loss,
+        fl.generalized_wasserstein_dice_loss,
+        fl.lovasz_hinge_loss,
+        fl.lovasz_softmax_loss,
+        fl.unified_focal_loss,
+    }
     assert set(OWN) | others == {getattr(fl, name) for name in fl.__all__ if name.endswith("_loss")}
 
 

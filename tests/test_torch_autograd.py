@@ -383,8 +383,10 @@ def test_transforms_of_functions() -> None:
 
 def test_targets_and_weights_that_require_a_gradient() -> None:
     x, g, w = tensors(kind="soft", weighted=True)
+    x.requires_grad_()
+    reusing = ft.Loss(LOSS, reuse_logits=True)
     with pytest.raises(TypeError, match=r"^target: .* gradients flow to the logits alone"):
-        LOSS(x.requires_grad_(), g.clone().requires_grad_())
+        reusing(1 * x, g.clone().requires_grad_())
     with pytest.raises(TypeError, match=r"^voxel_weight: .* gradients flow to the logits alone"):
         LOSS(x, g, w.clone().requires_grad_())
     with torch.no_grad():

@@ -27,8 +27,10 @@ template <class T>
 struct Fields {
   T *p, *loss, *loss_rest, *q;
 
-  FL_INLINE Probability<Vec<T>> at(int64_t v) const {
-    return {load<T>(p + v), load<T>(q + v), load<T>(loss + v), load<T>(loss_rest + v)};
+  // g: the row of the target.
+  FL_INLINE Probability<Vec<T>> at(int64_t v, const T* g) const {
+    return {load<T>(p + v), load<T>(q + v), load<T>(loss + v), load<T>(loss_rest + v),
+            load<T>(g + v)};
   }
 };
 
@@ -175,7 +177,7 @@ void with_summands(Tile<T>& t, const Sum& sum, int64_t c, const T* g, const Fiel
     using F = decltype(function);
     use([=](int64_t v) {
       return product_of_both<T>(load<T>(w + v),
-                                F::template value<Mathematics<T>>(f.at(v), parameter));
+                                F::template value<Mathematics<T>>(f.at(v, g), parameter));
     });
   });
 }
@@ -187,7 +189,7 @@ inline Wanted wanted_for_values(const Job& job) {
     const Function f = job.sums[i].function;
     wanted.logs |= reads_log(f);
     wanted.log_rests |= reads_log_rest(f);
-    wanted.rests |= f == Function::focal || reads_log_rest(f);
+    wanted.rests |= reads_rest(f) || reads_log_rest(f);
   }
   return wanted;
 }
@@ -330,10 +332,11 @@ void apply_general(Tile<T>& t) {
     if (sum.function == Function::one || is_among(sum, together)) continue;
     others = true;
     with_function(sum.function, [&](auto f) { by_log_q |= decltype(f)::by == By::log_q; });
-    wanted.logs |= sum.function == Function::focal;
+    wanted.logs |= sum.function == Function::focal || sum.function == Function::log_power;
+    by_log_q |= sum.function == Function::log_power;
     wanted.log_rests |= sum.function == Function::focal_rest;
     wanted.rests |= sum.function != Function::p && sum.function != Function::p_squared &&
-                    sum.function != Function::log;
+                    sum.function != Function::log && sum.function != Function::log_ratio;
   }
   if (job.histograms) others = wanted.rests = true;
   by_log_q |=
@@ -394,9 +397,20 @@ void apply_general(Tile<T>& t) {
       with_function(one.function, [&](auto function) {
         using F = decltype(function);
         T* to = F::by == By::p ? by_p : F::by == By::log_p ? by_log : by_rest;
+        const bool steep = std::is_same<F, FunctionOf<Function::log_power>>::value;
         for (int64_t v = 0, end = t.padded; v < end; v += L) {
-          const Vec<T> change = F::template slope<Mathematics<T>>(f.at(v), T(one.parameter));
-          store<T>(to + v, at(to, v) + product<T>(at(coefficients, v) * at(w, v), change));
+          Vec<T> change = F::template slope<Mathematics<T>>(f.at(v, g), T(one.parameter));
+          change = product<T>(at(coefficients, v) * at(w, v), change);
+          if (steep) {
+            // Near p = 1 it grows without bound, and t_c − p_c t_c would cancel: there it is taken
+            // by log q, which is −q/p times as much.
+            const Vec<T> p = at(f.p, v);
+            const IVec<T> most = p > T(0.5);
+            const Vec<T> moved = -(change * at(f.q, v) / p);
+            store<T>(by_rest + v, at(by_rest, v) + select<T>(most, moved, splat<T>(0)));
+            change = drop<T>(most, change);
+          }
+          store<T>(to + v, at(to, v) + change);
         }
       });
     }

@@ -563,6 +563,19 @@ struct Mathematics {
     for (int k = kTerms; k >= 2; --k) series = T(1) - v * series * T(1.0 / k);
     return select<T>(v < T(0.35), v * series, T(1) - exponential<T>(-v));
   }
+  static FL_INLINE Vec<T> power_of_any(Vec<T> v, T n) {
+    const T limit = n > 0 ? T(INFINITY) : T(n == 0);
+    return select<T>(v == T(INFINITY), ::splat<T>(limit), ::power<T>(v, n));
+  }
+  static FL_INLINE Vec<T> logarithm(Vec<T> v) { return ::logarithm<T>(v); }
+  static FL_INLINE Vec<T> above_half(Vec<T> p, Vec<T> a, Vec<T> b) {
+    return select<T>(p > T(0.5), a, b);
+  }
+  static FL_INLINE Vec<T> absolute(Vec<T> v) { return ::absolute<T>(v); }
+  static FL_INLINE Vec<T> sign(Vec<T> v) {
+    const Vec<T> one = ::splat<T>(1);
+    return select<T>(v > T(0), one, select<T>(v < T(0), -one, v));  // of NaN itself
+  }
 };
 
 }  // namespace

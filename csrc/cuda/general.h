@@ -282,7 +282,7 @@ FL_DEVICE Probability<T> sigmoid_of(T x) {
 
 template <class T>
 FL_DEVICE Probability<T> given(T x) {
-  return {x, T(1) - x, -logarithm(x), -exact_log_one_plus(-x)};
+  return {x, T(1) - x, -logarithm(x), -exact_log_one_plus(-x), T(0)};
 }
 
 // Calls with(c, logit, Probability) for every class of a voxel.
@@ -308,9 +308,10 @@ FL_DEVICE void for_classes(const Spot<In>& spot, const With& with) {
 
 // m · weight · field · function(p) of a sum.
 template <class In, class T>
-FL_DEVICE T summand(const Spot<In>& spot, int s, int c, T g, const Probability<T>& v) {
+FL_DEVICE T summand(const Spot<In>& spot, int s, int c, T g, Probability<T> v) {
   const GeneralCall& call = spot.call;
   T w = spot.weight(s, c, g), value = T(0);
+  v.g = g;
   with_function(Function(CONST(sum_function[s])), [&](auto function) {
     value = function.template value<Careful>(v, T(CONST(parameter[s])));
   });
@@ -536,10 +537,10 @@ struct Slopes {
 
 template <class In, class T>
 FL_DEVICE Slopes<T> slopes_of(const Spot<In>& spot, const Derivatives<T>& by, int c,
-                              const Probability<T>& v) {
+                              Probability<T> v) {
   const GeneralCall& call = spot.call;
   Slopes<T> sum = {T(0), T(0), T(0)};
-  T g = spot.target(c);
+  T g = v.g = spot.target(c);
   int row = spot.row < 0 ? 0 : spot.row;
 #pragma unroll
   for (int s = 0; s < kSums; ++s) {

@@ -256,6 +256,27 @@ struct Plain {
   static FL_DEVICE T one_less_exponential(T x) {
     return sizeof(T) == 4 ? T(-expm1f(float(-x))) : T(-expm1(double(-x)));
   }
+  template <class T>
+  static FL_DEVICE T power_of_any(T x, T y) {
+    if (is_infinite(x)) return y > T(0) ? x : T(y == T(0));
+    return ::power(x, y);
+  }
+  template <class T>
+  static FL_DEVICE T logarithm(T x) {
+    return ::logarithm(x);
+  }
+  template <class T>
+  static FL_DEVICE T above_half(T p, T a, T b) {
+    return p > T(0.5) ? a : b;
+  }
+  template <class T>
+  static FL_DEVICE T absolute(T x) {
+    return x < T(0) ? -x : x;
+  }
+  template <class T>
+  static FL_DEVICE T sign(T x) {
+    return x > T(0) ? T(1) : x < T(0) ? T(-1) : x;
+  }
 };
 // The same, but 0 · ∞ = 0.
 struct Careful : Plain {

@@ -17,7 +17,7 @@ from fastloss.maps import Map
 from fastloss.protocol import FusedLoss
 from fastloss.request import Request, make_request
 from fastloss.statistics import Statistics
-from fastloss.sums import Sum
+from fastloss.sums import Sum, slopes_by_target
 
 
 class Backend:
@@ -67,6 +67,49 @@ class Backend:
         arrays are those of an earlier `reduce`, which checked them.
         """
         raise NotImplementedError(f"{type(self).__name__} must define apply")
+
+    def apply_target(
+        self, request: Request, arrays: Arrays, coefficients: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Write the gradient by a dense target, given the derivative by each sum, (S, rows, C).
+
+        It is a map of every sample: Σ coefficient · m · field · the derivative of weight ·
+        function by g. With regions, every one of them takes a pass.
+
+        Args:
+            out: (B, C, voxels) in C order, of the value's dtype.
+        """
+        slopes = [slopes_by_target(total) for total in request.sums]
+        needs = frozenset(total for each in slopes for _, total in each)
+        wanted = make_request(request.activation, True, request.ignore_index, needs)
+        known = dict(zip(request.fields, arrays.fields, strict=True))
+        found = np.empty_like(out[:1])
+        for row in range(coefficients.shape[1]):
+            b, region = divmod(row, arrays.rows)
+            k = np.zeros((len(wanted.sums), coefficients.shape[2]))
+            for s, each in enumerate(slopes):
+                for factor, total in each:
+                    k[wanted.index[total]] += factor * coefficients[s, row]
+            one = slice(b, b + 1)
+            sample = replace(
+                arrays,
+                logits=arrays.logits[one],
+                target=arrays.target[one],
+                fields=tuple(
+                    known[name]._replace(array=known[name].array[one]) for name in wanted.fields
+                ),
+                rows=1,
+            )
+            if arrays.voxel_weight is not None:
+                sample.voxel_weight = arrays.voxel_weight[one]
+            if arrays.regions is not None:
+                mine = arrays.regions[one] == region
+                sample.regions, sample.regions_dtype = np.where(mine, 0, -1).astype("int8"), "int8"
+            self.write_map(wanted, sample, Map("class", found, k))
+            if region:
+                out[one] += found
+            else:
+                out[one] = found
 
     def write_map(self, request: Request, arrays: Arrays, voxel_map: Map) -> None:
         """Write one number per voxel, or per voxel and class: see `Map`.

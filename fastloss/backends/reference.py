@@ -17,12 +17,13 @@ from fastloss.sums import Sum
 
 
 class Probability(NamedTuple):
-    """p, 1−p and their logarithms, (C, N) each."""
+    """p, 1−p, their logarithms, and the target, (C, N) each."""
 
     p: np.ndarray
     q: np.ndarray
     log_p: np.ndarray
     log_q: np.ndarray
+    g: np.ndarray
 
 
 class Function(NamedTuple):
@@ -61,6 +62,21 @@ FUNCTIONS = {
         "log_p",
         lambda v, gamma: -np.expm1(gamma * v.log_p) / gamma,
         lambda v, gamma: -(v.p**gamma),
+    ),
+    "log_power": Function(
+        "log_p",
+        lambda v, gamma: (-v.log_p) ** gamma,
+        lambda v, gamma: _power_slope(-v.log_p, gamma),
+    ),
+    "error": Function(
+        "p", lambda v, _: np.abs(_difference(v)), lambda v, _: np.sign(_difference(v))
+    ),
+    "sign": Function("p", lambda v, _: np.sign(_difference(v)), _zero),
+    "log_ratio": Function(
+        "log_p", lambda v, _: _log_of_target(v.g) - v.log_p, lambda v, _: -np.ones_like(v.p)
+    ),
+    "log_ratio_rest": Function(
+        "log_q", lambda v, _: _log_of_target(1 - v.g) - v.log_q, lambda v, _: -np.ones_like(v.p)
     ),
 }
 
@@ -103,7 +119,7 @@ class ReferenceBackend(Backend):
             rows = slice(b * arrays.rows, (b + 1) * arrays.rows)
             voxels[rows] = _by_row(sample.m, sample, arrays.rows)
             with np.errstate(all="ignore"):
-                v = _activate(request.activation, sample.x)
+                v = _activate(request.activation, sample)
                 for s, total in enumerate(request.sums):
                     summands = _summands(total, v, sample)
                     for c, of_class in enumerate(summands):
@@ -135,7 +151,7 @@ class ReferenceBackend(Backend):
                 x = load(arrays.logits[b], arrays.logits_dtype).reshape(len(sample.x), -1)
                 sample = sample._replace(x=x)
             with np.errstate(all="ignore"):
-                v = _activate(request.activation, sample.x)
+                v = _activate(request.activation, sample)
                 voxel_map.out[b] = _mapped(request, voxel_map, v, sample)
 
 
@@ -209,7 +225,7 @@ def _gradient(
     request: Request, k: np.ndarray, by_error: dict[str, np.ndarray], sample: _Sample
 ) -> np.ndarray:
     """Σ over the sums of k · (derivative of the summand by each logit), (C, N)."""
-    v = _activate(request.activation, sample.x)
+    v = _activate(request.activation, sample)
     by = {name: np.zeros_like(sample.x) for name in ("p", "log_p", "log_q")}
     for total, coefficient in zip(request.sums, k, strict=True):
         function = FUNCTIONS[total.function]
@@ -253,7 +269,23 @@ def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where((a == 0) & ~np.isnan(b) | (b == 0) & ~np.isnan(a), 0.0, a * b)
 
 
-def _activate(activation: str, x: np.ndarray) -> Probability:
+def _power_slope(loss: np.ndarray, gamma: float) -> np.ndarray:
+    """The derivative of (−log p)^γ by log p; at p = 1 that by the logit, which is 0."""
+    return -gamma * np.where(loss == 0, 0.0, loss ** (gamma - 1))
+
+
+def _difference(v: Probability) -> np.ndarray:
+    """p − g, exact where both are near 1."""
+    return np.where(v.p > 0.5, (1 - v.g) - v.q, v.p - v.g)
+
+
+def _log_of_target(g: np.ndarray) -> np.ndarray:
+    """log g, and 0 where g is 0."""
+    return np.log(np.where(g == 0, 1.0, g))
+
+
+def _activate(activation: str, sample: _Sample) -> Probability:
+    x, g = sample.x, sample.g
     if activation == "softmax":
         # Without one largest member the sum is exact where that one dominates, and so are
         # 1 − p = rest / (1 + rest) and −log p = log(1 + rest).
@@ -264,11 +296,11 @@ def _activate(activation: str, x: np.ndarray) -> Probability:
         rest = np.where(first, 0.0, e).sum(axis=0)
         log_p, p = d - np.log1p(rest), e / (1 + rest)
         q = np.where(first, rest, 1 + rest - e) / (1 + rest)
-        return Probability(p, q, log_p, np.where(p < 0.5, np.log1p(-p), np.log(q)))
+        return Probability(p, q, log_p, np.where(p < 0.5, np.log1p(-p), np.log(q)), g)
     if activation == "sigmoid":
         log_p, log_q = -np.logaddexp(0, -x), -np.logaddexp(0, x)
-        return Probability(np.exp(log_p), -np.expm1(log_p), log_p, log_q)
-    return Probability(x, 1 - x, np.log(x), np.log1p(-x))
+        return Probability(np.exp(log_p), -np.expm1(log_p), log_p, log_q, g)
+    return Probability(x, 1 - x, np.log(x), np.log1p(-x), g)
 
 
 def _is_largest(x: np.ndarray) -> np.ndarray:

@@ -44,6 +44,11 @@ PyTorch's operations:
   twice the probabilities, or where these are few, 121 of their planes (with ``iter_=3``); for the
   backward pass it keeps the probabilities alone. On a GPU PyTorch's pooling computes them, large
   batches sample by sample.
+- The asymmetric unified focal loss, and its parts, with ``ignore_index``; AsymmetricFocalLoss with
+  ``reduction="none"``. Otherwise PyTorch clamps the probabilities first, for which it takes their
+  memory once.
+- GeneralizedWassersteinDiceLoss under ``torch.compile``. On a GPU it copies the labels to the CPU.
+- The shares of neighbours in NACLLoss, for which PyTorch takes the memory of the logits twice.
 - Targets or weights that require a gradient, weights that are broadcast to other axes than the
   channels, negative options, integer logits, no spatial axis, empty tensors (whose mean is NaN).
 
@@ -90,11 +95,21 @@ from fastloss.monai._boundary import BoundaryLoss, HausdorffDTLoss, LogHausdorff
 from fastloss.monai._compound import DiceCELoss, DiceFocalLoss, GeneralizedDiceFocalLoss
 from fastloss.monai._correlation import MCCLoss
 from fastloss.monai._focal import FocalLoss
+from fastloss.monai._neighbours import NACLLoss
 from fastloss.monai._region import DiceLoss, GeneralizedDiceLoss, MaskedDiceLoss, TverskyLoss
 from fastloss.monai._skeleton import SoftclDiceLoss, SoftDiceclDiceLoss
+from fastloss.monai._unified_focal import (
+    AsymmetricFocalLoss,
+    AsymmetricFocalTverskyLoss,
+    AsymmetricUnifiedFocalLoss,
+)
+from fastloss.monai._wasserstein import GeneralizedWassersteinDiceLoss
 from fastloss.monai._wrappers import DeepSupervisionLoss, MaskedLoss
 
 __all__ = [
+    "AsymmetricFocalLoss",
+    "AsymmetricFocalTverskyLoss",
+    "AsymmetricUnifiedFocalLoss",
     "BoundaryLoss",
     "DeepSupervisionLoss",
     "DiceCELoss",
@@ -103,11 +118,13 @@ __all__ = [
     "FocalLoss",
     "GeneralizedDiceFocalLoss",
     "GeneralizedDiceLoss",
+    "GeneralizedWassersteinDiceLoss",
     "HausdorffDTLoss",
     "LogHausdorffDTLoss",
     "MCCLoss",
     "MaskedDiceLoss",
     "MaskedLoss",
+    "NACLLoss",
     "SoftDiceclDiceLoss",
     "SoftclDiceLoss",
     "TverskyLoss",

@@ -80,6 +80,9 @@ class Boundary(FieldTerm):
         scale = _inverse(voxels) * np.ones_like(total)
         return total * scale, ((self._mean, scale),)
 
+    def of_target(self, *sums: np.ndarray) -> Any:
+        return ()
+
     def make_field(self, target: Target, spacing: Spacing) -> Any:
         return _distances(target, spacing, "kervadec")
 
@@ -158,6 +161,10 @@ class HausdorffDT(_DistanceTerm):
         value = (squares - 2.0 * products + references) * scale
         return value, ((self._sums[0], scale), (self._sums[1], -2.0 * scale))
 
+    def of_target(self, *sums: np.ndarray) -> Any:
+        squares, _, _, voxels = sums
+        return ((self._sums[2], _inverse(voxels) * np.ones_like(squares)),)
+
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         value, pullback = super().combine(statistics)
         if not self.log:
@@ -222,6 +229,10 @@ class GeneralizedSurface(_DistanceTerm):
         right = whole - 2.0 * reference + reference_squared - 2.0 * product + squared
         return 1.0 - right * inverse, ((self._sums[3], 2.0 * inverse), (self._sums[4], -inverse))
 
+    def of_target(self, *sums: np.ndarray) -> Any:
+        inverse = _inverse(sums[0] + self.smooth_dr)
+        return ((self._sums[1], 2.0 * inverse), (self._sums[2], -inverse))
+
     def derive_field(self, field: Any, mask: Any) -> Any:
         return powers(2.0, field)
 
@@ -263,14 +274,36 @@ class BoundaryDoU(FieldTerm):
         return (OVERLAP, PREDICTED_SQUARED, REFERENCE_SQUARED, REFERENCE, self._boundary)
 
     def of_sums(self, *sums: np.ndarray) -> Any:
-        overlap, predicted, squared, reference, boundary = sums
+        value, alpha, inverse = self._parts(*sums)
+        by_overlap = (-2.0 + (1.0 + alpha) * value) * inverse
+        return value, ((OVERLAP, by_overlap), (PREDICTED_SQUARED, (1.0 - value) * inverse))
+
+    def of_target(self, *sums: np.ndarray) -> Any:
+        overlap, _, _, reference, boundary = sums
+        value, alpha, inverse = self._parts(*sums)
+        by_alpha = np.where(alpha < 0.8, value * inverse * overlap, 0.0)
+        by_boundary = -2.0 * by_alpha / (reference + self.smooth)
+        by_reference = -by_boundary * (boundary + self.smooth) / (reference + self.smooth)
+        return (
+            (REFERENCE_SQUARED, (1.0 - value) * inverse),
+            (self._boundary, by_boundary),
+            (REFERENCE, by_reference),
+        )
+
+    def _parts(
+        self,
+        overlap: np.ndarray,
+        predicted: np.ndarray,
+        squared: np.ndarray,
+        reference: np.ndarray,
+        boundary: np.ndarray,
+    ) -> tuple[np.ndarray, ...]:
+        """The value, α, and 1 over the denominator."""
         smooth = self.smooth
         alpha = 2.0 * (1.0 - (boundary + smooth) / (reference + smooth)) - 1.0
         alpha = np.minimum(alpha, 0.8)
         inverse = 1.0 / (predicted + squared - (1.0 + alpha) * overlap + smooth)
-        value = (predicted + squared - 2.0 * overlap + smooth) * inverse
-        by_overlap = (-2.0 + (1.0 + alpha) * value) * inverse
-        return value, ((OVERLAP, by_overlap), (PREDICTED_SQUARED, (1.0 - value) * inverse))
+        return (predicted + squared - 2.0 * overlap + smooth) * inverse, alpha, inverse
 
     def field_form(self, classes: int, dense: bool) -> Form:
         return Form("bool", dense)
@@ -336,6 +369,9 @@ class SkeletonRecall(FieldTerm):
         recalled, size = sums
         inverse = _inverse(size + self.smooth_dr)
         return 1.0 - (recalled + self.smooth_nr) * inverse, ((self._recalled, -inverse),)
+
+    def of_target(self, *sums: np.ndarray) -> Any:
+        return ()
 
     def field_form(self, classes: int, dense: bool) -> Form:
         if dense or classes == 1:

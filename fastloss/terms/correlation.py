@@ -52,6 +52,13 @@ class MCC(ClassTerm):
     def reads(self) -> tuple[str, ...]:
         return ("overlap", "predicted", "reference", VOXELS)
 
+    def of_target(self, *sums: np.ndarray) -> Any:
+        # Prediction and target change places.
+        overlap, predicted, reference, voxels = sums
+        _, slopes = self.of_sums(overlap, reference, predicted, voxels)
+        margins = reference * (voxels - reference)
+        return (("reference", np.where(margins != 0, dict(slopes)["predicted"], 0.0)),)
+
     def of_sums(self, *sums: np.ndarray) -> Any:
         overlap, predicted, reference, voxels = sums
         margins = reference * (voxels - reference)

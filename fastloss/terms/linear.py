@@ -26,6 +26,8 @@ class ClassWeighted(VoxelwiseTerm):
         ValueError, TypeError: an option out of its range.
     """
 
+    number_options = ("weight",)
+
     def __init__(self, *, weight: Any = None, reduction: str = "mean") -> None:
         self.weight = check_class_weight("weight", weight)
         self.reduction = check_choice("reduction", reduction, VOXEL_REDUCTIONS)

@@ -67,6 +67,16 @@ class ClassTerm(Term):
         """
         raise NotImplementedError(f"{type(self).__name__} must define of_sums")
 
+    def of_target(self, *sums: np.ndarray) -> Sequence[tuple[str | Sum, np.ndarray]]:
+        """Sums of the target alone that the value depends on, with the derivative by each.
+
+        They matter to the gradient by the target, as do those of `of_sums`.
+        """
+        raise TypeError(
+            f"target: {type(self).__name__} does not define of_target, which the gradient by the "
+            "target needs"
+        )
+
     def check(self, activation: str, classes: int) -> None:
         counted = classes - int(not self.include_background)
         if counted < 1:
@@ -98,6 +108,8 @@ class ClassTerm(Term):
         if self.batch:
             sums = [_over_samples(s, regions) for s in sums]
         value, slopes = self.of_sums(*sums)
+        if statistics.for_target:
+            slopes = (*slopes, *self.of_target(*sums))
         count: Any = max(value.size, 1)
         if regions:
             voxels = statistics.voxels[:, None]

@@ -11,6 +11,7 @@ from fastloss.terms.per_class import ClassTerm
 
 _SIZES = ("predicted", "reference")
 _SQUARED = ("predicted_squared", "reference_squared")
+_EXPONENTS = {"square": -2.0, "simple": -1.0, "uniform": 0.0}
 
 
 class RegionTerm(ClassTerm):
@@ -60,8 +61,10 @@ class RegionTerm(ClassTerm):
 
     def formula(
         self, overlap: np.ndarray, predicted: np.ndarray, reference: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, ...]:
         """The value per class, its derivative by the overlap, and by the predicted size.
+
+        And by the reference size, if there is to be a gradient by the target.
 
         All arrays are (B, C), with 1 in place of B where ``batch`` and without class 0 where the
         background does not count. Where ``couples_classes``, the value is (B, 1).
@@ -83,9 +86,18 @@ class RegionTerm(ClassTerm):
         return ("overlap", *(_SQUARED if self.squared else _SIZES))
 
     def of_sums(self, *sums: np.ndarray) -> Any:
-        value, by_overlap, by_predicted = self.formula(*sums)
+        value, by_overlap, by_predicted, *_ = self.formula(*sums)
         _, size, _ = self.reads
         return value, (("overlap", by_overlap), (size, by_predicted))
+
+    def of_target(self, *sums: np.ndarray) -> Any:
+        found = self.formula(*sums)
+        if len(found) < 4:
+            raise TypeError(
+                f"target: the formula of {type(self).__name__} has no derivative by the reference "
+                "size, which the gradient by the target needs"
+            )
+        return ((self.reads[2], found[3]),)
 
 
 def ratio(
@@ -122,13 +134,14 @@ class Dice(RegionTerm):
 
     def formula(
         self, overlap: np.ndarray, predicted: np.ndarray, reference: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, ...]:
         dice, inverse = ratio(
             2.0 * overlap + self.smooth_nr,
             predicted + reference + self.smooth_dr,
             self.smooth_dr,
         )
-        return 1.0 - dice, -2.0 * inverse, dice * inverse
+        by_size = dice * inverse
+        return 1.0 - dice, -2.0 * inverse, by_size, by_size
 
 
 class Jaccard(RegionTerm):
@@ -141,13 +154,14 @@ class Jaccard(RegionTerm):
 
     def formula(
         self, overlap: np.ndarray, predicted: np.ndarray, reference: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, ...]:
         jaccard, inverse = ratio(
             overlap + self.smooth_nr,
             predicted + reference - overlap + self.smooth_dr,
             self.smooth_dr,
         )
-        return 1.0 - jaccard, -(1.0 + jaccard) * inverse, jaccard * inverse
+        by_size = jaccard * inverse
+        return 1.0 - jaccard, -(1.0 + jaccard) * inverse, by_size, by_size
 
 
 class Tversky(RegionTerm):
@@ -180,7 +194,7 @@ class Tversky(RegionTerm):
 
     def formula(
         self, overlap: np.ndarray, predicted: np.ndarray, reference: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, ...]:
         alpha, beta = self.alpha, self.beta
         shared = 1.0 - alpha - beta
         index, inverse = ratio(
@@ -188,23 +202,17 @@ class Tversky(RegionTerm):
             shared * overlap + alpha * predicted + beta * reference + self.smooth_dr,
             self.smooth_dr,
         )
-        value, by_overlap, by_predicted = (
-            1.0 - index,
-            (shared * index - 1.0) * inverse,
-            alpha * index * inverse,
-        )
+        by_size = index * inverse
+        value, by_overlap = 1.0 - index, (shared * index - 1.0) * inverse
         if self.gamma != 1.0:
             # Rounding can leave 1 − TI a little below 0, where a power has no value.
             base = np.maximum(value, 0.0)
             slope = np.zeros_like(base)
             np.power(base, self.gamma - 1.0, out=slope, where=base > 0)
             slope *= self.gamma
-            value, by_overlap, by_predicted = (
-                np.power(base, self.gamma),
-                slope * by_overlap,
-                slope * by_predicted,
-            )
-        return value, by_overlap, by_predicted
+            value = np.power(base, self.gamma)
+            by_overlap, by_size = slope * by_overlap, slope * by_size
+        return value, by_overlap, alpha * by_size, beta * by_size
 
 
 class GeneralizedDice(RegionTerm):
@@ -226,17 +234,38 @@ class GeneralizedDice(RegionTerm):
 
     def formula(
         self, overlap: np.ndarray, predicted: np.ndarray, reference: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, ...]:
         weight = self.class_weights(reference)
         dice, inverse = ratio(
             2.0 * (weight * overlap).sum(axis=1, keepdims=True) + self.smooth_nr,
             (weight * (predicted + reference)).sum(axis=1, keepdims=True) + self.smooth_dr,
             self.smooth_dr,
         )
-        return 1.0 - dice, -2.0 * weight * inverse, weight * dice * inverse
+        by_size = weight * dice * inverse
+        return 1.0 - dice, -2.0 * weight * inverse, by_size
+
+    def of_target(self, *sums: np.ndarray) -> Any:
+        overlap, predicted, reference = sums
+        weight = self.class_weights(reference)
+        dice, inverse = ratio(
+            2.0 * (weight * overlap).sum(axis=1, keepdims=True) + self.smooth_nr,
+            (weight * (predicted + reference)).sum(axis=1, keepdims=True) + self.smooth_dr,
+            self.smooth_dr,
+        )
+        by_weight = inverse * (dice * (predicted + reference) - 2.0 * overlap)
+        # An absent class has the weight of the smallest that is there.
+        there = reference > 0
+        smallest = reference == np.where(there, reference, np.inf).min(axis=1, keepdims=True)
+        moved = by_weight if self.weight is None else by_weight * self.weight
+        absent = np.where(there, 0.0, moved).sum(axis=1, keepdims=True)
+        moved = np.where(there, moved + absent * smallest, 0.0)
+        exponent = _EXPONENTS[self.weighting]
+        slope = np.zeros_like(reference)
+        np.power(reference, exponent - 1.0, out=slope, where=there)
+        return ((self.reads[2], weight * dice * inverse + exponent * slope * moved),)
 
     def class_weights(self, reference: np.ndarray) -> np.ndarray:
-        exponent = {"square": -2.0, "simple": -1.0, "uniform": 0.0}[self.weighting]
+        exponent = _EXPONENTS[self.weighting]
         there = reference > 0
         weight = np.zeros_like(reference)
         np.power(reference, exponent, out=weight, where=there)

@@ -13,7 +13,7 @@ from fastloss.backends.numba.kernels import inner
 
 
 class Voxel(NamedTuple):
-    """The inputs of a formula for one voxel and class, with q = 1−p and the powers p^γ and q^γ."""
+    """The inputs of a formula for one voxel and class: with q = 1−p, p^γ, q^γ, and the target g."""
 
     p: float
     q: float
@@ -22,6 +22,7 @@ class Voxel(NamedTuple):
     p_gamma: float
     q_gamma: float
     gamma: float
+    g: float
 
 
 class Function(NamedTuple):
@@ -56,6 +57,23 @@ def _focal_slope(p, log_p, q, q_gamma, gamma):
     return q_gamma - gamma * (0.0 if q == 0 else product(product(p, log_p), q_gamma / q))
 
 
+@inner
+def _difference(v):
+    """p − g, exact where both are near 1."""
+    return (1 - v.g) - v.q if v.p > 0.5 else v.p - v.g
+
+
+@inner
+def _sign(d):
+    return 1.0 if d > 0 else (-1.0 if d < 0 else d)
+
+
+@inner
+def _log_of_target(g):
+    """log g, and 0 where g is 0."""
+    return 0.0 if g == 0 else math.log(g)
+
+
 FUNCTIONS = {
     "one": Function("p", lambda v: 1.0, lambda v: 0.0),
     "p": Function("p", lambda v: v.p, lambda v: 1.0),
@@ -74,6 +92,17 @@ FUNCTIONS = {
     ),
     "generalized": Function(
         "log_p", lambda v: -math.expm1(v.gamma * v.log_p) / v.gamma, lambda v: -v.p_gamma
+    ),
+    "log_power": Function(
+        "log_p",
+        lambda v: (-v.log_p) ** v.gamma,
+        lambda v: 0.0 if v.log_p == 0 else -v.gamma * (-v.log_p) ** (v.gamma - 1),
+    ),
+    "error": Function("p", lambda v: abs(_difference(v)), lambda v: _sign(_difference(v))),
+    "sign": Function("p", lambda v: _sign(_difference(v)), lambda v: 0.0),
+    "log_ratio": Function("log_p", lambda v: _log_of_target(v.g) - v.log_p, lambda v: -1.0),
+    "log_ratio_rest": Function(
+        "log_q", lambda v: _log_of_target(1 - v.g) - v.log_q, lambda v: -1.0
     ),
 }
 

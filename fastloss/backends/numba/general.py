@@ -72,7 +72,7 @@ def _row_of_function(name: str, formula: Callable[..., Any]) -> Callable[..., An
     def row(t, r, gamma, to):
         for i in range(len(to)):
             p, q, log_p, log_q = t[P, i], t[Q, i], t[LOG_OF_P, i], t[LOG_OF_Q, i]
-            v = Voxel(p, q, log_p, log_q, r[POWER_OF_P, i], r[POWER_OF_Q, i], gamma)
+            v = Voxel(p, q, log_p, log_q, r[POWER_OF_P, i], r[POWER_OF_Q, i], gamma, t[TARGET, i])
             to[i] += product(r[WEIGHT_OF_SUM, i], formula(v))
 
     return named(row, f"row_of_{name}")

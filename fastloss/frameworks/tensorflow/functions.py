@@ -12,13 +12,14 @@ import tensorflow as tf
 
 
 class Probability(NamedTuple):
-    """p, 1−p, their logarithms, and where a class is the first of the largest logit."""
+    """p, 1−p, their logarithms, where a class is the first of the largest logit, and the target."""
 
     p: Any
     q: Any
     log_p: Any
     log_q: Any
     first: Any
+    g: Any = None
 
 
 class Function(NamedTuple):
@@ -52,6 +53,21 @@ def _focal_slope(p: Any, log_p: Any, q: Any, gamma: float) -> Any:
     return tf.pow(q, gamma) - gamma * tf.where(q == 0, tf.zeros_like(q), product)
 
 
+def _power_slope(loss: Any, gamma: float) -> Any:
+    """The derivative of (−log p)^γ by log p; at p = 1 that by the logit, which is 0."""
+    return -gamma * tf.where(loss == 0, tf.zeros_like(loss), tf.pow(loss, gamma - 1))
+
+
+def _difference(v: Probability) -> Any:
+    """p − g, exact where both are near 1."""
+    return tf.where(v.p > 0.5, (1 - v.g) - v.q, v.p - v.g)
+
+
+def _log_of_target(g: Any) -> Any:
+    """log g, and 0 where g is 0."""
+    return tf.math.log(tf.where(g == 0, tf.ones_like(g), g))
+
+
 FUNCTIONS = {
     "one": Function("p", _ones, None),
     "p": Function("p", lambda v, _: v.p, _ones),
@@ -72,6 +88,19 @@ FUNCTIONS = {
         "log_p",
         lambda v, gamma: -tf.math.expm1(gamma * v.log_p) / gamma,
         lambda v, gamma: -tf.pow(v.p, gamma),
+    ),
+    "log_power": Function(
+        "log_p",
+        lambda v, gamma: tf.pow(-v.log_p, gamma),
+        lambda v, gamma: _power_slope(-v.log_p, gamma),
+    ),
+    "error": Function(
+        "p", lambda v, _: tf.abs(_difference(v)), lambda v, _: tf.sign(_difference(v))
+    ),
+    "sign": Function("p", lambda v, _: tf.sign(_difference(v)), None),
+    "log_ratio": Function("log_p", lambda v, _: _log_of_target(v.g) - v.log_p, _minus_ones),
+    "log_ratio_rest": Function(
+        "log_q", lambda v, _: _log_of_target(1 - v.g) - v.log_q, _minus_ones
     ),
 }
 

@@ -75,7 +75,7 @@ def value(
     @tf.custom_gradient
     def differentiable(logits: Any) -> Any:
         inputs = call.inputs(logits, target, voxel_weight, extras)
-        v = activate(request.activation, inputs.x, call.axis)
+        v = activate(request.activation, inputs.x, call.axis)._replace(g=inputs.g)
         result, pullback = call.mapped(v, inputs) if loss.maps_voxels else call.combined(v, inputs)
         result = tf.cast(result, inputs.x.dtype)
         result.set_shape(shapes.value)

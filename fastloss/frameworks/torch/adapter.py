@@ -21,6 +21,7 @@ from fastloss.frameworks.torch.tensors import (
     no_second_derivative,
     plain,
     refuse_gradient,
+    requires_gradient,
 )
 from fastloss.naming import made, structure_of
 from fastloss.protocol import FusedLoss, LossLike, as_loss
@@ -54,7 +55,9 @@ class TorchAdapter(TensorAdapter):
         reuse_logits: bool = False,
         ranks: Ranks | None = None,
     ) -> Any:
-        refuse_gradient(target, "target")
+        by_target = not is_traced(logits) and requires_gradient(target)
+        if not by_target or reuse_logits or ranks is not None:
+            refuse_gradient(target, "target")
         refuse_gradient(voxel_weight, "voxel_weight")
         if extras is not None:
             for name, field in extras.fields:
@@ -94,11 +97,12 @@ class TorchAdapter(TensorAdapter):
         given_names = () if extras is None else extras.names
         if loss.lacks_regions(extras) or (loss.makers and loss.lacks(given_names)):
             # Made once, not again in the backward pass: autograd saves them, as it does others.
-            extras = loss.passes(logits, target, voxel_weight, extras).whole_extras
-        differentiable = torch.is_grad_enabled() and logits.requires_grad
+            constant = target.detach() if by_target else target
+            extras = loss.passes(logits, constant, voxel_weight, extras).whole_extras
+        differentiable = torch.is_grad_enabled() and (logits.requires_grad or by_target)
         if differentiable and reuse_logits:
             _check_reuse(logits)
-        if ranks is None and extras is None:
+        if ranks is None and extras is None and not by_target:
             ready = self.prepared(loss, logits, target, voxel_weight)
             if ready is not None:
                 call, addresses = ready
@@ -262,6 +266,8 @@ class _Value(torch.autograd.Function):
             with _about_reuse():
                 passes.check_output(passes.logits)
         ctx.first = 0
+        if ctx.needs_input_grad[1]:
+            passes.differentiate_target()
         if ranks is None:
             value, ctx.pullback = passes.forward()
         else:
@@ -302,7 +308,24 @@ class _Value(torch.autograd.Function):
             passes.apply(coefficients, view)
             return gradient  # type: ignore[no-any-return]
 
-        return _gradient(ctx, of, upstream[0], logits), None, None, None, None, None, None
+        found = _gradient(ctx, of, upstream[0], logits) if ctx.needs_input_grad[0] else None
+        by_target = None
+        if ctx.needs_input_grad[1]:
+            by_target = _by_target(ctx, passes, upstream[0], logits, target)
+        return found, by_target, None, None, None, None, None
+
+
+def _by_target(ctx: Any, passes: Any, upstream: Any, logits: Any, target: Any) -> torch.Tensor:
+    """The gradient by the target."""
+    if is_batched(upstream):
+        raise RuntimeError(
+            "target: its gradient is computed of one upstream gradient at a time, not of a batch"
+        )
+    coefficients = ctx.pullback(passes.upstream(upstream.detach()))
+    found = passes.target_gradient(coefficients, target.detach()).to(target.dtype)
+    if torch.is_grad_enabled():
+        found = _Once.apply(found, upstream, logits, target)
+    return found
 
 
 class _QueuedValue(torch.autograd.Function):

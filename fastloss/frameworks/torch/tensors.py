@@ -223,9 +223,14 @@ def bytes_of(tensor: torch.Tensor | None) -> Any:
         return None
 
 
+def requires_gradient(array: Any) -> bool:
+    """Whether autograd is to differentiate by this array."""
+    return isinstance(array, torch.Tensor) and array.requires_grad and torch.is_grad_enabled()
+
+
 def refuse_gradient(array: Any, name: str) -> None:
     """Raise TypeError for a tensor whose gradient would be lost without a word."""
-    if isinstance(array, torch.Tensor) and array.requires_grad and torch.is_grad_enabled():
+    if requires_gradient(array):
         raise TypeError(
             f"{name}: got a tensor that requires a gradient, but gradients flow to the logits "
             f"alone; pass {name}.detach()"
