@@ -169,7 +169,8 @@ FL_INLINE void sum_rows(const float* const (&rows)[R], int first, int count,
   constexpr int L = lanes<float>;
   auto add = [&](int v) __attribute__((always_inline)) {
 #if defined(__AVX512F__)
-    const __mmask16 some = __mmask16(_bzhi_u32(0xffff, uint32_t(v < count ? count - v : 0)));
+    const int left = count - v, within = left < 0 ? 0 : left > L ? L : left;
+    const __mmask16 some = __mmask16(_bzhi_u32(0xffff, uint32_t(within)));
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
       sums[r] += (Vec<float>)_mm512_maskz_loadu_ps(some, rows[r] + first + v);
