@@ -2,7 +2,7 @@
 //
 // Regions are Voronoi cells or lesions, so that a tile has a few dozen runs. What a voxel adds goes
 // to a row first, and each run is summed at once; what its gradient takes is written to rows, run
-// by run. As run lengths cannot be predicted, both treat kAtOnce vectors without a branch.
+// by run. As run lengths cannot be predicted, most runs are treated without a branch.
 #pragma once
 
 #include "tile.h"
@@ -10,7 +10,9 @@
 namespace {
 
 // Vectors of a run that are read or written whatever its length.
-constexpr int kAtOnce = lanes<float> < 16 ? 3 : 2;
+constexpr int kAtOnce = 2;
+// The prefetch distance of regions in tiles.
+constexpr int kTilesAhead = 3;
 // The voxels that a row has beyond those of a tile.
 constexpr int kBeyond = kAtOnce * lanes<float>;
 
@@ -91,7 +93,7 @@ void mark_changes(const S* p, int n, uint64_t* marks) {
 struct LabelRuns {
   static constexpr int kMost = kMaxTile / 8;  // a tile with more is computed in another way
   int count = 0;
-  int64_t region = -1;             // of all voxels, or −1
+  int64_t region = -1;  // of all voxels, or −1
   int32_t start[kMaxTile + 1 + 16];  // where each run begins, and where the last one ends
   int32_t row[kMost], label[kMost];
 
@@ -106,6 +108,8 @@ struct LabelRuns {
     const bool direct = a.axes == 1 && a.stride[0] == item && item < 8;
     const char* from = a.data + t.sample * a.batch_stride + t.voxel * item;
     if (!direct) t.load_regions();
+    // The hardware prefetcher does not follow rows that are read tile by tile.
+    for (int i = 0; direct && i < t.n * item; i += 64) prefetch(from + kTilesAhead * t.step * item + i);
     auto with_regions = [&](auto use) {
       if (!direct || a.dtype == DType::i32 || a.dtype == DType::u32)
         return use(direct ? (const int32_t*)from : t.region);
@@ -167,49 +171,105 @@ template <int R>
 FL_INLINE void sum_rows(const float* const (&rows)[R], int first, int count,
                         Vec<float> (&sums)[R]) {
   constexpr int L = lanes<float>;
-  auto add = [&](int v) __attribute__((always_inline)) {
 #if defined(__AVX512F__)
-    const int left = count - v, within = left < 0 ? 0 : left > L ? L : left;
-    const __mmask16 some = __mmask16(_bzhi_u32(0xffff, uint32_t(within)));
+  const uint32_t some = _bzhi_u32(~0u, uint32_t(count < 2 * L ? count : 2 * L));
+  const __mmask16 low = __mmask16(some), high = __mmask16(some >> L);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const __m512 v = _mm512_maskz_loadu_ps(low, rows[r] + first);
+    sums[r] = (Vec<float>)_mm512_mask_add_ps(v, high, v, _mm512_loadu_ps(rows[r] + first + L));
+  }
+  for (int v = 2 * L; v < count; v += L) {
+    const int left = count - v < L ? count - v : L;
+    const __mmask16 last = __mmask16(_bzhi_u32(0xffff, uint32_t(left)));
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
-      sums[r] += (Vec<float>)_mm512_maskz_loadu_ps(some, rows[r] + first + v);
+      sums[r] += (Vec<float>)_mm512_maskz_loadu_ps(last, rows[r] + first + v);
+  }
 #else
-    const IVec<float> some = first_lanes<float>(count - v);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sums[r] += keep<float>(some, load<float>(rows[r] + first + v));
-#endif
-  };
+  auto some = [&](int v) { return first_lanes<float>(count - v); };
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) sums[r] = Vec<float>{};
-#pragma GCC unroll 4
-  for (int u = 0; u < kAtOnce; ++u) add(u * L);
-  for (int v = kAtOnce * L; v < count; v += L) add(v);
+  int v = 0;
+  for (; v + L <= count; v += L)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[r] += load<float>(rows[r] + first + v);
+  if (v < count)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+      sums[r] += keep<float>(some(v), load<float>(rows[r] + first + v));
+#endif
 }
 
-// The totals of four vectors.
-struct Four {
-  double number[4];
-};
-FL_INLINE Four totals(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
+// to += the totals of four vectors.
+FL_INLINE void add_totals(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, double* to) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
-  auto halves = [](Vec<float> v) {
-    return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  // Sums of two vectors at a time, then of the four 128-bit lanes.
+  auto pair = [](Vec<float> u, Vec<float> v) {
+    return _mm512_add_ps(_mm512_unpacklo_ps((__m512)u, (__m512)v),
+                         _mm512_unpackhi_ps((__m512)u, (__m512)v));
   };
+  const __m512 ab = pair(a, b), cd = pair(c, d);
+  const __m512 all =
+      _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 both = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
 #else
-  auto halves = [](Vec<float> v) { return (__m256)v; };
+  const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b),
+                                     _mm256_hadd_ps((__m256)c, (__m256)d));
 #endif
-  const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(halves(a), halves(b)),
-                                     _mm256_hadd_ps(halves(c), halves(d)));
   const __m128 sum = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
-  Four result;
-  _mm256_storeu_pd(result.number, _mm256_cvtps_pd(sum));
-  return result;
+  _mm256_storeu_pd(to, _mm256_add_pd(_mm256_loadu_pd(to), _mm256_cvtps_pd(sum)));
 #else
-  return {{total<float>(a), total<float>(b), total<float>(c), total<float>(d)}};
+  to[0] += total<float>(a);
+  to[1] += total<float>(b);
+  to[2] += total<float>(c);
+  to[3] += total<float>(d);
 #endif
 }
+
+// The sums over runs of some regions and labels. Few are met in a block: each has a place, from
+// which another one that needs it moves it on, to the sums of the block.
+template <int N>
+class RunSums {
+ public:
+  explicit RunSums(int64_t classes) : classes_(int(classes)) {}
+
+  // The N sums of a region and label, to which `voxels` more are counted. pass(row, label, voxels,
+  // sums) moves others on.
+  template <class Pass>
+  FL_INLINE double* of(int row, int label, int voxels, const Pass& pass) {
+    const int place = (row * classes_ + label) % kPlaces;
+    Cell& cell = cells_[place];
+    if (cell.row != row || cell.label != label) {
+      clear(cell, pass);
+      cell.row = row, cell.label = label;
+    }
+    cell.voxels += voxels;
+    return cell.sums;
+  }
+  // Moves all on.
+  template <class Pass>
+  void finish(const Pass& pass) {
+    for (Cell& cell : cells_) clear(cell, pass);
+  }
+
+ private:
+  static constexpr int kPlaces = 64;
+  struct Cell {
+    double sums[N] = {};
+    int64_t voxels = 0;
+    int32_t row = -1, label = -1;
+  };
+  int classes_;
+  Cell cells_[kPlaces];
+
+  template <class Pass>
+  void clear(Cell& cell, const Pass& pass) {
+    if (cell.voxels) pass(cell.row, cell.label, double(cell.voxels), cell.sums);
+    cell = Cell();
+  }
+};
 
 // Writes R numbers to as many rows, each to `count` voxels from `first` on and up to kBeyond voxels
 // beyond.

@@ -271,42 +271,58 @@ struct RegionSums {
   }
 };
 
+// The sums over runs: of two classes of p of the label, p of the other class, and the label's loss;
+// of three and four those of every class's p, and the loss.
+constexpr int kRunSums = 5;
+
+// Passes them on to the sums of a block.
+struct PassRunSums {
+  const RegionSums& to;
+  int classes;
+
+  void operator()(int row, int label, double voxels, const double* sums) const {
+    const ClassSums here = to.of(row);
+    to.weights[row] += voxels;
+    here.reference[label] += voxels;
+    const bool two = classes == 2;
+    here.overlap[label] += sums[two ? 0 : label];
+    here.loss[label] += sums[classes];
+    if (two) {
+      here.predicted[label] += sums[0];
+      here.predicted[1 - label] += sums[1];
+    }
+    for (int c = 0; !two && c < classes; ++c) here.predicted[c] += sums[c];
+  }
+};
+
 // Adds a tile of two classes, by its runs.
-inline void reduce_two_runs(Tile<float>& t, const LabelRuns& runs, const RegionSums& to) {
+inline void reduce_two_runs(Tile<float>& t, const LabelRuns& runs, RunSums<kRunSums>& sums,
+                            const PassRunSums& pass) {
   two_region_rows(t);
   const float* const rows[3] = {t.row(kA), t.row(kB), t.row(kC)};
   for (int i = 0; i < runs.count; ++i) {
-    const int first = runs.start[i], count = runs.start[i + 1] - first, label = runs.label[i];
-    Vec<float> sums[3];
-    sum_rows(rows, first, count, sums);
-    const Four all = totals(sums[0], sums[1], sums[2], Vec<float>{});
-    const ClassSums here = to.of(runs.row[i]);
-    to.weights[runs.row[i]] += count;
-    here.reference[label] += count;
-    here.overlap[label] += all.number[0];
-    here.predicted[label] += all.number[0];
-    here.predicted[1 - label] += all.number[1];
-    here.loss[label] += all.number[2];
+    const int first = runs.start[i], count = runs.start[i + 1] - first;
+    Vec<float> each[3];
+    sum_rows<3>(rows, first, count, each);
+    add_totals(each[0], each[1], each[2], Vec<float>{},
+               sums.of(runs.row[i], runs.label[i], count, pass));
   }
 }
 
 // Adds a tile of C classes, of which `few_class_rows` has filled the rows, by its runs.
 template <int C>
-void add_few_runs(Tile<float>& t, const LabelRuns& runs, const RegionSums& to) {
+void add_few_runs(Tile<float>& t, const LabelRuns& runs, RunSums<kRunSums>& sums,
+                  const PassRunSums& pass) {
   const float* rows[C + 1];
   for (int c = 0; c < C; ++c) rows[c] = t.second + c * t.stride;
   rows[C] = t.row(kB);
   for (int i = 0; i < runs.count; ++i) {
-    const int first = runs.start[i], count = runs.start[i + 1] - first, label = runs.label[i];
-    Vec<float> sums[C + 1];
-    sum_rows<C + 1>(rows, first, count, sums);
-    const Four all = totals(sums[0], sums[1], sums[2], sums[3]);
-    const ClassSums here = to.of(runs.row[i]);
-    to.weights[runs.row[i]] += count;
-    here.reference[label] += count;
-    here.overlap[label] += all.number[label];
-    for (int c = 0; c < C; ++c) here.predicted[c] += all.number[c];
-    here.loss[label] += C == 3 ? all.number[3] : total<float>(sums[C]);
+    const int first = runs.start[i], count = runs.start[i + 1] - first;
+    Vec<float> each[C + 1];
+    sum_rows<C + 1>(rows, first, count, each);
+    double* to = sums.of(runs.row[i], runs.label[i], count, pass);
+    add_totals(each[0], each[1], each[2], each[3], to);
+    if (C == 4) to[4] += total<float>(each[C]);
   }
 }
 
@@ -336,20 +352,29 @@ void reduce_softmax_regions(const Job& job, int64_t sample, const Blocks& blocks
   const bool logs = job.slots.cross_entropy >= 0, two = job.classes == 2;
   LabelRuns runs;
   bool in_runs = false;
+  RunSums<kRunSums> sums(job.classes);
+  int64_t block = 0;
+  auto pass_on = [&] {
+    const RegionSums to(job, blocks, block);
+    sums.finish(PassRunSums{to, int(job.classes)});
+  };
   auto move = [&](Tile<T>& t, int64_t v) {
+    if (blocks.of(v) != block) pass_on();
+    block = blocks.of(v);
     t.keeps_bytes = two && sizeof(T) == 4;
     in_runs = move_to_runs(
         t, runs, [&] { t.move(v, blocks.tile(v, t.step), &blocks.faults[blocks.of(v)]); });
   };
   auto few = [&](Tile<T>& t) {
-    const RegionSums to(job, blocks, blocks.of(t.voxel));
+    const RegionSums to(job, blocks, block);
+    [[maybe_unused]] const PassRunSums pass{to, int(job.classes)};
     if constexpr (kRegionRuns<T>)
       if (in_runs) {
         // A tile of one region is like any of a sample that is one row.
         const int64_t row = runs.region;
         if (two) {
           if (row >= 0) reduce_two_classes(t, to.sums + row * to.row, to.weights + row);
-          else reduce_two_runs(t, runs, to);
+          else reduce_two_runs(t, runs, sums, pass);
           return Few::done;
         }
         if constexpr (kPicks<T>) {
@@ -358,7 +383,7 @@ void reduce_softmax_regions(const Job& job, int64_t sample, const Blocks& blocks
               constexpr int C = decltype(count)::value;
               if (!few_class_rows<decltype(number), C, decltype(one)::value>(t, only, logs))
                 return false;
-              add_few_runs<C>(t, runs, to);
+              add_few_runs<C>(t, runs, sums, pass);
               return true;
             });
           if (known != Few::done) t.find_regions();
@@ -370,7 +395,7 @@ void reduce_softmax_regions(const Job& job, int64_t sample, const Blocks& blocks
     return Few::done;
   };
   auto finish_tile = [&](Tile<T>& t, Tile<T>*) {
-    const RegionSums to(job, blocks, blocks.of(t.voxel));
+    const RegionSums to(job, blocks, block);
     double all = 0;  // of which each region has its own part
     with_constant(t.ones,
                   [&](auto ones) { reduce_voxels<decltype(ones)::value, false>(t, logs, &all); });
@@ -378,6 +403,7 @@ void reduce_softmax_regions(const Job& job, int64_t sample, const Blocks& blocks
   };
   over_tiles<false, T>(job, sample, blocks.first, blocks.last, scratch, false, move, few,
                        finish_tile);
+  pass_on();
 }
 
 // Fills the rows that `label_gradients` reads, with the coefficients of each voxel's region, and
