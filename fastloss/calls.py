@@ -200,6 +200,8 @@ class Passes:
         places = (self.logits.place, self.target.place, self.voxel_weight and self.voxel_weight[2])
         given: dict[str, Any] = {}
         self._extras = extras or _NO_EXTRAS
+        self._region_bounds = (0, 0)
+        """The least and the largest number of the regions given, in the processor's memory."""
         if extras is not None or loss.field_names:
             given = self._borrow(self._extras)
             places += tuple(b.place for b in self.more.values())
@@ -245,9 +247,11 @@ class Passes:
                 "region_count: expected how many regions a sample has at most, as to look for it "
                 "would wait for the GPU, got None"
             )
+        array = regions.array
+        if regions.place is None and array.dtype.kind in "iu" and array.size:
+            self._region_bounds = int(array.min()), int(array.max())
         if rows is None:
-            integers = regions.array.dtype.kind in "iu" and regions.array.size
-            rows = max(int(regions.array.max()) + 1, 1) if integers else 1
+            rows = max(self._region_bounds[1] + 1, 1)
         return {"fields": fields, "regions": regions, "rows": rows}
 
     def _make_fields(self, target: Any) -> None:
@@ -359,13 +363,10 @@ class Passes:
 
     def _check_regions(self) -> None:
         """Raise ValueError for numbers that are no region."""
-        regions, rows = self.arrays.regions, self.arrays.rows
-        assert regions is not None
-        if regions.size:
-            least, most = int(regions.min()), int(regions.max())
-            if least < -1 or most >= rows:
-                wrong = least if least < -1 else most
-                raise ValueError(f"regions: expected numbers in [-1, {rows}), got {wrong}")
+        (least, most), rows = self._region_bounds, self.arrays.rows
+        if least < -1 or most >= rows:
+            wrong = least if least < -1 else most
+            raise ValueError(f"regions: expected numbers in [-1, {rows}), got {wrong}")
 
     def _check_holes(self, voxels: np.ndarray) -> None:
         """Raise ValueError for a number without voxels below another one of the same sample."""

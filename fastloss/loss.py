@@ -216,7 +216,7 @@ class Term:
     def make_regions(self, target: Target, spacing: Spacing) -> tuple[np.ndarray, int]:
         """For a `regional` term: the regions of a target, and how many a sample has at most.
 
-        Both arrays are NumPy's; the regions are (B, *spatial) of int16 or int32.
+        Both arrays are NumPy's; the regions are (B, *spatial) of int8, int16 or int32.
 
         Raises:
             ValueError: they cannot be made of such a target.

@@ -193,8 +193,10 @@ inline int tile_voxels(int64_t classes) {
 inline int64_t block_voxels(int64_t classes, int64_t voxels, int64_t sums = 0) {
   int64_t tile = tile_voxels(classes);
   int64_t wanted = 16384 / (classes > 0 ? classes : 1);
-  // Bounds the memory of the sums, which many regions multiply.
-  int64_t blocks = sums > 8192 ? (int64_t(1) << 22) / sums : 512;
+  // Bounds the work on the sums of regions, which are many where regions are.
+  int64_t blocks = 512;
+  if (sums > 2048) blocks = (int64_t(1) << 20) / sums;
+  if (blocks < 64) blocks = (int64_t(1) << 22) / sums < 64 ? (int64_t(1) << 22) / sums : 64;
   if (blocks < 4) blocks = 4;
   if (wanted < voxels / blocks) wanted = voxels / blocks;
   wanted = (wanted + tile - 1) / tile * tile;

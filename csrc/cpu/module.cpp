@@ -377,39 +377,90 @@ class Passes {
   };
 
   static void run_reduce(const Job& job, double* sums, double* voxels, Faults* faults) {
+    std::fill(sums, sums + job.slots.count * job.batch * job.rows * job.classes, 0.0);
+    std::fill(voxels, voxels + job.batch * job.rows, 0.0);
     const Plan plan(job);
-    const int64_t blocks = plan.blocks, count = job.batch * blocks, rows = job.rows;
+    std::vector<Faults> found(size_t(job.batch * plan.blocks));
+    if (job.regions) reduce_regions(job, plan, sums, voxels, found.data());
+    else reduce_samples(job, plan, sums, voxels, found.data());
+    for (const Faults& each : found) faults->add(each);
+  }
+
+  // Adds a block's sums of a row, and its voxel weight.
+  static void add_row(const Job& job, int64_t row, const double* from, double weight, double* sums,
+                      double* voxels) {
+    voxels[row] += weight;
+    for (int64_t s = 0; s < job.slots.count; ++s) {
+      double* to = sums + (s * job.batch * job.rows + row) * job.classes;
+      for (int64_t c = 0; c < job.classes; ++c) to[c] += from[s * job.classes + c];
+    }
+  }
+
+  // Sums of blocks are added in their order.
+  static void reduce_samples(const Job& job, const Plan& plan, double* sums, double* voxels,
+                             Faults* found) {
+    const int64_t blocks = plan.blocks, count = job.batch * blocks;
     const int64_t row = (job.slots.count + 1) * job.classes;  // see Blocks
-    const int64_t size = rows * row, wanted = job.slots.count * job.classes;
-    std::vector<double> partial(size_t(count * size)), weights(size_t(count * rows));
-    std::vector<Faults> found(static_cast<size_t>(count));
-    Tallies tallies(job, sums + wanted * job.batch * rows);
+    std::vector<double> partial(size_t(count * row)), weights(static_cast<size_t>(count));
+    Tallies tallies(job, sums + job.slots.count * job.batch * job.classes);
     parallel(job.batch * plan.ranges, kernels->scratch_size(job), [&](int64_t i, void* scratch) {
-      int64_t sample = i / plan.ranges, first = i % plan.ranges * plan.range;
-      int64_t last = std::min(first + plan.range, blocks), place = sample * blocks + first;
-      const int64_t voxels = std::min(last * plan.block, job.voxels) - first * plan.block;
-      Blocks here = {first * plan.block,
-                     std::min(last * plan.block, job.voxels),
-                     plan.block,
-                     partial.data() + place * size,
-                     &weights[size_t(place * rows)],
-                     &found[size_t(place)],
-                     job.histograms ? tallies.of_thread(sample, voxels) : nullptr};
+      const int64_t sample = i / plan.ranges, first = i % plan.ranges * plan.range;
+      const int64_t last = std::min(first + plan.range, blocks), place = sample * blocks + first;
+      const int64_t begin = first * plan.block, end = std::min(last * plan.block, job.voxels);
+      const Blocks here = {begin,
+                           end,
+                           plan.block,
+                           partial.data() + place * row,
+                           &weights[size_t(place)],
+                           found + place,
+                           job.histograms ? tallies.of_thread(sample, end - begin) : nullptr};
       kernels->reduce(job, sample, here, scratch);
     });
     tallies.finish();
-    std::fill(sums, sums + wanted * job.batch * rows, 0.0);
-    std::fill(voxels, voxels + job.batch * rows, 0.0);
-    for (int64_t i = 0; i < count; ++i) {
-      faults->add(found[size_t(i)]);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t to_row = i / blocks * rows + r;
-        voxels[to_row] += weights[size_t(i * rows + r)];
-        for (int64_t s = 0; s < job.slots.count; ++s) {
-          double* to = sums + (s * job.batch * rows + to_row) * job.classes;
-          const double* from = partial.data() + i * size + r * row + s * job.classes;
-          for (int64_t c = 0; c < job.classes; ++c) to[c] += from[c];
+    for (int64_t i = 0; i < count; ++i)
+      add_row(job, i / blocks, partial.data() + i * row, weights[size_t(i)], sums, voxels);
+  }
+
+  // A block has voxels of few regions: a range keeps the sums of those alone.
+  static void reduce_regions(const Job& job, const Plan& plan, double* sums, double* voxels,
+                             Faults* found) {
+    const int64_t row = (job.slots.count + 1) * job.classes, rows = job.rows;  // see Blocks
+    struct Part {
+      std::vector<int64_t> rows;
+      std::vector<double> numbers;  // of each, its weight and its sums
+    };
+    const int64_t count = job.batch * plan.ranges;
+    std::vector<Part> parts(static_cast<size_t>(count));
+    const size_t own = (kernels->scratch_size(job) + 63) / 64 * 64;
+    const size_t table = size_t(rows * (row + 1)) * sizeof(double);
+    parallel(count, own + table, [&](int64_t i, void* scratch) {
+      const int64_t sample = i / plan.ranges, first = i % plan.ranges * plan.range;
+      const int64_t last = std::min(first + plan.range, plan.blocks);
+      Part& part = parts[size_t(i)];
+      double *weights = reinterpret_cast<double*>(static_cast<char*>(scratch) + own),
+             *partial = weights + rows;
+      for (int64_t block = first; block < last; ++block) {
+        std::memset(weights, 0, table);
+        const Blocks here = {block * plan.block,
+                             std::min((block + 1) * plan.block, job.voxels),
+                             plan.block,
+                             partial,
+                             weights,
+                             found + sample * plan.blocks + block};
+        kernels->reduce(job, sample, here, scratch);
+        for (int64_t r = 0; r < rows; ++r) {
+          if (weights[r] == 0) continue;
+          part.rows.push_back(sample * rows + r);
+          part.numbers.push_back(weights[r]);
+          part.numbers.insert(part.numbers.end(), partial + r * row, partial + (r + 1) * row);
         }
+      }
+    });
+    for (const Part& part : parts) {
+      const double* from = part.numbers.data();
+      for (int64_t r : part.rows) {
+        add_row(job, r, from + 1, from[0], sums, voxels);
+        from += row + 1;
       }
     }
   }

@@ -118,6 +118,29 @@ bool reduce_few_classes(Tile<float>& t, int only, const ClassSums& to) {
   return true;
 }
 
+// Writes rows of every class's p to `second`, and of the label's loss. Returns false, and the rows
+// are invalid, if some logit is too large.
+template <class S, int C, bool kOne>
+bool few_class_rows(Tile<float>& t, int only, bool logs) {
+  using T = float;
+  FewClasses<S, C, kOne> classes(t, only);
+  T *losses = t.row(kB), *to[C];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) to[c] = t.second + classes.number[c] * t.stride;
+  classes.each(t.padded,
+               [&](int64_t v, const Vec<T>(&e)[C], IVec<T> y) __attribute__((always_inline)) {
+                 auto [own, rest] = own_and_rest<C, kOne>(e, y);
+                 const Vec<T> sum = own + rest, both = T(1) / (sum * own), inverse = both * own;
+#pragma GCC unroll 4
+                 for (int c = 0; c < C; ++c) store<T>(to[c] + v, e[c] * inverse);
+                 store<T>(losses + v, rest * (sum * both));
+               });
+  if (!classes.extent.within(kNear)) return false;
+  for (int64_t v = 0, end = logs ? t.padded : 0; v < end; v += lanes<T>)
+    store<T>(losses + v, log_one_plus<T>(load<T>(losses + v)));
+  return true;
+}
+
 // Adds the other sums, read from those rows.
 template <int C, bool kOne, bool kLogs>
 void reduce_few_labels(Tile<float>& t, int only, const ClassSums& to) {
@@ -155,43 +178,56 @@ void reduce_few_labels(Tile<float>& t, int only, const ClassSums& to) {
   }
 }
 
-// Writes the gradients to rows of `second`. Returns false, and the rows are invalid, if some logit
-// is too large.
-template <class S, int C, bool kOne>
-bool apply_few_classes(Tile<float>& t, int only) {
+// The derivatives by the sums of C classes, which a tile's voxels share.
+template <class T, int C, bool kOne>
+struct SharedSlopes {
+  Vec<T> overlap, region, loss, k[C];
+
+  FL_INLINE SharedSlopes(const Tile<T>& t, const int64_t (&number)[C]) {
+    const auto& s = t.job.slots;
+    auto table = [&](int slot) {
+      const T* by_class = coefficients(t, slot);
+      T numbers[lanes<T> < C ? C : lanes<T>] = {};
+      for (int c = 0; by_class && c < C; ++c) numbers[c] = by_class[c];
+      return kOne ? splat<T>(numbers[number[0]]) : load<T>(numbers);
+    };
+    overlap = table(s.overlap), region = table(s.predicted), loss = table(s.cross_entropy);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      k[c] = splat<T>(s.predicted >= 0 ? coefficients(t, s.predicted)[number[c]] : T(0));
+  }
+  FL_INLINE Vec<T> of_class(int c, int64_t) const { return k[c]; }
+  FL_INLINE Vec<T> at_overlap(int64_t, IVec<T> y) const { return kOne ? overlap : pick(overlap, y); }
+  FL_INLINE Vec<T> at_region(int64_t, IVec<T> y) const { return kOne ? region : pick(region, y); }
+  FL_INLINE Vec<T> at_loss(int64_t, IVec<T> y) const { return kOne ? loss : pick(loss, y); }
+};
+
+// Writes the gradients to rows of `second`. make(number) gives the derivatives, where `number` has
+// the classes in the order of the loop. Returns false, and the rows are invalid, if some logit is
+// too large.
+template <class S, int C, bool kOne, class Make>
+bool apply_few_classes(Tile<float>& t, int only, const Make& make) {
   using T = float;
-  const auto& s = t.job.slots;
   FewClasses<S, C, kOne> classes(t, only);
-  // The derivatives by overlap, predicted and cross-entropy.
-  auto table = [&](int slot) {
-    const T* by_class = coefficients(t, slot);
-    T numbers[lanes<T> < C ? C : lanes<T>] = {};
-    for (int c = 0; by_class && c < C; ++c) numbers[c] = by_class[c];
-    return kOne ? splat<T>(numbers[only]) : load<T>(numbers);
-  };
-  const Vec<T> overlap = table(s.overlap), region = table(s.predicted);
-  const Vec<T> loss = table(s.cross_entropy);
-  Vec<T> k[C];
+  const auto slopes = make(classes.number);
   T* to[C];
 #pragma GCC unroll 4
-  for (int c = 0; c < C; ++c) {
-    const int64_t number = classes.number[c];
-    k[c] = splat<T>(s.predicted >= 0 ? coefficients(t, s.predicted)[number] : T(0));
-    to[c] = t.second + number * t.stride;
-  }
+  for (int c = 0; c < C; ++c) to[c] = t.second + classes.number[c] * t.stride;
   classes.each(t.padded,
                [&](int64_t v, const Vec<T>(&e)[C], IVec<T> y) __attribute__((always_inline)) {
                  auto [own, rest] = own_and_rest<C, kOne>(e, y);
-                 Vec<T> others{};
+                 Vec<T> others{}, k[C];
+#pragma GCC unroll 4
+                 for (int c = 0; c < C; ++c) k[c] = slopes.of_class(c, v);
 #pragma GCC unroll 4
                  for (int c = kOne; c < C; ++c) {
                    const Vec<T> sum = others + e[c] * k[c];
                    others = kOne ? sum : select<T>(y == class_number<T>(c), others, sum);
                  }
-                 auto at = [&](auto of_classes) { return kOne ? of_classes : pick(of_classes, y); };
                  const Vec<T> inverse = T(1) / (rest + own);
-                 const LabelGradient<T> g(own, rest, inverse, others * inverse, at(overlap),
-                                          at(region), at(loss));
+                 const LabelGradient<T> g(own, rest, inverse, others * inverse,
+                                          slopes.at_overlap(v, y), slopes.at_region(v, y),
+                                          slopes.at_loss(v, y));
                  const Vec<T> turn = once(inverse * g.turn);
 #pragma GCC unroll 4
                  for (int c = 0; c < C; ++c) {
@@ -260,7 +296,9 @@ template <class T>
 Few apply_few(Tile<T>& t) {
   return few_classes(t, [&](auto number, auto count, auto one, int only) {
     constexpr int C = decltype(count)::value;
-    if (!apply_few_classes<decltype(number), C, decltype(one)::value>(t, only)) return false;
+    constexpr bool kOne = decltype(one)::value;
+    auto slopes = [&](const int64_t(&order)[C]) { return SharedSlopes<T, C, kOne>(t, order); };
+    if (!apply_few_classes<decltype(number), C, kOne>(t, only, slopes)) return false;
     write_few_classes(t);
     return true;
   });

@@ -5,6 +5,7 @@
 // run. Regions are Voronoi cells or lesions, so that most runs are tens of voxels.
 #pragma once
 
+#include "region_runs.h"
 #include "softmax_labels.h"
 #include "two_classes.h"
 
@@ -98,8 +99,8 @@ struct RegionTable {
 
 // Of two classes, the rows of m p of the label, of the other class, and of the label's loss.
 // Returns false if `kEven` and some voxel has a NaN or two equal infinities.
-template <bool kEven, class T, class S, class Labels>
-bool two_region_rows(Tile<T>& t, const S* x0, const S* x1, const Labels& labels, bool logs) {
+template <bool kEven, bool kLogs, class T, class S, class Labels>
+bool two_region_rows(Tile<T>& t, const S* x0, const S* x1, const Labels& labels) {
   T *to_own = t.row(kA), *to_other = t.row(kB), *to_loss = t.row(kC);
   const T* m = t.row(kWeight);
   const IVec<T> sign = bits<T>(splat<T>(T(-0.0)));
@@ -116,7 +117,7 @@ bool two_region_rows(Tile<T>& t, const S* x0, const S* x1, const Labels& labels,
     const Vec<T> big = T(1) / (e + T(1)), little = e * big;
     const IVec<T> more = bits<T>(z) < 0;
     Vec<T> own = select<T>(more, big, little), other = select<T>(more, little, big);
-    Vec<T> loss = logs ? log_one_plus_small(e) + larger(splat<T>(0), z) : Vec<T>{};
+    Vec<T> loss = kLogs ? log_one_plus_small(e) + larger(splat<T>(0), z) : Vec<T>{};
     if (kEven) {
       probe += own;
     } else {
@@ -132,12 +133,19 @@ bool two_region_rows(Tile<T>& t, const S* x0, const S* x1, const Labels& labels,
   return !any<T>(probe != probe);
 }
 
+template <class T>
+void two_region_rows(Tile<T>& t) {
+  with_labels(t, [&](auto even, auto x0, auto x1, const auto& labels) {
+    constexpr bool kEven = decltype(even)::value;
+    return t.job.slots.cross_entropy >= 0 ? two_region_rows<kEven, true>(t, x0, x1, labels)
+                                          : two_region_rows<kEven, false>(t, x0, x1, labels);
+  });
+}
+
 // Adds a tile of two classes and several regions to the sums of its block.
 template <class T>
-void reduce_two_regions(Tile<T>& t, bool logs, double* sums, double* weights) {
-  with_labels(t, [&](auto even, auto x0, auto x1, const auto& labels) {
-    return two_region_rows<decltype(even)::value>(t, x0, x1, labels, logs);
-  });
+void reduce_two_regions(Tile<T>& t, double* sums, double* weights) {
+  two_region_rows(t);
   int64_t of_tile = -1;
   if (!t.label_bytes) of_tile = t.only_label();
   else if (t.ones_among == 0 || t.ones_among == t.n) of_tile = t.ones_among > 0;
@@ -179,46 +187,51 @@ void reduce_two_regions(Tile<T>& t, bool logs, double* sums, double* weights) {
   });
 }
 
-// Of two classes, the gradient by x₁; see `two_label_gradients`, whose four coefficients are rows
-// here: `region` and `loss`, each for label 0 and, in the next row, for label 1.
-template <bool kEven, class T, class S, class Labels>
-bool two_region_gradients(Tile<T>& t, const S* x0, const S* x1, const Labels& labels, T* gradient) {
-  const T *region0 = t.row(kD), *region1 = t.row(kE), *loss0 = t.row(kF), *loss1 = t.row(kG);
-  const T* m = t.row(kWeight);
-  const NearExponential<T> exponential;
-  Vec<T> probe{};
-  for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
-    prefetch(x0 + v + kPrefetch);
-    prefetch(x1 + v + kPrefetch);
-    const Vec<T> a = load_as<S, T>(x0 + v), b = load_as<S, T>(x1 + v);
-    const IVec<T> zero = labels.zero(v);
-    Vec<T> z = choose<Labels, T>(zero, b - a, a - b);
-    if (!kEven) z = drop<T>(a == b, z);  // equal infinities: p = ½
-    z = larger(splat<T>(kNothing<T>), smaller(splat<T>(-Numbers<T>::smallest_exponent), z));
-    const Vec<T> e = exponential(z), own = T(1) / (e + T(1)), other = e * own;
-    if (kEven) probe += own;
-    const Vec<T> region = choose<Labels, T>(zero, load<T>(region0 + v), load<T>(region1 + v));
-    const Vec<T> loss = choose<Labels, T>(zero, load<T>(loss0 + v), load<T>(loss1 + v));
-    Vec<T> g = other * (own * region + loss);
-    if (!kEven) g *= load<T>(m + v);
-    store<T>(gradient + v, g);
+// The derivatives of two classes by the sums of each voxel's region, as rows: of a voxel of label 0,
+// and of label 1. See `SharedTwo`.
+template <class T>
+struct RegionTwo {
+  const T *region0, *region1, *loss0, *loss1;
+
+  template <class Labels>
+  FL_INLINE Pair<T> at(int64_t v, IVec<T> zero) const {
+    return {choose<Labels, T>(zero, load<T>(region0 + v), load<T>(region1 + v)),
+            choose<Labels, T>(zero, load<T>(loss0 + v), load<T>(loss1 + v))};
   }
-  return !any<T>(probe != probe);
+};
+// The same of each voxel's region and label.
+template <class T>
+struct RunTwo {
+  const T *region, *loss;
+
+  template <class Labels>
+  FL_INLINE Pair<T> at(int64_t v, IVec<T>) const {
+    return {load<T>(region + v), load<T>(loss + v)};
+  }
+};
+
+// The numbers of `RegionTwo` of a region.
+template <class T>
+void two_numbers(const Job& job, int64_t sample, int64_t row, T* numbers) {
+  const auto& s = job.slots;
+  const RegionTable<T> overlap(job, s.overlap, sample, row);
+  const RegionTable<T> region(job, s.predicted, sample, row);
+  const RegionTable<T> loss(job, s.cross_entropy, sample, row);
+  const T turn = region.number[1] - region.number[0];
+  numbers[0] = turn - overlap.number[0];
+  numbers[1] = turn + overlap.number[1];
+  numbers[2] = loss.number[0];
+  numbers[3] = -loss.number[1];
 }
 
 // Writes the gradient of a tile of two classes and several regions.
 template <class T>
 void apply_two_regions(Tile<T>& t) {
   constexpr int L = lanes<T>;
-  const auto& s = t.job.slots;
   T* rows[4] = {t.row(kD), t.row(kE), t.row(kF), t.row(kG)};
   auto fill = [&](int64_t row, int first, int end) {
-    const RegionTable<T> overlap(t.job, s.overlap, t.sample, row);
-    const RegionTable<T> region(t.job, s.predicted, t.sample, row);
-    const RegionTable<T> loss(t.job, s.cross_entropy, t.sample, row);
-    const T turn = region.number[1] - region.number[0];
-    const T numbers[4] = {turn - overlap.number[0], turn + overlap.number[1], loss.number[0],
-                          -loss.number[1]};
+    T numbers[4];
+    two_numbers(t.job, t.sample, row, numbers);
     for (int i = 0; i < 4; ++i) {
       int v = first;
       // Vectors run over into the next run, which is filled after, but not into the next row.
@@ -230,60 +243,167 @@ void apply_two_regions(Tile<T>& t) {
     fill(t.region[t.run_start[i]], t.run_start[i], t.run_start[i + 1]);
   if (t.n < t.padded) fill(-1, t.n, t.padded);
   T* gradient = t.row(kC);
+  const RegionTwo<T> slopes{rows[0], rows[1], rows[2], rows[3]};
   with_labels(t, [&](auto even, auto x0, auto x1, const auto& labels) {
-    return two_region_gradients<decltype(even)::value>(t, x0, x1, labels, gradient);
+    return two_label_gradients<decltype(even)::value>(t, x0, x1, labels, slopes, gradient);
   });
-  write_rows(t, t.second, t.x, [&](const auto& row, const auto& put) {
-    put.opposites(gradient, t.padded, row(1), row(0));
-  });
+  write_opposites(t, gradient);
 }
 
-// Whether a tile of one region is computed by the path of few classes.
+// The places of a block's sums, (rows, S + 1, C) and (rows,).
+struct RegionSums {
+  double *sums, *weights;
+  int64_t row;  // numbers
+  int64_t reference, overlap, predicted, loss;
+
+  RegionSums(const Job& job, const Blocks& blocks, int64_t block) {
+    const auto& s = job.slots;
+    auto slot = [&](int which) { return (which >= 0 ? which : s.count) * job.classes; };
+    row = (s.count + 1) * job.classes;
+    sums = blocks.sums + block * job.rows * row;
+    weights = blocks.weights + block * job.rows;
+    reference = slot(s.reference), overlap = slot(s.overlap);
+    predicted = slot(s.predicted), loss = slot(s.cross_entropy);
+  }
+  ClassSums of(int64_t region) const {
+    double* to = sums + region * row;
+    return {to + reference, to + overlap, to + predicted, to + loss};
+  }
+};
+
+// The sums over runs: of two classes of p of the label, p of the other class, and the label's loss;
+// of three and four those of every class's p, and the loss.
+constexpr int kRunSums = 5;
+
+// Passes them on to the sums of a block.
+struct PassRunSums {
+  const RegionSums& to;
+  int classes;
+
+  void operator()(int row, int label, double voxels, const double* sums) const {
+    const ClassSums here = to.of(row);
+    to.weights[row] += voxels;
+    here.reference[label] += voxels;
+    const bool two = classes == 2;
+    here.overlap[label] += sums[two ? 0 : label];
+    here.loss[label] += sums[classes];
+    if (two) {
+      here.predicted[label] += sums[0];
+      here.predicted[1 - label] += sums[1];
+    }
+    for (int c = 0; !two && c < classes; ++c) here.predicted[c] += sums[c];
+  }
+};
+
+// Adds a tile of two classes, by its runs.
+inline void reduce_two_runs(Tile<float>& t, const LabelRuns& runs, RunSums<kRunSums>& sums,
+                            const PassRunSums& pass) {
+  two_region_rows(t);
+  const float* const rows[3] = {t.row(kA), t.row(kB), t.row(kC)};
+  for (int i = 0; i < runs.count; ++i) {
+    const int first = runs.start[i], count = runs.start[i + 1] - first;
+    Vec<float> each[3];
+    sum_rows<3>(rows, first, count, each);
+    add_totals(each[0], each[1], each[2], Vec<float>{},
+               sums.of(runs.row[i], runs.label[i], count, pass));
+  }
+}
+
+// Adds a tile of C classes, of which `few_class_rows` has filled the rows, by its runs.
+template <int C>
+void add_few_runs(Tile<float>& t, const LabelRuns& runs, RunSums<kRunSums>& sums,
+                  const PassRunSums& pass) {
+  const float* rows[C + 1];
+  for (int c = 0; c < C; ++c) rows[c] = t.second + c * t.stride;
+  rows[C] = t.row(kB);
+  for (int i = 0; i < runs.count; ++i) {
+    const int first = runs.start[i], count = runs.start[i + 1] - first;
+    Vec<float> each[C + 1];
+    sum_rows<C + 1>(rows, first, count, each);
+    double* to = sums.of(runs.row[i], runs.label[i], count, pass);
+    add_totals(each[0], each[1], each[2], each[3], to);
+    if (C == 4) to[4] += total<float>(each[C]);
+  }
+}
+
+template <class T>
+constexpr bool kRegionRuns = sizeof(T) == 4;
+
+// Whether the path of few classes computes tiles of regions.
 template <class T>
 bool few_of_region(const Job& job) {
-  return kPicks<T> && (job.classes == 3 || job.classes == 4) && !job.weighted;
+  return kPicks<T> && (job.classes == 3 || job.classes == 4);
+}
+
+// Moves to a tile, and finds its runs or, where it has none, its regions. Returns whether it has.
+template <class T, class Move>
+bool move_to_runs(Tile<T>& t, LabelRuns& runs, const Move& move) {
+  const bool suits = t.job.classes == 2 || few_of_region<T>(t.job);
+  t.regions_later = suits && kRegionRuns<T>;
+  move();
+  if (!t.regions_later) return false;
+  if (runs.find(t)) return true;
+  t.find_regions();
+  return false;
 }
 
 template <class T>
 void reduce_softmax_regions(const Job& job, int64_t sample, const Blocks& blocks, void* scratch) {
-  const bool logs = job.slots.cross_entropy >= 0;
-  const bool two = job.classes == 2, suits_few = few_of_region<T>(job);
-  const auto& s = job.slots;
-  const int64_t per_row = (s.count + 1) * job.classes;
-  auto move = [&](Tile<T>& t, int64_t v) {
-    t.keeps_bytes = two && sizeof(T) == 4;
-    t.move(v, blocks.tile(v, t.step), &blocks.faults[blocks.of(v)]);
+  const bool logs = job.slots.cross_entropy >= 0, two = job.classes == 2;
+  LabelRuns runs;
+  bool in_runs = false;
+  RunSums<kRunSums> sums(job.classes);
+  int64_t block = 0;
+  auto pass_on = [&] {
+    const RegionSums to(job, blocks, block);
+    sums.finish(PassRunSums{to, int(job.classes)});
   };
-  // A tile of one region is like any of a sample that is one row.
+  auto move = [&](Tile<T>& t, int64_t v) {
+    if (blocks.of(v) != block) pass_on();
+    block = blocks.of(v);
+    t.keeps_bytes = two && sizeof(T) == 4;
+    in_runs = move_to_runs(
+        t, runs, [&] { t.move(v, blocks.tile(v, t.step), &blocks.faults[blocks.of(v)]); });
+  };
   auto few = [&](Tile<T>& t) {
-    const int64_t row = t.only_region(), block = blocks.of(t.voxel);
-    double* sums = blocks.sums + (block * job.rows + row) * per_row;
-    double* weight = blocks.weights + block * job.rows + row;
-    if (two) {
-      if (row >= 0) reduce_two_classes(t, sums, weight);
-      else
-        reduce_two_regions(t, logs, blocks.sums + block * job.rows * per_row,
-                           blocks.weights + block * job.rows);
-      return Few::done;
-    }
-    if constexpr (kPicks<T>)
-      if (row >= 0 && suits_few) {
-        auto to = [&](int slot) { return sums + (slot >= 0 ? slot : s.count) * job.classes; };
-        const ClassSums of_class{to(s.reference), to(s.overlap), to(s.predicted),
-                                 to(s.cross_entropy)};
-        return reduce_few(t, of_class, logs, weight);
+    const RegionSums to(job, blocks, block);
+    [[maybe_unused]] const PassRunSums pass{to, int(job.classes)};
+    if constexpr (kRegionRuns<T>)
+      if (in_runs) {
+        // A tile of one region is like any of a sample that is one row.
+        const int64_t row = runs.region;
+        if (two) {
+          if (row >= 0) reduce_two_classes(t, to.sums + row * to.row, to.weights + row);
+          else reduce_two_runs(t, runs, sums, pass);
+          return Few::done;
+        }
+        if constexpr (kPicks<T>) {
+          const Few known = row >= 0 ? reduce_few(t, to.of(row), logs, to.weights + row)
+                                     : few_classes(t, [&](auto number, auto count, auto one, int only) {
+              constexpr int C = decltype(count)::value;
+              if (!few_class_rows<decltype(number), C, decltype(one)::value>(t, only, logs))
+                return false;
+              add_few_runs<C>(t, runs, sums, pass);
+              return true;
+            });
+          if (known != Few::done) t.find_regions();
+          return known;
+        }
       }
-    return Few::unsuited;
+    if (!two) return Few::unsuited;
+    reduce_two_regions(t, to.sums, to.weights);
+    return Few::done;
   };
   auto finish_tile = [&](Tile<T>& t, Tile<T>*) {
-    const int64_t block = blocks.of(t.voxel);
+    const RegionSums to(job, blocks, block);
     double all = 0;  // of which each region has its own part
     with_constant(t.ones,
                   [&](auto ones) { reduce_voxels<decltype(ones)::value, false>(t, logs, &all); });
-    add_runs(t, logs, blocks.sums + block * job.rows * per_row, blocks.weights + block * job.rows);
+    add_runs(t, logs, to.sums, to.weights);
   };
   over_tiles<false, T>(job, sample, blocks.first, blocks.last, scratch, false, move, few,
                        finish_tile);
+  pass_on();
 }
 
 // Fills the rows that `label_gradients` reads, with the coefficients of each voxel's region, and
@@ -357,33 +477,117 @@ struct RegionSlopes {
   FL_INLINE Vec<T> at(int r, int64_t v) const { return load<T>(k[r] + v); }
 };
 
+// Rows of numbers that runs have, with room for vectors beyond the last one.
+template <int R>
+struct NumberRows {
+  alignas(64) float number[R][kMaxTile + kBeyond];
+};
+
+// Writes the gradient of a tile of two classes, by its runs.
+inline void apply_two_runs(Tile<float>& t, const LabelRuns& runs, KeptRows<4>& kept) {
+  NumberRows<2> rows;
+  float* const to[2] = {rows.number[0], rows.number[1]};
+  for (int i = 0; i < runs.count; ++i) {
+    const int64_t row = runs.row[i];
+    const float* numbers =
+        kept.of(row, [&](float* n) { two_numbers<float>(t.job, t.sample, row, n); }) + runs.label[i];
+    fill_rows<2>(to, runs.start[i], runs.start[i + 1] - runs.start[i], {numbers[0], numbers[2]});
+  }
+  float* gradient = t.row(kC);
+  const RunTwo<float> slopes{to[0], to[1]};
+  with_labels(t, [&](auto even, auto x0, auto x1, const auto& labels) {
+    return two_label_gradients<decltype(even)::value>(t, x0, x1, labels, slopes, gradient);
+  });
+  write_opposites(t, gradient);
+}
+
+#if defined(__AVX2__)
+// The derivatives by the sums of each voxel's region, for `apply_few_classes`: rows of those by
+// every class's p, by overlap and by cross-entropy of the label, and by its p.
+template <int C, bool kOne>
+struct RunSlopes {
+  const float *k[C], *overlap, *loss, *region;
+
+  RunSlopes(const NumberRows<7>& rows, const int64_t (&number)[C])
+      : overlap(rows.number[4]), loss(rows.number[5]), region(rows.number[6]) {
+    for (int c = 0; c < C; ++c) k[c] = rows.number[number[c]];
+  }
+  FL_INLINE Vec<float> of_class(int c, int64_t v) const { return load<float>(k[c] + v); }
+  FL_INLINE Vec<float> at_overlap(int64_t v, IVec<float>) const { return load<float>(overlap + v); }
+  FL_INLINE Vec<float> at_loss(int64_t v, IVec<float>) const { return load<float>(loss + v); }
+  FL_INLINE Vec<float> at_region(int64_t v, IVec<float>) const {
+    return load<float>((kOne ? k[0] : region) + v);
+  }
+};
+
+// The numbers of a region for those rows: by p, overlap and cross-entropy of up to four classes.
+inline void few_numbers(const Job& job, int64_t sample, int64_t row, float* numbers) {
+  const int slots[3] = {job.slots.predicted, job.slots.overlap, job.slots.cross_entropy};
+  for (int i = 0; i < 3; ++i)
+    std::memcpy(numbers + 4 * i, RegionTable<float>(job, slots[i], sample, row).number,
+                sizeof(float) * 4);
+}
+
+// Writes the gradient of a tile of three or four classes, by its runs.
+inline Few apply_few_runs(Tile<float>& t, const LabelRuns& runs, KeptRows<12>& kept) {
+  NumberRows<7> rows;
+  float* to[7];
+  for (int r = 0; r < 7; ++r) to[r] = rows.number[r];
+  for (int i = 0; i < runs.count; ++i) {
+    const int64_t row = runs.row[i];
+    const float* n =
+        kept.of(row, [&](float* numbers) { few_numbers(t.job, t.sample, row, numbers); });
+    const int label = runs.label[i];
+    fill_rows<7>(to, runs.start[i], runs.start[i + 1] - runs.start[i],
+                 {n[0], n[1], n[2], n[3], n[4 + label], n[8 + label], n[label]});
+  }
+  return few_classes(t, [&](auto number, auto count, auto one, int only) {
+    constexpr int C = decltype(count)::value;
+    constexpr bool kOne = decltype(one)::value;
+    auto slopes = [&](const int64_t(&order)[C]) { return RunSlopes<C, kOne>(rows, order); };
+    if (!apply_few_classes<decltype(number), C, kOne>(t, only, slopes)) return false;
+    write_few_classes(t);
+    return true;
+  });
+}
+#endif
+
 template <class T>
 void apply_softmax_regions(const Job& job, int64_t sample, int64_t first, int64_t last,
                            void* scratch) {
   const int64_t lead = fastloss::voxels_to_line(job, sample);
-  const bool two = job.classes == 2, suits_few = few_of_region<T>(job);
+  const bool two = job.classes == 2;
+  LabelRuns runs;
+  bool in_runs = false;
+  KeptRows<4> kept_two;
+  [[maybe_unused]] KeptRows<12> kept_few;
   auto move = [&](Tile<T>& t, int64_t v) {
     t.keeps_bytes = two && sizeof(T) == 4;
-    t.move(v, tile_from(v, last, lead, t.step), nullptr);
+    in_runs =
+        move_to_runs(t, runs, [&] { t.move(v, tile_from(v, last, lead, t.step), nullptr); });
   };
   auto few = [&](Tile<T>& t) {
-    const int64_t row = t.only_region();
-    if (row >= 0 && (two || suits_few)) {
-      for (int32_t i = 0; i < job.slots.count; ++i) {
-        const RegionTable<T> numbers(job, i, sample, row);
-        std::memcpy(t.table + i * job.classes, numbers.number, sizeof(T) * size_t(job.classes));
+    if constexpr (kRegionRuns<T>)
+      if (in_runs) {
+        const bool alone = runs.region >= 0;
+        for (int32_t i = 0; alone && i < job.slots.count; ++i) {
+          const RegionTable<T> numbers(job, i, sample, runs.region);
+          std::memcpy(t.table + i * job.classes, numbers.number, sizeof(T) * size_t(job.classes));
+        }
+        if (two) {
+          if (alone) apply_two_classes(t);
+          else apply_two_runs(t, runs, kept_two);
+          return Few::done;
+        }
+        if constexpr (kPicks<T>) {
+          const Few known = alone ? apply_few(t) : apply_few_runs(t, runs, kept_few);
+          if (known != Few::done) t.find_regions();
+          return known;
+        }
       }
-      if (two) {
-        apply_two_classes(t);
-        return Few::done;
-      }
-      if constexpr (kPicks<T>) return apply_few(t);
-    }
-    if (two) {
-      apply_two_regions(t);
-      return Few::done;
-    }
-    return Few::unsuited;
+    if (!two) return Few::unsuited;
+    apply_two_regions(t);
+    return Few::done;
   };
   auto finish_tile = [&](Tile<T>& t, Tile<T>*) {
     T *others = other_slopes(t), *at_label = t.row(kB), *slope = t.row(kC), *turn = t.row(kD);

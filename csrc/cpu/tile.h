@@ -115,6 +115,7 @@ struct Tile {
   int32_t* field_labels;  // (fields, kMaxTile), for fields that are label maps
   int32_t* region;        // the row of each voxel; negative: none
   int runs = 0;           // of voxels of equal region
+  bool regions_later = false;  // `move` does not find the regions
   int16_t run_start[kMaxTile + 1];
   Runs logit_runs, target_runs, weight_runs, out_runs;
   int64_t voxel = 0;   // the first one
@@ -184,15 +185,20 @@ struct Tile {
     } else if (job.has_ignore) {
       find_ignored();
     }
-    if (job.regions) find_regions();
+    if (job.regions && !regions_later) find_regions();
   }
 
-  // Sets the weight of voxels without a region to 0.
-  void find_regions() {
+  // Fills `region`.
+  void load_regions() {
     const Array& a = *job.regions;
-    Runs runs;
-    runs.find(a, voxel, n);
-    load_labels(a.data + sample * a.batch_stride, a.dtype, runs, job.rows, false, 0, region);
+    Runs where;
+    where.find(a, voxel, n);
+    load_labels(a.data + sample * a.batch_stride, a.dtype, where, job.rows, false, 0, region);
+  }
+
+  // Finds the runs of regions, and sets the weight of voxels without one to 0.
+  void find_regions() {
+    load_regions();
     find_runs();
     int32_t signs = 0;
     for (int v = 0; v < n; ++v) signs |= region[v];
@@ -406,6 +412,15 @@ struct Tile {
     holes = true;
   }
 
+  // Whether the labels of an even tile are bytes that can be read in place.
+  bool has_byte_labels() const {
+    return job.target.dtype == DType::u8 && target_runs.count == 1 && target_runs.stride == 1 &&
+           even;
+  }
+  const uint8_t* byte_labels() const {
+    return (const uint8_t*)target_row(0) + target_runs.run[0].offset;
+  }
+
   // The labels as integers of the lanes' width.
   const typename Types<T>::Int* labels() const {
     if constexpr (sizeof(T) == 4) return y;
@@ -415,8 +430,7 @@ struct Tile {
   // The label that all voxels share, or −1.
   int32_t only_label() const {
     constexpr int L = lanes<float>;
-    if (job.target.dtype == DType::u8 && target_runs.count == 1 && target_runs.stride == 1 && even)
-      return all_same((const uint8_t*)target_row(0) + target_runs.run[0].offset, n) ? y[0] : -1;
+    if (has_byte_labels()) return all_same(byte_labels(), n) ? y[0] : -1;
     IVec<float> others{};
     const IVec<float> first = class_number<float>(y[0]);
     int v = 0;

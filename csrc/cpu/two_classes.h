@@ -357,19 +357,34 @@ void two_dense_gradients(Tile<T>& t, T* gradient) {
   }
 }
 
+// The derivatives by region sums and by the cross-entropy that all voxels of a tile share: of a
+// voxel of label 0, and of label 1.
+template <class T>
+struct SharedTwo {
+  Vec<T> region0, region1, loss0, loss1;
+
+  FL_INLINE explicit SharedTwo(const Tile<T>& t) {
+    const auto& s = t.job.slots;
+    auto k = [&](int slot, int c) { return slot >= 0 ? t.table[slot * 2 + c] : T(0); };
+    const T turn = k(s.predicted, 1) - k(s.predicted, 0);
+    region0 = splat<T>(turn - k(s.overlap, 0)), region1 = splat<T>(turn + k(s.overlap, 1));
+    loss0 = splat<T>(k(s.cross_entropy, 0)), loss1 = splat<T>(-k(s.cross_entropy, 1));
+  }
+  template <class Labels>
+  FL_INLINE Pair<T> at(int64_t, IVec<T> zero) const {
+    return {choose<Labels, T>(zero, region0, region1), choose<Labels, T>(zero, loss0, loss1)};
+  }
+};
+
 // The same for a label map. As only the label's l is not 0, with z = x_other − x_label,
 // own = 1/(1+e^z) and other = e^z own, the gradient is
 //   label 1: p₀ (p₁ k − l₁),  label 0: p₁ (p₀ k + l₀),  with k = k₁ − k₀.
+// `Slopes` has what multiplies other · own and other: ±k and ±l, by label.
 // Returns false if `kEven` and some voxel has a NaN or two equal infinities.
-template <bool kEven, class T, class S, class Labels>
-bool two_label_gradients(Tile<T>& t, const S* x0, const S* x1, const Labels& labels, T* gradient) {
+template <bool kEven, class T, class S, class Labels, class Slopes>
+bool two_label_gradients(Tile<T>& t, const S* x0, const S* x1, const Labels& labels,
+                         const Slopes& slopes, T* gradient) {
   constexpr int L = lanes<T>;
-  const auto& s = t.job.slots;
-  auto k = [&](int slot, int c) { return slot >= 0 ? t.table[slot * 2 + c] : T(0); };
-  T turn = k(s.predicted, 1) - k(s.predicted, 0);
-  const Vec<T> region0 = splat<T>(turn - k(s.overlap, 0)),
-               region1 = splat<T>(turn + k(s.overlap, 1));
-  const Vec<T> loss0 = splat<T>(k(s.cross_entropy, 0)), loss1 = splat<T>(-k(s.cross_entropy, 1));
   const T* m = t.row(kWeight);
   const NearExponential<T> exponential;
   Vec<T> probe{};
@@ -381,8 +396,8 @@ bool two_label_gradients(Tile<T>& t, const S* x0, const S* x1, const Labels& lab
     z = larger(splat<T>(kNothing<T>), smaller(splat<T>(-Numbers<T>::smallest_exponent), z));
     const Vec<T> e = exponential(z), own = T(1) / (e + T(1)), other = e * own;
     if (kEven) probe += own;
-    Vec<T> g = other * (own * choose<Labels, T>(zero, region0, region1) +
-                        choose<Labels, T>(zero, loss0, loss1));
+    const Pair<T> k = slopes.template at<Labels>(v, zero);
+    Vec<T> g = other * (own * k.first + k.second);
     if (!kEven) g *= load<T>(m + v);
     store<T>(gradient + v, g);
   };
@@ -400,18 +415,9 @@ bool two_label_gradients(Tile<T>& t, const S* x0, const S* x1, const Labels& lab
   return !any<T>(probe != probe);
 }
 
+// Writes a row as the gradient by x₁, and its negative as that by x₀.
 template <class T>
-void apply_two_classes(Tile<T>& t) {
-  // The whole tile is computed first: stores between the loads would stall them by 4 KiB aliasing.
-  T* gradient = t.row(kC);
-  if (t.job.dense) {
-    differences(t);
-    two_dense_gradients(t, gradient);
-  } else {
-    with_labels(t, [&](auto even, auto x0, auto x1, const auto& labels) {
-      return two_label_gradients<decltype(even)::value>(t, x0, x1, labels, gradient);
-    });
-  }
+void write_opposites(Tile<T>& t, const T* gradient) {
   const auto& out = t.job.out;
   if (sizeof(T) == 4 && out.channel_stride == item_size(out.dtype) && t.n == t.padded) {
     t.find_out();
@@ -429,6 +435,22 @@ void apply_two_classes(Tile<T>& t) {
   write_rows(t, t.second, t.x, [&](const auto& row, const auto& put) {
     put.opposites(gradient, t.padded, row(1), row(0));
   });
+}
+
+template <class T>
+void apply_two_classes(Tile<T>& t) {
+  // The whole tile is computed first: stores between the loads would stall them by 4 KiB aliasing.
+  T* gradient = t.row(kC);
+  if (t.job.dense) {
+    differences(t);
+    two_dense_gradients(t, gradient);
+  } else {
+    const SharedTwo<T> slopes(t);
+    with_labels(t, [&](auto even, auto x0, auto x1, const auto& labels) {
+      return two_label_gradients<decltype(even)::value>(t, x0, x1, labels, slopes, gradient);
+    });
+  }
+  write_opposites(t, gradient);
 }
 
 }  // namespace

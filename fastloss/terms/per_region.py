@@ -21,7 +21,7 @@ MODES = ("voronoi", "components+background", "given")
 WEIGHTINGS = ("equal", "inverse_volume", "inverse_sqrt_volume")
 _EXPONENTS = dict(zip(WEIGHTINGS, (0.0, -1.0, -0.5), strict=True))
 WITHOUT = ("whole", "skip")
-_MOST_SHORT = 1 << 15
+_SHORT = (np.int8, np.int16)
 
 
 class PerRegion(Term):
@@ -165,7 +165,10 @@ class PerRegion(Term):
             numbers -= 1
             np.maximum(numbers, 0, out=numbers)  # a sample without lesions is one region
         # Read in both passes, and kept by data loaders.
-        return numbers.astype(np.int16) if rows <= _MOST_SHORT else numbers, rows
+        for dtype in _SHORT:
+            if rows - 1 <= np.iinfo(dtype).max:
+                return numbers.astype(dtype), rows
+        return numbers, rows
 
     # ------------------------------------------------------------------ the value
 
@@ -193,6 +196,8 @@ class PerRegion(Term):
             scale = 1.0 / np.maximum(counted.sum(), 1.0)
         share, falls = share * scale, falls * scale
 
+        # On a GPU the sums are not known here.
+        may_fall = self.without == "whole" and not (isinstance(has, np.ndarray) and has.all())
         value = np.zeros((rows.batch, 1), like=has)
         pulls = []
         for factor, term in self._parts:
@@ -203,7 +208,7 @@ class PerRegion(Term):
             # What does not count may be infinite.
             total = rows.over_regions(np.where(own > 0, values, 0.0) * own)
             pulls.append((factor, own, pull, rows.fits, True))
-            if self.without == "whole":
+            if may_fall:
                 average = np.ones((1, rows.classes)) / (rows.classes - first)
                 average[:, :first] = 0.0
                 own = falls * _of_columns(average, term, first)

@@ -1,0 +1,313 @@
+// The runs of a tile: consecutive voxels that share a region and a label.
+//
+// Regions are Voronoi cells or lesions, so that a tile has a few dozen runs. What a voxel adds goes
+// to a row first, and each run is summed at once; what its gradient takes is written to rows, run
+// by run. As run lengths cannot be predicted, most runs are treated without a branch.
+#pragma once
+
+#include "tile.h"
+
+namespace {
+
+// Vectors of a run that are read or written whatever its length.
+constexpr int kAtOnce = 2;
+// The prefetch distance of regions in tiles.
+constexpr int kTilesAhead = 3;
+// The voxels that a row has beyond those of a tile.
+constexpr int kBeyond = kAtOnce * lanes<float>;
+
+#if defined(__AVX512F__)
+// Marks which of 64 numbers, of those in `valid`, differ from the one before them. Others are not
+// touched.
+template <class S>
+FL_INLINE uint64_t changes_of_64(const S* p, uint64_t valid) {
+  if constexpr (sizeof(S) == 1) {
+    return _mm512_cmpneq_epi8_mask(_mm512_maskz_loadu_epi8(valid, p),
+                                   _mm512_maskz_loadu_epi8(valid, p - 1));
+  } else if constexpr (sizeof(S) == 2) {
+    auto half = [&](int first) {
+      const __mmask32 of_half = __mmask32(valid >> first);
+      return uint64_t(
+          _mm512_cmpneq_epi16_mask(_mm512_maskz_loadu_epi16(of_half, p + first),
+                                   _mm512_maskz_loadu_epi16(of_half, p + first - 1)));
+    };
+    return half(0) | half(32) << 32;
+  } else {
+    uint64_t found = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < 64; i += 16) {
+      const __mmask16 part = __mmask16(valid >> i);
+      found |= uint64_t(_mm512_cmpneq_epi32_mask(_mm512_maskz_loadu_epi32(part, p + i),
+                                                 _mm512_maskz_loadu_epi32(part, p + i - 1)))
+               << i;
+    }
+    return found;
+  }
+}
+#else
+// Marks which of 16 numbers differ from those at `before`.
+template <class S>
+FL_INLINE uint64_t changes_of_16(const S* p, const S* before) {
+#if defined(__SSE2__)
+  constexpr int kEach = 16 / int(sizeof(S));
+  __m128i same[sizeof(S)];
+#pragma GCC unroll 4
+  for (int i = 0; i < int(sizeof(S)); ++i) {
+    const __m128i a = _mm_loadu_si128((const __m128i*)(p + i * kEach));
+    const __m128i b = _mm_loadu_si128((const __m128i*)(before + i * kEach));
+    if constexpr (sizeof(S) == 1) same[i] = _mm_cmpeq_epi8(a, b);
+    else if constexpr (sizeof(S) == 2) same[i] = _mm_cmpeq_epi16(a, b);
+    else same[i] = _mm_cmpeq_epi32(a, b);
+  }
+  __m128i bytes = same[0];
+  if constexpr (sizeof(S) == 2) bytes = _mm_packs_epi16(same[0], same[1]);
+  if constexpr (sizeof(S) == 4)
+    bytes = _mm_packs_epi16(_mm_packs_epi32(same[0], same[1]), _mm_packs_epi32(same[2], same[3]));
+  return uint64_t(~_mm_movemask_epi8(bytes) & 0xffff);
+#else
+  uint64_t found = 0;
+  for (int i = 0; i < 16; ++i) found |= uint64_t(p[i] != before[i]) << i;
+  return found;
+#endif
+}
+#endif
+
+// Adds marks, a bit each, where one of n numbers differs from the one before it. n is a multiple
+// of 16.
+template <class S>
+void mark_changes(const S* p, int n, uint64_t* marks) {
+#if defined(__AVX512F__)
+  for (int v = 0; v < n; v += 64) {
+    uint64_t valid = n - v < 64 ? (uint64_t(1) << (n - v)) - 1 : ~uint64_t(0);
+    marks[v / 64] |= changes_of_64(p + v, v ? valid : valid & ~uint64_t(1));
+  }
+#else
+  S first[17] = {p[0]};
+  std::memcpy(first + 1, p, sizeof(S) * 16);
+  marks[0] |= changes_of_16(p, first);
+  for (int v = 16; v < n; v += 16)
+    marks[v / 64] |= changes_of_16(p + v, p + v - 1) << v % 64;
+#endif
+}
+
+struct LabelRuns {
+  static constexpr int kMost = kMaxTile / 8;  // a tile with more is computed in another way
+  int count = 0;
+  int64_t region = -1;  // of all voxels, or −1
+  int32_t start[kMaxTile + 1 + 16];  // where each run begins, and where the last one ends
+  int32_t row[kMost], label[kMost];
+
+  // Finds the runs. Returns false for tiles that are not of this kind: with weights, voxels that
+  // do not count, or many runs.
+  template <class T>
+  bool find(Tile<T>& t) {
+    if (sizeof(T) != 4 || !t.even || t.n % 16) return false;
+    uint64_t marks[kMaxTile / 64] = {};
+    const Array& a = *t.job.regions;
+    const int item = item_size(a.dtype);
+    const bool direct = a.axes == 1 && a.stride[0] == item && item < 8;
+    const char* from = a.data + t.sample * a.batch_stride + t.voxel * item;
+    if (!direct) t.load_regions();
+    // The hardware prefetcher does not follow rows that are read tile by tile.
+    for (int i = 0; direct && i < t.n * item; i += 64) prefetch(from + kTilesAhead * t.step * item + i);
+    auto with_regions = [&](auto use) {
+      if (!direct || a.dtype == DType::i32 || a.dtype == DType::u32)
+        return use(direct ? (const int32_t*)from : t.region);
+      if (a.dtype == DType::i8) return use((const int8_t*)from);
+      if (a.dtype == DType::u8) return use((const uint8_t*)from);
+      if (a.dtype == DType::i16) return use((const int16_t*)from);
+      return use((const uint16_t*)from);
+    };
+    auto with_labels = [&](auto use) {
+      if (t.has_byte_labels()) use(t.byte_labels());
+      else use((const int32_t*)t.y);
+    };
+    with_regions([&](auto* p) { mark_changes(p, t.n, marks); });
+    with_labels([&](auto* p) { mark_changes(p, t.n, marks); });
+    if (!find_starts(marks, t.n)) return false;
+    int64_t others = 0;
+    bool all = true;
+    with_regions([&](auto* p) {
+      for (int i = 0; i < count; ++i) {
+        row[i] = int32_t(p[start[i]]);
+        others |= row[i] ^ row[0];
+        all &= row[i] >= 0 && row[i] < t.job.rows;
+      }
+    });
+    with_labels([&](auto* p) {
+      for (int i = 0; i < count; ++i) label[i] = int32_t(p[start[i]]);
+    });
+    region = others ? -1 : row[0];
+    return all;
+  }
+
+ private:
+  bool find_starts(uint64_t* marks, int n) {
+    marks[0] |= 1;
+    count = 0;
+    for (int v = 0; v < n; v += 64) {
+      uint64_t word = marks[v / 64];
+#if defined(__AVX512F__)
+      const __m512i number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#pragma GCC unroll 4
+      for (int i = 0; i < 64; i += 16) {
+        const __mmask16 part = __mmask16(word >> i);
+        const __m512i here = _mm512_add_epi32(number, _mm512_set1_epi32(v + i));
+        _mm512_storeu_si512(start + count, _mm512_maskz_compress_epi32(part, here));
+        count += __builtin_popcount(part);
+      }
+#else
+      for (; word; word &= word - 1) start[count++] = v + __builtin_ctzll(word);
+#endif
+    }
+    start[count] = n;
+    return count <= kMost;
+  }
+};
+
+// Σ over `count` voxels of R rows, from the voxel `first` on. Rows may be read up to kBeyond voxels
+// beyond.
+template <int R>
+FL_INLINE void sum_rows(const float* const (&rows)[R], int first, int count,
+                        Vec<float> (&sums)[R]) {
+  constexpr int L = lanes<float>;
+#if defined(__AVX512F__)
+  const uint32_t some = _bzhi_u32(~0u, uint32_t(count < 2 * L ? count : 2 * L));
+  const __mmask16 low = __mmask16(some), high = __mmask16(some >> L);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const __m512 v = _mm512_maskz_loadu_ps(low, rows[r] + first);
+    sums[r] = (Vec<float>)_mm512_mask_add_ps(v, high, v, _mm512_loadu_ps(rows[r] + first + L));
+  }
+  for (int v = 2 * L; v < count; v += L) {
+    const int left = count - v < L ? count - v : L;
+    const __mmask16 last = __mmask16(_bzhi_u32(0xffff, uint32_t(left)));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+      sums[r] += (Vec<float>)_mm512_maskz_loadu_ps(last, rows[r] + first + v);
+  }
+#else
+  auto some = [&](int v) { return first_lanes<float>(count - v); };
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sums[r] = Vec<float>{};
+  int v = 0;
+  for (; v + L <= count; v += L)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[r] += load<float>(rows[r] + first + v);
+  if (v < count)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+      sums[r] += keep<float>(some(v), load<float>(rows[r] + first + v));
+#endif
+}
+
+// to += the totals of four vectors.
+FL_INLINE void add_totals(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, double* to) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  // Sums of two vectors at a time, then of the four 128-bit lanes.
+  auto pair = [](Vec<float> u, Vec<float> v) {
+    return _mm512_add_ps(_mm512_unpacklo_ps((__m512)u, (__m512)v),
+                         _mm512_unpackhi_ps((__m512)u, (__m512)v));
+  };
+  const __m512 ab = pair(a, b), cd = pair(c, d);
+  const __m512 all =
+      _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 both = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+#else
+  const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b),
+                                     _mm256_hadd_ps((__m256)c, (__m256)d));
+#endif
+  const __m128 sum = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+  _mm256_storeu_pd(to, _mm256_add_pd(_mm256_loadu_pd(to), _mm256_cvtps_pd(sum)));
+#else
+  to[0] += total<float>(a);
+  to[1] += total<float>(b);
+  to[2] += total<float>(c);
+  to[3] += total<float>(d);
+#endif
+}
+
+// The sums over runs of some regions and labels. Few are met in a block: each has a place, from
+// which another one that needs it moves it on, to the sums of the block.
+template <int N>
+class RunSums {
+ public:
+  explicit RunSums(int64_t classes) : classes_(int(classes)) {}
+
+  // The N sums of a region and label, to which `voxels` more are counted. pass(row, label, voxels,
+  // sums) moves others on.
+  template <class Pass>
+  FL_INLINE double* of(int row, int label, int voxels, const Pass& pass) {
+    const int place = (row * classes_ + label) % kPlaces;
+    Cell& cell = cells_[place];
+    if (cell.row != row || cell.label != label) {
+      clear(cell, pass);
+      cell.row = row, cell.label = label;
+    }
+    cell.voxels += voxels;
+    return cell.sums;
+  }
+  // Moves all on.
+  template <class Pass>
+  void finish(const Pass& pass) {
+    for (Cell& cell : cells_) clear(cell, pass);
+  }
+
+ private:
+  static constexpr int kPlaces = 64;
+  struct Cell {
+    double sums[N] = {};
+    int64_t voxels = 0;
+    int32_t row = -1, label = -1;
+  };
+  int classes_;
+  Cell cells_[kPlaces];
+
+  template <class Pass>
+  void clear(Cell& cell, const Pass& pass) {
+    if (cell.voxels) pass(cell.row, cell.label, double(cell.voxels), cell.sums);
+    cell = Cell();
+  }
+};
+
+// Writes R numbers to as many rows, each to `count` voxels from `first` on and up to kBeyond voxels
+// beyond.
+template <int R>
+FL_INLINE void fill_rows(float* const (&rows)[R], int first, int count, const float (&numbers)[R]) {
+  constexpr int L = lanes<float>;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int u = 0; u < kAtOnce; ++u)
+      store<float>(rows[r] + first + u * L, splat<float>(numbers[r]));
+  for (int v = kAtOnce * L; v < count; v += L)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) store<float>(rows[r] + first + v, splat<float>(numbers[r]));
+}
+
+// N numbers of each of some regions, kept from tile to tile.
+template <int N>
+class KeptRows {
+ public:
+  KeptRows() {
+    for (int64_t& row : row_) row = -1;
+  }
+  // Those of a region, which make(numbers) computes where they are not known.
+  template <class Make>
+  FL_INLINE const float* of(int64_t row, const Make& make) {
+    const int place = int(row % kPlaces);
+    if (row_[place] != row) {
+      make(numbers_[place]);
+      row_[place] = row;
+    }
+    return numbers_[place];
+  }
+
+ private:
+  static constexpr int kPlaces = 64;
+  int64_t row_[kPlaces];
+  float numbers_[kPlaces][N];
+};
+
+}  // namespace
