@@ -47,13 +47,17 @@ class _Region:
         if plan is None:
             dtype = self.dtype
             return super().call(ops.cast(y_true, dtype), ops.cast(y_pred, dtype))  # type: ignore[misc]
-        options = {"smooth_nr": 0.0, "smooth_dr": float(keras.config.epsilon())}
-        options |= {"batch": plan.batch, "reduction": "none"}
+        options = {
+            "smooth_nr": 0.0,
+            "smooth_dr": float(keras.config.epsilon()),
+            "batch": plan.batch,
+            "reduction": "none",
+        }
         shape, axis, term = plan.shape, plan.axis, self._term(**options)
         activation, logits = _inputs.activated(y_pred)
         if activation == "softmax" and axis != 2:  # whose classes are no channels here
-            joined = None if plan.apart is None else self._over_classes(**options)
-            if joined is None:
+            joined = self._over_classes(**options)
+            if joined is None or plan.apart is None:
                 activation, logits = "none", y_pred
             else:
                 shape, axis, term = plan.apart, 2, joined
