@@ -84,6 +84,7 @@ def keras_step(logits: np.ndarray, labels: np.ndarray) -> tuple[dict[str, Call],
 
     found = {
         "fastloss": of(fastloss.keras),
+        "fastloss, DiceCE": step(fastloss.keras.DiceCE(smooth=1e-7)),  # their sum, in two passes
         "Keras' losses": of(keras.losses),
         WITHOUT: step(lambda _, p: keras.ops.mean(p), None),
     }

@@ -135,8 +135,9 @@ def _patches(keras: Any, brain: Brain, options: argparse.Namespace) -> Any:
 
 def _recorder(keras: Any, brain: Brain, history: Any) -> Any:
     """Keeps loss and seconds of every step, and the held-out Dice after every epoch."""
-    from brain.metrics import dice
     from brain.volume import CLASSES
+
+    import fastloss as fl
 
     class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -156,10 +157,10 @@ def _recorder(keras: Any, brain: Brain, history: Any) -> Any:
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             predicted = predict(self.model, brain, 1, brain.held_out)
             truth = brain.labels[:, brain.held_out]
-            found = {
-                name: dice(predicted == label, truth == label)
-                for label, name in enumerate(CLASSES[1:], start=1)
-            }
+            scores = fl.metrics.evaluate(
+                predicted[None], truth[None], metrics=("dice",), classes=CLASSES
+            )
+            found = dict(zip(scores.classes, scores["dice"][0].tolist(), strict=True))
             history.held_out[len(history.loss)] = found
             print("held-out Dice: " + ", ".join(f"{name} {d:.3f}" for name, d in found.items()))
 

@@ -131,6 +131,8 @@ def test_import_brings_no_optional_package() -> None:
         "jaxlib",
         "numba",
         "tensorflow",
+        "optax",
+        "dask",
         "cupy",
         "monai",
         "scipy",

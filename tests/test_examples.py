@@ -231,6 +231,29 @@ def test_training_in_jax(tmp_path: Path) -> None:
     assert "package optax is not there: pip install" in result.stderr
 
 
+def test_training_in_keras(tmp_path: Path) -> None:
+    """Two epochs of a few steps write all that the page names; bad options are named."""
+    for package in ("keras", "tensorflow", "nilearn", "nibabel", "matplotlib"):
+        need(package)
+    script = SCRIPT.with_name("train_keras.py")
+    options = ["--epochs", "2", "--steps", str(STEPS), "--patch", "16", "--out", str(tmp_path)]
+    backend = "import os; os.environ['KERAS_BACKEND'] = 'tensorflow'\n"
+    result = train_brain(*options, script=script, before=HALF + backend)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{STEPS}/{STEPS}" in result.stdout  # Keras' own bar
+    assert f"are in {tmp_path}" in result.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    assert summary["backend"] == "tensorflow"
+    assert summary["step_seconds"] > 0
+    assert all(0 <= dice <= 1 for dice in summary["held_out_dice"].values())
+    for name in ("curve.png", "overlay.png"):
+        image = need("matplotlib.image").imread(tmp_path / name)[..., :3]
+        assert (np.ptp(image, axis=2) > 0.3).mean() > 0.0005
+    result = train_brain("--patch", "18", script=script)
+    assert result.returncode == 2
+    assert "--patch: expected a multiple of 4" in result.stderr
+
+
 def test_absent_package_is_named_before_work_begins() -> None:
     result = train_brain("--loss-impl", "monai", absent=("monai",))
     assert result.returncode == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,20 @@ def test_training_as_with_keras(jit_compile: Any) -> None:
     cases.fits(jit_compile, few=jit_compile is True)
 
 
+def of_logits(loss: Any, activation: Any, logits: Any, y: Any, _: Any) -> Any:
+    return loss(y, activation(logits))
+
+
+REGIONS = [
+    (name, {"axis": axis})
+    for name in ("Dice", "Tversky")
+    for axis in (None, (1, 2), (1, 2, 3), (0, 1, 2), (0, 2))
+]
+
+
 def test_graphs_and_other_shapes() -> None:
-    """One trace of any shape, with a softmax whose logits are found."""
-    for name, options in (
-        ("SparseCategoricalCrossentropy", {}),
-        ("Dice", {"axis": (1, 2)}),
-        ("Dice", {}),
-    ):
+    """One trace of any shape, of probabilities whose logits are found in the graph."""
+    for name, options in [("SparseCategoricalCrossentropy", {}), *REGIONS]:
         ours, theirs = (getattr(module, name)(**options) for module in (fk, keras.losses))
 
         @tf.function(
@@ -67,15 +75,21 @@ def test_graphs_and_other_shapes() -> None:
             ],
         )
         def both(x: Any, y: Any, ours: Any = ours, theirs: Any = theirs, name: str = name) -> Any:
-            y = tf.one_hot(tf.cast(y, tf.int32), 3) if name == "Dice" else y
-            calls = [lambda x, _, w, f=f: f(y, tf.nn.softmax(x)) for f in (ours, theirs)]
-            return [by_tape(call, x, y) for call in calls]
+            region = name != "SparseCategoricalCrossentropy"
+            y = tf.one_hot(tf.cast(y, tf.int32), 3) if region else y
+            found = []
+            for activation in (tf.nn.softmax, tf.sigmoid)[: 1 + region]:
+                for f in (ours, theirs):
+                    found.append(by_tape(partial(of_logits, f, activation), x, y))
+            return found
 
         for spatial in ((4, 5), (2, 3)):
             x, y = example(2, 3, spatial, dtype=np.float32)
-            found, expected = both(last(x), y.astype(np.float32))
-            for one, other in zip(found, expected, strict=True):
-                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+            found = both(last(x), y.astype(np.float32))
+            for one, other in zip(found[::2], found[1::2], strict=True):
+                for a, b in zip(one, other, strict=True):
+                    scale = np.abs(b).max()
+                    np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6 * scale, err_msg=name)
 
 
 def test_masks_count_as_in_keras() -> None:

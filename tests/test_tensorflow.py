@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -14,7 +15,7 @@ from support import assert_agree, example, need, norm, one_hot, reference
 from tensorflow_support import by_tape, numpy_of, tf
 
 import fastloss as fl
-from fastloss.frameworks.tensorflow import operations
+from fastloss.frameworks.tensorflow import operations, xla
 
 SMOOTHED, GENERALIZED = fl.CrossEntropy(label_smoothing=0.1), fl.GeneralizedCrossEntropy()
 LOSSES = {
@@ -160,7 +161,7 @@ def test_operations_give_the_same(
     known: bool,
     seed: int,
 ) -> None:
-    """What XLA is given, of a known batch and of one that is not, without XLA, which takes long."""
+    """Of a known batch and of one that is not, without XLA, which takes long."""
     loss = fl.Loss(LOSSES[name], activation=activation, channel_axis=-1, ignore_index=ignore)
     x, y, w = arrays(activation, dense, seed)
     weight = w if weighted else None
@@ -175,16 +176,83 @@ def test_operations_give_the_same(
     specs = [tf.TensorSpec((None, *a.shape[1:]), a.dtype) for a in map(tf.constant, (x, y, w))]
     how = {} if known else {"input_signature": specs}
     with (
-        mock.patch.object(operations, "reason", return_value="in a test"),
+        mock.patch.object(operations, "has_devices", return_value=True),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
         agree(tf.function(step, autograph=False, **how)(x, y, w), expected)
 
 
+def need_calls() -> None:
+    """Skip where TensorFlow's XLA calls no functions of the host."""
+    if not xla.is_there():
+        pytest.skip("tensorflow: the XLA of this version cannot call")
+
+
+COMPILED = {
+    **LOSSES,
+    "ranking": fl.TopKCrossEntropy(k=30) + fl.Dice(),
+    "fields": fl.Dice() + 0.1 * fl.Boundary(),
+    "fields of predictions": fl.HausdorffDT(),
+}
+
+
+def test_xla_calls_the_kernels() -> None:
+    """Values and gradients, of other shapes than were traced, without a warning."""
+    need_calls()
+    for i, terms in enumerate(COMPILED.values()):
+        dense = i % 3 == 2
+        loss = fl.Loss(terms, channel_axis=-1, ignore_index=None if dense else 2)
+        given = arrays("softmax", dense)
+        specs = [tf.TensorSpec((None, 3, None, *a.shape[3:]), a.dtype) for a in given]
+        specs.append(tf.TensorSpec(None, tf.float64))
+        call = partial(by_tape, loss)
+        step = tf.function(call, jit_compile=True, autograph=False, input_signature=specs)
+        for spatial in ((3, 4), (3, 2)):
+            given = arrays("softmax", dense, spatial=spatial)
+            size = np.shape(reference(loss, *given)[0])
+            upstream = np.arange(1.0, 1.0 + np.prod(size)).reshape(size)
+            agree(step(*given, upstream), reference(loss, *given, upstream=upstream))
+
+
+def test_xla_calls_with_other_arrays() -> None:
+    """Half precision, labels of few bits, fields and regions that are given, sigmoids."""
+    need_calls()
+    compiled = tf.function(by_tape, jit_compile=True, autograph=False)
+    x, y, w = arrays("softmax", False)
+    loss = fl.Loss(LOSSES["dice_ce"], channel_axis=-1)
+    for dtype in ("bfloat16", "float16", "float64"):
+        logits = tf.cast(x, dtype)
+        value, gradient = compiled(loss, logits, y.astype(np.uint8))
+        assert gradient.dtype == dtype
+        expected = reference(loss, numpy_of(tf.cast(logits, tf.float64)), y)
+        np.testing.assert_allclose(value, expected[0], rtol=2e-6)
+        error = norm(numpy_of(tf.cast(gradient, tf.float64)) - expected[1])
+        assert error < 8e-3 * norm(expected[1])
+    loss = fl.Loss(fl.Dice() + fl.Boundary(), channel_axis=-1, activation="sigmoid")
+    field = loss.fields(y, classes=3)["boundary"]
+    found = compiled(loss, x, y, w, fields={"boundary": field})
+    agree(found, reference(loss, x, y, w, fields={"boundary": field}))
+    regions = (y > 0).astype(np.int32)
+    found = compiled(loss, x, y, w, regions=regions, region_count=2)
+    agree(found, reference(loss, x, y, w, regions=regions))
+
+
+def test_xla_names_what_is_wrong() -> None:
+    need_calls()
+    x, y, _ = arrays("softmax", False)
+    compiled = tf.function(by_tape, jit_compile=True, autograph=False)
+    loss = fl.Loss(fl.Dice(), channel_axis=-1)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="target: expected labels in"):
+        compiled(loss, x, y + 7)
+    with pytest.raises(ValueError, match="region_count: expected how many regions"):
+        compiled(loss, x, y, regions=y)
+
+
 @pytest.mark.filterwarnings("ignore:fastloss computes in TensorFlow's operations")
-def test_xla_gives_the_same() -> None:
+def test_xla_of_operations_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients, of another batch size than it was compiled for; fields."""
+    monkeypatch.setattr(xla, "is_there", lambda: False)
     loss = fl.Loss(
         LOSSES["dice_ce"] + LOSSES["focal_tversky"] + fl.Boundary(), channel_axis=-1, ignore_index=2
     )
@@ -202,7 +270,8 @@ def test_xla_gives_the_same() -> None:
         agree(step(x, y, w, field), reference(loss, x, y, w))
 
 
-def test_xla_warns_once_and_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_warn_once_and_say_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xla, "is_there", lambda: False)
     monkeypatch.setattr(operations, "_warned", False)
     x, y, _ = arrays("softmax", False)
     x, y = tf.constant(x), tf.constant(y)

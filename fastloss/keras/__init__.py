@@ -13,9 +13,11 @@ functions.
 
 They run on Keras' TensorFlow, JAX and PyTorch backends, in eager code and in graphs. Channels-last
 arrays, Keras' default, are read where they lie. Predictions in half precision are read as they are
-and computed in float32; targets keep their dtype. On the TensorFlow backend ``jit_compile=True``
-computes in TensorFlow's operations, with a warning, as XLA calls no kernels (Keras' default,
-"auto", does not use XLA on a CPU).
+and computed in float32; targets keep their dtype. On the TensorFlow backend they run under
+``jit_compile=True`` too (Keras' default, "auto", does not use XLA on a CPU).
+
+``DiceCE(smooth=1e-7)`` is the sum of ``Dice(axis=(1, 2, 3))`` and ``SparseCategoricalCrossentropy``
+in the passes of one loss, and takes labels for both.
 
 Where they differ from Keras' classes:
 
@@ -25,8 +27,9 @@ Where they differ from Keras' classes:
   probabilities to [ε, 1 − ε], ε = 1e-7, which is seen where a logit is beyond ±16.
 - ``from_logits=False``, Keras' default, clips probabilities (and of categories divides them by
   their sum) as Keras does, in operations of the backend, before the kernels read them. Pass logits
-  where you can: it takes about a third of the time. (On the TensorFlow backend the logits of a
-  softmax or sigmoid that ends the model are found, as Keras finds them.)
+  where you can: it takes about a third of the time. (In graphs of TensorFlow the logits of a
+  softmax or sigmoid that ends the model are found, as Keras finds them for cross-entropies; here
+  also for `Dice` and `Tversky`. Gradients then flow to the logits, and not by the probabilities.)
 - What no kernel computes is left to Keras: `Dice` and `Tversky` over other axes than all, the
   voxels, or those and one of batch and channels; the binary focal loss of soft targets.
 """

@@ -47,6 +47,18 @@ def logits_of(y_pred: Any, activation: str, from_logits: bool, name: str) -> Any
     return found
 
 
+def activated(y_pred: Any) -> tuple[str, Any]:
+    """The activation that made the predictions, and what it was given; "none": not known.
+
+    It is known in graphs of TensorFlow alone, of a softmax along the last axis or a sigmoid.
+    """
+    if keras.backend.backend() == "tensorflow":
+        operation = getattr(y_pred, "op", None)
+        if operation is not None and operation.type in ("Softmax", "Sigmoid"):
+            return operation.type.lower(), operation.inputs[0]
+    return "none", y_pred
+
+
 def clipped(probabilities: Any) -> Any:
     """In [ε, 1 − ε], in float32 at least, as Keras takes logarithms of them."""
     epsilon = keras.config.epsilon()

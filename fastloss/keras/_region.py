@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
@@ -11,7 +11,7 @@ from keras import ops
 from fastloss.keras import _inputs, _reduce
 from fastloss.loss import Loss
 from fastloss.terms.region import Dice as DiceTerm
-from fastloss.terms.region import RegionTerm
+from fastloss.terms.region import GeneralizedDice, RegionTerm
 from fastloss.terms.region import Tversky as TverskyTerm
 
 registered = keras.saving.register_keras_serializable(package="fastloss")
@@ -28,6 +28,10 @@ class _Region:
     def _term(self, **options: Any) -> RegionTerm:
         raise NotImplementedError(f"{type(self).__name__} must define _term")
 
+    def _over_classes(self, **options: Any) -> RegionTerm | None:
+        """The same of all classes of a sample together; None: there is no such term."""
+        return None
+
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         mask = _reduce.mask_of(y_pred)
         with keras.name_scope(self.name):
@@ -43,24 +47,45 @@ class _Region:
         if plan is None:
             dtype = self.dtype
             return super().call(ops.cast(y_true, dtype), ops.cast(y_pred, dtype))  # type: ignore[misc]
-        shape, axis, batch, left = plan
-        epsilon = float(keras.config.epsilon())
-        term = self._term(smooth_nr=0.0, smooth_dr=epsilon, batch=batch, reduction="none")
-        loss = _loss(term, axis)
-        values = loss(ops.reshape(y_pred, shape), ops.reshape(y_true, shape))
-        return ops.reshape(values, left)
+        options = {
+            "smooth_nr": 0.0,
+            "smooth_dr": float(keras.config.epsilon()),
+            "batch": plan.batch,
+            "reduction": "none",
+        }
+        shape, axis, term = plan.shape, plan.axis, self._term(**options)
+        activation, logits = _inputs.activated(y_pred)
+        if activation == "softmax" and axis != 2:  # whose classes are no channels here
+            joined = self._over_classes(**options)
+            if joined is None or plan.apart is None:
+                activation, logits = "none", y_pred
+            else:
+                shape, axis, term = plan.apart, 2, joined
+        loss = Loss(term, activation=activation, channel_axis=axis)
+        values = loss(ops.reshape(logits, shape), ops.reshape(y_true, shape))
+        return ops.reshape(values, plan.left)
 
 
-def _loss(term: RegionTerm, axis: int) -> Loss:
-    return Loss(term, activation="none", channel_axis=axis)
+class _Layout(NamedTuple):
+    """How sums along axes are sums over voxels.
 
-
-def _layout(axis: Any, y_pred: Any) -> tuple[Any, int, bool, tuple[int, ...]] | None:
-    """How sums over these axes are sums over voxels; None: they are not.
-
-    The shape to read the arrays in, where the channels are in it, whether samples are joined, and
-    the shape of what is left.
+    Attributes:
+        shape: to read the arrays in.
+        axis: where the channels are in it.
+        batch: whether samples are joined.
+        left: the shape of the values.
+        apart: where classes are summed over, the shape in which they are channels, the last.
     """
+
+    shape: tuple[Any, ...]
+    axis: int
+    batch: bool
+    left: tuple[int, ...]
+    apart: tuple[Any, ...] | None = None
+
+
+def _layout(axis: Any, y_pred: Any) -> _Layout | None:
+    """How sums over these axes are sums over voxels; None: they are not."""
     rank = len(y_pred.shape)
     if rank == 0:
         return None
@@ -74,19 +99,20 @@ def _layout(axis: Any, y_pred: Any) -> tuple[Any, int, bool, tuple[int, ...]] | 
     left = [i for i in range(rank) if i not in axes]
     sizes = [y_pred.shape[i] for i in range(rank)]
     channels, first = sizes[-1], ops.shape(y_pred)[0]
+    apart = None if channels in (None, 1) else (first, _rest(sizes, [0, rank - 1]), channels)
     if not left:
-        return (1, 1, -1), 1, False, ()
+        return _Layout((1, 1, -1), 1, True, (), apart if rank > 1 else None)
     if left == [0]:
-        return (first, 1, _rest(sizes, [0])), 1, False, (-1,)
+        rest = _rest(sizes, [0])
+        return _Layout((first, 1, rest), 1, False, (-1,), apart if rank > 1 else None)
     if left == [rank - 1] and channels is not None:
-        return (1, -1, channels), 2, False, (-1,)
+        return _Layout((1, -1, channels), 2, False, (-1,))
     if left == [0, rank - 1] and channels is not None:
-        rest = _rest(sizes, [0, rank - 1])
-        return (first, rest, channels), 2, False, (-1, channels)
+        return _Layout((first, _rest(sizes, left), channels), 2, False, (-1, channels))
     if left == [0, 1] and sizes[1] is not None:
-        return (first, sizes[1], _rest(sizes, [0, 1])), 1, False, (-1, sizes[1])
+        return _Layout((first, sizes[1], _rest(sizes, left)), 1, False, (-1, sizes[1]))
     if left == [1] and sizes[1] is not None:
-        return (first, sizes[1], _rest(sizes, [0, 1])), 1, True, (-1,)
+        return _Layout((first, sizes[1], _rest(sizes, [0, 1])), 1, True, (-1,))
     return None
 
 
@@ -112,6 +138,9 @@ class Dice(_Region, keras.losses.Dice):
     def _term(self, **options: Any) -> RegionTerm:
         return _dice(tuple(options.items()))
 
+    def _over_classes(self, **options: Any) -> RegionTerm:
+        return _generalized(tuple(options.items()))
+
 
 @registered
 class Tversky(_Region, keras.losses.Tversky):
@@ -128,6 +157,11 @@ class Tversky(_Region, keras.losses.Tversky):
 @lru_cache(maxsize=64)
 def _dice(options: tuple[tuple[str, Any], ...]) -> RegionTerm:
     return DiceTerm(**dict(options))
+
+
+@lru_cache(maxsize=64)
+def _generalized(options: tuple[tuple[str, Any], ...]) -> RegionTerm:
+    return GeneralizedDice(weighting="uniform", **dict(options))
 
 
 @lru_cache(maxsize=64)

@@ -16,9 +16,10 @@ from fastloss.arrays import Arrays, arrange
 from fastloss.backends import chosen_backend
 from fastloss.borrowed import Borrowed, Extras
 from fastloss.frameworks.dlpack import DlpackAdapter
-from fastloss.frameworks.jax import ffi, host
-from fastloss.frameworks.jax.host import Call
+from fastloss.frameworks.jax import ffi
 from fastloss.frameworks.memory import new_array
+from fastloss.frameworks.xla import host
+from fastloss.frameworks.xla.host import Call
 from fastloss.protocol import FusedLoss, LossLike, as_loss
 
 Tracer = jax.core.Tracer

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from fastloss.borrowed import Extras
-from fastloss.frameworks.jax import host
 from fastloss.frameworks.jax.adapter import Shape, alike, described, refuse_gradient, run
-from fastloss.frameworks.jax.host import Call
+from fastloss.frameworks.xla import host
+from fastloss.frameworks.xla.host import Call
 from fastloss.protocol import FusedLoss
 
 SHARDS = ("batch", "volume")

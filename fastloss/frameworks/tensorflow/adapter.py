@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from fastloss.borrowed import Extras
-from fastloss.frameworks.tensorflow import graph, operations
+from fastloss.frameworks.tensorflow import graph, operations, xla
 from fastloss.frameworks.tensorflow.tensors import EagerAdapter, is_on_device, once, plain
 from fastloss.protocol import FusedLoss, LossLike, as_loss
 
@@ -32,10 +32,16 @@ class TensorflowAdapter(EagerAdapter):
                 how = f"on {logits.device}, where the kernels of fastloss do not reach"
                 return operations.value(loss, logits, target, voxel_weight, extras, how)
             return _eager_value(loss, logits, target, voxel_weight, extras)
-        how = operations.reason()
-        if how:
+        if operations.has_devices():
+            how = operations.ON_DEVICE
             return operations.value(loss, logits, target, voxel_weight, extras, how)
-        return graph.value(loss, logits, target, voxel_weight, extras)
+        kind = graph.Call
+        if operations.is_compiled():
+            if not xla.is_there():
+                how = operations.COMPILED
+                return operations.value(loss, logits, target, voxel_weight, extras, how)
+            kind = xla.Call
+        return graph.value(kind(loss, logits, target, voxel_weight, extras), logits)
 
 
 def _eager_value(

@@ -20,18 +20,15 @@ from fastloss.protocol import FusedLoss
 from fastloss.statistics import Statistics
 
 
-def value(
-    loss: FusedLoss, logits: Any, target: Any, voxel_weight: Any, extras: Extras | None
-) -> Any:
+def value(call: Call, logits: Any) -> Any:
     """The loss in a graph, differentiable once."""
-    call = Call(loss, logits, target, voxel_weight, extras)
 
     @tf.custom_gradient
     def differentiable(logits: Any) -> Any:
-        result, sums, voxels, made = call.forward(logits)
+        result, kept = call.forward(logits)
 
         def gradient(upstream: Any) -> Any:
-            return once(call.gradient(logits, sums, voxels, made, upstream), logits)
+            return once(call.gradient(logits, kept, upstream), logits)
 
         return result, gradient
 
@@ -67,8 +64,9 @@ class Call:
         self.given = given
         """Target, voxel weight, fields and regions, those that there are."""
 
-    def forward(self, logits: Any) -> tuple[Any, Any, Any, Sequence[Any]]:
-        """Value, sums and voxel counts, and the fields that were made."""
+    def forward(self, logits: Any) -> tuple[Any, Sequence[Any]]:
+        """The value, and what the gradient needs: sums and voxel counts, and fields that were
+        made."""
         dtype = tf.float64 if logits.dtype == tf.float64 else tf.float32
         made = [tf.dtypes.as_dtype(self.shapes.form(name).dtype) for name in self.makes]
         result, sums, voxels, *fields = _on_host(
@@ -77,12 +75,11 @@ class Call:
         result.set_shape(self.shapes.value)
         for field, name in zip(fields, self.makes, strict=True):
             field.set_shape(self.shapes.field(name))
-        return result, sums, voxels, fields
+        return result, (sums, voxels, *fields)
 
-    def gradient(
-        self, logits: Any, sums: Any, voxels: Any, made: Sequence[Any], upstream: Any
-    ) -> Any:
+    def gradient(self, logits: Any, kept: Sequence[Any], upstream: Any) -> Any:
         upstream = tf.cast(upstream, tf.float32 if self.loss.maps_voxels else tf.float64)
+        sums, voxels, *made = kept
         arrays = [logits, sums, voxels, upstream, *made, *self.given]
         (found,) = _on_host(self._gradient, arrays, [logits.dtype])
         found.set_shape(logits.shape)

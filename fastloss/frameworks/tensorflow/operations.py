@@ -33,16 +33,21 @@ from fastloss.sums import Sum
 _warned = False
 
 
-def reason() -> str:
-    """Why the graph that is being traced cannot call the host; "" if it can."""
+ON_DEVICE = "on this device, where the kernels of fastloss do not reach"
+COMPILED = "under jit_compile=True, where this version of TensorFlow has XLA call no kernels"
+
+
+def is_compiled() -> bool:
+    """Whether the graph that is being traced is compiled by XLA."""
     from tensorflow.python.framework import ops
     from tensorflow.python.ops import control_flow_util
 
-    if control_flow_util.GraphOrParentsInXlaContext(ops.get_default_graph()):
-        return "under jit_compile=True, as XLA calls no kernels of fastloss"
-    if tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"):
-        return "on this device, where the kernels of fastloss do not reach"
-    return ""
+    return bool(control_flow_util.GraphOrParentsInXlaContext(ops.get_default_graph()))
+
+
+def has_devices() -> bool:
+    """Whether a graph may run elsewhere than on the CPU."""
+    return bool(tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
 
 
 def value(

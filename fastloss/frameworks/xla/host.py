@@ -34,7 +34,8 @@ class Call(NamedTuple):
         fields: the names of the fields that are given.
         regions: how many regions a sample has; 0: none are given.
         dense: whether the target is dense.
-        sums: (S, rows, C), the shape of the sums.
+        sums: (S, rows, C), the shape of the sums. Between the passes on one device it is the
+            statistics that tell how many rows there are.
         value: the shape of the value.
         dtype: of the value.
         reuses: whether the gradient may take the place of the logits.
@@ -135,10 +136,12 @@ def _gradient(call: Call, operands: Any, results: Any) -> None:
         coefficients: Any = passes.pull_map(upstream)
     else:
         both = np.ascontiguousarray(statistics).view(np.float64)
-        size = prod(call.sums)
+        slots, _, classes = call.sums
+        rows = both.size // (slots * classes + 1)
+        size = slots * rows * classes
         found = Statistics(
             passes.request,
-            both[:size].reshape(call.sums),
+            both[:size].reshape(slots, rows, classes),
             both[size:],
             passes.arrays.value_dtype,
             None,
