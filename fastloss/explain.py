@@ -139,13 +139,14 @@ def _parts(
     in_regions = bool(count) and (loss.regional is None or term.regional)
     own = statistics if in_regions else statistics.of_samples()
     value = weight * np.sum(loss.combined(term, statistics)[0])
-    if term.ranking is not None and not maps.knows_ranked:
+    sums: Statistics | None = statistics if term.ranking is None else maps.ranked
+    if sums is None:
         found = np.full((1, 1), value)
     elif term.shares and not term.regional:
         found = np.zeros(own.sums.shape[1:])
         for total, slope in slopes.items():
             # A sum may be infinite where it does not count.
-            each = np.where(slope == 0, 0.0, statistics[total]) * slope
+            each = np.where(slope == 0, 0.0, sums[total]) * slope
             found += each.reshape(len(found), -1, each.shape[1]).sum(axis=1)
     else:
         found = weight * term.parts(own)
@@ -177,8 +178,8 @@ class _Maps:
         self.by_channel = self.request.activation == "sigmoid"
         self.hard = not self.arrays.dense or self.arrays.target_dtype in INTEGERS
         self.batch, self.classes, *self.spatial = self.arrays.logits.shape
-        self.knows_ranked = False
-        """Whether the sums of a term that chooses voxels are those of every sample and class."""
+        self.ranked: Statistics | None = None
+        """The sums of a term that chooses voxels by sample and class; `statistics` has a total."""
         self._ahead: tuple[Any, np.ndarray, Any] | None = None
         self.statistics = self._reduce(passes)
 
@@ -194,9 +195,8 @@ class _Maps:
         if passes.ranked is not None:
             term = self.loss.ranking
             self.arrays = with_ranked(self.request, self.arrays, term, passes.ranked)
-            self.knows_ranked = place is None
-            if self.knows_ranked:  # by sample and class, where there was their total
-                statistics = self._sums()
+            if place is None:
+                self.ranked = self._sums()
         if place is not None:
             sums, voxels = place.numpy(statistics.sums), place.numpy(statistics.voxels)
             statistics = replace(statistics, sums=sums, voxels=voxels)
