@@ -192,22 +192,24 @@ class Explanation:
             Path(path).write_text(text.getvalue(), encoding="utf-8")
         return text.getvalue()
 
+    def by_class(self) -> dict[str, dict[str, float]]:
+        """For each class, the parts of the terms over all samples; those that are not split by
+        class, under "all"."""
+        count = self._shape[1]
+        sums = {name: table.sum(axis=0) for name, table in self.parts.items()}
+        found: dict[str, dict[str, float]] = {str(j): {} for j in range(count)} | {ALL: {}}
+        for name, own in sums.items():
+            names = [str(j) for j in range(count)] if len(own) == count else [ALL]
+            for label, part in zip(names, own, strict=True):
+                found[label][name] = float(part)
+        return {label: parts for label, parts in found.items() if parts}
+
     def __repr__(self) -> str:
         """The parts by class, over all samples, and their sums."""
-        classes = self._shape[1]
-        by_class = {name: table.sum(axis=0) for name, table in self.parts.items()}
-        lines = [["", *by_class, "total"]]
-        for label, split in (*((str(j), True) for j in range(classes)), (ALL, False)):
-            own = {
-                name: float(sums[int(label) if split else 0])
-                for name, sums in by_class.items()
-                if (len(sums) == classes) == split
-            }
-            if own:
-                cells = [_shown(own[name]) if name in own else "" for name in by_class]
-                lines.append([label, *cells, _shown(sum(own.values()))])
-        totals = list(self.terms.values())
-        lines.append(["sum", *map(_shown, totals), _shown(sum(totals))])
+        lines = [["", *self.terms, "total"]]
+        for label, parts in (*self.by_class().items(), ("sum", self.terms)):
+            cells = [_shown(parts[name]) if name in parts else "" for name in self.terms]
+            lines.append([label, *cells, _shown(sum(parts.values()))])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [f"Loss {_shown(self.value)}"]
         for first, *rest in lines:
