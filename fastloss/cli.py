@@ -49,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         command.add_options(evaluate)
     if "explain" in arguments[:1]:
-        from fastloss.evaluation import explained
+        from fastloss.evaluation import explain_command
 
-        explained.add_options(explain)
+        explain_command.add_options(explain)
     options = parser.parse_args(arguments)
     if options.command == "info":
         print(info())
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "evaluate":
         return command.run(evaluate, options, arguments)
     if options.command == "explain":
-        return explained.run(explain, options, arguments)
+        return explain_command.run(explain, options, arguments)
     return _bench(bench, options)
 
 

@@ -197,12 +197,13 @@ class Explanation:
         class, under "all"."""
         count = self._shape[1]
         sums = {name: table.sum(axis=0) for name, table in self.parts.items()}
-        found: dict[str, dict[str, float]] = {str(j): {} for j in range(count)} | {ALL: {}}
-        for name, own in sums.items():
-            names = [str(j) for j in range(count)] if len(own) == count else [ALL]
-            for label, part in zip(names, own, strict=True):
-                found[label][name] = float(part)
-        return {label: parts for label, parts in found.items() if parts}
+        found: dict[str, dict[str, float]] = {}
+        for label in (*range(count), ALL):
+            for name, own in sums.items():
+                if (len(own) == count) == isinstance(label, int):
+                    at = label if isinstance(label, int) else 0
+                    found.setdefault(str(label), {})[name] = float(own[at])
+        return found
 
     def __repr__(self) -> str:
         """The parts by class, over all samples, and their sums."""

@@ -23,6 +23,8 @@ class Cost(NamedTuple):
     """The sum of the map."""
     peak: tuple[int, ...]
     """The voxel of the region with the largest number in the map."""
+    box: tuple[slice, ...]
+    """Where the region is."""
 
 
 def costs(
@@ -36,8 +38,8 @@ def costs(
     """The regions that cost most, the dearest first.
 
     Args:
-        numbers: the map, (B, \\*spatial), or ``by_channel`` (B, C, \\*spatial); one to three spatial
-            axes.
+        numbers: the map, (B, \\*spatial), or ``by_channel`` (B, C, \\*spatial); one to three
+            spatial axes.
         prediction, reference: the same of labels, or of masks. A voxel whose reference is negative
             counts for nothing.
         by_channel: whether there are channels, which may overlap.
@@ -65,6 +67,7 @@ def costs(
     for cost, i, k in found[:most]:
         places = np.flatnonzero(regions[i] == k)
         peak = int(places[maps[i].reshape(-1)[places].argmax()])
+        along = np.unravel_index(places, maps[i].shape)
         dearest.append(
             Cost(
                 sample=i // channels,
@@ -74,6 +77,7 @@ def costs(
                 voxels=len(places),
                 cost=cost,
                 peak=tuple(int(n) for n in np.unravel_index(peak, maps[i].shape)),
+                box=tuple(slice(int(n.min()), int(n.max()) + 1) for n in along),
             )
         )
     return dearest

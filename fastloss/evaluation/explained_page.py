@@ -115,6 +115,8 @@ def _slices(case: Case, each: Cost) -> tuple[tuple[Picture, ...], float]:
     affine, spacing = np.diag([-1.0, -1.0, -1.0, 1.0]), (1.0,) * numbers.ndim
     if case.place is not None:
         affine, spacing = case.place.affine, case.place.spacing
+    around = np.zeros(numbers.shape, bool)
+    around[each.box] = True
     turn = Turn(affine, numbers.ndim)
     pictures = slices(
         turn(grey),
@@ -123,6 +125,7 @@ def _slices(case: Case, each: Cost) -> tuple[tuple[Picture, ...], float]:
         turn.place(each.peak, numbers.shape),
         turn.sizes(spacing),
         turn(heat),
+        turn(around),
     )
     if case.place is None and numbers.ndim == 3:
         names = [f"axis {axis}, slice {each.peak[axis]}" for axis in range(3)]

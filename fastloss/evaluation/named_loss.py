@@ -9,7 +9,6 @@ from fastloss import terms
 from fastloss.loss import Loss, Term
 
 ALIASES = {
-    "ce": "CrossEntropy",
     "dice_ce": "Dice+CrossEntropy",
     "dice_focal": "Dice+Focal",
     "dice_ce_boundary": "Dice+CrossEntropy+0.01*Boundary",
@@ -24,6 +23,7 @@ KNOWN = {
     and issubclass(kind, (Term, Loss))
     and name not in _BASES
 }
+KNOWN["ce"] = terms.CrossEntropy
 """Classes of losses that need no option, by their names in small letters."""
 
 

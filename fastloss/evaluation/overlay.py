@@ -99,21 +99,23 @@ def slices(
     centre: tuple[int, ...],
     spacing: tuple[float, ...],
     heat: np.ndarray | None = None,
+    around: np.ndarray | None = None,
 ) -> tuple[Picture, ...]:
-    """Three slices through a voxel, or the one that there is, cut to the masks.
+    """Three slices through a voxel, or the one that there is, cut to what they show.
 
     Args:
         grey, ours, theirs, heat: volumes as `draw` takes slices of them.
         centre: the voxel.
         spacing: of the axes.
+        around: the mask that they show; by default both of ``ours`` and ``theirs``.
     """
     pictures = []
+    around = ours | theirs if around is None else around
     flat = grey.ndim == 2
     for i in range(1 if flat else 3):
         axes = (0, 1) if flat else tuple(axis for axis in range(3) if axis != i)
         place: Any = tuple(slice(None) if flat or a != i else centre[a] for a in range(grey.ndim))
-        box = _box(ours[place] | theirs[place], tuple(spacing[a] for a in axes),
-                   tuple(centre[a] for a in axes))  # fmt: skip
+        box = _box(around[place], tuple(spacing[a] for a in axes), tuple(centre[a] for a in axes))
         pixels = draw(
             grey[place][box],
             ours[place][box],
