@@ -127,7 +127,7 @@ def _read(logits_path: Path, target_path: Path) -> tuple[np.ndarray, np.ndarray,
     else:
         target = _array(target_path, "TARGET")
     x, y = logits.shape, target.shape
-    if y in (x[1:], x) and not (y == x and len(x) == 5):
+    if y in (x[1:], x) and len(x) < 5:  # else there would be four spatial axes
         return logits[None], target[None], place
     if len(x) > 2 and y == x[2:] and x[0] == 1:
         return logits, target[None], place
