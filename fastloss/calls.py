@@ -133,7 +133,7 @@ def fields_of(
             own = term.make_field(found, term.spacing if spacing is None else spacing)
             own = narrowed(own, dtype)
             if axis != 1 and len(own.shape) == found.axes + 2:
-                own = _moved(own, 1, axis)
+                own = moved(own, 1, axis)
             made[term.makes] = own if on_gpu else adapter.wrap(own, target)
     if loss.regional is not None:
         term = loss.regional
@@ -164,7 +164,7 @@ def _arranged_target(
     return array
 
 
-def _moved(array: Any, source: int, to: int) -> Any:
+def moved(array: Any, source: int, to: int) -> Any:
     """The array with this axis elsewhere."""
     move = getattr(array, "movedim", None)  # of tensors, where NumPy has a function
     return np.moveaxis(array, source, to) if move is None else move(source, to)
@@ -222,7 +222,7 @@ class Passes:
         self.request = loss.request(self.arrays)
         if self.request.histograms and not self.backend.counts_errors:
             self.backend = _that_counts(loss, self.backend)
-        self._ranked: Field | None = None
+        self.ranked: Field | None = None
         """The field that the ranking term made."""
         if loss.makers:
             self._make_fields(target)
@@ -356,7 +356,7 @@ class Passes:
         axis = self.loss.channel_axis
         for name, array in self._made.items():
             if axis != 1 and len(array.shape) == self.arrays.logits.ndim:
-                array = _moved(array, 1, axis)
+                array = moved(array, 1, axis)
             known[name] = self.adapter.result(array)
         fields = tuple((name, known[name]) for name in self.loss.field_names)
         return extras._replace(fields=fields)
@@ -387,7 +387,7 @@ class Passes:
 
     def reduce(self, whole: bool = True) -> Statistics:
         """The sums; not ``whole``: of a chunk, which may lack regions."""
-        statistics, self._ranked = self.backend.statistics(self.loss, self.request, self.arrays)
+        statistics, self.ranked = self.backend.statistics(self.loss, self.request, self.arrays)
         numbered = self.arrays.regions is not None and self.backend.place is None
         if whole and numbered and self.loss.regional is None:
             self._check_holes(statistics.voxels)
@@ -417,7 +417,7 @@ class Passes:
         self.backend.write_map(request, arrays, voxel_map)
         value = out.reshape(shape)
         if by_class and loss.channel_axis != 1:
-            value = _moved(value, 1, loss.channel_axis)
+            value = moved(value, 1, loss.channel_axis)
         pull = partial(_pull_map, tuple(value.shape), coefficients, self.backend.place)
         return value, pull
 
@@ -534,10 +534,10 @@ class Passes:
             return
         arrays, term = self.arrays, self.loss.ranking
         if term is not None:
-            if self._ranked is None:
+            if self.ranked is None:
                 self.reduce(whole=False)  # in another call than the first
-            assert self._ranked is not None
-            arrays = with_ranked(self.request, arrays, term, self._ranked)
+            assert self.ranked is not None
+            arrays = with_ranked(self.request, arrays, term, self.ranked)
         self.backend.gradient(self.request, arrays, coefficients, view)
 
 

@@ -1,4 +1,4 @@
-"""The command line: what is installed, how fast it is here, and metrics of files."""
+"""The command line: what is installed, how fast it is here, metrics of files, and explanations."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="metrics of predicted label maps in NIfTI files",
         description="Metrics of predicted label maps, two NIfTI files or two folders of them.",
     )
+    explain = commands.add_parser(
+        "explain",
+        help="where the loss of a prediction comes from",
+        description="Where the loss of a prediction comes from: by class, term, region and voxel.",
+    )
     if arguments is None:
         arguments = sys.argv[1:]
     # The choices of a command live in modules that nothing else should load.
@@ -43,12 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fastloss.evaluation import command
 
         command.add_options(evaluate)
+    if "explain" in arguments[:1]:
+        from fastloss.evaluation import explain_command
+
+        explain_command.add_options(explain)
     options = parser.parse_args(arguments)
     if options.command == "info":
         print(info())
         return 0
     if options.command == "evaluate":
         return command.run(evaluate, options, arguments)
+    if options.command == "explain":
+        return explain_command.run(explain, options, arguments)
     return _bench(bench, options)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from fastloss.arrays import Arrays
 from fastloss.borrowed import Extras
 from fastloss.calls import Passes, fields_of, on_device, value_and_grad
+from fastloss.explain import explain
+from fastloss.explanation import Explanation
 from fastloss.fields import Form, Spacing, Target
 from fastloss.frameworks import adapter_of, borrow
 from fastloss.histogram import HISTOGRAMS
@@ -193,6 +195,35 @@ class Term:
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         """The term's value and its pullback, from the sums alone."""
         raise NotImplementedError(f"{type(self).__name__} must define combine")
+
+    def parts(self, statistics: Statistics) -> np.ndarray:
+        """The value as a sum of parts, (rows, C); 1 in place of either where it is not split."""
+        return np.reshape(self.combine(statistics)[0], (1, 1))
+
+    def fall(self, statistics: Statistics, row: int, sums: np.ndarray) -> np.ndarray:
+        """By how much the value falls if the sums of one row become others.
+
+        Args:
+            statistics: the sums as they are.
+            row: the number of the row.
+            sums: (S, n, C), n sets of sums in its place. Those that only the target determines are
+                the same.
+
+        Returns:
+            (n,).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define fall")
+
+    @property
+    def shares(self) -> bool:
+        """Whether the value is a sum over the voxels, of which each has its share, once the target
+        is known."""
+        return False
+
+    @property
+    def summands(self) -> tuple[tuple[float, Term], ...]:
+        """Factors and terms whose sum this one is, of which some may be `shares` and others not."""
+        return ((1.0, self),)
 
     @property
     def derives(self) -> str:
@@ -376,6 +407,12 @@ class Term:
     def fields(self, target: Any, **options: Any) -> dict[str, Any]:
         """As `fastloss.Loss.fields`, with the default options."""
         return self._loss.fields(target, **options)
+
+    def explain(
+        self, logits: Any, target: Any, voxel_weight: Any = None, **options: Any
+    ) -> Explanation:
+        """As `fastloss.Loss.explain`, with the default options."""
+        return self._loss.explain(logits, target, voxel_weight, **options)
 
     def value(self, statistics: Statistics) -> Any:
         """As `fastloss.Loss.value`."""
@@ -821,6 +858,66 @@ class Loss:
         passes.apply(passes.combine(statistics)[1](passes.upstream(upstream)), view)
         return out
 
+    def explain(
+        self,
+        logits: Any,
+        target: Any,
+        voxel_weight: Any = None,
+        *,
+        fields: Any = None,
+        regions: Any = None,
+        region_count: int | None = None,
+        spacing: Any = None,
+        exact: bool = False,
+    ) -> Explanation:
+        """Where the value comes from: its parts by term, sample and class, and maps of the voxels.
+
+        The map of a term says of every voxel:
+
+        - of a term that sums over voxels (cross-entropy, focal, …) its *share*, the loss of the
+          voxel in units of the value of this loss: times the factor of the term and, for a mean,
+          divided by what the mean divides by. The shares add up to the term's contribution.
+        - of any other term (Dice, Tversky, boundary losses, …) its *gain*: by how much the value
+          would fall if this voxel alone were predicted right. That is p = its target: of a label
+          1 for its class and 0 for the others. Of a softmax, or of probabilities
+          (``activation="none"``), all classes of the voxel change at once; of a sigmoid each
+          channel by itself. Gains do not add up to the value, as the voxels share the sums. They
+          may be negative: where a soft target is no minimum of the term, and to first order where
+          the term is not monotonic.
+        - of a `fastloss.PerRegion`, the shares of its terms that sum over voxels and the gains of
+          the others, in the regions.
+
+        To first order the gain is Σ (derivative by a sum) · (its change), which takes one pass a
+        term; ``exact`` evaluates the term on the changed sums of every voxel, which takes some
+        hundred times as long. As a field does not change, distances to what is predicted
+        (`fastloss.HausdorffDT`) stay what they are in both.
+
+        Args:
+            logits, target, voxel_weight, fields, regions, region_count: as in a call.
+            spacing: the size of a voxel for fields and regions that are made in this call, one
+                number or one per spatial axis; if not given, that of each term.
+            exact: whether gains are exact rather than of first order.
+
+        Raises:
+            ValueError: a loss that has no single value (``reduction="none"`` or ``"voxel"``);
+                ``exact`` for a term of one's own that does not define `Term.fall`.
+            TypeError, ValueError: as in a call.
+
+        >>> import numpy as np, fastloss as fl
+        >>> logits = np.zeros((1, 2, 4, 4)); labels = np.zeros((1, 4, 4), int); labels[0, 0, 0] = 1
+        >>> found = (fl.Dice() + fl.CrossEntropy()).explain(logits, labels)
+        >>> print(found)
+        Loss 1.3115
+               Dice  CrossEntropy   total
+        0    0.1739        0.6498  0.8237
+        1    0.4444        0.0433  0.4878
+        sum  0.6184        0.6931  1.3115
+        >>> [voxel.position for voxel in found.worst(1)]
+        [(0, 0)]
+        """
+        extras = Extras.of(fields, regions, region_count)
+        return explain(self, logits, target, voxel_weight, extras, check_spacing(spacing), exact)
+
     # ------------------------------------------------------------------ how it is done
 
     def passes(
@@ -943,7 +1040,7 @@ class Loss:
 
         The sums may be arrays that record what is done with them, in place of NumPy's.
         """
-        parts = [(weight, *self._combined(term, statistics)) for weight, term in self.terms]
+        parts = [(weight, *self.combined(term, statistics)) for weight, term in self.terms]
         total = _times(*parts[0][:2])
         for weight, value, _ in parts[1:]:
             try:
@@ -966,7 +1063,7 @@ class Loss:
 
         return total, pullback
 
-    def _combined(self, term: Term, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
+    def combined(self, term: Term, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         """`Term.combine`; beside a regional term that of the sums of whole samples."""
         if self.regional is None or term.regional or not statistics.regions:
             return term.combine(statistics)

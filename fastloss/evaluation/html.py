@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 from math import isnan
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastloss.evaluation.files import Mismatch
-from fastloss.evaluation.overlay import overlay
+from fastloss.evaluation.overlay import Picture, overlay
 from fastloss.evaluation.plots import box_plots
 from fastloss.evaluation.png import data_uri
 from fastloss.evaluation.results import Results, Statistics, shown
@@ -46,6 +46,11 @@ def page(results: Results, *, images: Path | None = None, worst: int = 5) -> str
         _worst(results, metrics, images, worst),
         _values(results),
     ]
+    return document(title, sections)
+
+
+def document(title: str, sections: Iterable[str]) -> str:
+    """A page of these parts, as text."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -84,6 +89,11 @@ def _header(results: Results) -> str:
         "Date": about.get("date"),
         "Command": about.get("command"),
     }
+    return facts(rows)
+
+
+def facts(rows: Mapping[str, object]) -> str:
+    """Names and values, of which None are left out."""
     items = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
         for name, value in rows.items()
@@ -104,7 +114,7 @@ def _problems(results: Results) -> str:
     )
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table_of(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Of HTML cells."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
@@ -121,7 +131,7 @@ def _statistics(results: Results) -> str:
     return (
         "<p>Mean ± standard deviation of the finite values; below, the median, which counts "
         "infinite values, and how many values there are.</p>"
-        + _table(["class", *map(escape, results.scores)], rows)
+        + table_of(["class", *map(escape, results.scores)], rows)
     )
 
 
@@ -200,17 +210,22 @@ def _worst(results: Results, metrics: dict[str, Metric], images: Path | None, co
         except Mismatch as error:  # gone or changed since
             parts.append(f"{heading}</p><p>no picture: {escape(str(error))}</p>")
             continue
-        pictures = "".join(
-            f'<figure><img src="{data_uri(picture.pixels)}" width="{picture.pixels.shape[1]}" '
-            f'height="{picture.pixels.shape[0]}" alt="{escape(case.name)}, {picture.view}">'
-            f"<figcaption>{picture.view}</figcaption></figure>"
-            for picture in found.pictures
-        )
         parts.append(
             f'<section class="case">{heading}, {escape(found.caption)}</p>'
-            f'<div class="slices">{pictures}</div></section>'
+            f"{gallery(found.pictures, case.name)}</section>"
         )
     return "\n".join(parts)
+
+
+def gallery(pictures: Iterable[Picture], name: str) -> str:
+    """Pictures of something of this name, side by side."""
+    figures = "".join(
+        f'<figure><img src="{data_uri(picture.pixels)}" width="{picture.pixels.shape[1]}" '
+        f'height="{picture.pixels.shape[0]}" alt="{escape(name)}, {picture.view}">'
+        f"<figcaption>{picture.view}</figcaption></figure>"
+        for picture in pictures
+    )
+    return f'<div class="slices">{figures}</div>'
 
 
 def _values(results: Results) -> str:
@@ -226,7 +241,7 @@ def _values(results: Results) -> str:
         ]
         for row in scores.rows()
     ]
-    table = _table(["case", "class", *map(escape, scores)], rows)
+    table = table_of(["case", "class", *map(escape, scores)], rows)
     return f"<details><summary>All {count} values</summary>{table}</details>"
 
 
@@ -259,5 +274,6 @@ figure { margin: 1rem 0; }
 .slices img { image-rendering: pixelated; background: #000; max-width: 100%; height: auto; }
 .reference, .prediction { color: #14171a; padding: 0 .4em; border-radius: 3px; }
 .reference { background: rgb(0, 200, 255); } .prediction { background: rgb(255, 140, 0); }
+.heat { color: #14171a; padding: 0 .4em; border-radius: 3px; background: rgb(255, 60, 190); }
 details { margin: 2rem 0; } summary { cursor: pointer; }
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from fastloss.evaluation.files import (
 
 VIEWS = ("axial", "coronal", "sagittal")
 REFERENCE, PREDICTION = (0, 200, 255), (255, 140, 0)
+HEAT = (255, 60, 190)
 """Colours, told apart by people who see no red or no green, too."""
 EDGE = 300
 """Pixels of the longer edge of a picture, at least."""
@@ -57,31 +58,73 @@ def overlay(case: Case, labels: Sequence[int], images: Path | None = None) -> Ov
     """
     prediction, reference = read_label_map(case.prediction), read_label_map(case.reference)
     grey, note = _background(case, reference, images)
-    flat = reference.voxels.ndim == 2
-    order, flips = ([1, 0], (1, 1)) if flat else _to_patient(reference.affine)
+    turn = Turn(reference.affine, reference.voxels.ndim)
+    spacing = turn.sizes(reference.spacing)
+    wanted = list(labels)
+    ours, theirs = (turn(np.isin(each.voxels, wanted)) for each in (prediction, reference))
+    centre, caption = _farthest(ours, theirs, spacing)
+    return Overlay(slices(turn(grey), ours, theirs, centre, spacing), caption + note)
 
-    def turned(volume: np.ndarray) -> np.ndarray:
-        if flat:
-            return volume
-        found: np.ndarray = volume.transpose(order)[tuple(slice(None, None, s) for s in flips)]
+
+class Turn:
+    """Volumes of a file as radiologists see them, those of one slice as they are.
+
+    Args:
+        affine: that of the file.
+        axes: how many a volume has, 2 or 3.
+    """
+
+    def __init__(self, affine: np.ndarray, axes: int) -> None:
+        self.order, self.flips = ([0, 1], (1, 1)) if axes == 2 else _to_patient(affine)
+
+    def __call__(self, volume: np.ndarray) -> np.ndarray:
+        steps = tuple(slice(None, None, step) for step in self.flips)
+        found: np.ndarray = volume.transpose(self.order)[steps]
         return found
 
-    spacing = reference.spacing if flat else tuple(reference.spacing[axis] for axis in order)
-    wanted = list(labels)
-    ours, theirs = (turned(np.isin(each.voxels, wanted)) for each in (prediction, reference))
-    centre, caption = _farthest(ours, theirs, spacing)
-    background = turned(grey)
+    def sizes(self, spacing: Sequence[float]) -> tuple[float, ...]:
+        """The spacing of the axes of the turned volume."""
+        return tuple(spacing[axis] for axis in self.order)
+
+    def place(self, index: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+        """Where a voxel of a volume of this shape then is."""
+        turned = zip(self.order, self.flips, strict=True)
+        return tuple(index[a] if step > 0 else shape[a] - 1 - index[a] for a, step in turned)
+
+
+def slices(
+    grey: np.ndarray,
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    centre: tuple[int, ...],
+    spacing: tuple[float, ...],
+    heat: np.ndarray | None = None,
+    around: np.ndarray | None = None,
+) -> tuple[Picture, ...]:
+    """Three slices through a voxel, or the one that there is, cut to what they show.
+
+    Args:
+        grey, ours, theirs, heat: volumes as `draw` takes slices of them.
+        centre: the voxel.
+        spacing: of the axes.
+        around: the mask that they show; by default both of ``ours`` and ``theirs``.
+    """
     pictures = []
+    around = ours | theirs if around is None else around
+    flat = grey.ndim == 2
     for i in range(1 if flat else 3):
         axes = (0, 1) if flat else tuple(axis for axis in range(3) if axis != i)
-        place = (slice(None),) * 2 if flat else tuple(centre[a] if a == i else slice(None)
-                                                      for a in range(3))  # fmt: skip
-        box = _box(ours[place] | theirs[place], tuple(spacing[a] for a in axes),
-                   tuple(centre[a] for a in axes))  # fmt: skip
-        pixels = draw(background[place][box], ours[place][box], theirs[place][box],
-                      (spacing[axes[0]], spacing[axes[1]]))  # fmt: skip
+        place: Any = tuple(slice(None) if flat or a != i else centre[a] for a in range(grey.ndim))
+        box = _box(around[place], tuple(spacing[a] for a in axes), tuple(centre[a] for a in axes))
+        pixels = draw(
+            grey[place][box],
+            ours[place][box],
+            theirs[place][box],
+            (spacing[axes[0]], spacing[axes[1]]),
+            None if heat is None else heat[place][box],
+        )
         pictures.append(Picture("in its plane" if flat else VIEWS[i], pixels))
-    return Overlay(tuple(pictures), caption + note)
+    return tuple(pictures)
 
 
 def _background(case: Case, reference: LabelMap, images: Path | None) -> tuple[np.ndarray, str]:
@@ -94,16 +137,21 @@ def _background(case: Case, reference: LabelMap, images: Path | None) -> tuple[n
                 raise Mismatch("there is none")
             image = read_image(path)
             check_same_grid(image, reference, affine=False)
-            return _window(image.voxels), ""
+            return window(image.voxels), ""
         except Mismatch as error:
             reason = str(error).replace("the prediction", "the image")
             note = f" (no image: {reason})"
-    labels = reference.voxels.astype(np.float32)
+    return grey_of_labels(reference.voxels), note
+
+
+def grey_of_labels(voxels: np.ndarray) -> np.ndarray:
+    """Grey in [0, 1], another one for each label."""
+    labels = voxels.astype(np.float32)
     largest = max(float(labels.max()), 1.0)
-    return np.where(labels > 0, 0.25 + 0.35 * labels / largest, 0.08).astype(np.float32), note
+    return np.where(labels > 0, 0.25 + 0.35 * labels / largest, 0.08).astype(np.float32)
 
 
-def _window(image: np.ndarray) -> np.ndarray:
+def window(image: np.ndarray) -> np.ndarray:
     """Grey from the first to the 99th percentile, of a sample of the voxels."""
     numbers = image.astype(np.float32)
     sample = numbers.ravel()[:: max(1, numbers.size // 100_000)]
@@ -166,7 +214,11 @@ def _box(
 
 
 def draw(
-    grey: np.ndarray, ours: np.ndarray, theirs: np.ndarray, spacing: tuple[float, float]
+    grey: np.ndarray,
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    spacing: tuple[float, float],
+    heat: np.ndarray | None = None,
 ) -> np.ndarray:
     """A slice with both contours: thick that of the reference, thin that of the prediction.
 
@@ -174,6 +226,7 @@ def draw(
         grey: (rows, columns) in [0, 1].
         ours, theirs: masks of prediction and reference.
         spacing: of rows and columns; pixels are square.
+        heat: (rows, columns) in [0, 1], laid over the grey: the colour `HEAT` where it is 1.
     """
     sizes = [n * step for n, step in zip(grey.shape, spacing, strict=True)]
     # Whole pixels for the finer axis, so that voxels are of one size.
@@ -183,7 +236,11 @@ def draw(
         for n, size, step in zip(grey.shape, sizes, spacing, strict=True)
     )
     grid = np.ix_(rows.astype(int), columns.astype(int))
-    pixels = np.repeat((255 * grey[grid]).astype(np.uint8)[..., None], 3, axis=2)
+    shade = np.repeat(255 * grey[grid][..., None], 3, axis=2)
+    if heat is not None:
+        over = heat[grid][..., None]
+        shade = (1 - over) * shade + over * np.array(HEAT)
+    pixels = shade.astype(np.uint8)
     edge = _contour(theirs[grid])
     pixels[_thicker(edge)] = REFERENCE
     for mask in (ours[grid], ours[grid] & ~_contour(ours[grid])):

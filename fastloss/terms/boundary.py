@@ -173,6 +173,20 @@ class HausdorffDT(_DistanceTerm):
         slope = 1.0 / (1.0 + np.maximum(value, 0.0))
         return np.log1p(np.maximum(value, 0.0)), lambda upstream: pullback(upstream * slope)
 
+    def parts(self, statistics: Statistics) -> np.ndarray:
+        parts = super().parts(statistics)
+        total = max(float(parts.sum()), 0.0)
+        # Of the logarithm every part has the share that it has of the loss.
+        return parts * (np.log1p(total) / total) if self.log and total else parts
+
+    def fall(self, statistics: Statistics, row: int, sums: np.ndarray) -> np.ndarray:
+        fall = super().fall(statistics, row, sums)
+        if not self.log:
+            return fall
+        now = np.maximum(super().combine(statistics)[0], 0.0)
+        found: np.ndarray = np.log1p(now) - np.log1p(np.maximum(now - fall, 0.0))
+        return found
+
     def derive_field(self, field: Any, mask: Any) -> Any:
         spacing = spacing_of(self.spacing, len(mask.shape) - 2)
         predicted = signed_of_masks(mask, spacing=spacing, convention="unsigned")

@@ -44,6 +44,10 @@ class VoxelwiseTerm(Term):
     def maps_voxels(self) -> bool:
         return self.reduction == "voxel"
 
+    @property
+    def shares(self) -> bool:
+        return True
+
     def map_coefficients(self, request: Request, classes: int) -> Mapping[Any, Any]:
         # Any sums will do, as the coefficients do not depend on them.
         sums, voxels = np.zeros((len(request.sums), 1, classes)), np.zeros(1)
@@ -230,6 +234,10 @@ class TopKCrossEntropy(Term):
         if self.k == 0:
             raise ValueError("k: expected a number above 0, got 0")
         self.weight = check_class_weight("weight", weight)
+
+    @property
+    def shares(self) -> bool:
+        return True
 
     @property
     def kept_percent(self) -> float:  # type: ignore[override]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -95,7 +96,11 @@ class ClassTerm(Term):
         counted = 1 if self.couples_classes else classes - int(not self.include_background)
         return ((1 if self.batch else batch) * max(regions, 1), counted)
 
-    def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
+    def _of_rows(
+        self, statistics: Statistics
+    ) -> tuple[np.ndarray, Sequence[tuple[str | Sum, np.ndarray]], Any, Any]:
+        """The weighed value of every row and class, the slopes, the weight, and how many values a
+        mean is of."""
         first = 0 if self.include_background else 1
         sums = [
             statistics.voxels[:, None] if key == VOXELS else statistics[key] for key in self.reads
@@ -104,7 +109,6 @@ class ClassTerm(Term):
             each = zip(self.reads, sums, strict=True)
             sums = [s if key == VOXELS else s[:, first:] for key, s in each]
         regions = statistics.regions
-        rows = (statistics.batch_size, statistics.classes - first)
         if self.batch:
             sums = [_over_samples(s, regions) for s in sums]
         value, slopes = self.of_sums(*sums)
@@ -120,6 +124,12 @@ class ClassTerm(Term):
         weight: Any = 1.0 if self.weight is None or self.couples_classes else self.weight
         if not (isinstance(weight, float) and weight == 1.0):
             value = value * weight
+        return value, slopes, weight, count
+
+    def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
+        value, slopes, weight, count = self._of_rows(statistics)
+        first, regions = 0 if self.include_background else 1, statistics.regions
+        rows = (statistics.batch_size, statistics.classes - first)
         scale = weight / count if self.reduction == "mean" else weight
         if self.reduction != "none":
             value = value.sum()
@@ -132,10 +142,39 @@ class ClassTerm(Term):
             if regions and self.batch:
                 derivatives = {k: _to_samples(d, regions, rows) for k, d in derivatives.items()}
             if first:
-                derivatives = {k: _with_background(d) for k, d in derivatives.items()}
+                derivatives = {k: with_background(d) for k, d in derivatives.items()}
             return derivatives
 
         return value, pullback
+
+    def parts(self, statistics: Statistics) -> np.ndarray:
+        value, _, _, count = self._of_rows(statistics)
+        if self.reduction == "mean":
+            value = value / count
+        whole = self.include_background or self.couples_classes
+        return value if whole else with_background(value)
+
+    def fall(self, statistics: Statistics, row: int, sums: np.ndarray) -> np.ndarray:
+        _, _, _, count = self._of_rows(statistics)
+        before, voxels = statistics.sums[:, row], statistics.voxels[row]
+        if self.batch:
+            step = statistics.regions or 1
+            joined = statistics.sums[:, row % step :: step].sum(axis=1)
+            sums = sums + (joined - before)[:, None]
+            before, voxels = joined, statistics.voxels[row % step :: step].sum()
+        by_sample: Any = self.with_options({"batch": False})
+        then, now = (
+            by_sample._of_rows(alone(statistics, each, voxels))[0]
+            for each in (sums, before[:, None])
+        )
+        fall: np.ndarray = (now - then).sum(axis=1)
+        return fall / count if self.reduction == "mean" else fall
+
+
+def alone(statistics: Statistics, sums: np.ndarray, voxels: float) -> Statistics:
+    """These sums, (S, n, C), as those of n samples of as many voxels each."""
+    each = np.full(sums.shape[1], voxels)
+    return replace(statistics, sums=sums, voxels=each, regions=0, joined=None)
 
 
 def _over_samples(sums: np.ndarray, regions: int) -> np.ndarray:
@@ -155,7 +194,7 @@ def _to_samples(derivative: np.ndarray, regions: int, shape: tuple[int, int]) ->
     return np.broadcast_to(each[None], (rows // regions, regions, classes)).reshape(shape)
 
 
-def _with_background(derivative: np.ndarray) -> np.ndarray:
+def with_background(derivative: np.ndarray) -> np.ndarray:
     """The derivative with a class 0 in front, on which nothing depends."""
     whole = np.zeros((derivative.shape[0], derivative.shape[1] + 1), like=derivative)
     whole[:, 1:] = derivative

@@ -14,7 +14,7 @@ from fastloss.options import REDUCTIONS, check_choice, check_number, check_spaci
 from fastloss.statistics import Statistics
 from fastloss.sums import as_sum
 from fastloss.terms.distribution import CrossEntropy, VoxelwiseTerm
-from fastloss.terms.per_class import ClassTerm
+from fastloss.terms.per_class import ClassTerm, alone, with_background
 from fastloss.terms.region import Dice
 
 MODES = ("voronoi", "components+background", "given")
@@ -179,26 +179,24 @@ class PerRegion(Term):
     def value_shape(self, batch: int, classes: int, regions: int = 0) -> tuple[int, ...]:
         return (batch, 1) if self.reduction == "none" else ()
 
+    @property
+    def summands(self) -> tuple[tuple[float, Term], ...]:
+        each = ((factor, ((1.0, term),)) for factor, term in self._parts)
+        return tuple((factor, self.with_options({"_parts": part})) for factor, part in each)
+
+    @property
+    def shares(self) -> bool:
+        return all(term.shares for _, term in self._parts)
+
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
-        rows = _Rows(statistics)
-        beside = self.regions == "components+background"
-        first = 1 if rows.classes > 1 and not self.include_background else 0
-        share, has = self._shares(statistics, rows, first, beside)
-        each = rows.with_background(statistics) if beside else statistics
-        whole = statistics.of_samples()
-        # (B, 1): 1 for a sample that falls back, and how much each sample counts.
-        falls = np.zeros((rows.batch, 1), like=has)
-        if self.without == "whole":
-            falls = np.where((whole.voxels[:, None] > 0) & ~has, 1.0, 0.0)
-        scale: Any = 1.0
-        if self.reduction == "mean":
-            counted = np.where(has, 1.0, falls)
-            scale = 1.0 / np.maximum(counted.sum(), 1.0)
-        share, falls = share * scale, falls * scale
+        rows, each, first, share, falls = self._weighed(statistics)
+        beside, whole = each is not statistics, statistics.of_samples()
 
         # On a GPU the sums are not known here.
-        may_fall = self.without == "whole" and not (isinstance(has, np.ndarray) and has.all())
-        value = np.zeros((rows.batch, 1), like=has)
+        may_fall = self.without == "whole" and not (
+            isinstance(falls, np.ndarray) and not falls.any()
+        )
+        value = np.zeros((rows.batch, 1), like=falls)
         pulls = []
         for factor, term in self._parts:
             if factor == 0:  # which may be infinite
@@ -209,9 +207,7 @@ class PerRegion(Term):
             total = rows.over_regions(np.where(own > 0, values, 0.0) * own)
             pulls.append((factor, own, pull, rows.fits, True))
             if may_fall:
-                average = np.ones((1, rows.classes)) / (rows.classes - first)
-                average[:, :first] = 0.0
-                own = falls * _of_columns(average, term, first)
+                own = falls * _of_columns(_average(rows.classes, first), term, first)
                 values, pull = term.combine(whole)
                 total = total + (np.where(own > 0, values, 0.0) * own).sum(axis=1, keepdims=True)
                 pulls.append((factor, own, pull, _as_it_is, False))
@@ -232,6 +228,70 @@ class PerRegion(Term):
             return found
 
         return value, pullback
+
+    def parts(self, statistics: Statistics) -> np.ndarray:
+        """Of every lesion and its class; those of a sample without lesions are in its first row."""
+        rows, each, first, share, falls = self._weighed(statistics)
+        whole, average = statistics.of_samples(), _average(rows.classes, first)
+        found = np.zeros((rows.count, rows.classes))
+        for factor, term in self._parts:
+            if factor == 0:
+                continue
+            found += factor * _by_class(term.combine(each)[0], share, term)
+            if self.without == "whole":
+                values = term.combine(whole)[0]
+                found[:: rows.regions] += factor * _by_class(values, falls * average, term)
+        return found
+
+    def fall(self, statistics: Statistics, row: int, sums: np.ndarray) -> np.ndarray:
+        rows, each, first, share, falls = self._weighed(statistics)
+        sample, region = divmod(row, rows.regions)
+        change = sums - statistics.sums[:, row, None]
+        found = np.zeros(sums.shape[1])
+
+        def add(now: Statistics, row: int, weight: np.ndarray) -> None:
+            """What changes in one row, whose classes have these weights."""
+            if not weight.any():
+                return
+            before = now.sums[:, row, None]
+            for factor, term in self._parts:
+                if factor == 0:
+                    continue
+                own = factor * _of_columns(weight[None], term, first)
+                then, at = (
+                    term.combine(alone(now, s, now.voxels[row]))[0]
+                    for s in (before + change, before)
+                )
+                found[...] += (np.where(own != 0, at - then, 0.0) * own).sum(axis=1)
+
+        lesions = [row]
+        if each is not statistics and region == 0:  # the background is part of every region
+            lesions = list(range(row + 1, row + rows.regions))
+        for lesion in lesions:
+            add(each, lesion, share[lesion])
+        add(statistics.of_samples(), sample, falls[sample] * _average(rows.classes, first)[0])
+        return found
+
+    def _weighed(
+        self, statistics: Statistics
+    ) -> tuple[_Rows, Statistics, int, np.ndarray, np.ndarray]:
+        """The rows, the sums of each with what is beside it, the first class of lesions, the share
+        of every lesion, (rows, C), and of every sample that falls back on its whole, (B, 1)."""
+        rows = _Rows(statistics)
+        beside = self.regions == "components+background"
+        first = 1 if rows.classes > 1 and not self.include_background else 0
+        share, has = self._shares(statistics, rows, first, beside)
+        each = rows.with_background(statistics) if beside else statistics
+        # (B, 1): 1 for a sample that falls back, and how much each sample counts.
+        falls = np.zeros((rows.batch, 1), like=has)
+        if self.without == "whole":
+            voxels = statistics.of_samples().voxels[:, None]
+            falls = np.where((voxels > 0) & ~has, 1.0, 0.0)
+        scale: Any = 1.0
+        if self.reduction == "mean":
+            counted = np.where(has, 1.0, falls)
+            scale = 1.0 / np.maximum(counted.sum(), 1.0)
+        return rows, each, first, share * scale, falls * scale
 
     def _shares(
         self, statistics: Statistics, rows: _Rows, first: int, beside: bool
@@ -329,6 +389,21 @@ def _of_columns(share: np.ndarray, term: ClassTerm | VoxelwiseTerm, first: int) 
         total: np.ndarray = share.sum(axis=1, keepdims=True)
         return total
     return share if term.include_background else share[:, 1:]
+
+
+def _average(classes: int, first: int) -> np.ndarray:
+    """(1, C): the weights of a mean over the classes from ``first`` on."""
+    average = np.ones((1, classes)) / (classes - first)
+    average[:, :first] = 0.0
+    return average
+
+
+def _by_class(values: np.ndarray, share: np.ndarray, term: ClassTerm | VoxelwiseTerm) -> np.ndarray:
+    """The term's values of each row, as the shares divide them among the classes: (rows, C)."""
+    if isinstance(term, ClassTerm) and not (term.include_background or term.couples_classes):
+        values = with_background(values)
+    found: np.ndarray = np.where(share > 0, values, 0.0) * share  # others may be infinite
+    return found
 
 
 def _class_map(target: Target) -> np.ndarray:
