@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from math import erfc, exp, inf, isinf, isnan, lgamma, log, log1p, nan, sqrt
+from math import erfc, exp, inf, isinf, isnan, lgamma, log, log1p, nan, pi, sqrt
 from statistics import NormalDist
 
 NORMAL = NormalDist()
@@ -35,17 +35,19 @@ def critical(df: float, alpha: float = 0.05) -> float:
     """
     if isnan(df) or df <= 0:
         return inf
-    z = NORMAL.inv_cdf(1 - alpha / 2)
+    t = NORMAL.inv_cdf(1 - alpha / 2)
     if isinf(df) or df > 1e7:
-        return z
-    # Bisection in log t: few degrees of freedom have heavy tails, which Newton steps overshoot.
-    low, high = 0.5 * z, z
-    while two_sided(high, df) > alpha:
-        low, high = high, 2 * high
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if two_sided(middle, df) > alpha else (low, middle)
-    return high
+        return t
+    # Newton's steps for log p as a function of log t, which is concave, and a line in the tails.
+    front = lgamma((df + 1) / 2) - lgamma(df / 2) - log(pi * df) / 2
+    for _ in range(50):
+        p = two_sided(t, df)
+        density = exp(front - (df + 1) / 2 * log1p(t * t / df))
+        step = log(p / alpha) * p / (2 * density * t)
+        t *= exp(step)
+        if abs(step) < 1e-12:
+            break
+    return t
 
 
 def power(shift: float, df: float, alpha: float = 0.05) -> float:
