@@ -380,5 +380,5 @@ def _least(enough: Callable[[int], bool], most: int) -> int | None:
 
 def rounded(count: int) -> int:
     """To two digits, upward: 42 stays, and 417 is 420."""
-    step = 10 ** max(0, len(str(count)) - 2)
+    step = int(10 ** max(0, len(str(count)) - 2))
     return ceil(count / step) * step

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastloss.compare.records import Study
+from fastloss.compare.records import LesionScore, Score, Study
 from fastloss.compare.statistics import (
     Estimate,
     Needed,
@@ -70,7 +70,8 @@ class Standing:
 
     Attributes:
         loss: its name.
-        rank: 1 and how many losses were shown to be better; equal ranks are ties.
+        rank: the best that it may have: 1 and how many losses were shown to be better.
+        last: the worst that it may have: all losses but those that were shown to be worse.
         estimate: its mean, with its interval.
         spread: the standard deviation between seeds, of the mean over cases; NaN for one seed.
         comparison: with the reference; None for the reference itself.
@@ -78,6 +79,7 @@ class Standing:
 
     loss: str
     rank: int
+    last: int
     estimate: Estimate
     spread: float
     comparison: Comparison | None
@@ -92,7 +94,7 @@ class Row:
         size: which lesions, such as "small, under 120 mm³"; empty for all.
         better: "higher", "lower" or "".
         reference: the loss that the others are compared with.
-        standings: the best first, by rank and then by mean.
+        standings: in the order of their means, the best first.
         capped: how many infinite values were set to the worst finite one.
     """
 
@@ -124,12 +126,9 @@ class Row:
         return [each.comparison for each in self.standings if each.comparison]
 
     @property
-    def ties(self) -> list[list[str]]:
-        """The ranking: losses of one rank together."""
-        found: dict[int, list[str]] = {}
-        for each in self.standings:
-            found.setdefault(each.rank, []).append(each.loss)
-        return list(found.values())
+    def best(self) -> list[str]:
+        """The losses that may be the best: none was shown to be better."""
+        return [each.loss for each in self.standings if each.rank == 1]
 
 
 class Agreement(NamedTuple):
@@ -213,7 +212,7 @@ class _Table:
         self.cases = study.cases
         lesions = list(dict.fromkeys(each.case for each in study.lesions))
         self.cases += [case for case in lesions if case not in self.cases]
-        scores = [*study.scores, *study.lesions]
+        scores: list[Score | LesionScore] = [*study.scores, *study.lesions]
         self.runs = sorted({(each.seed, each.fold) for each in scores})
         self.case_of = {case: i for i, case in enumerate(self.cases)}
         self.run_of = {run: j for j, run in enumerate(self.runs)}
@@ -273,14 +272,14 @@ class _Table:
         label: str,
         size: str,
         reference: str,
-        better: str,
+        end: str,
         seed: int,
         capped: int = 0,
     ) -> Row:
         """Of (classes, cases, runs) for each loss."""
         layers = {loss: each for loss, each in layers.items() if not np.isnan(each).all()}
         means = {loss: estimate(_mean(each)) for loss, each in layers.items()}
-        sign = {"higher": 1, "lower": -1}.get(better, 0)
+        sign = {"higher": 1, "lower": -1}.get(end, 0)
         comparisons = []
         if reference in layers:
             others = [loss for loss in layers if loss != reference]
@@ -289,19 +288,26 @@ class _Table:
         pairs = [(one, two) for i, one in enumerate(rest) for two in rest[i + 1 :]]
         # A family of its own: these pairs only order the losses beside the reference.
         among = _compare(layers, pairs, sign, seed)
-        beaten = dict.fromkeys(layers, 0)
+        better, worse = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)  # than this one
         for each in comparisons + among:
             if each.sign:
-                beaten[each.other if each.sign > 0 else each.loss] += 1
+                first, second = (each.loss, each.other)[:: each.sign]
+                better[second] += 1
+                worse[first] += 1
         by_loss = {each.loss: each for each in comparisons}
         standings = [
             Standing(
-                loss, 1 + beaten[loss], means[loss], self._spread(_mean(each)), by_loss.get(loss)
+                loss,
+                1 + better[loss],
+                len(layers) - worse[loss],
+                means[loss],
+                self._spread(_mean(each)),
+                by_loss.get(loss),
             )
             for loss, each in layers.items()
         ]
-        standings.sort(key=lambda each: (each.rank, -(sign or 0) * each.estimate.mean))
-        return Row(metric, label, size, better, reference, tuple(standings), capped)
+        standings.sort(key=lambda each: -sign * each.estimate.mean)
+        return Row(metric, label, size, end, reference, tuple(standings), capped)
 
     def _spread(self, cells: np.ndarray) -> float:
         """The standard deviation between seeds, of the mean over the cases that all have."""
@@ -493,12 +499,12 @@ def agreement_of(points: Sequence[tuple[int, float, float]]) -> float:
 
 def _failures(study: Study, table: _Table) -> list[str]:
     notes = []
+    folds = {each.fold for each in study.scores} | {each.fold for each in study.failures}
     for loss in study.losses:
         failed = [each for each in study.failures if each.loss == loss]
-        many_folds = len({each.fold for each in (*study.scores, *study.failures)}) > 1
         if failed:
             where = ", ".join(
-                f"seed {each.seed}" + (f" fold {each.fold}" if many_folds else "")
+                f"seed {each.seed}" + (f" fold {each.fold}" if len(folds) > 1 else "")
                 for each in failed
             )
             messages = "; ".join(dict.fromkeys(each.message for each in failed))
