@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from math import inf, isfinite, isnan, nan
 from typing import Any, TypeVar
@@ -213,7 +213,9 @@ class Study:
             kind = found.get("format") if isinstance(found, dict) else type(found).__name__
             raise ValueError(f"text: expected a study of format {FORMAT!r}, got {kind!r}")
         try:
-            tables = {kind: _records(record, found[kind]) for kind, record in TABLES.items()}
+            tables: dict[str, Any] = {
+                kind: _records(record, found[kind]) for kind, record in TABLES.items()
+            }
             pictures = [_picture(each) for each in found.get("pictures", ())]
             return cls(
                 found["name"],
@@ -260,7 +262,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-_READ = {
+_READ: dict[str, Callable[[Any], Any]] = {
     "float": lambda value: (
         nan if value is None else {"Infinity": inf, "-Infinity": -inf}.get(value) or float(value)
     ),
