@@ -71,9 +71,7 @@ LOSSES: Mapping[str, Maker] = {
         + fl.CrossEntropy()
         + SKELETON_FACTOR * fl.SkeletonRecall(include_background=False, batch=True)
     ),
-    "cc_dice_ce": lambda spacing, done: (
-        _dice() + fl.CrossEntropy() + fl.CCDiceCE(spacing=spacing)
-    ),
+    "cc_dice_ce": lambda spacing, done: _dice() + fl.CrossEntropy() + fl.CCDiceCE(spacing=spacing),
     "blob_dice_ce": lambda spacing, done: (
         _dice() + fl.CrossEntropy() + BLOB_FACTOR * fl.BlobDiceCE()
     ),

@@ -57,10 +57,12 @@ class Patches:
             middle = np.array(np.unravel_index(points[rng.integers(len(points))], shape))
             starts = middle - rng.integers(0, self.patch, 3)
         else:
-            starts = rng.integers(0, np.array(shape) - self.patch + 1)
+            starts = np.array(
+                [rng.integers(0, n - p + 1) for n, p in zip(shape, self.patch, strict=True)]
+            )
         starts = np.clip(starts, 0, np.array(shape) - self.patch)
         box = tuple(slice(int(a), int(a) + n) for a, n in zip(starts, self.patch, strict=True))
-        image, labels = volume.image[(slice(None), *box)], volume.labels[box]
+        image, labels = volume.image[:, box[0], box[1], box[2]], volume.labels[box]
         if rng.random() < 0.5:
             image, labels = image[..., ::-1], labels[..., ::-1]
         size = (len(image), 1, 1, 1)

@@ -12,27 +12,27 @@ from fastloss.compare.data import Volume, normalised
 
 CLASSES = ("background", "lung", "liver", "kidney", "aorta", "lesion")
 LUNG, LIVER, KIDNEY, AORTA, LESION = range(1, 6)
-SHAPE = (48, 64, 64)
+SHAPE = (40, 56, 64)
 """From bottom to top, back to front, right to left."""
 IN_PLANE = 5.0
 """mm between voxels; between slices it is more, and other in each case."""
-DIAMETERS = (7.0, 45.0)
+DIAMETERS = (9.0, 55.0)
 """Of lesions in mm, evenly spread on a logarithmic scale."""
-LESIONS = (5, 14)
+LESIONS = (6, 16)
 """How many there are in a case."""
 NOISE = 0.06
 # Grey values: air, other tissue, and the classes from the lung on; lesions by where they lie.
 AIR, TISSUE = 0.0, 0.50
-GREY = {LUNG: 0.12, LIVER: 0.62, KIDNEY: 0.74, AORTA: 0.66}
-IN_LUNG, IN_LIVER, VESSEL = 0.42, 0.48, 0.36
+GREY = {LUNG: 0.12, LIVER: 0.66, KIDNEY: 0.86, AORTA: 1.0}
+IN_LUNG, IN_LIVER, VESSEL = 0.46, 0.40, 0.40
 
 # Centres and radii (z, y, x) in units of the body's half height, depth and width.
 _ELLIPSOIDS: tuple[tuple[int, tuple[float, ...], tuple[float, ...]], ...] = (
     (LUNG, (0.42, 0.02, 0.42), (0.46, 0.58, 0.33)),
     (LUNG, (0.42, 0.02, -0.42), (0.46, 0.58, 0.33)),
     (LIVER, (-0.22, 0.12, -0.34), (0.28, 0.52, 0.42)),
-    (KIDNEY, (-0.55, -0.38, 0.36), (0.22, 0.22, 0.15)),
-    (KIDNEY, (-0.60, -0.38, -0.36), (0.22, 0.22, 0.15)),
+    (KIDNEY, (-0.52, -0.40, 0.42), (0.28, 0.27, 0.21)),
+    (KIDNEY, (-0.60, -0.40, -0.42), (0.28, 0.27, 0.21)),
 )
 _AORTA = ((-1.0, -0.38, 0.04), (0.55, -0.40, 0.10), (0.72, -0.05, 0.05))
 _BODY = (1.25, 0.95, 0.95)
@@ -71,12 +71,14 @@ def patient(
     by a voxel, multiplied by a bias field, and noisy.
     """
     rng = np.random.default_rng(seed)
-    spacing = (float(np.round(rng.uniform(5, 7), 1)), IN_PLANE, IN_PLANE)
+    spacing = (float(np.round(rng.uniform(6, 8), 1)), IN_PLANE, IN_PLANE)
     half = [n * step / 2 for n, step in zip(shape, spacing, strict=True)]
     # Millimetres from the centre, then in units of the body.
-    axes = [(np.arange(n) + 0.5) * step - h for n, step, h in zip(shape, spacing, half, strict=True)]
+    axes = [
+        (np.arange(n) + 0.5) * step - h for n, step, h in zip(shape, spacing, half, strict=True)
+    ]
     mm = np.stack(np.meshgrid(*axes, indexing="ij")).astype(np.float32)
-    body = np.array([150.0, 115.0, 150.0]) * rng.uniform(0.9, 1.08, 3)
+    body = np.array([150.0, 128.0, 158.0]) * rng.uniform(0.9, 1.08, 3)
     bent = mm + 9 * np.stack([waves(rng, mm, 140.0) for _ in range(3)])
     angle = rng.normal(0, 0.06)
     z, y, x = bent
@@ -92,7 +94,7 @@ def patient(
         where = _ellipsoid(place, moved, np.array(radii) * rng.uniform(0.85, 1.12, 3)) & inside
         labels[where] = label
         grey[where] = GREY[label] + jitter[label - 1]
-    where = _tube(place, np.array(_AORTA) + rng.normal(0, 0.03, (3, 3)), 11.5 / body) & inside
+    where = _tube(place, np.array(_AORTA) + rng.normal(0, 0.03, (3, 3)), 18.0 / body) & inside
     labels[where], grey[where] = AORTA, GREY[AORTA] + jitter[AORTA - 1]
     _add_vessels(rng, place, body, labels, grey)
     _add_lesions(rng, mm, labels, grey)
@@ -146,8 +148,10 @@ def _add_vessels(
     for side in (1, -1):
         for _ in range(5):
             root = np.array([0.4, 0.0, 0.15 * side])
-            tip = np.array([rng.uniform(0, 0.8), rng.uniform(-0.5, 0.5), rng.uniform(0.4, 0.7) * side])
-            tube = _tube(place, np.stack([root, tip]), rng.uniform(3, 5.5) / body)
+            tip = np.array(
+                [rng.uniform(0, 0.8), rng.uniform(-0.5, 0.5), rng.uniform(0.4, 0.7) * side]
+            )
+            tube = _tube(place, np.stack([root, tip]), rng.uniform(3.5, 6) / body)
             grey[tube & (labels == LUNG)] = VESSEL
 
 
@@ -159,7 +163,7 @@ def _add_lesions(
         at = tuple(organs[rng.integers(len(organs))])
         diameter = float(np.exp(rng.uniform(*np.log(DIAMETERS))))
         radii = diameter / 2 * rng.uniform(0.8, 1.25, 3)
-        where = _ellipsoid(mm, mm[(slice(None), *at)] + rng.uniform(-1, 1, 3), radii)
+        where = _ellipsoid(mm, mm[:, at[0], at[1], at[2]] + rng.uniform(-1, 1, 3), radii)
         where[at] = True
         for organ, value in ((LUNG, IN_LUNG), (LIVER, IN_LIVER)):
             part = where & (labels == organ)

@@ -29,13 +29,13 @@ CLIP = 12.0
 class Settings:
     """The same for every loss."""
 
-    steps: int = 150
+    steps: int = 240
     batch: int = 2
     patch: tuple[int, int, int] = (32, 32, 32)
     width: int = 8
     """Channels of the finest resolution of the network."""
-    learning_rate: float = 3e-3
-    points: int = 5
+    learning_rate: float = 1e-2
+    points: int = 4
     """How often the held-out cases are judged during a training, and the loss noted."""
     device: str = "cpu"
 
@@ -119,9 +119,7 @@ def train(task: Task) -> Trained:
         begin = perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = task.learning_rate * rate(step, steps)
-        images, labels = (
-            torch.from_numpy(array).to(settings.device) for array in patches.draw()
-        )
+        images, labels = (torch.from_numpy(array).to(settings.device) for array in patches.draw())
         loss = task.loss.at(step / max(steps - 1, 1))(network(images), labels)
         losses.append(float(loss.detach()))
         if not isfinite(losses[-1]):
