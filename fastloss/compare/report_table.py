@@ -24,8 +24,8 @@ MARKS = {"better": "+", "worse": "-", "tie": "=", "reference": " ", "": " "}
 
 LEGEND = (
     "rank: between which the loss may be; seeds ±: standard deviation between seeds; difference: "
-    "from the reference; p: of it, over cases and trainings, after Holm's correction; Wilcoxon: the "
-    "signed rank test over cases, for these trainings as they are; d_z: Cohen's effect size."
+    "from the reference; p: of it, over cases and trainings, after Holm's correction; Wilcoxon: "
+    "the signed rank test over cases, for these trainings as they are; d_z: Cohen's effect size."
 )
 
 
