@@ -24,6 +24,7 @@ from fastloss.compare.report_words import (
     interval,
     judgement,
     listed,
+    mean_interval,
     number,
     paragraph,
     probability,
@@ -97,18 +98,20 @@ def _rankings(verdict: Verdict) -> str:
                 rank(each, row),
                 escape(each.loss),
                 f"{number(each.estimate.mean, decimals)}"
-                f"<small>{_minus(interval(each.estimate, decimals))}</small>",
+                f"<small>{_minus(mean_interval(each, row, decimals))}</small>",
                 number(each.spread, decimals + 1),
             ]
             if found is None:
                 word = judgement(None, row) if each.loss == row.reference else ""
-                lines.append([*cells, "", "", "", "", word])
+                lines.append(
+                    [*cells, "", "", "", "", f'<span class="reference-loss">{word}</span>']
+                )
                 continue
             lines.append(
                 [
                     *cells,
                     f"{_minus(number(found.difference.mean, decimals, sign=True))}"
-                    f"<small>{_minus(interval(found.difference, decimals, sign=True))}</small>",
+                    f"<small>{_minus(interval(found.difference, decimals))}</small>",
                     escape(probability(found.p_holm)),
                     escape(probability(found.signed_holm)),
                     _minus(number(found.effect, 2, sign=True)),
@@ -116,7 +119,10 @@ def _rankings(verdict: Verdict) -> str:
                 ]
             )
         better = f"; {row.better} is better" if row.better else ""
-        tables.append(f"<h3>{escape(row.title)}{better}</h3>" + html_table(header, lines))
+        tables.append(
+            f"<h3>{escape(row.title)}{better}</h3>"
+            f'<div class="ranking">{html_table(header, lines)}</div>'
+        )
     return "<h2>Ranking</h2>" + "".join(tables) + f"<p><small>{escape(LEGEND)}</small></p>"
 
 
@@ -162,8 +168,8 @@ def _curves(study: Study, verdict: Verdict) -> str:
     )
     return (
         "<h2>Training</h2><p>Lines are means over trainings, bands reach from the least to the "
-        "largest. Values of different losses cannot be compared, so that each has a scale of its "
-        f"own.</p>{legend(study.losses, study.reference)}"
+        "largest. Values of different losses cannot be compared, so that each is drawn "
+        f"from 0, its least, to 1, its first.</p>{legend(study.losses, study.reference)}"
         f"<figure>{learning_curves(study.curves, study.losses)}</figure>{text}"
     )
 
@@ -282,7 +288,7 @@ def _comparison(row: Row, each: Any) -> Sequence[str]:
         escape(row.title),
         escape(each.loss),
         f"{_minus(number(each.difference.mean, decimals, sign=True))} "
-        f"{_minus(interval(each.difference, decimals, sign=True))}",
+        f"{_minus(interval(each.difference, decimals))}",
         _minus(resampled),
         *map(escape, map(probability, (each.p, each.p_holm, each.signed.p, each.signed_holm))),
         _minus(number(each.signed.biserial, 2, sign=True)),
@@ -327,5 +333,7 @@ STYLE = """
 .key { display: inline-flex; align-items: center; gap: .5em; }
 .better, .worse, .tie { padding: 0 .5em; border-radius: 3px; }
 .better { background: #009e7333; } .worse { background: #d55e0033; } .tie { color: var(--soft); }
-.slices figcaption { max-width: 300px; }
+.ranking :is(th, td):is(:nth-child(2), :last-child) { text-align: left; }
+.reference-loss { padding: 0 .5em; }
+.case .slices { align-items: flex-start; } .case .slices figure { max-width: 242px; }
 """

@@ -10,7 +10,15 @@ from typing import NamedTuple
 import numpy as np
 
 from fastloss.compare.records import Cost, CurvePoint
-from fastloss.compare.report_words import digits, interval, judgement, number, probability
+from fastloss.compare.report_words import (
+    digits,
+    interval,
+    judgement,
+    limits,
+    mean_interval,
+    number,
+    probability,
+)
 from fastloss.compare.statistics import Estimate
 from fastloss.compare.verdict import LEVEL, Row
 from fastloss.evaluation.plots import ticks_of
@@ -99,7 +107,7 @@ def _upright(x: Place, top: float, bottom: float, label: str, form: str = "g") -
     parts = []
     for tick in x.ticks:
         parts.append(f'<path class="grid" d="M{x(tick)} {top}V{bottom}"/>')
-        parts.append(_text(x(tick), f"{bottom + 16}", f"{tick:{form}}"))
+        parts.append(_text(x(tick), f"{bottom + 16}", f"{tick:{form}}".replace("-", "−")))
     return [*parts, _text((x.start + x.end) / 2, bottom + 34, label, kind="axis")]
 
 
@@ -108,7 +116,9 @@ def _level(y: Place, left: float, right: float, label: str) -> list[str]:
     parts = []
     for tick in y.ticks:
         parts.append(f'<path class="grid" d="M{left} {y(tick)}H{right}"/>')
-        parts.append(_text(left - 8, f"{float(y(tick)) + 4:.1f}", f"{tick:g}", "end"))
+        parts.append(
+            _text(left - 8, f"{float(y(tick)) + 4:.1f}", f"{tick:g}".replace("-", "−"), "end")
+        )
     middle, aside = (y.start + y.end) / 2, left - 44
     return [
         *parts,
@@ -134,7 +144,9 @@ def interval_plot(rows: Sequence[Row], losses: Sequence[str]) -> str:
     span = (WIDTH - left - gap - right) / 2
     means = [each.estimate for row in rows for each in row.standings]
     differences = [each.difference for row in rows for each in row.comparisons]
-    x = axis_of(*_reach(means), left, left + span, 5)
+    low, high = _reach(means)
+    least, most = min(limits(row)[0] for row in rows), max(limits(row)[1] for row in rows)
+    x = axis_of(max(low, least), min(high, most), left, left + span, 5)
     far = max(map(abs, _reach(differences))) if differences else 1.0
     away = axis_of(-far, far, left + span + gap, WIDTH - right, 5)
     height = sum(line * len(row.standings) + pad for row in rows)
@@ -161,14 +173,14 @@ def interval_plot(rows: Sequence[Row], losses: Sequence[str]) -> str:
             decimals = digits(row)
             words = (
                 f"{each.loss}: {number(each.estimate.mean, decimals)} "
-                f"{interval(each.estimate, decimals)}"
+                f"{mean_interval(each, row, decimals)}"
             )
             parts += _interval(each.estimate, x, at, stroke(each.loss), words, True)
             found = each.comparison
             if found is not None:
                 words = (
                     f"{each.loss}: {number(found.difference.mean, decimals, sign=True)} "
-                    f"{interval(found.difference, decimals, sign=True)}, "
+                    f"{interval(found.difference, decimals)}, "
                     f"p {probability(found.p_holm)}, {judgement(found, row)}"
                 )
                 parts += _interval(
@@ -236,7 +248,7 @@ def learning_curves(points: Sequence[CurvePoint], losses: Sequence[str]) -> str:
             parts += _band(metric[loss], x, y, stroke(loss), loss)
     x = axis_of(0, last, left + span + gap, WIDTH - right, 5)
     y = axis_of(0, 1, bottom, top, 5)
-    label = "training loss, from 0: its least to 1: its first"
+    label = "training loss, scaled"
     parts += [
         *_upright(x, top, bottom, "step"),
         *_level(y, left + span + gap, WIDTH - right, label),
@@ -305,7 +317,7 @@ def size_plot(
         bounds: sizes that part small, medium and large.
     """
     stroke = colour_of(losses)
-    top, bottom, left, right = 14, 304, 66, 16
+    top, bottom, left, right = 14, 304, 66, 40
     sizes = np.array([size for each in values.values() for size, _ in each])
     x = log_axis(float(sizes.min()), float(sizes.max()), left, WIDTH - right)
     y = axis_of(0, 1, bottom, top, 5)
