@@ -11,6 +11,7 @@ from fastloss.compare.report_words import (
     digits,
     interval,
     judgement,
+    mean_interval,
     number,
     paragraph,
     probability,
@@ -24,8 +25,8 @@ MARKS = {"better": "+", "worse": "-", "tie": "=", "reference": " ", "": " "}
 
 LEGEND = (
     "rank: between which the loss may be; seeds ±: standard deviation between seeds; difference: "
-    "from the reference; p: of it, over cases and trainings, after Holm's correction; Wilcoxon: the "
-    "signed rank test over cases, for these trainings as they are; d_z: Cohen's effect size."
+    "from the reference; p: of it, over cases and trainings, after Holm's correction; Wilcoxon: "
+    "the signed rank test over cases, for these trainings as they are; d_z: Cohen's effect size."
 )
 
 
@@ -80,7 +81,7 @@ def _standing(each: Standing, row: Row, decimals: int) -> list[str]:
         rank(each, row),
         each.loss,
         number(each.estimate.mean, decimals),
-        interval(each.estimate, decimals),
+        mean_interval(each, row, decimals),
         number(each.spread, decimals + 1),
     ]
     found = each.comparison
@@ -90,7 +91,7 @@ def _standing(each: Standing, row: Row, decimals: int) -> list[str]:
     return [
         *cells,
         number(found.difference.mean, decimals, sign=True),
-        interval(found.difference, decimals, sign=True),
+        interval(found.difference, decimals),
         probability(found.p_holm),
         probability(found.signed_holm),
         number(found.effect, 2, sign=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite, isnan
+from math import inf, isfinite, isnan
 
 from fastloss.compare.records import Cost, Study
 from fastloss.compare.statistics import Estimate, Needed, rounded
@@ -29,12 +29,30 @@ def number(value: float, decimals: int = 3, *, sign: bool = False) -> str:
     return text.replace("-", "") if float(text) == 0 and not sign else text
 
 
-def interval(found: Estimate, decimals: int, *, sign: bool = False) -> str:
-    """The 95 % interval in brackets; "" where there is none."""
+def interval(found: Estimate, decimals: int) -> str:
+    """The 95 % interval of a difference, in brackets; "" where there is none."""
     low, high = found.interval(LEVEL)
     if not isfinite(low):
         return ""
-    return f"[{number(low, decimals, sign=sign)}, {number(high, decimals, sign=sign)}]"
+    return f"[{number(low, decimals, sign=True)}, {number(high, decimals, sign=True)}]"
+
+
+def mean_interval(each: Standing, row: Row, decimals: int) -> str:
+    """The 95 % interval of a mean, as far as the metric reaches."""
+    low, high = each.estimate.interval(LEVEL)
+    if not isfinite(low):
+        return ""
+    least, most = limits(row)
+    return f"[{number(max(low, least), decimals)}, {number(min(high, most), decimals)}]"
+
+
+def limits(row: Row) -> tuple[float, float]:
+    """Between which the means of a metric lie: all that are better if higher end at 1."""
+    means = [each.estimate.mean for each in row.standings]
+    return (
+        0.0 if min(means) >= 0 else -inf,
+        1.0 if row.better == "higher" and max(means) <= 1 else inf,
+    )
 
 
 def probability(p: float) -> str:
@@ -124,7 +142,7 @@ def _against(each: Comparison, row: Row, study: Study) -> str:
     if not found.mean and not found.variance:
         return f"{start}: their scores are the same."
     seen = f"{what} {number(found.mean, decimals, sign=True)}"
-    around = interval(found, decimals, sign=True)
+    around = interval(found, decimals)
     seen += f", 95 % interval {around[1:-1].replace(', ', ' to ')}" if around else ""
     return f"{start} ({seen}); {_need(each.needed, found)}."
 

@@ -1,4 +1,4 @@
-"""Student's t distribution: probabilities, quantiles and the power of a test."""
+"""Student's t distribution: probabilities and quantiles."""
 
 from __future__ import annotations
 
@@ -48,22 +48,6 @@ def critical(df: float, alpha: float = 0.05) -> float:
         if abs(step) < 1e-12:
             break
     return t
-
-
-def power(shift: float, df: float, alpha: float = 0.05) -> float:
-    """The probability that a two-sided test finds a difference of ``shift`` standard errors.
-
-    The normal approximation of the noncentral t distribution by Johnson & Welch 1940
-    (doi:10.1093/biomet/31.3-4.362), within 0.03 of it from 3 degrees of freedom on.
-
-    >>> round(power(2, 1e9), 2)
-    0.52
-    """
-    t = critical(df, alpha)
-    if isinf(t):
-        return 0.0
-    centre, width = (t * (1 - 1 / (4 * df)), sqrt(1 + t * t / (2 * df))) if df < 1e7 else (t, 1.0)
-    return NORMAL.cdf((abs(shift) - centre) / width) + NORMAL.cdf((-abs(shift) - centre) / width)
 
 
 def _beta(a: float, b: float, x: float) -> float:
