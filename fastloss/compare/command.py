@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "All losses train the same network from the same start on the same patches, for each seed\n"
         "and fold, and are judged on whole volumes that were held out. The folder of --out keeps\n"
         "every training that is done: after an interruption the same command goes on.\n"
-        "The same command has the same numbers on the same machine, with the same --jobs.\n\n"
+        "The same command has the same numbers on the same machine, whatever --jobs is.\n\n"
         "exit status: 0: all is done; 1: some trainings failed, the others are reported; 2: wrong\n"
         f"arguments; 130: interrupted.\nlosses: {', '.join(LOSSES)};\n{REMEDY}."
     )
@@ -78,6 +78,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         + ", ".join(f"--{name} {value}" for name, value in QUICK.items()))  # fmt: skip
     add("--jobs", type=int, metavar="N", help="processes, which share the cores (default: one for "
         f"each core, at most {MOST_JOBS})")  # fmt: skip
+    add(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of each process; another number rounds otherwise (default: %(default)s)",
+    )
     add("--device", default="cpu", help="of PyTorch: cpu or cuda (default: %(default)s)")
     add("--out", type=Path, default=Path("compare"), metavar="DIR", help="(default: %(default)s)")
     add("--html", type=Path, metavar="FILE", help="write a page that stands alone")
@@ -137,7 +144,7 @@ def _run(options: argparse.Namespace) -> int:
         measures=_measures(options),
         tune=options.tune_lr,
         trainer=options.trainer,
-        threads=max(1, cores() // jobs),
+        threads=_number(options, "threads", 1),
     )
     check(plan)
     for name, problem in source.problems:
@@ -204,8 +211,8 @@ def _source(options: argparse.Namespace, cases: int) -> Source:
     folder = Path(name)
     if not folder.is_dir():
         raise BadData(
-            f"--data: expected phantom, brain, a folder in nnU-Net's raw layout, or with --labels a "
-            f"path with a star, got {name!r}"
+            "--data: expected phantom, brain, a folder in nnU-Net's raw layout, or with --labels "
+            f"a path with a star, got {name!r}"
         )
     return open_folder(folder)
 
@@ -332,6 +339,7 @@ def _report(options: argparse.Namespace, study: Study) -> int:
 
 
 def _page(study: Study) -> str:
-    from fastloss.compare.report_page import page
+    from fastloss.compare.page import page
 
-    return page(study)
+    text: str = page(study)
+    return text

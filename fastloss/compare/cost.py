@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from fastloss.compare.patches import Patches
 from fastloss.compare.records import Cost
 from fastloss.compare.training import Task, start
-from fastloss.compare.patches import Patches
 
 SECONDS = 1.5
 """For the calls of the loss, and again for the steps."""

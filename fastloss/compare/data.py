@@ -91,13 +91,19 @@ class Files:
         return len(next(iter(self.images.values())))
 
     def load(self, name: str) -> Volume:
-        reference = read_label_map(self.references[name])
         channels = [read_image(path).voxels for path in self.images[name]]
         image = np.stack([normalised(channel) for channel in channels])
-        d, h, w = reference.spacing
-        return Volume(name, image, self._indices(reference.voxels), (d, h, w))
+        return self.load_labels(name)._replace(image=image)
 
-    def _indices(self, voxels: np.ndarray) -> np.ndarray:
+    def load_labels(self, name: str) -> Volume:
+        """A case whose image is empty."""
+        reference = read_label_map(self.references[name])
+        d, h, w = reference.spacing
+        image = np.empty((self.channels, 0, 0, 0), np.float32)
+        return Volume(name, image, self.indices(reference.voxels), (d, h, w))
+
+    def indices(self, voxels: np.ndarray) -> np.ndarray:
+        """Numbers of a file as indices into the classes."""
         numbers = [number for each in self.labels for number in each]
         table = np.zeros(1 + max(*numbers, int(voxels.max())), np.uint16)
         for index, each in enumerate(self.labels):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ def _tube(place: np.ndarray, points: np.ndarray, radii: np.ndarray) -> np.ndarra
     scaled = place * scale.reshape(3, 1, 1, 1)
     found = np.zeros(place.shape[1:], bool)
     ends = (points * scale).astype(np.float32)
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
+    for start, end in pairwise(ends):
         along = end - start
         offset = scaled - start.reshape(3, 1, 1, 1)
         t = np.clip(np.tensordot(along, offset, 1) / (along @ along), 0, 1)

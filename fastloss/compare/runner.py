@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import ceil, isnan, nan
@@ -48,7 +48,8 @@ class Plan:
     tune: bool = False
     trainer: str | None = None
     threads: int = 1
-    """Of each process: another number rounds otherwise."""
+    """Of each process. Another number rounds otherwise, and on a busy machine two wait for each
+    other."""
 
     @property
     def runs(self) -> list[Run]:
@@ -365,10 +366,8 @@ def steps_of(plan: Plan, minutes: float, jobs: int) -> int:
             task = task_of(Run(loss, 0, 0), few, training[:2], plan.settings.learning_rate)
             train(replace(task, settings=replace(task.settings, steps=1)))
             begin = perf_counter()
-            try:
+            with suppress(ArithmeticError):  # a loss that gives NaN ends at once
                 predict = train(task).predict
-            except ArithmeticError:
-                pass  # a loss that gives NaN ends at once
             total += (perf_counter() - begin) / MEASURED
         begin = perf_counter()
         if predict is not None:
