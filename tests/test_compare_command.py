@@ -45,11 +45,11 @@ def save(path: Path, voxels: np.ndarray) -> None:
 
 
 def volume(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two channels (x, y, z, 2), and labels: an organ, two lesions, and a corner of no label."""
+    """Two channels (x, y, z, 2), and labels: an organ, three lesions, and a corner of no label."""
     rng = np.random.default_rng(number)
     labels = np.zeros(SHAPE, np.uint8)
     labels[2:8, 3 + number : 8 + number, 3:9] = 1
-    labels[3, 4 + number, 4] = labels[5:7, 5 + number, 6:8] = 2
+    labels[3, 4 + number, 4] = labels[5:7, 5 + number, 6:8] = labels[3, 6 + number, 7] = 2
     labels[:2, :2, :2] = 3
     image = (labels[..., None] == [1, 2]) + rng.normal(0, 0.2, (*SHAPE, 2))
     return image.astype(np.float32), labels
@@ -147,7 +147,7 @@ def test_from_a_folder_to_a_report(
     assert size == pytest.approx(np.prod(SIZES) * (volume(0)[1] == 1).sum())
     lesions = [x for x in rows(files[0], "lesions") if x["loss"] == "dice_ce"]
     assert {x["label"] for x in lesions} == {"lesion"}  # the organ is one component
-    assert sorted(x["size"] for x in lesions if x["case"] == "one") == pytest.approx([6, 24])
+    assert sorted(x["size"] for x in lesions if x["case"] == "one") == pytest.approx([6, 6, 24])
     assert [c["step"] for c in rows(files[0], "curves")[:2]] == [1, 2]
     costs = rows(files[0], "costs")
     assert [c["loss"] for c in costs] == ["dice_ce", "boundary"]

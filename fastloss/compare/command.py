@@ -19,7 +19,7 @@ from fastloss.evaluation.run import cores
 
 MOST_JOBS = 8
 DEFAULT = "dice_ce,tversky_ce,dice_ce_boundary,cc_dice_ce"
-QUICK = {"seeds": 1, "folds": 2, "cases": 6, "steps": 150}
+QUICK = {"seeds": 1, "folds": 2, "cases": 6, "steps": 200}
 FULL = {"seeds": 3, "folds": 3, "cases": 12, "steps": 240}
 
 

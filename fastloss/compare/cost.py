@@ -16,6 +16,7 @@ import torch
 from fastloss.compare.patches import Patches
 from fastloss.compare.records import Cost
 from fastloss.compare.training import Task, start
+from fastloss.frameworks.memory import forget
 
 SECONDS = 1.5
 """For the calls of the loss, and again for the steps."""
@@ -55,6 +56,7 @@ def measure(name: str, task: Task) -> Cost:
         optimizer.step()
 
     of_loss()
+    logits.grad = None  # that of a step is made anew, and counts
     peak = _peak(of_loss, device)
     return Cost(name, 1e3 * _seconds(of_loss, device), 1e3 * _seconds(step, device), peak)
 
@@ -77,6 +79,7 @@ def _peak(call: Callable[[], object], device: str) -> int:
         call()
         return int(torch.cuda.max_memory_allocated(device) - before)
     gc.collect()
+    forget()
     with suppress(AttributeError, OSError, TypeError):  # with glibc
         libc: Any = ctypes.CDLL(None)
         libc.malloc_trim(0)  # free memory that is kept would hide a peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -15,8 +16,8 @@ from fastloss.metrics import evaluate, lesions
 from fastloss.metrics.evaluate import METRICS, PATTERNS
 from fastloss.metrics.metric import find_metrics
 
-ENOUGH = 2
-"""Lesions are scored one by one in classes that have as many components in the reference."""
+ENOUGH = 3
+"""A class has lesions if it has as many components in some case: organs may come in pairs."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def judge(
     classes: Sequence[str],
     measures: Measures,
 ) -> tuple[list[Score], list[LesionScore]]:
-    """The scores of every class but the background.
+    """The scores of every class but the background, and of each component of the reference.
 
     Raises:
         ValueError: a prediction of another shape, or of labels that are no class.
@@ -91,13 +92,15 @@ def judge(
         for k, name in enumerate(table.classes)
     ]
     found = [each for each in lesions(*pair, **common) if each.side == "reference"]
-    count = {name: sum(each.label == name for each in found) for name in table.classes}
-    single = [
-        LesionScore(*key, each.label, each.volume, each.dice)
-        for each in found
-        if count[each.label] >= ENOUGH
-    ]
+    single = [LesionScore(*key, each.label, each.volume, each.dice) for each in found]
     return scores, single
+
+
+def of_lesions(scores: Sequence[LesionScore]) -> list[LesionScore]:
+    """Those of the classes that have lesions: see `ENOUGH`."""
+    counts = Counter((s.loss, s.seed, s.fold, s.case, s.label) for s in scores)
+    several = {key[-1] for key, count in counts.items() if count >= ENOUGH}
+    return [score for score in scores if score.label in several]
 
 
 def mean_dice(prediction: np.ndarray, case: Volume, classes: Sequence[str]) -> float:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastloss.compare.data import BadData, Files, Source
-from fastloss.compare.judging import Measures, Run, judge
+from fastloss.compare.judging import Measures, Run, judge, of_lesions
 from fastloss.compare.losses import BOUNDARY_FACTORS
 from fastloss.compare.pictures import picture
 from fastloss.compare.records import LesionScore, Picture, Score, Study
@@ -189,6 +189,7 @@ def collect(
     for each in found:
         study.scores += results[each].scores
         study.lesions += results[each].lesions
+    study.lesions = of_lesions(study.lesions)
     if not study.scores:
         raise BadData(f"--collect: no prediction fits its reference ({problems[-1][1]})")
     for run in dict.fromkeys(each.run for each in found):

@@ -21,10 +21,10 @@ DIAMETERS = (9.0, 55.0)
 """Of lesions in mm, evenly spread on a logarithmic scale."""
 LESIONS = (6, 16)
 """How many there are in a case."""
-NOISE = 0.06
+NOISE = 0.05
 # Grey values: air, other tissue, and the classes from the lung on; lesions by where they lie.
 AIR, TISSUE = 0.0, 0.50
-GREY = {LUNG: 0.12, LIVER: 0.66, KIDNEY: 0.86, AORTA: 1.0}
+GREY = {LUNG: 0.12, LIVER: 0.68, KIDNEY: 1.1, AORTA: 0.9}
 IN_LUNG, IN_LIVER, VESSEL = 0.46, 0.40, 0.40
 
 # Centres and radii (z, y, x) in units of the body's half height, depth and width.
@@ -32,8 +32,8 @@ _ELLIPSOIDS: tuple[tuple[int, tuple[float, ...], tuple[float, ...]], ...] = (
     (LUNG, (0.42, 0.02, 0.42), (0.46, 0.58, 0.33)),
     (LUNG, (0.42, 0.02, -0.42), (0.46, 0.58, 0.33)),
     (LIVER, (-0.22, 0.12, -0.34), (0.28, 0.52, 0.42)),
-    (KIDNEY, (-0.52, -0.40, 0.42), (0.28, 0.27, 0.21)),
-    (KIDNEY, (-0.60, -0.40, -0.42), (0.28, 0.27, 0.21)),
+    (KIDNEY, (-0.52, -0.40, 0.42), (0.31, 0.28, 0.23)),
+    (KIDNEY, (-0.60, -0.40, -0.42), (0.31, 0.28, 0.23)),
 )
 _AORTA = ((-1.0, -0.38, 0.04), (0.55, -0.40, 0.10), (0.72, -0.05, 0.05))
 _BODY = (1.25, 0.95, 0.95)

@@ -16,7 +16,7 @@ import numpy as np
 
 import fastloss
 from fastloss.compare.data import BadData, Source, Volume
-from fastloss.compare.judging import Measures, Run, judge, mean_dice
+from fastloss.compare.judging import Measures, Run, judge, mean_dice, of_lesions
 from fastloss.compare.losses import TrainingLoss, imported
 from fastloss.compare.pictures import picture
 from fastloss.compare.records import CurvePoint, Failure, Picture, Study
@@ -161,6 +161,7 @@ def _collect(plan: Plan, store: Store, found: Study, failures: Mapping[Run, str]
         found.scores += done.scores
         found.lesions += done.lesions
         found.curves += done.curves
+    found.lesions = of_lesions(found.lesions)
     for loss in plan.losses:
         cost = store.load("costs", loss)
         found.costs += [] if cost is None else cost.costs
