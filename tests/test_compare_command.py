@@ -185,7 +185,7 @@ def test_a_comparison_goes_on_where_it_stopped(
     # Other options would be another comparison.
     run = Run(capsys, *common, "--lr", 0.5, "--out", tmp_path / "rest")
     assert run.status == 2
-    assert re.search(r"--out: .* other options: learning_rate is 0.01 there, and 0.5", run.err)
+    assert re.search(r"--out: .* other options: learning_rate is 0.02 there, and 0.5", run.err)
 
 
 def test_the_same_start_and_patches_and_no_sight_of_held_out_cases(
@@ -213,7 +213,7 @@ def test_the_same_start_and_patches_and_no_sight_of_held_out_cases(
         assert names <= held[task.fold]  # of a search, a part
     rates = json.loads(written.read_text())["options"]["learning_rates"]
     assert set(rates) == {f"{loss}, fold {k}" for loss in ("first", "second") for k in range(3)}
-    assert set(rates.values()) <= {0.01 * factor for factor in (1 / 3, 1, 3)}
+    assert set(rates.values()) <= {0.02 * factor for factor in (1 / 3, 1, 3)}
 
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(

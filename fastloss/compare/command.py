@@ -69,7 +69,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)")  # fmt: skip
     add("--batch", type=int, default=2, metavar="N", help="patches in a step (default: 2)")
     add("--width", type=int, default=8, metavar="N", help="channels of the network (default: 8)")
-    add("--lr", type=float, default=1e-2, metavar="RATE", help="of AdamW (default: %(default)s)")
+    add("--lr", type=float, default=2e-2, metavar="RATE", help="of AdamW (default: %(default)s)")
     add("--tune-lr", action="store_true", help="search a learning rate for each loss and fold, on "
         "training cases alone")  # fmt: skip
     add("--trainer", metavar="MODULE:FUNCTION", help="one of your own in place of the U-Net's: "

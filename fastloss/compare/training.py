@@ -34,7 +34,7 @@ class Settings:
     patch: tuple[int, int, int] = (32, 32, 32)
     width: int = 8
     """Channels of the finest resolution of the network."""
-    learning_rate: float = 1e-2
+    learning_rate: float = 2e-2
     points: int = 4
     """How often the held-out cases are judged during a training, and the loss noted."""
     device: str = "cpu"
