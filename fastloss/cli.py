@@ -1,4 +1,4 @@
-"""The command line: what is installed, how fast it is here, metrics of files, and explanations."""
+"""The command line: what is installed, how fast it is, metrics, explanations and comparisons."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="where the loss of a prediction comes from",
         description="Where the loss of a prediction comes from: by class, term, region and voxel.",
     )
+    compare = commands.add_parser(
+        "compare",
+        help="train with several losses, and say which is better, or that the data cannot tell",
+        description="Train the same network with several losses, and say which is better.",
+    )
     if arguments is None:
         arguments = sys.argv[1:]
     # The choices of a command live in modules that nothing else should load.
@@ -52,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fastloss.evaluation import explain_command
 
         explain_command.add_options(explain)
+    if "compare" in arguments[:1]:
+        from fastloss.compare import command as comparison
+
+        comparison.add_options(compare)
     options = parser.parse_args(arguments)
     if options.command == "info":
         print(info())
@@ -60,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command.run(evaluate, options, arguments)
     if options.command == "explain":
         return explain_command.run(explain, options, arguments)
+    if options.command == "compare":
+        return comparison.run(compare, options)
     return _bench(bench, options)
 
 

@@ -238,7 +238,7 @@ def test_training_in_keras(tmp_path: Path) -> None:
     script = SCRIPT.with_name("train_keras.py")
     options = ["--epochs", "2", "--steps", str(STEPS), "--patch", "16", "--out", str(tmp_path)]
     backend = "import os; os.environ['KERAS_BACKEND'] = 'tensorflow'\n"
-    result = train_brain(*options, script=script, before=HALF + backend)
+    result = train_brain(*options, script=script, before=COARSE + backend)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"{STEPS}/{STEPS}" in result.stdout  # Keras' own bar
     assert f"are in {tmp_path}" in result.stdout

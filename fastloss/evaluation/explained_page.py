@@ -9,7 +9,7 @@ import numpy as np
 
 from fastloss.evaluation.costs import Cost
 from fastloss.evaluation.explained import Case
-from fastloss.evaluation.html import document, facts, gallery, table_of
+from fastloss.evaluation.html import document, facts, gallery, html_table
 from fastloss.evaluation.overlay import Picture, Turn, grey_of_labels, slices, window
 from fastloss.evaluation.results import shown
 
@@ -41,7 +41,7 @@ def _parts(case: Case) -> str:
     return (
         "<h2>By class and term</h2><p>What each adds to the value. The map of a term has the "
         "<i>share</i> of every voxel in it, or the <i>gain</i>: by how much the loss would fall if "
-        "this voxel alone were predicted right.</p>" + table_of([*header, "total"], rows)
+        "this voxel alone were predicted right.</p>" + html_table([*header, "total"], rows)
     )
 
 
@@ -58,7 +58,7 @@ def _regions(case: Case) -> str:
         "<p>Connected voxels with one pair of labels; the cost is the sum of the map over them.</p>"
     )
     cells = [[str(i + 1), *map(escape, row.values())] for i, row in enumerate(rows)]
-    parts.append(table_of(["", *map(escape, rows[0])], cells))
+    parts.append(html_table(["", *map(escape, rows[0])], cells))
     lesions = case.explanation.region_rows()[: len(rows)]
     if lesions:
         parts.append(
@@ -67,7 +67,7 @@ def _regions(case: Case) -> str:
         )
         each = [[escape(str(row[k])) for k in row if k != "part"] + [shown(row["part"])]
                 for row in lesions]  # fmt: skip
-        parts.append(table_of(list(lesions[0]), each))
+        parts.append(html_table(list(lesions[0]), each))
     return "\n".join(parts)
 
 

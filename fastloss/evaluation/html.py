@@ -49,14 +49,21 @@ def page(results: Results, *, images: Path | None = None, worst: int = 5) -> str
     return document(title, sections)
 
 
-def document(title: str, sections: Iterable[str]) -> str:
-    """A page of these parts, as text."""
+def document(title: str, sections: Iterable[str], *, style: str = "") -> str:
+    """A whole page that loads nothing.
+
+    Args:
+        title: as text.
+        sections: as HTML.
+        style: CSS beside the usual one.
+    """
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(sections) + "\n</main></body>"
-        "</html>\n"
+        f"<style>{STYLE}{style}</style></head>\n<body><main>\n"
+        + "\n".join(sections)
+        + "\n</main></body></html>\n"
     )
 
 
@@ -114,8 +121,8 @@ def _problems(results: Results) -> str:
     )
 
 
-def table_of(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Of HTML cells."""
+def html_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of HTML cells."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -131,7 +138,7 @@ def _statistics(results: Results) -> str:
     return (
         "<p>Mean ± standard deviation of the finite values; below, the median, which counts "
         "infinite values, and how many values there are.</p>"
-        + table_of(["class", *map(escape, results.scores)], rows)
+        + html_table(["class", *map(escape, results.scores)], rows)
     )
 
 
@@ -241,7 +248,7 @@ def _values(results: Results) -> str:
         ]
         for row in scores.rows()
     ]
-    table = table_of(["case", "class", *map(escape, scores)], rows)
+    table = html_table(["case", "class", *map(escape, scores)], rows)
     return f"<details><summary>All {count} values</summary>{table}</details>"
 
 
