@@ -42,7 +42,7 @@ METHODS = ("histogram", "exact")
 #
 #   |error of the value| ≤ Σ_k w_k ρ_k ΔJ_k,   Σ_k ΔJ_k = 1.
 #
-# Widths are a share of min(e, 1 − e), from 2^-6 to 2^-11: the bins of large errors, where N is
+# Widths are a share of e, or of 1 − e, from 2^-6 to 2^-11 of it: the bins of large errors, where N is
 # small, are as narrow as their voxels are few, and ρ_k is small where ΔJ_k is not. If errors are
 # spread evenly in a bin, it is off by w_k ρ_k ΔJ_k / 12 at most, and signs of those of a few
 # voxels differ. Equal errors are not off at all. `python benchmarks/ranking.py` prints what the
@@ -260,12 +260,13 @@ class LovaszSoftmax(_Lovasz):
     activation; of a dense target a class is where it is above ½. A voxel counts in J by its weight.
     Without a voxel that counts it is 0.
 
-    "histogram" counts the errors in some 9000 bins per class: it takes two passes over the logits
+    "histogram" counts the errors in some 19,000 bins per class: it takes two passes over the logits
     and no memory of their size, and its sums add over chunks of a volume and ranks. Of classes that
     occur the value is within 1e-5 of the exact one and the cosine of the gradients above 0.9999,
-    unless all voxels crowd into a few bins, such as those of the p of logits below 0.01; equal
-    errors are no matter. A class that does not occur has its largest error for a loss, known to
-    2^-9 of its distance from 0 or 1. Weights are rounded to 2^-21 of the largest one of a call.
+    unless most voxels crowd into a few bins, as the p of logits within 0.01 of each other do, or
+    a class has hardly a voxel; equal errors are no matter. A class that does not occur has its
+    largest error for a loss, known to a bin's width. Weights are rounded to 2^-21 of the largest
+    one of a call.
 
     "exact" sorts, in memory of twice the logits', in one thread. There may be one such term in a
     loss, and chunks of a volume cannot be joined. In both, voxels of equal error (of one bin) have
