@@ -42,7 +42,7 @@ METHODS = ("histogram", "exact")
 #
 #   |error of the value| ≤ Σ_k w_k ρ_k ΔJ_k,   Σ_k ΔJ_k = 1.
 #
-# Widths are a share of e, or of 1 − e, from 2^-6 to 2^-11 of it: the bins of large errors, where N is
+# Widths are 2^-6 to 2^-11 of e, or of 1 − e: the bins of large errors, where N is
 # small, are as narrow as their voxels are few, and ρ_k is small where ΔJ_k is not. If errors are
 # spread evenly in a bin, it is off by w_k ρ_k ΔJ_k / 12 at most, and signs of those of a few
 # voxels differ. Equal errors are not off at all. `python benchmarks/ranking.py` prints what the
