@@ -213,10 +213,8 @@ def test_gradient_by_differences(method: str) -> None:
                 assert cosine(gradient, expected) > 0.9999
 
 
-def test_sums_with_other_terms(backend: str) -> None:
+def test_sums_with_other_terms() -> None:
     """One loss, scaled, in few passes; and beside a term that ranks by itself."""
-    if backend in (EMULATED, "cuda"):
-        pytest.skip(f"{backend}: no histograms on a GPU, see test_errors")
     x, y = volume("trained", edge=37)
     x, y = x[:, :, :9, :9], y[:, :9, :9]
     parts = (fl.LovaszSoftmax(), fl.Dice(squared=True), fl.CrossEntropy(label_smoothing=0.1))
