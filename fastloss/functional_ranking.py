@@ -20,7 +20,9 @@ def lovasz_softmax_loss(
     activation: str | None = None, ignore_index: int | None = None,
     channel_axis: int | None = None, validate: bool | None = None,
 ) -> Any:  # fmt: skip
-    """Lovász-Softmax, per class Σ e ΔJ, e = |g − p| sorted: `fastloss.LovaszSoftmax`.
+    """Lovász-Softmax, the mean over classes of Σ e ΔJ; `fastloss.LovaszSoftmax`.
+
+    e = |g − p| is sorted downwards, and ΔJ are the steps of the Jaccard loss over that list.
 
     Args:
         classes: "present", those that occur; "all"; or a list of classes.

@@ -29,8 +29,8 @@ HISTOGRAMS = ("errors", "hinge")
 Octaves = tuple[tuple[int, int, int], ...]
 """The exponent of 2 at which octaves begin, how many there are, and log2 of the bins of each."""
 _SMALL: Octaves = ((-24, 16, 6), (-8, 6, 8), (-2, 1, 11))
-_LARGE: Octaves = ((-24, 8, 7), (-16, 14, 9), (-2, 1, 11))
-_HINGE: Octaves = ((-12, 10, 6), (-2, 1, 8), (-1, 2, 11), (1, 1, 10), (2, 2, 11), (4, 12, 9))
+_LARGE: Octaves = ((-24, 11, 7), (-13, 11, 10), (-2, 1, 11))
+_HINGE: Octaves = ((-12, 10, 6), (-2, 1, 8), (-1, 3, 11), (2, 2, 12), (4, 1, 10), (5, 11, 7))
 _MANTISSA = 23
 _BIAS = 127
 

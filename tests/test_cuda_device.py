@@ -208,6 +208,13 @@ def test_other_ways_to_choose_voxels(launched: list[str]) -> None:
     x, y = example(2, 3, (7, 9), dtype=np.float32)
     with pytest.raises(TypeError, match=r"^terms: on a GPU .* Hardest does not"):
         Hardest()(OnDevice(x), OnDevice(y))
+    for ranks, message in (
+        (fl.LovaszSoftmax() + fl.Dice(), "LovaszSoftmax is not computed on a GPU"),
+        (fl.LovaszSoftmax(method="exact"), "on a GPU .* LovaszSoftmax does not"),
+        (fl.OHEMCrossEntropy(), "on a GPU .* OHEMCrossEntropy does not"),
+    ):
+        with pytest.raises(TypeError, match=rf"^terms: {message}"):
+            ranks(OnDevice(x), OnDevice(y))
 
 
 def test_launches(launched: list[str]) -> None:

@@ -10,69 +10,109 @@ namespace {
 
 using fastloss::ErrorKind;
 
+// Rows of float numbers and masks of a tile.
+using IntRow = int32_t[kMaxTile];
+using FloatRow = float[kMaxTile];
+
 // The bin of every voxel of a class, d, and the derivative of v by p, or by the logit. Voxels of
 // weight 0 have the place behind all bins.
-template <class T>
 struct Binned {
-  alignas(64) int32_t place[kMaxTile];
-  alignas(64) int32_t rest[kMaxTile];
-  alignas(64) T slope[kMaxTile];
+  alignas(64) IntRow place;
+  alignas(64) IntRow rest;
+  alignas(64) FloatRow slope;
 };
 
-struct Place {
-  int32_t at, rest;
+// Of errors |g − p|, how far they are from 0 and from 1; of a hinge's, `error` alone. Masks: −1, 0.
+struct Errors {
+  alignas(64) FloatRow error;
+  alignas(64) FloatRow others;
+  alignas(64) IntRow foreground;
+  alignas(64) IntRow counts;
 };
+
+FL_INLINE void store_lanes(int32_t* p, IVec<float> v) { std::memcpy(p, &v, sizeof v); }
+
 // The place of v, given its bits, and d.
 template <size_t N>
-FL_INLINE Place place_of(const fastloss::Octaves (&octaves)[N], int32_t bits) {
+FL_INLINE void find_place(const fastloss::Octaves (&octaves)[N], IVec<float> bits, IVec<float>& at,
+                          IVec<float>& rest) {
   const int32_t last = fastloss::last_place(octaves), end = fastloss::end_bits(octaves);
-  bits = bits < end ? bits : end;
-  int32_t at = 0, rest = 0, first = 1;
+  bits = bits < end ? bits : IVec<float>{} + end;
+  at = rest = IVec<float>{};
+  int32_t first = 1;
 #pragma GCC unroll 8
   for (size_t o = 0; o < N; ++o) {
     const int32_t start = fastloss::float_bits(octaves[o].exponent);
     const int shift = 23 - octaves[o].bits;
-    at = bits >= start ? first + ((bits - start) >> shift) : at;
+    at = bits >= start ? ((bits - start) >> shift) + first : at;
     rest = bits >= start ? bits & ((1 << shift) - 1) : rest;
     first += octaves[o].count << octaves[o].bits;
   }
-  return {at < last ? at : last, rest};
-}
-FL_INLINE int32_t bits_of(float v) {
-  int32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  return bits;
+  at = at < last ? at : IVec<float>{} + last;
 }
 
-// Rows of p and q, or for a hinge of the logit x; g and m.
+// The errors of a class from rows of p and q, or for a hinge of the logit x; g and m.
 template <class T>
-void find_bins(ErrorKind kind, int padded, const T* p, const T* q, const T* x, const T* g,
-               const T* m, Binned<T>& to) {
-  const int32_t bins = fastloss::bins_of(kind);
-  if (kind == ErrorKind::error) {
-    for (int i = 0; i < padded; ++i) {
-      const bool foreground = g[i] > T(0.5);
-      const float a = float(p[i]), b = float(q[i]);
-      const float error = foreground ? b : a, others = foreground ? a : b;
-      const bool large = error > others;
-      const Place small_place = place_of(fastloss::kSmallErrors, bits_of(error));
-      const Place large_place = place_of(fastloss::kLargeErrors, bits_of(others));
-      int32_t at = large ? bins - 1 - large_place.at : small_place.at;
-      at += foreground ? bins : 0;
-      to.place[i] = m[i] > T(0) ? at : 2 * bins;
-      to.rest[i] = large ? large_place.rest : small_place.rest;
-      to.slope[i] = foreground == large ? T(1) : T(-1);
+FL_INLINE void find_errors(ErrorKind kind, int padded, const T* p, const T* q, const T* x,
+                           const T* g, const T* m, Errors& to) {
+  const bool hinge = kind == ErrorKind::hinge;
+  if constexpr (sizeof(T) == 4) {
+    constexpr int L = lanes<float>;
+    for (int v = 0; v < padded; v += L) {
+      const IVec<float> foreground = load<float>(g + v) > 0.5f;
+      store_lanes(to.foreground + v, foreground);
+      store_lanes(to.counts + v, load<float>(m + v) > 0.f);
+      if (hinge) {
+        const Vec<float> logit = load<float>(x + v);
+        store<float>(to.error + v, select<float>(foreground, -logit, logit) + 1.f);
+      } else {
+        const Vec<float> a = load<float>(p + v), b = load<float>(q + v);
+        store<float>(to.error + v, select<float>(foreground, b, a));
+        store<float>(to.others + v, select<float>(foreground, a, b));
+      }
     }
   } else {
-    for (int i = 0; i < padded; ++i) {
-      const bool foreground = g[i] > T(0.5);
-      const T h = T(1) + (foreground ? -x[i] : x[i]);
-      const Place found = place_of(fastloss::kHingeErrors, bits_of(h > T(0) ? float(h) : 0.f));
-      const int32_t at = found.at + (foreground ? bins : 0);
-      to.place[i] = m[i] > T(0) ? at : 2 * bins;
-      to.rest[i] = found.rest;
-      to.slope[i] = foreground ? T(-1) : T(1);
+    // Rows of float are read in vectors of twice as many numbers.
+    std::memset(&to, 0, sizeof to);
+    for (int v = 0; v < padded; ++v) {
+      const bool foreground = g[v] > T(0.5);
+      to.foreground[v] = -int32_t(foreground);
+      to.counts[v] = -int32_t(m[v] > T(0));
+      to.error[v] = float(hinge ? T(1) + (foreground ? -x[v] : x[v]) : foreground ? q[v] : p[v]);
+      to.others[v] = float(foreground ? p[v] : q[v]);
     }
+  }
+}
+
+template <class T>
+void find_bins(ErrorKind kind, int padded, const T* p, const T* q, const T* x, const T* g,
+               const T* m, Binned& to) {
+  constexpr int L = lanes<float>;
+  Errors from;
+  find_errors(kind, padded, p, q, x, g, m, from);
+  const int32_t bins = fastloss::bins_of(kind);
+  const Vec<float> one = splat<float>(1);
+  for (int v = 0; v < padded; v += L) {
+    const Vec<float> error = load<float>(from.error + v);
+    const IVec<float> foreground = label_lanes<float>(from.foreground + v);
+    IVec<float> at, rest;
+    if (kind == ErrorKind::error) {
+      const Vec<float> others = load<float>(from.others + v);
+      const IVec<float> large = error > others;
+      IVec<float> large_at, large_rest;
+      find_place(fastloss::kSmallErrors, bits<float>(error), at, rest);
+      find_place(fastloss::kLargeErrors, bits<float>(others), large_at, large_rest);
+      at = large ? bins - 1 - large_at : at;
+      rest = large ? large_rest : rest;
+      store<float>(to.slope + v, select<float>(foreground == large, one, -one));
+    } else {
+      find_place(fastloss::kHingeErrors, bits<float>(error), at, rest);
+      store<float>(to.slope + v, select<float>(foreground, -one, one));
+    }
+    at += foreground & bins;
+    at = label_lanes<float>(from.counts + v) ? at : IVec<float>{} + 2 * bins;
+    store_lanes(to.place + v, at);
+    store_lanes(to.rest + v, rest);
   }
 }
 
@@ -90,7 +130,7 @@ template <class T>
 void tally_errors(Tile<T>& t, int64_t c, const T* p, const T* q, const T* g, uint64_t* tallies) {
   const Job& job = t.job;
   const T* m = t.row(kWeight);
-  Binned<T> bins;
+  Binned bins;
   for (int kind = 0; kind < job.histograms; ++kind) {
     find_bins(job.error_kinds[kind], t.padded, p, q, t.x + c * t.stride, g, m, bins);
     uint64_t* to = tallies + place_of_class(job, kind, c, job.weighted ? 2 : 1);
@@ -113,21 +153,24 @@ void tally_errors(Tile<T>& t, int64_t c, const T* p, const T* q, const T* g, uin
 template <class T>
 void differentiate_errors(Tile<T>& t, int64_t c, const T* p, const T* q, const T* g, T* by_p,
                           T* by_log, T* by_rest) {
+  constexpr int L = lanes<T>;
   const Job& job = t.job;
   const T* m = t.row(kWeight);
-  Binned<T> bins;
+  Binned bins;
   for (int kind = 0; kind < job.histograms; ++kind) {
     find_bins(job.error_kinds[kind], t.padded, p, q, t.x + c * t.stride, g, m, bins);
     const T* table = (const T*)job.slopes + t.sample * place_of_class(job, job.histograms, 0, 1) +
                      place_of_class(job, kind, c, 1);
-    const bool of_p = job.error_kinds[kind] == ErrorKind::error;
-    for (int v = 0; v < t.padded; ++v) {
-      const T change = m[v] * bins.slope[v] * table[bins.place[v]];
-      if (of_p) {
-        by_p[v] += change;
+    alignas(64) T found[kMaxTile];
+    for (int v = 0; v < t.padded; ++v) found[v] = T(bins.slope[v]) * table[bins.place[v]];
+    for (int v = 0; v < t.padded; v += L) {
+      const Vec<T> change = load<T>(m + v) * load<T>(found + v);
+      const auto add = [&](T* to, Vec<T> more) { store<T>(to + v, load<T>(to + v) + more); };
+      if (job.error_kinds[kind] == ErrorKind::error) {
+        add(by_p, change);
       } else {
-        by_log[v] += change;
-        by_rest[v] -= change;
+        add(by_log, change);
+        add(by_rest, -change);
       }
     }
   }

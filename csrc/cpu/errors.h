@@ -19,9 +19,9 @@ struct Octaves {
   int exponent, count, bits;
 };
 constexpr Octaves kSmallErrors[] = {{-24, 16, 6}, {-8, 6, 8}, {-2, 1, 11}};
-constexpr Octaves kLargeErrors[] = {{-24, 8, 7}, {-16, 14, 9}, {-2, 1, 11}};
-constexpr Octaves kHingeErrors[] = {{-12, 10, 6}, {-2, 1, 8},  {-1, 2, 11},
-                                    {1, 1, 10},   {2, 2, 11}, {4, 12, 9}};
+constexpr Octaves kLargeErrors[] = {{-24, 11, 7}, {-13, 11, 10}, {-2, 1, 11}};
+constexpr Octaves kHingeErrors[] = {{-12, 10, 6}, {-2, 1, 8}, {-1, 3, 11},
+                                    {2, 2, 12},   {4, 1, 10}, {5, 11, 7}};
 
 constexpr int32_t float_bits(int exponent) { return (exponent + 127) << 23; }
 
@@ -48,8 +48,8 @@ constexpr int32_t bins_of(ErrorKind kind) {
 constexpr int64_t tally_size(ErrorKind kind) { return 2 * int64_t(bins_of(kind)) + 1; }
 
 // Without voxel weights a tally is one word: the count in its upper bits, Σ d in the lower ones.
-// With them, m rounded to `kWeightBits` below the largest is an integer, and there are two words, Σ m
-// and Σ m d. As d has up to 17 bits, either holds this many voxels.
+// With them, m rounded to `kWeightBits` below the largest is an integer, and there are two words, Σ
+// m and Σ m d. As d has up to 17 bits, either holds this many voxels.
 constexpr int kCountShift = 40;
 constexpr int kWeightBits = 21;
 constexpr int64_t kMostTallied = int64_t(1) << 23;

@@ -1,9 +1,12 @@
 // Tallies of errors: one of every thread, added to sums of double precision.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -53,6 +56,8 @@ class Tallies {
   // `sums`: (slots of all histograms, B, C), see `Request.slots` in fastloss/request.py.
   Tallies(const Job& job, double* sums) : job_(job), sums_(sums) {
     words_ = job.weighted ? 2 : 1;
+    numbers_ = tally_numbers(job);
+    if (job.weighted) wide_.resize(size_t(numbers_ * job.batch));
     for (int i = 0; i < job.histograms; ++i) {
       scales_[i].reserve(size_t(bins_of(job.error_kinds[i])));
       for (int32_t bin = 0; bin < bins_of(job.error_kinds[i]); ++bin)
@@ -62,14 +67,19 @@ class Tallies {
     }
   }
 
-  // The tally of the calling thread, for `voxels` more voxels of a sample.
+  // The tally of the calling thread, for `voxels` more voxels of a sample; null without memory.
   uint64_t* of_thread(int64_t sample, int64_t voxels) {
     Own* own;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       own = &threads_[std::this_thread::get_id()];
     }
-    if (own->words.empty()) own->words.resize(size_t(tally_numbers(job_) * words_));
+    try {
+      if (own->words.empty()) own->words.resize(size_t(numbers_ * words_));
+    } catch (const std::bad_alloc&) {  // which may not leave a thread
+      failed_ = true;
+      return nullptr;
+    }
     if (own->sample != sample || own->voxels + voxels > kMostTallied) {
       add(*own);
       own->sample = sample;
@@ -80,7 +90,14 @@ class Tallies {
 
   // Adds what no thread is counting any more.
   void finish() {
+    if (failed_) throw std::bad_alloc();
     for (auto& entry : threads_) add(entry.second);
+    for (int64_t b = 0; words_ == 2 && b < job_.batch; ++b)
+      each_number(b, [&](int64_t i, const BinScale& scale, double& count, double& sum) {
+        const double rest = double(wide_[size_t(b * numbers_ + i)]);
+        sum = (scale.start * count + scale.unit * rest) / job_.weight_scale;
+        count /= job_.weight_scale;
+      });
   }
 
  private:
@@ -91,42 +108,54 @@ class Tallies {
   const Job& job_;
   double* sums_;
   int words_;
+  int64_t numbers_;
+  std::vector<unsigned __int128> wide_;  // Σ m d, (B, numbers), with voxel weights
   std::vector<BinScale> scales_[kMaxHistograms];
   std::mutex mutex_;
+  std::atomic<bool> failed_{false};
   std::map<std::thread::id, Own> threads_;
 
-  // Adds a tally to the sums, and clears it. Sums of double precision are exact: a bin's numbers are
-  // multiples of one unit, and less than 2^24 of it.
+  // Adds a tally to the sums, and clears it. Sums of double precision are exact: without voxel
+  // weights a bin's numbers are multiples of one unit, less than 2^24 of it, and with them counts
+  // have 21 bits. Σ m d has more, and goes to wide integers first.
   void add(Own& own) {
     if (!own.voxels) return;
     std::lock_guard<std::mutex> lock(mutex_);
-    uint64_t* from = own.words.data();
-    double* to = sums_;
+    const uint64_t* words = own.words.data();
+    each_number(own.sample, [&](int64_t i, const BinScale& scale, double& count, double& sum) {
+      const uint64_t* word = words + i * words_;
+      if (words_ == 2) {
+        count += double(word[0]);
+        wide_[size_t(own.sample * numbers_ + i)] += word[1];
+      } else if (*word) {
+        const double voxels = double(*word >> kCountShift);
+        count += voxels;
+        sum +=
+            scale.start * voxels + scale.unit * double(*word & ((uint64_t(1) << kCountShift) - 1));
+      }
+    });
+    std::fill(own.words.begin(), own.words.end(), 0);
+    own.voxels = 0;
+  }
+
+  // Calls f(i, scale, count, Σ v) for every number of a sample's tally but those of voxels that do
+  // not count.
+  template <class F>
+  void each_number(int64_t sample, const F& f) {
+    double* to = sums_ + sample * job_.classes;
     const int64_t step = job_.batch * job_.classes;
+    int64_t first = 0;
     for (int kind = 0; kind < job_.histograms; ++kind) {
       const auto& scales = scales_[kind];
       const int64_t bins = int64_t(scales.size());
       for (int64_t c = 0; c < job_.classes; ++c) {
-        double* own_class = to + own.sample * job_.classes + c;
-        for (int64_t i = 0; i < 2 * bins; ++i) {
-          const uint64_t* word = from + i * words_;
-          if (!word[0]) continue;
-          double count = double(word[0]), rest = words_ == 2 ? double(word[1]) : 0;
-          if (words_ == 1) {
-            count = double(word[0] >> kCountShift);
-            rest = double(word[0] & ((uint64_t(1) << kCountShift) - 1));
-          }
-          const BinScale& scale = scales[size_t(i % bins)];
-          own_class[i * step] += count / job_.weight_scale;
-          own_class[(2 * bins + i) * step] +=
-              (scale.start * count + scale.unit * rest) / job_.weight_scale;
-        }
-        from += tally_size(job_.error_kinds[kind]) * words_;
+        for (int64_t i = 0; i < 2 * bins; ++i)
+          f(first + i, scales[size_t(i < bins ? i : i - bins)], to[i * step + c],
+            to[(2 * bins + i) * step + c]);
+        first += tally_size(job_.error_kinds[kind]);
       }
       to += 4 * bins * step;
     }
-    std::fill(own.words.begin(), own.words.end(), 0);
-    own.voxels = 0;
   }
 };
 

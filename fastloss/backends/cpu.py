@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import frexp, inf
+from math import frexp
 from typing import Any
 
 import numpy as np
@@ -186,10 +186,14 @@ def _more(arrays: Arrays) -> tuple[Any, ...] | None:
 
 def _weight_scale(arrays: Arrays) -> float:
     """The power of 2 by which the largest voxel weight is at most 2^21, and at least 2^20."""
-    if arrays.voxel_weight is None or not arrays.voxel_weight.size:
+    weight = arrays.voxel_weight
+    if weight is None:
         return 1.0
-    largest = float(load(arrays.voxel_weight, arrays.weight_dtype).max())
-    return 2.0 ** (_WEIGHT_BITS - frexp(largest)[1]) if 0 < largest < inf else 1.0
+    if arrays.weight_dtype == "bfloat16":
+        weight = load(weight, arrays.weight_dtype)
+    # Others than finite ones raise an error later.
+    largest = float(weight.max(initial=0, where=np.isfinite(weight)))
+    return 2.0 ** (_WEIGHT_BITS - frexp(largest)[1]) if largest > 0 else 1.0
 
 
 def _described(voxel_map: Map) -> tuple[Any, ...]:
