@@ -67,21 +67,33 @@ def distillation_loss(
             "teacher_logits: expected the shape of the student's, (B, C, *spatial), got "
             f"{teacher_logits.shape} and {student_logits.shape}"
         )
-    ones = np.ones((len(student_logits), *student_logits.shape[2:]), np.float32)
-    weight = ones if voxel_weight is None else np.asarray(voxel_weight).reshape(ones.shape)
+    return _of_arrays(loss, student_logits, teacher_logits, voxel_weight, by, mean)
+
+
+def _of_arrays(
+    loss: Loss, student: np.ndarray, teacher: np.ndarray, weight: Any, by: float, mean: bool
+) -> Any:
+    """The value of NumPy arrays, plane by plane."""
+    batch, classes, *spatial = student.shape
+    shape = (batch, *spatial)
+    w = np.ones(shape, np.float32) if weight is None else np.asarray(weight)
+    if w.shape not in (shape, (batch, 1, *spatial)):
+        raise ValueError(f"voxel_weight: expected {shape} or with one channel, got {w.shape}")
+    w = w.reshape(shape)
+    softmax = loss.activation == "softmax"
     total = 0.0
-    for b, plane in np.ndindex(len(student_logits), student_logits.shape[2]):
-        x, g = (a[b : b + 1, :, plane : plane + 1] / by for a in (student_logits, teacher_logits))
-        g = g - g.max(axis=1, keepdims=True) if activation == "softmax" else g
-        g = np.exp(g) if activation == "softmax" else 1 / (1 + np.exp(-g))
-        g = g / g.sum(axis=1, keepdims=True) if activation == "softmax" else g
-        total += float(loss(x, g, weight[b : b + 1, plane : plane + 1]))
+    for b, plane in np.ndindex(batch, spatial[0]):
+        x, g = (a[b : b + 1, :, plane : plane + 1] / by for a in (student, teacher))
+        if softmax:
+            g = np.exp(g - g.max(axis=1, keepdims=True))
+            g /= g.sum(axis=1, keepdims=True)
+        else:
+            g = 1 / (1 + np.exp(-g))
+        total += float(loss(x, g, w[b : b + 1, plane : plane + 1]))
     if mean:
-        count = float(weight.sum(dtype=np.float64))
-        count *= student_logits.shape[1] if activation == "sigmoid" else 1
+        count = float(w.sum(dtype=np.float64)) * (1 if softmax else classes)
         total = total / count if count else 0.0
-    kind = np.promote_types(student_logits.dtype, np.float32)
-    return kind.type(total * by**2)
+    return np.promote_types(student.dtype, np.float32).type(total * by**2)
 
 
 @lru_cache(maxsize=2)

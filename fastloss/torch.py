@@ -451,7 +451,8 @@ class NeighborAwareCE(torch.nn.Module):
                 voxel_weight = voxel_weight.reshape(-1, *counted.shape[1:]) * counted
         classes = logits.shape[1]
         shares = neighbour_shares(labels, classes, size=self.size, sigma=self.sigma)
-        return value + (self.alpha / classes) * self.penalty(logits, shares, voxel_weight)
+        penalty: torch.Tensor = self.penalty(logits, shares, voxel_weight)
+        return value + (self.alpha / classes) * penalty
 
     def extra_repr(self) -> str:
         how = f"size={self.size}" if self.sigma is None else f"sigma={self.sigma}"

@@ -346,6 +346,18 @@ def test_gradient_by_the_target_in_every_layout_and_backend() -> None:
     np.testing.assert_array_equal(found, right)
 
 
+def test_an_absent_class_has_the_weight_of_another() -> None:
+    """In generalised Dice it follows the smallest class that is there, and so does its slope."""
+    x, _ = example(2, 3, (3, 4))
+    g = soft_target()
+    g[0, 2] = 0
+    for loss in (fl.GeneralizedDice(), fl.GeneralizedDice(weighting="simple", weight=WEIGHT)):
+        found = loss.value_and_grad(x, g, target_grad=True)[2]
+        slope = by_differences(loss, x, g, None, None)
+        there = np.broadcast_to(g.any(axis=(2, 3), keepdims=True), g.shape)
+        np.testing.assert_allclose(found[there], slope[there], atol=1e-8)
+
+
 def test_targets_without_a_gradient() -> None:
     x, y = example(2, 3, (3, 4))
     for target in (y, one_hot(y, 3).astype(np.uint8)):

@@ -271,7 +271,8 @@ def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _power_slope(loss: np.ndarray, gamma: float) -> np.ndarray:
     """The derivative of (−log p)^γ by log p; at p = 1 that by the logit, which is 0."""
-    return -gamma * np.where(loss == 0, 0.0, loss ** (gamma - 1))
+    slope: np.ndarray = -gamma * np.where(loss == 0, 0.0, loss ** (gamma - 1))
+    return slope
 
 
 def _difference(v: Probability) -> np.ndarray:

@@ -117,4 +117,4 @@ class _Filter(nn.Module):
     def of_labels(self, labels: Tensor, classes: int) -> Tensor:
         if self.size is not None:
             return neighbour_shares(labels, classes, size=self.size)
-        return neighbour_shares(labels, classes, sigma=float(self.kernel_sigma_0))
+        return neighbour_shares(labels, classes, sigma=self.get_parameter("kernel_sigma_0").item())

@@ -306,15 +306,16 @@ class AsymmetricUnifiedFocalLoss(Module):
         plain = all(part.ignore_index is None and not part.to_onehot_y for part in pair)
         if not (same and plain and is_size(self.weight) and self.weight <= 1 and fits(p, target)):
             return None
-        made = [part.recipe(check_option("reduction", part.reduction, REDUCTIONS)) for part in pair]
-        if None in made or any(part.reduction != "mean" for part in pair):
+        if any(part.reduction != "mean" for part in pair):
             return None
         clamped = torch.clamp(p, pair[0].epsilon, 1.0 - pair[0].epsilon)
-        shares = self.weight, 1 - self.weight
-        return [
-            (share * factor, Fused(each, "none", clamped, target))
-            for share, (factor, each) in zip(shares, made, strict=True)  # type: ignore[misc]
-        ]
+        found: list[tuple[Any, Fused]] = []
+        for share, part in zip((self.weight, 1 - self.weight), pair, strict=True):
+            made = part.recipe("mean")
+            if made is None:
+                return None
+            found.append((share * made[0], Fused(made[1], "none", clamped, target)))
+        return found
 
 
 def _reduced(loss: Tensor, reduction: str) -> Tensor:

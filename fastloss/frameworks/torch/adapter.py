@@ -322,7 +322,8 @@ def _by_target(ctx: Any, passes: Any, upstream: Any, logits: Any, target: Any) -
             "target: its gradient is computed of one upstream gradient at a time, not of a batch"
         )
     coefficients = ctx.pullback(passes.upstream(upstream.detach()))
-    found = passes.target_gradient(coefficients, target.detach()).to(target.dtype)
+    found: torch.Tensor = passes.target_gradient(coefficients, target.detach())
+    found = found.to(target.dtype)
     if torch.is_grad_enabled():
         found = _Once.apply(found, upstream, logits, target)
     return found

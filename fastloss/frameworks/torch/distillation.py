@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastloss.frameworks.torch.tensors import is_traced, refuse_gradient
-from fastloss.protocol import FusedLoss
 
 _LOGITS = 1 << 20  # of a slab
 _LOGITS_ON_GPU = 1 << 24
 
 
 def distilled(
-    loss: FusedLoss,
+    loss: Any,
     student: Tensor,
     teacher: Any,
     voxel_weight: Any,
@@ -80,7 +79,7 @@ class _Distilled(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         voxel_weight: Tensor | None,
-        loss: FusedLoss,
+        loss: Any,
         temperature: float,
         mean: bool,
     ) -> Tensor:
@@ -101,7 +100,7 @@ class _Distilled(torch.autograd.Function):
         return (total * scale).to(torch.promote_types(student.dtype, torch.float32))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         student, teacher, voxel_weight = ctx.saved_tensors
         loss, temperature = ctx.loss, ctx.temperature
@@ -114,7 +113,7 @@ class _Distilled(torch.autograd.Function):
 
 
 def _slabs(
-    student: Tensor, teacher: Tensor, voxel_weight: Tensor | None, loss: FusedLoss, by: float
+    student: Tensor, teacher: Tensor, voxel_weight: Tensor | None, loss: Any, by: float
 ) -> Iterator[tuple[Any, Tensor, Tensor, Tensor | None]]:
     """Each slab: its place, the student's logits over T, the teacher's probabilities, weights."""
     for place in _places(student.shape, _LOGITS if student.is_cpu else _LOGITS_ON_GPU):
