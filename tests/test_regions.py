@@ -180,6 +180,72 @@ def test_bits_for_any_number_of_threads() -> None:
         assert (gradient == found[0][1]).all()
 
 
+def stretches(rng: np.random.Generator, voxels: int, numbers: int, longest: int) -> np.ndarray:
+    """Numbers below a limit, in stretches of 1 to ``longest`` voxels."""
+    lengths = rng.integers(1, longest + 1, voxels)
+    each: np.ndarray = np.repeat(rng.integers(0, numbers, voxels), lengths)[:voxels]
+    each[-numbers:] = np.arange(numbers)  # none is left out
+    return each
+
+
+RUNS = [(2, "int8", 90, 40), (3, "int16", 200, 24), (4, "uint8", 7, 600), (4, "int64", 130, 33)]
+
+
+@pytest.mark.parametrize(("classes", "kind", "count", "longest"), RUNS)
+def test_runs_of_voxels(classes: int, kind: str, count: int, longest: int) -> None:
+    """Regions and labels in stretches of any length, as lesions and cells have them."""
+    rng = np.random.default_rng(classes + longest)
+    voxels = 24_007
+    x = (3 * rng.normal(size=(2, classes, voxels))).astype(np.float32)
+    y = np.stack([stretches(rng, voxels, classes, 4 * longest) for _ in x])
+    regions = np.stack([stretches(rng, voxels, count, longest) for _ in x])
+    loss = fl.Dice(include_background=False) + fl.CrossEntropy()
+    with use_backend("reference"):
+        right = loss.value_and_grad(x.astype(np.float64), y, regions=regions)
+    without = regions.copy()
+    without[0, 9_000:9_100] = -1
+    far = x.copy()
+    far[:, :, 3000:3010] *= 40
+    for labels in (y.astype(np.uint8), y):
+        value, gradient = loss.value_and_grad(x, labels, regions=regions.astype(kind))
+        assert value == pytest.approx(right[0], rel=1e-6)
+        assert np.allclose(gradient, right[1], rtol=1e-4, atol=1e-9)
+        for logits, given in ((x, without), (far, regions)):
+            value, gradient = loss.value_and_grad(logits, labels, regions=given)
+            with use_backend("reference"):
+                other = loss.value_and_grad(logits.astype(np.float64), y, regions=given)
+            assert value == pytest.approx(other[0], rel=1e-6)
+            assert np.allclose(gradient, other[1], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("classes", [2, 3, 4, 5])
+def test_bits_of_runs(classes: int, dtype: str) -> None:
+    """For any number of threads, and wherever the gradient lies: a tile begins where its lines do."""
+    rng = np.random.default_rng(classes)
+    voxels = (1 << 20) // (np.dtype(dtype).itemsize * classes) + 1037
+    x = (3 * rng.normal(size=(1, classes, voxels))).astype(dtype)
+    x[0, :, rng.choice(voxels, 30, replace=False)] *= 30
+    y = stretches(rng, voxels, classes, 90)[None].astype(np.uint8)
+    regions = stretches(rng, voxels, 70, 40)[None].astype(np.int8)
+    regions[0, :3000] = 5
+    loss = fl.Dice() + fl.CrossEntropy()
+    memory = np.empty(x.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64
+    before, found = fl.get_num_threads(), []
+    try:
+        for threads, offset in ((1, 0), (2, 0), (5, 4), (1, 16), (1, 48), (1, 60)):
+            fl.set_num_threads(threads)
+            out = memory[start + offset :][: x.nbytes].view(dtype).reshape(x.shape)
+            value, gradient = loss.value_and_grad(x, y, regions=regions, out=out)
+            found.append((value, gradient.copy()))
+    finally:
+        fl.set_num_threads(before)
+    for value, gradient in found[1:]:
+        assert value == found[0][0]
+        assert gradient.tobytes() == found[0][1].tobytes()
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [

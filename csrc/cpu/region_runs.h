@@ -9,12 +9,12 @@
 
 namespace {
 
-// Vectors of a run that are read or written whatever its length.
+// Vectors of a run that are written whatever its length.
 constexpr int kAtOnce = 2;
 // The prefetch distance of regions in tiles.
 constexpr int kTilesAhead = 3;
 // The voxels that a row has beyond those of a tile.
-constexpr int kBeyond = kAtOnce * lanes<float>;
+constexpr int kBeyond = 3 * lanes<float>;
 
 #if defined(__AVX512F__)
 // Marks which of 64 numbers, of those in `valid`, differ from the one before them. Others are not
@@ -27,9 +27,8 @@ FL_INLINE uint64_t changes_of_64(const S* p, uint64_t valid) {
   } else if constexpr (sizeof(S) == 2) {
     auto half = [&](int first) {
       const __mmask32 of_half = __mmask32(valid >> first);
-      return uint64_t(
-          _mm512_cmpneq_epi16_mask(_mm512_maskz_loadu_epi16(of_half, p + first),
-                                   _mm512_maskz_loadu_epi16(of_half, p + first - 1)));
+      return uint64_t(_mm512_cmpneq_epi16_mask(_mm512_maskz_loadu_epi16(of_half, p + first),
+                                               _mm512_maskz_loadu_epi16(of_half, p + first - 1)));
     };
     return half(0) | half(32) << 32;
   } else {
@@ -77,24 +76,24 @@ FL_INLINE uint64_t changes_of_16(const S* p, const S* before) {
 template <class S>
 void mark_changes(const S* p, int n, uint64_t* marks) {
 #if defined(__AVX512F__)
-  for (int v = 0; v < n; v += 64) {
-    uint64_t valid = n - v < 64 ? (uint64_t(1) << (n - v)) - 1 : ~uint64_t(0);
-    marks[v / 64] |= changes_of_64(p + v, v ? valid : valid & ~uint64_t(1));
-  }
+  const uint64_t all = ~uint64_t(0), last = n % 64 ? (uint64_t(1) << n % 64) - 1 : all;
+  marks[0] |= changes_of_64(p, (n < 64 ? last : all) & ~uint64_t(1));
+  int v = 64;
+  for (; v + 64 <= n; v += 64) marks[v / 64] |= changes_of_64(p + v, all);
+  if (v < n) marks[v / 64] |= changes_of_64(p + v, last);
 #else
   S first[17] = {p[0]};
   std::memcpy(first + 1, p, sizeof(S) * 16);
   marks[0] |= changes_of_16(p, first);
-  for (int v = 16; v < n; v += 16)
-    marks[v / 64] |= changes_of_16(p + v, p + v - 1) << v % 64;
+  for (int v = 16; v < n; v += 16) marks[v / 64] |= changes_of_16(p + v, p + v - 1) << v % 64;
 #endif
 }
 
 struct LabelRuns {
   static constexpr int kMost = kMaxTile / 8;  // a tile with more is computed in another way
   int count = 0;
-  int64_t region = -1;  // of all voxels, or −1
-  int32_t start[kMaxTile + 1 + 16];  // where each run begins, and where the last one ends
+  int64_t region = -1;            // of all voxels, or −1
+  int32_t start[kMost + 64 + 4];  // where each run begins, and where the last one ends
   int32_t row[kMost], label[kMost];
 
   // Finds the runs. Returns false for tiles that are not of this kind: with weights, voxels that
@@ -109,7 +108,10 @@ struct LabelRuns {
     const char* from = a.data + t.sample * a.batch_stride + t.voxel * item;
     if (!direct) t.load_regions();
     // The hardware prefetcher does not follow rows that are read tile by tile.
-    for (int i = 0; direct && i < t.n * item; i += 64) prefetch(from + kTilesAhead * t.step * item + i);
+    for (int i = 0; direct && i < t.n * item; i += 64)
+      prefetch(from + kTilesAhead * t.step * item + i);
+    if (t.has_byte_labels())
+      for (int i = 0; i < t.n; i += 64) prefetch(t.byte_labels() + kTilesAhead * t.step + i);
     auto with_regions = [&](auto use) {
       if (!direct || a.dtype == DType::i32 || a.dtype == DType::u32)
         return use(direct ? (const int32_t*)from : t.region);
@@ -125,43 +127,47 @@ struct LabelRuns {
     with_regions([&](auto* p) { mark_changes(p, t.n, marks); });
     with_labels([&](auto* p) { mark_changes(p, t.n, marks); });
     if (!find_starts(marks, t.n)) return false;
-    int64_t others = 0;
-    bool all = true;
+    uint32_t others = 0, most = 0;
+    const int runs = count;
     with_regions([&](auto* p) {
-      for (int i = 0; i < count; ++i) {
-        row[i] = int32_t(p[start[i]]);
-        others |= row[i] ^ row[0];
-        all &= row[i] >= 0 && row[i] < t.job.rows;
+      const uint32_t one = uint32_t(p[0]);
+      for (int i = 0; i < runs; ++i) {
+        const uint32_t number = uint32_t(p[start[i]]);  // that of −1 is above all others
+        row[i] = int32_t(number);
+        others |= number ^ one;
+        most = number > most ? number : most;
       }
     });
     with_labels([&](auto* p) {
-      for (int i = 0; i < count; ++i) label[i] = int32_t(p[start[i]]);
+      for (int i = 0; i < runs; ++i) label[i] = int32_t(p[start[i]]);
     });
     region = others ? -1 : row[0];
-    return all;
+    return int64_t(most) < t.job.rows && most <= uint32_t(INT32_MAX);
   }
 
  private:
+  // Lists the marks. A branch would be mispredicted at every other word of 64: kSome places are
+  // written whether there are as many marks or not.
   bool find_starts(uint64_t* marks, int n) {
+    constexpr int kSome = 4;
+    constexpr uint64_t kTop = uint64_t(1) << 63;
     marks[0] |= 1;
-    count = 0;
-    for (int v = 0; v < n; v += 64) {
+    int found = 0;
+    for (int v = 0; v < n && found <= kMost; v += 64) {
       uint64_t word = marks[v / 64];
-#if defined(__AVX512F__)
-      const __m512i number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      const int more = __builtin_popcountll(word);
+      for (int i = 0; i < more; i += kSome) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 64; i += 16) {
-        const __mmask16 part = __mmask16(word >> i);
-        const __m512i here = _mm512_add_epi32(number, _mm512_set1_epi32(v + i));
-        _mm512_storeu_si512(start + count, _mm512_maskz_compress_epi32(part, here));
-        count += __builtin_popcount(part);
+        for (int k = 0; k < kSome; ++k) {
+          start[found + i + k] = v + __builtin_ctzll(word | kTop);
+          word &= word - 1;
+        }
       }
-#else
-      for (; word; word &= word - 1) start[count++] = v + __builtin_ctzll(word);
-#endif
+      found += more;
     }
-    start[count] = n;
-    return count <= kMost;
+    start[found] = n;
+    count = found;
+    return found <= kMost;
   }
 };
 
@@ -172,14 +178,17 @@ FL_INLINE void sum_rows(const float* const (&rows)[R], int first, int count,
                         Vec<float> (&sums)[R]) {
   constexpr int L = lanes<float>;
 #if defined(__AVX512F__)
-  const uint32_t some = _bzhi_u32(~0u, uint32_t(count < 2 * L ? count : 2 * L));
-  const __mmask16 low = __mmask16(some), high = __mmask16(some >> L);
+  const uint64_t some = _bzhi_u64(~uint64_t(0), uint32_t(count < 3 * L ? count : 3 * L));
+  const __mmask16 low = __mmask16(some), middle = __mmask16(some >> L);
+  const __mmask16 high = __mmask16(some >> 2 * L);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const __m512 v = _mm512_maskz_loadu_ps(low, rows[r] + first);
-    sums[r] = (Vec<float>)_mm512_mask_add_ps(v, high, v, _mm512_loadu_ps(rows[r] + first + L));
+    const float* p = rows[r] + first;
+    __m512 v = _mm512_maskz_loadu_ps(low, p);
+    v = _mm512_mask_add_ps(v, middle, v, _mm512_loadu_ps(p + L));
+    sums[r] = (Vec<float>)_mm512_mask_add_ps(v, high, v, _mm512_loadu_ps(p + 2 * L));
   }
-  for (int v = 2 * L; v < count; v += L) {
+  for (int v = 3 * L; v < count; v += L) {
     const int left = count - v < L ? count - v : L;
     const __mmask16 last = __mmask16(_bzhi_u32(0xffff, uint32_t(left)));
 #pragma GCC unroll 8
@@ -196,8 +205,7 @@ FL_INLINE void sum_rows(const float* const (&rows)[R], int first, int count,
     for (int r = 0; r < R; ++r) sums[r] += load<float>(rows[r] + first + v);
   if (v < count)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-      sums[r] += keep<float>(some(v), load<float>(rows[r] + first + v));
+    for (int r = 0; r < R; ++r) sums[r] += keep<float>(some(v), load<float>(rows[r] + first + v));
 #endif
 }
 
@@ -215,8 +223,8 @@ FL_INLINE void add_totals(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d
       _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
   const __m256 both = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
 #else
-  const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b),
-                                     _mm256_hadd_ps((__m256)c, (__m256)d));
+  const __m256 both =
+      _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
 #endif
   const __m128 sum = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
   _mm256_storeu_pd(to, _mm256_add_pd(_mm256_loadu_pd(to), _mm256_cvtps_pd(sum)));

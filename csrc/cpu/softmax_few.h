@@ -197,7 +197,9 @@ struct SharedSlopes {
       k[c] = splat<T>(s.predicted >= 0 ? coefficients(t, s.predicted)[number[c]] : T(0));
   }
   FL_INLINE Vec<T> of_class(int c, int64_t) const { return k[c]; }
-  FL_INLINE Vec<T> at_overlap(int64_t, IVec<T> y) const { return kOne ? overlap : pick(overlap, y); }
+  FL_INLINE Vec<T> at_overlap(int64_t, IVec<T> y) const {
+    return kOne ? overlap : pick(overlap, y);
+  }
   FL_INLINE Vec<T> at_region(int64_t, IVec<T> y) const { return kOne ? region : pick(region, y); }
   FL_INLINE Vec<T> at_loss(int64_t, IVec<T> y) const { return kOne ? loss : pick(loss, y); }
 };
@@ -213,29 +215,28 @@ bool apply_few_classes(Tile<float>& t, int only, const Make& make) {
   T* to[C];
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) to[c] = t.second + classes.number[c] * t.stride;
-  classes.each(t.padded,
-               [&](int64_t v, const Vec<T>(&e)[C], IVec<T> y) __attribute__((always_inline)) {
-                 auto [own, rest] = own_and_rest<C, kOne>(e, y);
-                 Vec<T> others{}, k[C];
+  classes.each(
+      t.padded, [&](int64_t v, const Vec<T>(&e)[C], IVec<T> y) __attribute__((always_inline)) {
+        auto [own, rest] = own_and_rest<C, kOne>(e, y);
+        Vec<T> others{}, k[C];
 #pragma GCC unroll 4
-                 for (int c = 0; c < C; ++c) k[c] = slopes.of_class(c, v);
+        for (int c = 0; c < C; ++c) k[c] = slopes.of_class(c, v);
 #pragma GCC unroll 4
-                 for (int c = kOne; c < C; ++c) {
-                   const Vec<T> sum = others + e[c] * k[c];
-                   others = kOne ? sum : select<T>(y == class_number<T>(c), others, sum);
-                 }
-                 const Vec<T> inverse = T(1) / (rest + own);
-                 const LabelGradient<T> g(own, rest, inverse, others * inverse,
-                                          slopes.at_overlap(v, y), slopes.at_region(v, y),
-                                          slopes.at_loss(v, y));
-                 const Vec<T> turn = once(inverse * g.turn);
+        for (int c = kOne; c < C; ++c) {
+          const Vec<T> sum = others + e[c] * k[c];
+          others = kOne ? sum : select<T>(y == class_number<T>(c), others, sum);
+        }
+        const Vec<T> inverse = T(1) / (rest + own);
+        const LabelGradient<T> g(own, rest, inverse, others * inverse, slopes.at_overlap(v, y),
+                                 slopes.at_region(v, y), slopes.at_loss(v, y));
+        const Vec<T> turn = once(inverse * g.turn);
 #pragma GCC unroll 4
-                 for (int c = 0; c < C; ++c) {
-                   const Vec<T> other = e[c] * (inverse * k[c] - turn);
-                   if (kOne) store<T>(to[c] + v, c ? other : g.at_label);
-                   else store<T>(to[c] + v, select<T>(y == class_number<T>(c), g.at_label, other));
-                 }
-               });
+        for (int c = 0; c < C; ++c) {
+          const Vec<T> other = e[c] * (inverse * k[c] - turn);
+          if (kOne) store<T>(to[c] + v, c ? other : g.at_label);
+          else store<T>(to[c] + v, select<T>(y == class_number<T>(c), g.at_label, other));
+        }
+      });
   return classes.extent.within(kNear);
 }
 
@@ -297,7 +298,7 @@ Few apply_few(Tile<T>& t) {
   return few_classes(t, [&](auto number, auto count, auto one, int only) {
     constexpr int C = decltype(count)::value;
     constexpr bool kOne = decltype(one)::value;
-    auto slopes = [&](const int64_t(&order)[C]) { return SharedSlopes<T, C, kOne>(t, order); };
+    auto slopes = [&](const int64_t (&order)[C]) { return SharedSlopes<T, C, kOne>(t, order); };
     if (!apply_few_classes<decltype(number), C, kOne>(t, only, slopes)) return false;
     write_few_classes(t);
     return true;

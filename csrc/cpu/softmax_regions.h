@@ -187,8 +187,8 @@ void reduce_two_regions(Tile<T>& t, double* sums, double* weights) {
   });
 }
 
-// The derivatives of two classes by the sums of each voxel's region, as rows: of a voxel of label 0,
-// and of label 1. See `SharedTwo`.
+// The derivatives of two classes by the sums of each voxel's region, as rows: of a voxel of label
+// 0, and of label 1. See `SharedTwo`.
 template <class T>
 struct RegionTwo {
   const T *region0, *region1, *loss0, *loss1;
@@ -378,14 +378,16 @@ void reduce_softmax_regions(const Job& job, int64_t sample, const Blocks& blocks
           return Few::done;
         }
         if constexpr (kPicks<T>) {
-          const Few known = row >= 0 ? reduce_few(t, to.of(row), logs, to.weights + row)
-                                     : few_classes(t, [&](auto number, auto count, auto one, int only) {
-              constexpr int C = decltype(count)::value;
-              if (!few_class_rows<decltype(number), C, decltype(one)::value>(t, only, logs))
-                return false;
-              add_few_runs<C>(t, runs, sums, pass);
-              return true;
-            });
+          const Few known =
+              row >= 0
+                  ? reduce_few(t, to.of(row), logs, to.weights + row)
+                  : few_classes(t, [&](auto number, auto count, auto one, int only) {
+                      constexpr int C = decltype(count)::value;
+                      if (!few_class_rows<decltype(number), C, decltype(one)::value>(t, only, logs))
+                        return false;
+                      add_few_runs<C>(t, runs, sums, pass);
+                      return true;
+                    });
           if (known != Few::done) t.find_regions();
           return known;
         }
@@ -438,7 +440,7 @@ struct RunRows {
       const IVec<T> number = class_number<T>(c);
       auto add = [&](int v, auto counted) __attribute__((always_inline)) {
         const IVec<T> is_label = label_lanes<T>(label + v) == number;
-        store<T>(others + v, load<T>(others + v) + counted(drop<T>(is_label, load<T>(e + v) * k)));
+        store<T>(others + v, load<T>(others + v) + counted(drop<T>(is_label, load<T>(e + v))) * k);
       };
       int v = first;
       for (; v + L <= end; v += L) add(v, [](Vec<T> x) { return x; });
@@ -489,8 +491,9 @@ inline void apply_two_runs(Tile<float>& t, const LabelRuns& runs, KeptRows<4>& k
   float* const to[2] = {rows.number[0], rows.number[1]};
   for (int i = 0; i < runs.count; ++i) {
     const int64_t row = runs.row[i];
-    const float* numbers =
-        kept.of(row, [&](float* n) { two_numbers<float>(t.job, t.sample, row, n); }) + runs.label[i];
+    const float* numbers = kept.of(row, [&](float* n) {
+      two_numbers<float>(t.job, t.sample, row, n);
+    }) + runs.label[i];
     fill_rows<2>(to, runs.start[i], runs.start[i + 1] - runs.start[i], {numbers[0], numbers[2]});
   }
   float* gradient = t.row(kC);
@@ -503,20 +506,24 @@ inline void apply_two_runs(Tile<float>& t, const LabelRuns& runs, KeptRows<4>& k
 
 #if defined(__AVX2__)
 // The derivatives by the sums of each voxel's region, for `apply_few_classes`: rows of those by
-// every class's p, by overlap and by cross-entropy of the label, and by its p.
+// every class's p, and by overlap and cross-entropy of the label.
 template <int C, bool kOne>
 struct RunSlopes {
-  const float *k[C], *overlap, *loss, *region;
+  const float *k[C], *overlap, *loss;
 
-  RunSlopes(const NumberRows<7>& rows, const int64_t (&number)[C])
-      : overlap(rows.number[4]), loss(rows.number[5]), region(rows.number[6]) {
+  RunSlopes(const NumberRows<6>& rows, const int64_t (&number)[C])
+      : overlap(rows.number[4]), loss(rows.number[5]) {
     for (int c = 0; c < C; ++c) k[c] = rows.number[number[c]];
   }
   FL_INLINE Vec<float> of_class(int c, int64_t v) const { return load<float>(k[c] + v); }
   FL_INLINE Vec<float> at_overlap(int64_t v, IVec<float>) const { return load<float>(overlap + v); }
   FL_INLINE Vec<float> at_loss(int64_t v, IVec<float>) const { return load<float>(loss + v); }
-  FL_INLINE Vec<float> at_region(int64_t v, IVec<float>) const {
-    return load<float>((kOne ? k[0] : region) + v);
+  FL_INLINE Vec<float> at_region(int64_t v, IVec<float> y) const {
+    Vec<float> own = of_class(0, v);
+#pragma GCC unroll 4
+    for (int c = 1; c < C && !kOne; ++c)
+      own = select<float>(y == class_number<float>(c), of_class(c, v), own);
+    return own;
   }
 };
 
@@ -530,21 +537,21 @@ inline void few_numbers(const Job& job, int64_t sample, int64_t row, float* numb
 
 // Writes the gradient of a tile of three or four classes, by its runs.
 inline Few apply_few_runs(Tile<float>& t, const LabelRuns& runs, KeptRows<12>& kept) {
-  NumberRows<7> rows;
-  float* to[7];
-  for (int r = 0; r < 7; ++r) to[r] = rows.number[r];
+  NumberRows<6> rows;
+  float* to[6];
+  for (int r = 0; r < 6; ++r) to[r] = rows.number[r];
   for (int i = 0; i < runs.count; ++i) {
     const int64_t row = runs.row[i];
     const float* n =
         kept.of(row, [&](float* numbers) { few_numbers(t.job, t.sample, row, numbers); });
     const int label = runs.label[i];
-    fill_rows<7>(to, runs.start[i], runs.start[i + 1] - runs.start[i],
-                 {n[0], n[1], n[2], n[3], n[4 + label], n[8 + label], n[label]});
+    fill_rows<6>(to, runs.start[i], runs.start[i + 1] - runs.start[i],
+                 {n[0], n[1], n[2], n[3], n[4 + label], n[8 + label]});
   }
   return few_classes(t, [&](auto number, auto count, auto one, int only) {
     constexpr int C = decltype(count)::value;
     constexpr bool kOne = decltype(one)::value;
-    auto slopes = [&](const int64_t(&order)[C]) { return RunSlopes<C, kOne>(rows, order); };
+    auto slopes = [&](const int64_t (&order)[C]) { return RunSlopes<C, kOne>(rows, order); };
     if (!apply_few_classes<decltype(number), C, kOne>(t, only, slopes)) return false;
     write_few_classes(t);
     return true;
@@ -563,8 +570,7 @@ void apply_softmax_regions(const Job& job, int64_t sample, int64_t first, int64_
   [[maybe_unused]] KeptRows<12> kept_few;
   auto move = [&](Tile<T>& t, int64_t v) {
     t.keeps_bytes = two && sizeof(T) == 4;
-    in_runs =
-        move_to_runs(t, runs, [&] { t.move(v, tile_from(v, last, lead, t.step), nullptr); });
+    in_runs = move_to_runs(t, runs, [&] { t.move(v, tile_from(v, last, lead, t.step), nullptr); });
   };
   auto few = [&](Tile<T>& t) {
     if constexpr (kRegionRuns<T>)

@@ -103,18 +103,18 @@ template <class T>
 struct Tile {
   const Job& job;
   int64_t sample;
-  int step;               // voxels of a tile
-  int stride;             // numbers from row to row of the buffers
-  T* x;                   // logits, later exponentials or gradients: (C, stride)
-  T* second;              // a second buffer of that shape
-  T* rows;                // (kRows, kMaxTile)
-  T* table;               // coefficients of the sample: (S, C)
-  int32_t* y;             // labels
-  uint8_t* present;       // (C,): whether a label occurs in the tile; see `find_present`
-  T* field_rows;          // (fields, kMaxTile)
-  int32_t* field_labels;  // (fields, kMaxTile), for fields that are label maps
-  int32_t* region;        // the row of each voxel; negative: none
-  int runs = 0;           // of voxels of equal region
+  int step;                    // voxels of a tile
+  int stride;                  // numbers from row to row of the buffers
+  T* x;                        // logits, later exponentials or gradients: (C, stride)
+  T* second;                   // a second buffer of that shape
+  T* rows;                     // (kRows, kMaxTile)
+  T* table;                    // coefficients of the sample: (S, C)
+  int32_t* y;                  // labels
+  uint8_t* present;            // (C,): whether a label occurs in the tile; see `find_present`
+  T* field_rows;               // (fields, kMaxTile)
+  int32_t* field_labels;       // (fields, kMaxTile), for fields that are label maps
+  int32_t* region;             // the row of each voxel; negative: none
+  int runs = 0;                // of voxels of equal region
   bool regions_later = false;  // `move` does not find the regions
   int16_t run_start[kMaxTile + 1];
   Runs logit_runs, target_runs, weight_runs, out_runs;
