@@ -1,8 +1,9 @@
 """A loss in TensorFlow's own operations, where no function of the host can be called.
 
 It computes the same sums, by the formulas of `fastloss.backends.reference`, and the same gradient,
-in float32 with sums in float64. It is what XLA compiles, and what runs on devices that the kernels
-do not reach; it takes the time that such formulas take in TensorFlow.
+in float32 with sums in float64. It runs on devices that the kernels do not reach, and is what XLA
+compiles where it cannot call them (`xla.is_there`); it takes the time that such formulas take in
+TensorFlow.
 """
 
 from __future__ import annotations
