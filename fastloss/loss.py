@@ -889,7 +889,7 @@ class Loss:
 
         To first order the gain is Σ (derivative by a sum) · (its change), which takes one pass a
         term; ``exact`` evaluates the term on the changed sums of every voxel, which takes some
-        hundred times as long. As a field does not change, distances to what is predicted
+        fifty times as long. As a field does not change, distances to what is predicted
         (`fastloss.HausdorffDT`) stay what they are in both.
 
         Args:

@@ -3,6 +3,7 @@
 #include "general.h"
 #include "softmax_dense.h"
 #include "softmax_labels.h"
+#include "softmax_map.h"
 #include "softmax_regions.h"
 #include "tile.h"
 #include "two_classes.h"
@@ -43,9 +44,11 @@ template <class T>
 void map_voxels(const Job& job, int64_t sample, int64_t first, int64_t last, Faults* faults,
                 void* scratch) {
   Tile<T> tile(job, sample, scratch);
+  const bool few_sums = suits_softmax_map(job);
   for (int64_t v = first; v < last; v += tile.n) {
     tile.move(v, int(last - v < tile.step ? last - v : tile.step), faults);
-    if (job.map == MapKind::label) label_map(tile);
+    if (few_sums) softmax_map(tile);
+    else if (job.map == MapKind::label) label_map(tile);
     else if (job.map == MapKind::mask) mask_map(tile);
     else reduce_general<T>(tile, nullptr, nullptr, nullptr);
     if (!tile.binary) tile.find_bad_numbers(faults);
