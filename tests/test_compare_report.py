@@ -165,8 +165,10 @@ def test_page_stands_alone(written: Path) -> None:
     for part in ("Verdict", "Ranking", "Intervals", "Training", "Dice against size", "Cost",
                  "Pictures", "All 18 comparisons", "Settings", "−0.0"):  # fmt: skip
         assert part in text, part
-    for number in re.findall(r'(?:cx|cy|x|y|width)="([^"]*)"', text):
+    plots = "".join(re.findall(r'<svg class="plot".*?</svg>', text, re.DOTALL))
+    for number in re.findall(r' (?:cx|cy|x|y|width)="([^"]*)"', plots):
         assert np.isfinite(float(number))
+    assert "nan" not in "".join(re.findall(r' d="([^"]*)"', plots))
 
 
 def test_page_in_a_browser(written: Path, tmp_path: Path) -> None:

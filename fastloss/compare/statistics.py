@@ -359,7 +359,8 @@ def _critical(df: np.ndarray, alpha: float) -> np.ndarray:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + np.sum([term / df ** (i + 1) for i, term in enumerate(terms)], axis=0)
+    found: np.ndarray = z + np.sum([term / df ** (i + 1) for i, term in enumerate(terms)], axis=0)
+    return found
 
 
 def _normal(z: np.ndarray) -> np.ndarray:
