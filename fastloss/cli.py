@@ -1,4 +1,4 @@
-"""The command line: what is installed, how fast it is here, and metrics of files."""
+"""The command line: what is installed, how fast it is, metrics of files, losses compared."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="metrics of predicted label maps in NIfTI files",
         description="Metrics of predicted label maps, two NIfTI files or two folders of them.",
     )
+    compare = commands.add_parser(
+        "compare",
+        help="train with several losses, and say which is better, or that the data cannot tell",
+        description="Train the same network with several losses, and say which is better.",
+    )
     if arguments is None:
         arguments = sys.argv[1:]
     # The choices of a command live in modules that nothing else should load.
@@ -43,12 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fastloss.evaluation import command
 
         command.add_options(evaluate)
+    if "compare" in arguments[:1]:
+        from fastloss.compare import command as comparison
+
+        comparison.add_options(compare)
     options = parser.parse_args(arguments)
     if options.command == "info":
         print(info())
         return 0
     if options.command == "evaluate":
         return command.run(evaluate, options, arguments)
+    if options.command == "compare":
+        return comparison.run(compare, options)
     return _bench(bench, options)
 
 

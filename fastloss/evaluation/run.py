@@ -6,12 +6,12 @@ import multiprocessing
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from fastloss.metrics import Scores, evaluate
 from fastloss.metrics.evaluate import DEFAULT
 from fastloss.threads import set_num_threads
 
+Item = TypeVar("Item", bound=Hashable)
 MOST_LABEL = 65534
 KILLED = "a process ended without a result, perhaps for lack of memory: try fewer jobs"
 
@@ -218,11 +219,11 @@ def labels_in(voxels: np.ndarray) -> set[int]:
 
 
 def evaluate_in_processes(
-    work: Callable[[Case], Any],
-    cases: Sequence[Case],
+    work: Callable[[Item], Any],
+    cases: Sequence[Item],
     jobs: int,
     failed: Callable[[str], Any],
-) -> Iterator[tuple[Case, Any]]:
+) -> Iterator[tuple[Item, Any]]:
     """Each case with its result, as it is done.
 
     Args:
@@ -239,7 +240,7 @@ def evaluate_in_processes(
     threads = max(1, cores() // jobs)
     waiting = deque(cases)
     while waiting:
-        running: dict[Future[Any], Case] = {}
+        running: dict[Future[Any], Item] = {}
         try:
             with _pool(jobs, threads) as pool:
                 while waiting or running:
