@@ -120,6 +120,7 @@ def test_the_table_names_winner_and_tie() -> None:
     found = re.search(r"(\S+), (\S+) and (\S+) may each be the best", text)
     assert found
     assert set(found.groups()) == set(LOSSES)
+    assert "may each be the best, and dice_ce is the fastest of them." in text
     assert table(copies) == table(copies)
 
 

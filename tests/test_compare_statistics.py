@@ -315,6 +315,15 @@ def test_missing_and_infinite_scores() -> None:
     assert row["c"].comparison.difference.runs == 2  # type: ignore[union-attr]
     assert row.capped == 1
     assert "hd95 of liver 1" in " ".join(verdict.notes)
+    # Of two classes those count that both losses have: the missed tumour is no gain in the mean.
+    both = rng.uniform(0.6, 0.7, (2, 6, 3))
+    gap = both + 0.01
+    both[1] -= 0.5  # the tumour is harder
+    gap[1] -= 0.5
+    gap[1, 2] = nan
+    row = judge(study_of({"a": both, "b": gap}, labels=("liver", "tumour"))).main
+    assert row is not None
+    assert row["b"].comparison.difference.mean == pytest.approx(0.01)  # type: ignore[union-attr]
     study.scores.append(study.scores[0])
     with pytest.raises(ValueError, match="expected one for"):
         judge(study)
