@@ -40,7 +40,7 @@ LOSSES: Mapping[str, Maker] = {
     "dice_ce": lambda spacing, done: _dice() + fl.CrossEntropy(),
     "ce": lambda spacing, done: fl.CrossEntropy(),
     "dice": lambda spacing, done: _dice(),
-    "squared_dice": lambda spacing, done: _dice(squared_pred=True),
+    "squared_dice": lambda spacing, done: _dice(squared=True),
     "jaccard_ce": lambda spacing, done: (
         fl.Jaccard(batch=True, include_background=False) + fl.CrossEntropy()
     ),
