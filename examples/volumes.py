@@ -8,6 +8,7 @@ of its own network, and the tumours of PyRadiomics (BSD).
 
 from __future__ import annotations
 
+import ast
 import gzip
 import os
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +26,9 @@ PACKAGES = {
     "totalsegmentator": "2.18.0",
     "pyradiomics-bhklab": "3.1.4",
 }
-ORGANS = "tests/reference_files/example_seg_fast/"
 CT = "tests/reference_files/example_ct.nii.gz"
+ORGANS = "tests/reference_files/example_seg_fast_force_split.nii.gz"
+NAMES = "totalsegmentator/map_to_binary.py"
 SITES = ("brain", "lung")
 
 
@@ -75,42 +78,54 @@ def load_organs() -> Scan:
     """A CT of the trunk at 3 mm, 112 × 101 × 122 voxels, with the organs that are in it."""
     import nibabel
 
-    members = {}
-    with tarfile.open(package("totalsegmentator")) as archive, tempfile.TemporaryDirectory() as at:
+    content = _members(package("totalsegmentator"), (CT, ORGANS, NAMES))
+    with tempfile.TemporaryDirectory() as at:
+        images = []
+        for name in (CT, ORGANS):
+            path = Path(at) / Path(name).name
+            path.write_bytes(content[name])
+            images.append(nibabel.load(path))
+        image, numbers = (np.asanyarray(each.dataobj).T for each in images)
+    names = _organ_names(content[NAMES].decode("utf-8"))
+    present, labels = np.unique(numbers, return_inverse=True)
+    classes = ["background", *(names[int(number)].replace("_", " ") for number in present[1:])]
+    labels = labels.reshape(numbers.shape).astype(np.uint8)
+    d, h, w = (float(size) for size in images[0].header.get_zooms()[::-1])
+    return Scan(image.astype(np.float32), labels, tuple(classes), (d, h, w))
+
+
+def _members(path: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """The content of some files of an archive, by their path below its one folder."""
+    found = {}
+    with tarfile.open(path) as archive:
         for member in archive:
             name = member.name.partition("/")[2]
-            if name == CT or (name.startswith(ORGANS) and name.endswith(".nii.gz")):
-                path = Path(at) / Path(name).name
-                source = archive.extractfile(member)
-                assert source is not None
-                path.write_bytes(source.read())
-                members[Path(name).name.removesuffix(".nii.gz")] = path
-        ct = nibabel.load(members.pop("example_ct"))
-        image = ct.get_fdata(dtype=np.float32).T
-        labels = np.zeros(image.shape, np.uint8)
-        classes = ["background"]
-        for name in sorted(members):
-            mask = np.asanyarray(nibabel.load(members[name]).dataobj).T > 0
-            if mask.any():
-                labels[mask] = len(classes)
-                classes.append(name.replace("_", " "))
-    d, h, w = (float(size) for size in ct.header.get_zooms()[::-1])
-    return Scan(image, labels, tuple(classes), (d, h, w))
+            source = archive.extractfile(member) if name in names else None
+            if source is not None:
+                found[name] = source.read()
+    return found
+
+
+def _organ_names(module: str) -> dict[int, str]:
+    """The table of classes in the text of a module, which is read and not run."""
+    for node in ast.parse(module).body:
+        if isinstance(node, ast.Assign) and "class_map" in (
+            getattr(t, "id", "") for t in node.targets
+        ):
+            for key, value in zip(node.value.keys, node.value.values, strict=True):
+                if ast.literal_eval(key) == "total":
+                    return dict(ast.literal_eval(value))
+    raise ValueError("the package has no class_map with a table called total")
 
 
 def load_tumour(site: str, number: int) -> Scan:
     """One of two patients with a tumour: of the "brain" (MR, 6.5 mm slices) or the "lung" (CT)."""
-    arrays = {}
-    spacing = (1.0, 1.0, 1.0)
-    with tarfile.open(package("pyradiomics-bhklab")) as archive:
-        for member in archive:
-            for kind in ("image", "label"):
-                if member.name.endswith(f"data/{site}{number}_{kind}.nrrd"):
-                    source = archive.extractfile(member)
-                    assert source is not None
-                    arrays[kind], spacing = read_nrrd(source.read())
-    mask = (arrays["label"] > 0).astype(np.uint8)
-    return Scan(arrays["image"].astype(np.float32), mask, ("background", "tumour"), spacing)
+    paths = {kind: f"data/{site}{number}_{kind}.nrrd" for kind in ("image", "label")}
+    content = _members(package("pyradiomics-bhklab"), tuple(paths.values()))
+    arrays = {kind: read_nrrd(content[path]) for kind, path in paths.items()}
+    image, spacing = arrays["image"]
+    mask = (arrays["label"][0] > 0).astype(np.uint8)
+    return Scan(image.astype(np.float32), mask, ("background", "tumour"), spacing)
 
 
 def read_nrrd(content: bytes) -> tuple[np.ndarray, tuple[float, float, float]]:
