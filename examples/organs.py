@@ -75,7 +75,7 @@ def main() -> None:
     _draw(scan, predictions, results, judged, options.out / "organs.png")
     print(
         f"\norgans.png and organs.csv are in {options.out}.\n"
-        "It is one patient, and a slab between two trained parts of the same body: this shows that\n"
+        "It is one patient, and a slab between two trained parts of one body: this shows that\n"
         "both losses train with many classes, and what they cost, not how well organs of others\n"
         "would be found, nor which loss is better: for that, python -m fastloss compare."
     )

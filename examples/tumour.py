@@ -70,9 +70,9 @@ def main() -> None:
         csv.writer(file).writerows([["loss", "patient", *METRICS], *rows])
     print(
         f"\nPictures (image, reference, prediction) and tumour.csv are in {options.out}.\n"
-        "One patient is trained on: a high Dice there says that the loss trains. The other one has\n"
-        "another tumour, of another size, and a single case cannot say how often a tumour is found,\n"
-        "nor which loss is better: for that, python -m fastloss compare --data with your cases."
+        "One patient is trained on: a high Dice there says that the loss trains. The other has\n"
+        "another tumour, of another size, and a single case cannot say how often a tumour is\n"
+        "found, nor which loss is better: for that, python -m fastloss compare --data CASES."
     )
 
 
