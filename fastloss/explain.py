@@ -417,7 +417,7 @@ def _less_right(slopes: Slopes) -> Slopes:
 
     g = np.array([0.0, 1.0])
     with np.errstate(divide="ignore", invalid="ignore"):
-        right = Probability(g, 1 - g, np.log(g), np.log1p(-g))
+        right = Probability(g, 1 - g, np.log(g), np.log1p(-g), g)
         for total, k in slopes.items():
             weight = WEIGHTS[total.weight](g)
             values = FUNCTIONS[total.function].value(right, total.parameter)

@@ -300,7 +300,8 @@ def _without_field(request: Request, field: str) -> Request:
 
 def _place(found: np.ndarray, own: Request, sums: np.ndarray, request: Request) -> None:
     """Write the sums of a request where those of a request of more sums are."""
-    for key in (*own.sums, *own.histograms):
+    keys: tuple[str | Sum, ...] = (*own.sums, *own.histograms)
+    for key in keys:
         sums[request.index[key]] = found[own.index[key]]
 
 

@@ -212,7 +212,7 @@ class CudaBackend(Backend):
         if loss.ranking is None:
             engine.reduce(self.device, request, arrays, *at)
         else:
-            ranked = self._rank(loss, request, arrays, *at)
+            ranked = self._rank_there(loss, request, arrays, *at)
         if loss.validate:
             if np.isnan(self.place.numpy(voxels)).any():
                 self.check(request, arrays)
@@ -224,7 +224,7 @@ class CudaBackend(Backend):
         regions = 0 if arrays.regions is None else arrays.rows
         return Statistics(request, sums, voxels, arrays.value_dtype, None, regions), ranked
 
-    def _rank(
+    def _rank_there(
         self, loss: FusedLoss, request: Request, arrays: Arrays, sums: int, voxels: int
     ) -> Field:
         """Write the sums of a loss with a ranking term; return the field of the chosen voxels."""
