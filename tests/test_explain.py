@@ -374,7 +374,10 @@ def test_worst_voxels() -> None:
     logits[1, :, 2, 3] = np.nan
     nothing = (fl.Dice() + fl.CrossEntropy()).explain(logits, labels)
     assert np.isnan(nothing.value)
-    assert nothing.maps["CrossEntropy"].shape == labels.shape
+    first, second = nothing.worst(2, "CrossEntropy")
+    assert (first.sample, first.position) == (1, (2, 3))
+    assert np.isnan(first.value)
+    assert np.isfinite(second.value)
 
 
 def test_spacing_is_that_of_the_fields_that_are_made() -> None:
