@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import need
+from support import ROOT, need
 
+import fastloss as fl
+from fastloss.compare.command import add_options
+from fastloss.compare.losses import LOSSES as LOSSES_OF_COMPARE
 from fastloss.compare.records import (
     Cost,
     CurvePoint,
@@ -142,6 +146,23 @@ def test_studies_of_little() -> None:
     )
     assert "c failed in seed 0 (no memory): it has no scores." in text
     assert "The reference c has no scores: a takes its place." in " ".join(text.split())
+
+
+def test_the_page_for_choosing_names_what_there_is() -> None:
+    """Losses, metrics and options of its commands, and losses of its table of costs."""
+    text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    commands = re.findall(r"python -m fastloss compare (.*)", text)
+    assert len(commands) >= 5
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    for command in commands:
+        options = parser.parse_args(command.split())
+        for loss in options.losses.split(","):
+            assert loss in LOSSES_OF_COMPARE or "=" in loss, loss
+        fl.metrics.evaluate(
+            *np.zeros((2, 1, 4, 4), int), metrics=options.metrics.split(","), classes={"a": 1}
+        )
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(LOSSES_OF_COMPARE)
 
 
 @pytest.fixture(scope="module")

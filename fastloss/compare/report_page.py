@@ -237,11 +237,7 @@ def _cost(study: Study) -> str:
 def _pictures(study: Study) -> str:
     if not study.pictures:
         return ""
-    parts = [
-        "<h2>Pictures</h2>",
-        '<p>In overlays: <span class="reference">reference</span> and <span class="prediction">'
-        "prediction</span>.</p>",
-    ]
+    parts = ["<h2>Pictures</h2>"]
     for case in dict.fromkeys(each.case for each in study.pictures):
         shown = [each for each in study.pictures if each.case == case]
         shown.sort(key=lambda each: study.losses.index(each.loss))
@@ -335,5 +331,5 @@ STYLE = """
 .better { background: #009e7333; } .worse { background: #d55e0033; } .tie { color: var(--soft); }
 .ranking :is(th, td):is(:nth-child(2), :last-child) { text-align: left; }
 .reference-loss { padding: 0 .5em; }
-.case .slices { align-items: flex-start; } .case .slices figure { max-width: 242px; }
+.case .slices { align-items: flex-start; } .case .slices figure { max-width: 490px; }
 """

@@ -56,11 +56,15 @@ def axis_of(low: float, high: float, start: float, end: float, about: int = 6) -
 
 
 def log_axis(low: float, high: float, start: float, end: float) -> Place:
-    """From a power of 10 to another."""
-    first, last = floor(log10(low)), ceil(log10(high))
-    last = max(last, first + 1)
-    return Place(10.0**first, 10.0**last, start, end,
-                 tuple(10.0**i for i in range(first, last + 1)), True)  # fmt: skip
+    """From 1, 2 or 5 times a power of 10 to another."""
+    powers = range(floor(log10(low)) - 1, ceil(log10(high)) + 2)
+    steps = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    first = max(step for step in steps if step <= low)
+    last = min(step for step in steps if step >= high and step > first)
+    ticks = tuple(step for step in steps if first <= step <= last)
+    if len(ticks) > 8:
+        ticks = tuple(tick for tick in ticks if log10(tick) == round(log10(tick)))
+    return Place(first, last, start, end, ticks, True)
 
 
 def colour_of(losses: Sequence[str]) -> Callable[[str], str]:
