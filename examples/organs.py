@@ -86,8 +86,8 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("--losses", nargs="+", default=["dice_ce", "dice_ce_boundary"], help="registered names of "
         "python -m fastloss compare (default: dice_ce dice_ce_boundary)")  # fmt: skip
-    add("--organs", type=int, default=61, help="the largest ones (default: all 61)")
-    add("--steps", type=int, default=250, help="(default: 250)")
+    add("--organs", type=int, default=20, help="the largest ones, 61 at most (default: 20)")
+    add("--steps", type=int, default=300, help="(default: 300)")
     add("--patch", type=int, default=32, help="edge in voxels of 3 mm (default: 32)")
     add("--width", type=int, default=12, help="channels of the network (default: 12)")
     add("--threads", type=int, default=2, help="(default: 2)")
