@@ -99,7 +99,7 @@ def test_wilcoxon_with_ties_counts_all_signs() -> None:
 
 def test_holm_and_effect_by_hand() -> None:
     # 4 × 0.01, 3 × 0.02, and never less than the one before; NaN is no test.
-    assert holm([0.02, nan, 0.01, 0.9, 0.03]) == pytest.approx(
+    assert holm([0.02, nan, 0.01, 0.9, 0.025]) == pytest.approx(
         [0.06, nan, 0.04, 0.9, 0.06], nan_ok=True
     )
     assert cohen(np.array([1.0, 2, 3, nan])) == pytest.approx(2.0)
@@ -315,6 +315,15 @@ def test_missing_and_infinite_scores() -> None:
     assert row["c"].comparison.difference.runs == 2  # type: ignore[union-attr]
     assert row.capped == 1
     assert "hd95 of liver 1" in " ".join(verdict.notes)
+    # Of two classes those count that both losses have: the missed tumour is no gain in the mean.
+    both = rng.uniform(0.6, 0.7, (2, 6, 3))
+    gap = both + 0.01
+    both[1] -= 0.5  # the tumour is harder
+    gap[1] -= 0.5
+    gap[1, 2] = nan
+    row = judge(study_of({"a": both, "b": gap}, labels=("liver", "tumour"))).main
+    assert row is not None
+    assert row["b"].comparison.difference.mean == pytest.approx(0.01)  # type: ignore[union-attr]
     study.scores.append(study.scores[0])
     with pytest.raises(ValueError, match="expected one for"):
         judge(study)

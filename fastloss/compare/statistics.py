@@ -9,11 +9,11 @@ finds two copies of one loss different as soon as training has noise of its own.
 **The interval** is the mean ± t · √V, V the variance of the mean by the components of the variance
 (Henderson's third method), t at Satterthwaite's degrees of freedom. It was chosen by simulation:
 with 12, 40 or 100 cases × 3 seeds it covers 94.5 to 99 % of the time whatever the sizes of a, b and
-e, with five seeds or folds of one seed no less, with two seeds 93 % or more. Percentiles of a
-bootstrap over cases and seeds cover 82 to 99 % there, for three seeds are too few to resample: they
-are here for comparison. So is Wilcoxon's test over the means of cases, which takes the seeds as
-they are: of two copies of one loss it finds 5 % different if there is no b, 14 % with b of 0.6 a,
-and 27 % with b of 2.5 a (12 cases, 3 seeds).
+e, and so it does with five seeds; with two seeds, or five folds of one seed, 92.5 % or more, least
+where b is as large as a. Percentiles of a bootstrap over cases and seeds cover 82 to 99 % there,
+for three seeds are too few to resample: they are here for comparison. So is Wilcoxon's test over
+the means of cases, which takes the seeds as they are: of two copies of one loss it finds 5 %
+different if there is no b, 14 % with b of 0.6 a, and 27 % with b of 2.5 a (12 cases, 3 seeds).
 
 **Limits.** Effects add, and are roughly normal: where cases are as skewed as an exponential law,
 intervals of 12 cases cover 93 %, and of 8 cases with a stronger skew 90 %. Runs of several folds
@@ -359,7 +359,8 @@ def _critical(df: np.ndarray, alpha: float) -> np.ndarray:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + np.sum([term / df ** (i + 1) for i, term in enumerate(terms)], axis=0)
+    found: np.ndarray = z + np.sum([term / df ** (i + 1) for i, term in enumerate(terms)], axis=0)
+    return found
 
 
 def _normal(z: np.ndarray) -> np.ndarray:

@@ -236,10 +236,6 @@ class _Table:
     def seeds(self) -> list[int]:
         return sorted({seed for seed, _ in self.runs})
 
-    @property
-    def folds(self) -> list[int]:
-        return sorted({fold for _, fold in self.runs})
-
     def place(self, case: str, seed: int, fold: int) -> tuple[int, int]:
         return self.case_of[case], self.run_of[seed, fold]
 
@@ -286,12 +282,14 @@ class _Table:
             comparisons = _compare(layers, [(loss, reference) for loss in others], sign, seed)
         rest = [loss for loss in layers if loss != reference]
         pairs = [(one, two) for i, one in enumerate(rest) for two in rest[i + 1 :]]
+        decided = [(each.loss, each.other, each.sign) for each in comparisons]
         # A family of its own: these pairs only order the losses beside the reference.
-        among = _compare(layers, pairs, sign, seed)
+        signs = _decide([_cells(layers, *pair) for pair in pairs], sign)[2]
+        decided += [(*pair, each) for pair, each in zip(pairs, signs, strict=True)]
         better, worse = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)  # than this one
-        for each in comparisons + among:
-            if each.sign:
-                first, second = (each.loss, each.other)[:: each.sign]
+        for one, other, each in decided:
+            if each:
+                first, second = (one, other)[::each]
                 better[second] += 1
                 worse[first] += 1
         by_loss = {each.loss: each for each in comparisons}
@@ -329,34 +327,45 @@ def _compare(
     layers: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]], sign: int, seed: int
 ) -> list[Comparison]:
     """Comparisons that are one family for Holm's correction."""
-    cells = [_mean(layers[loss] - layers[other]) for loss, other in pairs]
-    found = [estimate(each) for each in cells]
+    cells = [_cells(layers, loss, other) for loss, other in pairs]
+    found, p_holm, signs = _decide(cells, sign)
     by_case = [_nanmean(each, 1) for each in cells]
     signed = [wilcoxon(each) for each in by_case]
-    p_holm = holm([each.p for each in found])
     signed_holm = holm([each.p for each in signed])
-    comparisons = []
-    for k, (loss, other) in enumerate(pairs):
-        each = found[k]
-        told = p_holm[k] <= LEVEL and each.runs > 1
-        decided = sign * (1 if each.mean > 0 else -1) if told else 0
-        wanted = None if told or not sign else _needed(each, cells[k], LEVEL / len(pairs))
-        comparisons.append(
-            Comparison(
-                loss,
-                other,
-                each,
-                bootstrap(cells[k], alpha=LEVEL, seed=seed),
-                each.p,
-                p_holm[k],
-                signed[k],
-                signed_holm[k],
-                cohen(by_case[k]),
-                decided,
-                wanted,
-            )
+    return [
+        Comparison(
+            loss,
+            other,
+            found[k],
+            bootstrap(cells[k], alpha=LEVEL, seed=seed),
+            found[k].p,
+            p_holm[k],
+            signed[k],
+            signed_holm[k],
+            cohen(by_case[k]),
+            signs[k],
+            _needed(found[k], cells[k], LEVEL / len(pairs)) if sign and not signs[k] else None,
         )
-    return comparisons
+        for k, (loss, other) in enumerate(pairs)
+    ]
+
+
+def _decide(
+    cells: Sequence[np.ndarray], sign: int
+) -> tuple[list[Estimate], list[float], list[int]]:
+    """Differences, their p by Holm's correction, and 1, −1 or 0 as `Comparison.sign`."""
+    found = [estimate(each) for each in cells]
+    p_holm = holm([each.p for each in found])
+    signs = [
+        (sign if each.mean > 0 else -sign) if p <= LEVEL and each.runs > 1 else 0
+        for each, p in zip(found, p_holm, strict=True)
+    ]
+    return found, p_holm, signs
+
+
+def _cells(layers: Mapping[str, np.ndarray], loss: str, other: str) -> np.ndarray:
+    """Differences (cases, runs), the mean over classes that both have."""
+    return _mean(layers[loss] - layers[other])
 
 
 def _needed(found: Estimate, cells: np.ndarray, alpha: float) -> Needed | None:
