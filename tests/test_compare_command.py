@@ -45,7 +45,7 @@ def save(path: Path, voxels: np.ndarray) -> None:
 
 
 def volume(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two channels (x, y, z, 2), and labels: an organ, three lesions, and two planes of no label."""
+    """Two channels (x, y, z, 2), labels: an organ, three lesions, two planes ignored."""
     rng = np.random.default_rng(number)
     labels = np.zeros(SHAPE, np.uint8)
     labels[2:8, 3 + number : 8 + number, 3:9] = 1
