@@ -335,6 +335,7 @@ def test_lesions_by_size_and_agreement_of_loss_and_metric() -> None:
     bins = size_bins(np.arange(1.0, 13))
     assert bins[0].name.startswith("small, up to 4.67")
     assert [sum(each.low < size <= each.high for size in range(1, 13)) for each in bins] == [4] * 3
+    assert size_bins(np.arange(9) * 1e5)[2].name == "large, over 533,000 mm³"
     assert size_bins([1, 2, 3]) == []
     rng = np.random.default_rng(9)
     lesions = [

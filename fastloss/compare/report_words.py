@@ -9,6 +9,8 @@ from fastloss.compare.records import Cost, Study
 from fastloss.compare.statistics import Estimate, Needed, rounded
 from fastloss.compare.verdict import LEVEL, Comparison, Row, Standing, Verdict
 
+ALIKE = 1.1
+"""Times that differ by less are not told apart."""
 FEW_AGREE = 0.5
 """Below this rank correlation a loss is said not to follow the metric."""
 
@@ -170,14 +172,15 @@ def _choice(study: Study, row: Row) -> str:
     best = row.best
     if len(best) == 1:
         return f"Take {best[0]}, which is shown to be better than all others. {_price(study, best)}"
-    costs = {loss: cost_of(study, loss) for loss in best}
-    if None not in costs.values():
-        cheapest = min(best, key=lambda loss: costs[loss].loss_ms)  # type: ignore[union-attr]
-        return (
-            f"{listed(best)} may each be the best, and {cheapest} is the fastest of them. "
-            + _price(study, best)
-        )
-    return f"{listed(best)} may each be the best."
+    together = f"{listed(best)} may each be the best"
+    costs = {loss: cost.loss_ms for loss in best if (cost := cost_of(study, loss))}
+    if len(costs) < len(best):
+        return f"{together}."
+    near = [loss for loss in best if costs[loss] <= ALIKE * min(costs.values())]
+    if len(near) == len(best):
+        return f"{together}, and take about the same time. {_price(study, near[:1])}"
+    ending = "is the fastest of them" if len(near) == 1 else "are the fastest of them"
+    return f"{together}, and {listed(near)} {ending}. {_price(study, near)}"
 
 
 def _price(study: Study, losses: Sequence[str]) -> str:

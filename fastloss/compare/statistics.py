@@ -36,7 +36,7 @@ import numpy as np
 
 from fastloss.compare.student import NORMAL, critical, two_sided
 
-DRAWS = 1000
+DRAWS = 1000  # of the studies that a promise of power is made from
 EXACT = 50
 """Up to as many differences, Wilcoxon's test counts all their signs."""
 TWICE = 2

@@ -432,10 +432,15 @@ def size_bins(sizes: Sequence[float]) -> list[Bin]:
         return []
     one, two = np.quantile(np.asarray(sizes), (1 / 3, 2 / 3))
     return [
-        Bin(f"small, up to {one:.3g} mm³", 0.0, float(one)),
+        Bin(f"small, up to {_volume(one)}", 0.0, float(one)),
         Bin("medium", float(one), float(two)),
-        Bin(f"large, over {two:.3g} mm³", float(two), np.inf),
+        Bin(f"large, over {_volume(two)}", float(two), np.inf),
     ]
+
+
+def _volume(size: float) -> str:
+    """To three digits, as "8.49 mm³" and "849,000 mm³"."""
+    return f"{float(f'{size:.3g}'):,.6g} mm³" if size < 1000 else f"{float(f'{size:.3g}'):,.0f} mm³"
 
 
 def _lesion_rows(study: Study, table: _Table, reference: str, seed: int) -> list[Row]:
