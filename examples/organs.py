@@ -25,6 +25,8 @@ from fastloss.compare.training import Predict, Settings, Task, train
 
 HELD_OUT = slice(52, 66)
 """Axial slices of 3 mm that are never trained on: of 112, from the feet."""
+WINDOW = (-160.0, 240.0)
+"""Hounsfield units: soft tissues differ by some tens, of the 4000 that a CT has."""
 CONTEXT = 8
 """Slices around them that the network sees when it predicts them."""
 LEAST = 60
@@ -39,7 +41,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     print("Reading the CT ...", flush=True)
     scan = _largest(load_organs(), options.organs)
-    whole = Volume("ct", normalised(scan.image)[None], scan.labels, scan.spacing)
+    whole = Volume("ct", normalised(np.clip(scan.image, *WINDOW))[None], scan.labels, scan.spacing)
     below, above = slice(0, HELD_OUT.start), slice(HELD_OUT.stop, None)
     training = [_part(whole, part) for part in (below, above)]
     slab = _part(whole, slice(HELD_OUT.start - CONTEXT, HELD_OUT.stop + CONTEXT))
@@ -86,8 +88,8 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("--losses", nargs="+", default=["dice_ce", "dice_ce_boundary"], help="registered names of "
         "python -m fastloss compare (default: dice_ce dice_ce_boundary)")  # fmt: skip
-    add("--organs", type=int, default=61, help="the largest ones (default: all 61)")
-    add("--steps", type=int, default=250, help="(default: 250)")
+    add("--organs", type=int, default=20, help="the largest ones, 61 at most (default: 20)")
+    add("--steps", type=int, default=300, help="(default: 300)")
     add("--patch", type=int, default=32, help="edge in voxels of 3 mm (default: 32)")
     add("--width", type=int, default=12, help="channels of the network (default: 12)")
     add("--threads", type=int, default=2, help="(default: 2)")

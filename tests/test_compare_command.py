@@ -45,12 +45,12 @@ def save(path: Path, voxels: np.ndarray) -> None:
 
 
 def volume(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two channels (x, y, z, 2), and labels: an organ, three lesions, and a corner of no label."""
+    """Two channels (x, y, z, 2), labels: an organ, three lesions, two planes ignored."""
     rng = np.random.default_rng(number)
     labels = np.zeros(SHAPE, np.uint8)
     labels[2:8, 3 + number : 8 + number, 3:9] = 1
     labels[3, 4 + number, 4] = labels[5:7, 5 + number, 6:8] = labels[3, 6 + number, 7] = 2
-    labels[:2, :2, :2] = 3
+    labels[:, :2] = 3
     image = (labels[..., None] == [1, 2]) + rng.normal(0, 0.2, (*SHAPE, 2))
     return image.astype(np.float32), labels
 

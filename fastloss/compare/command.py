@@ -339,7 +339,7 @@ def _report(options: argparse.Namespace, study: Study) -> int:
 
 
 def _page(study: Study) -> str:
-    from fastloss.compare.page import page
+    from fastloss.compare.report_page import page
 
     text: str = page(study)
     return text

@@ -17,8 +17,8 @@ MOST_CENTRES = 20_000
 class Patches:
     """Batches of patches of given volumes.
 
-    A patch is mirrored from left to right in half of all cases, its grey values are scaled and
-    shifted, and noise is added. Nothing that is drawn depends on the loss or the network.
+    Grey values are scaled and shifted, and noise is added. No patch is mirrored: a left organ would
+    become a right one. Nothing that is drawn depends on the loss or the network.
 
     Args:
         volumes: the cases; those smaller than a patch are continued by their edges.
@@ -63,8 +63,6 @@ class Patches:
         starts = np.clip(starts, 0, np.array(shape) - self.patch)
         box = tuple(slice(int(a), int(a) + n) for a, n in zip(starts, self.patch, strict=True))
         image, labels = volume.image[:, box[0], box[1], box[2]], volume.labels[box]
-        if rng.random() < 0.5:
-            image, labels = image[..., ::-1], labels[..., ::-1]
         size = (len(image), 1, 1, 1)
         scale, shift = rng.uniform(0.85, 1.15, size), rng.uniform(-0.1, 0.1, size)
         noise = rng.normal(0, rng.uniform(0, 0.1), image.shape)
