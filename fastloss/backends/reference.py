@@ -237,7 +237,8 @@ def _power_slope(loss: np.ndarray, gamma: float) -> np.ndarray:
 
 def _difference(v: Probability) -> np.ndarray:
     """p − g, exact where both are near 1."""
-    return np.where(v.p > 0.5, (1 - v.g) - v.q, v.p - v.g)
+    found: np.ndarray = np.where(v.p > 0.5, (1 - v.g) - v.q, v.p - v.g)
+    return found
 
 
 def _log_of_target(g: np.ndarray) -> np.ndarray:
