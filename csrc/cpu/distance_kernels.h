@@ -306,11 +306,6 @@ bool plane_of_distances(const DistanceJob& job, int64_t z, void* scratch) {
   return (job.item == 1 ? plane_of<uint8_t> : plane_of<uint16_t>)(job, z, scratch);
 }
 
-FL_INLINE Vec<float> square_root(Vec<float> v) {
-  for (int i = 0; i < kLanes; ++i) v[i] = std::sqrt(v[i]);
-  return v;
-}
-
 // Writes the numbers of a vector of lines in plane z, from their squared distances.
 struct Finisher {
   const DistanceJob& job;
@@ -318,7 +313,7 @@ struct Finisher {
   int64_t count;
 
   FL_INLINE void operator()(int64_t z, Vec<float> squared) const {
-    Vec<float> distance = square_root(squared) * job.scale;
+    Vec<float> distance = square_root<float>(squared) * job.scale;
     const Vec<float> limit = splat(job.limit);
     distance = distance < limit ? distance : limit;
     const int64_t where = z * job.out_plane + at;

@@ -538,6 +538,12 @@ FL_INLINE Vec<T> logarithm(Vec<T> x) {
   return select<T>(x == T(INFINITY), x, r);
 }
 
+template <class T>
+FL_INLINE Vec<T> square_root(Vec<T> v) {
+  for (int i = 0; i < lanes<T>; ++i) v[i] = std::sqrt(v[i]);  // one instruction
+  return v;
+}
+
 // q^γ for q ≥ 0; 0^0 = 1.
 template <class T>
 FL_INLINE Vec<T> power(Vec<T> q, T gamma) {
@@ -545,6 +551,8 @@ FL_INLINE Vec<T> power(Vec<T> q, T gamma) {
   if (gamma == 1) return q;
   if (gamma == 2) return q * q;
   if (gamma == 3) return q * q * q;
+  if (gamma == T(0.5)) return square_root<T>(q);
+  if (gamma == T(-0.5)) return T(1) / square_root<T>(q);
   Vec<T> r = exponential<T>(gamma * logarithm<T>(q));
   return select<T>(q == T(0), splat<T>(gamma > 0 ? T(0) : T(INFINITY)), r);
 }

@@ -277,8 +277,8 @@ def _power_slope(loss: np.ndarray, gamma: float) -> np.ndarray:
 
 def _difference(v: Probability) -> np.ndarray:
     """p − g, exact where both are near 1."""
-    difference: np.ndarray = np.where(v.p > 0.5, (1 - v.g) - v.q, v.p - v.g)
-    return difference
+    found: np.ndarray = np.where(v.p > 0.5, (1 - v.g) - v.q, v.p - v.g)
+    return found
 
 
 def _log_of_target(g: np.ndarray) -> np.ndarray:

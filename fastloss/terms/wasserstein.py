@@ -91,8 +91,9 @@ class GeneralizedWassersteinDice(Term):
             found = np.where(masks.any(axis=1), masks.argmax(axis=1), -1)
             return found.astype(kind), target.classes
         labels = target.labels
-        known = (labels >= 0) & (labels < target.classes)
-        return np.where(known, labels, -1).astype(kind), target.classes
+        if labels.size and not (labels.min() >= 0 and labels.max() < target.classes):
+            labels = np.where((labels >= 0) & (labels < target.classes), labels, -1)
+        return labels.astype(kind), target.classes
 
     def value_shape(self, batch: int, classes: int, regions: int = 0) -> tuple[int, ...]:
         return (batch, 1) if self.reduction == "none" else ()
