@@ -573,7 +573,8 @@ class Loss:
         self.counting = next(counting, None)
         """A term that reads a histogram, if one does."""
         self.maps_voxels = _is_per_voxel([term for _, term in terms])
-        own = "" if self.ranking is None else self.ranking.ranking.field
+        ranked = None if self.ranking is None else self.ranking.ranking
+        own = "" if ranked is None else ranked.field
         named = {need.field for need in self.needs if isinstance(need, Sum)}
         self.field_names: tuple[str, ...] = tuple(sorted(named - {"", own}))
         """The names of the fields that the sums read, in their order."""
