@@ -221,12 +221,12 @@ class Backend:
             return Statistics(request, sums, voxels, arrays.value_dtype, None, regions), None
         sums = np.zeros((request.slots, batch, classes))
         if term.ranks_weighted:
-            field = self._rank(term, request, arrays, sums, voxels)
+            field = self._rank_weighted(term, request, arrays, sums, voxels)
         else:
             field = self._rank_unweighted(term, request, arrays, sums, voxels)
         return Statistics(request, sums, voxels, arrays.value_dtype, None, regions), field
 
-    def _rank(
+    def _rank_weighted(
         self, term: Any, request: Request, arrays: Arrays, sums: np.ndarray, voxels: np.ndarray
     ) -> Field:
         """The field of a ranking term, of the map that the pass over the other sums writes."""
@@ -300,7 +300,7 @@ def _without_field(request: Request, field: str) -> Request:
 
 def _place(found: np.ndarray, own: Request, sums: np.ndarray, request: Request) -> None:
     """Write the sums of a request where those of a request of more sums are."""
-    keys: tuple[str | Sum, ...] = (*own.sums, *own.histograms)
+    keys: list[str | Sum] = [*own.sums, *own.histograms]
     for key in keys:
         sums[request.index[key]] = found[own.index[key]]
 

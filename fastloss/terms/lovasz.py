@@ -261,8 +261,9 @@ class LovaszSoftmax(_Lovasz):
     "histogram" counts the errors in some 19,000 bins per class: it takes two passes over the logits
     and no memory of their size, and its sums add over chunks of a volume and ranks. Of classes that
     occur the value is within 1e-5 of the exact one and the cosine of the gradients above 0.9999,
-    unless most voxels crowd into a few bins, as the p of logits within 0.01 of each other do, or
-    a class has hardly a voxel; equal errors are no matter. A class that does not occur has its
+    unless most voxels crowd into a few bins, as the p of logits within 0.01 of each other do; equal
+    errors are no matter. Of a class of a few voxels the cosine may be 0.9998, where two of the
+    first in rank share a bin. A class that does not occur has its
     largest error for a loss, known to a bin's width. Weights are rounded to 2^-21 of the largest
     one of a call. The bins take 0.6 MB for every class and sample.
 
