@@ -221,7 +221,7 @@ def test_runs_of_voxels(classes: int, kind: str, count: int, longest: int) -> No
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("classes", [2, 3, 4, 5])
 def test_bits_of_runs(classes: int, dtype: str) -> None:
-    """For any number of threads, and wherever the gradient lies: tiles begin with its lines."""
+    """For any number of threads, and wherever the gradient lies, which decides on the tiles."""
     rng = np.random.default_rng(classes)
     voxels = (1 << 20) // (np.dtype(dtype).itemsize * classes) + 1037
     x = (3 * rng.normal(size=(1, classes, voxels))).astype(dtype)
