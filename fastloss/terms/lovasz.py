@@ -137,7 +137,7 @@ class _Lovasz(Term):
         value = 0.0
         for row in range(count):
             counts, sums = rows[:2, :, row], rows[2:, :, row]
-            occurs: np.ndarray = counts.any(axis=1)  # background and foreground, (2, C)
+            occurs = np.asarray(counts.any(axis=1))  # background and foreground, (2, C)
             chosen = [c for c in self._chosen(statistics.classes, occurs[1]) if occurs[:, c].any()]
             share = 1.0 / (count * len(chosen)) if chosen else 0.0
             for c in chosen:
