@@ -51,6 +51,8 @@ LOSSES: Mapping[str, Maker] = {
     "focal": lambda spacing, done: fl.Focal(gamma=2.0),
     "dice_focal": lambda spacing, done: _dice() + fl.Focal(gamma=2.0),
     "dice_topk": lambda spacing, done: _dice() + fl.TopKCrossEntropy(k=TOP_K),
+    "lovasz_ce": lambda spacing, done: fl.LovaszSoftmax() + fl.CrossEntropy(),
+    "unified_focal": lambda spacing, done: fl.UnifiedFocal(),
     "mcc_ce": lambda spacing, done: fl.MCC(include_background=False) + fl.CrossEntropy(),
     "dice_gce": lambda spacing, done: _dice() + fl.GeneralizedCrossEntropy(),
     "dice_ce_boundary": lambda spacing, done: (
