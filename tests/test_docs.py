@@ -32,6 +32,10 @@ NEEDED = {
     "fastloss.dask": "dask",
     "fastloss.monai": "torch",
     "fastloss.nnunet": "torch",
+    **{
+        f"fastloss.compare.{name}": "torch"
+        for name in ("cost", "network", "nnunet_trainer", "prediction", "runner", "training")
+    },
     "fastloss.nnunet.trainer": "nnunetv2",
 }
 """The package that modules with this prefix import."""
