@@ -45,6 +45,12 @@ def explain(
     exact: bool,
 ) -> Explanation:
     """As `fastloss.Loss.explain` says."""
+    if not loss.explains:
+        names = ", ".join(type(term).__name__ for _, term in loss.terms)
+        raise ValueError(
+            "terms: Lovász losses rank all voxels of a class, and have no map of their parts; "
+            f"expected a loss without them, got {names}"
+        )
     if spacing is not None:
         terms = ((w, _with_spacing(term, spacing)) for w, term in loss.terms)
         loss = loss.with_terms(tuple(terms))

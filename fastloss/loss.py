@@ -900,7 +900,8 @@ class Loss:
             exact: whether gains are exact rather than of first order.
 
         Raises:
-            ValueError: a loss that has no single value (``reduction="none"`` or ``"voxel"``);
+            ValueError: a loss that has no single value (``reduction="none"`` or ``"voxel"``), or
+                with a Lovász loss in it;
                 ``exact`` for a term of one's own that does not define `Term.fall`.
             TypeError, ValueError: as in a call.
 
@@ -918,6 +919,12 @@ class Loss:
         """
         extras = Extras.of(fields, regions, region_count)
         return explain(self, logits, target, voxel_weight, extras, check_spacing(spacing), exact)
+
+    @property
+    def explains(self) -> bool:
+        """Whether `explain` takes it: no term ranks the voxels of every class."""
+        ranks = self.ranking is not None and self.ranking.ranks_classes
+        return self.counting is None and not ranks
 
     # ------------------------------------------------------------------ how it is done
 

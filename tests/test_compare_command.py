@@ -154,7 +154,30 @@ def test_from_a_folder_to_a_report(
     assert all(c["step_ms"] > 0 and c["loss_ms"] > 0 for c in costs)
     assert files[1].read_text().count("\n") == len(scores) + 1
     assert "<html" in files[2].read_text()
-    assert len(json.loads(files[0].read_text())["pictures"]) == 4  # best and worst of each
+    pictures = json.loads(files[0].read_text())["pictures"]
+    assert len(pictures) == 4  # best and worst of each
+    assert all("where the loss comes from" in each["caption"] for each in pictures)
+
+
+def test_losses_say_where_they_come_from() -> None:
+    """Each that is registered, but for Lovász's: a wrong voxel counts more than a right one."""
+    for package in ("torch", "skimage"):
+        need(package)
+    from fastloss.compare.losses import LOSSES, TrainingLoss
+
+    labels = np.zeros((8, 8, 8), np.int64)
+    labels[1:7, 2:6, 2:6] = 1
+    predicted = labels.copy()
+    predicted[3, 3, 3] = 0
+    p = 0.9 * np.stack([predicted == 0, predicted == 1]) + 0.05
+    with fl.use_backend(need_backend("cpu")):
+        for name in LOSSES:
+            found = TrainingLoss(name, (1.0, 1.0, 1.0)).explain(p.astype(np.float32), labels)
+            assert (found is None) == name.startswith("lovasz"), name
+            if found is None:
+                continue
+            assert found.shape == labels.shape, name
+            assert found[3, 3, 3] > found[3, 4, 4] - 1e-9, name
 
 
 def test_a_comparison_goes_on_where_it_stopped(

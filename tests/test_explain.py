@@ -429,6 +429,9 @@ def test_bad_input() -> None:
         assert str(shape) in str(error.value)
     with pytest.raises(ValueError, match="target: expected labels"):
         fl.Dice().explain(logits, labels + 5)
+    for method in ("histogram", "exact"):
+        with pytest.raises(ValueError, match=r"terms: .*got Dice, LovaszSoftmax"):
+            (fl.Dice() + fl.LovaszSoftmax(method=method)).explain(logits, labels)
     with pytest.raises(TypeError, match="fields: expected a mapping"):
         fl.Dice().explain(logits, labels, fields=1)
     found = fl.Dice().explain(logits, labels)

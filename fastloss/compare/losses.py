@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 import fastloss as fl
 from fastloss.loss import Loss, Term
 
@@ -176,6 +178,23 @@ class TrainingLoss:
             found: Callable[[Any, Any], Any] = self.own
             return found
         return self._whole(self.maker(self.spacing, done))
+
+    def explain(self, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
+        """Where the loss of a prediction comes from, (D, H, W), as `fastloss.Loss.explain` says.
+
+        Args:
+            probabilities: (classes, D, H, W).
+            labels: (D, H, W).
+
+        Returns:
+            None for a function of the user's, which has no parts, and a loss that is not explained.
+        """
+        loss = self.at(1.0)
+        if not isinstance(loss, Loss) or not loss.explains:
+            return None
+        logits = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+        found: np.ndarray = loss.explain(logits[None], labels[None]).map[0]
+        return found
 
     def _whole(self, loss: Loss | Term) -> Loss:
         if self.ignore_index is None:

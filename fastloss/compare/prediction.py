@@ -13,14 +13,25 @@ WINDOWS = 4
 """How many go through the network at once."""
 
 
-@torch.no_grad()
 def predict(
     network: Callable[[Tensor], Tensor],
     image: np.ndarray,
     patch: tuple[int, int, int],
     device: str = "cpu",
 ) -> np.ndarray:
-    """The likeliest class of every voxel, (D, H, W) of uint16.
+    """The likeliest class of every voxel, (D, H, W) of uint16; as `probabilities`."""
+    found: np.ndarray = probabilities(network, image, patch, device).argmax(axis=0)
+    return found.astype(np.uint16)
+
+
+@torch.no_grad()
+def probabilities(
+    network: Callable[[Tensor], Tensor],
+    image: np.ndarray,
+    patch: tuple[int, int, int],
+    device: str = "cpu",
+) -> np.ndarray:
+    """The probability of every class and voxel, (classes, D, H, W) of float32.
 
     Windows of the patch's size overlap by half at least; their probabilities are averaged, weighed
     by a tent that is highest in the middle of a window.
@@ -48,8 +59,10 @@ def predict(
         for place, one in zip(some, each, strict=True):
             total[place] += one
     assert total is not None
-    found = total.argmax(0).cpu().numpy().astype(np.uint16)
-    return np.ascontiguousarray(found[tuple(slice(0, n) for n in shape)])
+    total /= total.sum(0)
+    inner = (slice(None), *(slice(0, n) for n in shape))
+    found: np.ndarray = total[inner].cpu().numpy()
+    return np.ascontiguousarray(found)
 
 
 def _starts(size: int, patch: int) -> list[int]:

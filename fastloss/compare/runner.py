@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import ceil, isnan, nan
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -188,16 +188,20 @@ def _run(run: Run, plan: Plan, folder: Any) -> str:
     store = Store(folder)
     with _settled(plan):
         try:
-            study, predictions = _trained(run, plan, _rate(run, plan, store))
+            study, predictions, maps = _trained(run, plan, _rate(run, plan, store))
         except Exception as error:  # whatever it is, the other runs go on
             return _reason(error)
         if run.seed == 0:
-            store.save_predictions(run, predictions)
+            store.save_predictions(run, predictions, maps)
         store.save("runs", key_of(run), study)
     return ""
 
 
-def _trained(run: Run, plan: Plan, rate: float) -> tuple[Study, dict[str, np.ndarray]]:
+_Arrays: TypeAlias = dict[str, np.ndarray]
+
+
+def _trained(run: Run, plan: Plan, rate: float) -> tuple[Study, _Arrays, _Arrays]:
+    """What was measured; the predictions of held-out cases, and where their losses come from."""
     training, held = plan.split(run.fold)
     source, classes = plan.source, plan.source.classes
     watched = [_volume(source, name) for name in held[:WATCHED]]
@@ -212,15 +216,19 @@ def _trained(run: Run, plan: Plan, rate: float) -> tuple[Study, dict[str, np.nda
     if not isinstance(trained, Trained):
         trained = Trained(trained)
     study = Study("run", run.loss, [run.loss])
-    predictions = {}
+    predictions, maps = {}, {}
     for name in held:
         case = _volume(source, name)
         predictions[name] = np.asarray(trained.predict(case.image))
         scores, lesions = judge(run, predictions[name], case, classes, plan.measures)
         study.scores += scores
         study.lesions += lesions
+        if run.seed == 0 and trained.probabilities is not None:
+            found = task.loss.explain(trained.probabilities(case.image), case.labels)
+            if found is not None:
+                maps[name] = found.astype(np.float32)
     study.curves = [CurvePoint(run.loss, run.seed, run.fold, *each) for each in trained.curve]
-    return study, predictions
+    return study, predictions, maps
 
 
 def task_of(
@@ -343,9 +351,9 @@ def _pictures(plan: Plan, store: Store, study: Study) -> list[Picture]:
             continue
         ends = {"worst": order[0 if down else -1], "best": order[-1 if down else 0]}
         for words, (fold, name) in list(ends.items())[: min(2, len(order))]:
-            prediction = store.load_predictions(Run(loss, 0, fold)).get(name)
-            if prediction is not None:
-                found.append(picture(loss, words, _volume(plan.source, name), prediction))
+            kept = store.load_predictions(Run(loss, 0, fold)).get(name)
+            if kept is not None:
+                found.append(picture(loss, words, _volume(plan.source, name), *kept))
     return found
 
 

@@ -76,23 +76,29 @@ class Store:
         except (OSError, ValueError):
             return None
 
-    def save_predictions(self, run: Run, predictions: Mapping[str, np.ndarray]) -> None:
-        """Label maps by case."""
+    def save_predictions(
+        self, run: Run, predictions: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarray]
+    ) -> None:
+        """Label maps by case, and for some cases a map of where the loss comes from."""
         path = self._path("predictions", key_of(run)).with_suffix(".npz")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
             arrays: dict[str, Any] = {"labels": np.array(list(predictions))}
             arrays |= {f"map{i}": each for i, each in enumerate(predictions.values())}
+            arrays |= {f"loss{list(predictions).index(name)}": each for name, each in maps.items()}
             np.savez_compressed(file, **arrays)
         os.replace(file.name, path)
 
-    def load_predictions(self, run: Run) -> dict[str, np.ndarray]:
-        """Those that were saved."""
+    def load_predictions(self, run: Run) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+        """Those that were saved, each with the map of its loss."""
         path = self._path("predictions", key_of(run)).with_suffix(".npz")
         if not path.exists():
             return {}
         with np.load(path) as found:
-            return {str(name): found[f"map{i}"] for i, name in enumerate(found["labels"])}
+            return {
+                str(name): (found[f"map{i}"], found.get(f"loss{i}"))
+                for i, name in enumerate(found["labels"])
+            }
 
     def _path(self, kind: str, key: str) -> Path:
         return self.folder / kind / f"{key}.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import cos, isfinite, pi
 from time import perf_counter
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from fastloss.compare.data import Volume
 from fastloss.compare.losses import TrainingLoss
 from fastloss.compare.network import UNet
 from fastloss.compare.patches import Patches
-from fastloss.compare.prediction import predict
+from fastloss.compare.prediction import predict, probabilities
 
 Predict = Callable[[np.ndarray], np.ndarray]
 """Of an image (channels, D, H, W) the index of the likeliest class of each voxel, (D, H, W)."""
@@ -85,6 +86,8 @@ class Trained:
 
     predict: Predict
     curve: list[Point] = field(default_factory=list)
+    probabilities: Callable[[np.ndarray], np.ndarray] | None = None
+    """Of an image those of each class, (classes, D, H, W), for maps of the loss."""
 
 
 class Diverged(ArithmeticError):
@@ -104,11 +107,13 @@ def train(task: Task) -> Trained:
         task.training, settings.patch, settings.batch, (task.seed, task.fold), task.classes
     )
 
-    def predicted(image: np.ndarray) -> np.ndarray:
+    def told(ask: Callable[..., np.ndarray], image: np.ndarray) -> np.ndarray:
         network.eval()
-        found = predict(network, image, settings.patch, settings.device)
+        found = ask(network, image, settings.patch, settings.device)
         network.train()
         return found
+
+    predicted = partial(told, predict)
 
     steps = settings.steps
     marks = {round(steps * (i + 1) / settings.points) for i in range(settings.points)}
@@ -133,7 +138,7 @@ def train(task: Task) -> Trained:
             mean = sum(losses) / len(losses)
             curve.append(Point(step + 1, mean, task.validate(predicted), seconds))
             losses = []
-    return Trained(predicted, curve)
+    return Trained(predicted, curve, partial(told, probabilities))
 
 
 def start(task: Task) -> UNet:
