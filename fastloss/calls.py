@@ -476,6 +476,12 @@ class Passes:
                 "target: its gradient is computed in CPU memory alone, got arrays on a GPU; pass "
                 "target.detach()"
             )
+        ranked = self.loss.counting or self.loss.ranking
+        if ranked is not None:
+            raise ValueError(
+                f"target: {type(ranked).__name__} chooses or ranks voxels, and has no gradient by "
+                "the target; pass target.detach()"
+            )
         if not arrays.dense or arrays.target_dtype not in FLOATS:
             raise ValueError(
                 "target: expected a dense target of floating numbers, by which there is a "

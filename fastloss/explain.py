@@ -46,10 +46,10 @@ def explain(
 ) -> Explanation:
     """As `fastloss.Loss.explain` says."""
     if not loss.explains:
-        names = ", ".join(type(term).__name__ for _, term in loss.terms)
+        kinds = ", ".join(type(term).__name__ for _, term in loss.terms)
         raise ValueError(
             "terms: Lovász losses rank all voxels of a class, and have no map of their parts; "
-            f"expected a loss without them, got {names}"
+            f"expected a loss without them, got {kinds}"
         )
     if spacing is not None:
         terms = ((w, _with_spacing(term, spacing)) for w, term in loss.terms)

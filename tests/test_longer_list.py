@@ -364,6 +364,11 @@ def test_targets_without_a_gradient() -> None:
         with pytest.raises(ValueError, match=r"^target: expected a dense target of floating"):
             fl.Dice().value_and_grad(x, target, target_grad=True)
 
+    for method in ("histogram", "exact"):
+        ranked = fl.Dice() + fl.LovaszSoftmax(method=method)
+        with pytest.raises(ValueError, match=r"^target: LovaszSoftmax chooses or ranks voxels"):
+            ranked.value_and_grad(x, soft_target(), target_grad=True)
+
     class Own(fl.RegionTerm):
         def formula(self, overlap: Any, predicted: Any, reference: Any) -> Any:
             return overlap, np.ones_like(overlap), np.zeros_like(overlap)

@@ -192,6 +192,7 @@ def need_calls() -> None:
 COMPILED = {
     **LOSSES,
     "ranking": fl.TopKCrossEntropy(k=30) + fl.Dice(),
+    "counting": fl.LovaszSoftmax() + fl.CrossEntropy(),
     "fields": fl.Dice() + 0.1 * fl.Boundary(),
     "fields of predictions": fl.HausdorffDT(),
 }

@@ -78,7 +78,7 @@ class Call(graph.Call):
             fields=() if extras is None else extras.names,
             regions=regions,
             dense=arrays.dense,
-            sums=(len(loss.request(arrays).sums), 0, self.shapes.classes),
+            sums=(loss.request(arrays).slots, 0, self.shapes.classes),
             dtype=arrays.value_dtype.name,
         )
 
