@@ -11,10 +11,11 @@ from __future__ import annotations
 import ctypes
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from ctypes import POINTER, c_char, c_int, c_int64, c_size_t, c_void_p
+from importlib import import_module
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from fastloss.frameworks.memory import LEAST, huge_pages
@@ -32,9 +33,11 @@ _ERROR_CREATE = 48
 _DTYPES = {
     1: np.bool_, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
     6: np.uint8, 7: np.uint16, 8: np.uint32, 9: np.uint64,
-    10: np.float16, 11: np.float32, 12: np.float64, 16: ml_dtypes.bfloat16,
+    10: np.float16, 11: np.float32, 12: np.float64,
 }  # fmt: skip
 _dtypes = {code: np.dtype(kind) for code, kind in _DTYPES.items()}
+with suppress(ImportError):  # JAX and TensorFlow bring it; without it there is no bfloat16
+    _dtypes[16] = np.dtype(import_module("ml_dtypes").bfloat16)
 
 
 class _Base(ctypes.Structure):
