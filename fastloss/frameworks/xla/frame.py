@@ -35,7 +35,7 @@ _DTYPES = {
     6: np.uint8, 7: np.uint16, 8: np.uint32, 9: np.uint64,
     10: np.float16, 11: np.float32, 12: np.float64,
 }  # fmt: skip
-_dtypes = {code: np.dtype(kind) for code, kind in _DTYPES.items()}
+_dtypes: dict[int, Any] = {code: np.dtype(kind) for code, kind in _DTYPES.items()}
 with suppress(ImportError):  # JAX and TensorFlow bring it; without it there is no bfloat16
     _dtypes[16] = np.dtype(import_module("ml_dtypes").bfloat16)
 
