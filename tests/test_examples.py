@@ -207,6 +207,7 @@ def test_held_out_metrics(brain_modules: Any) -> None:
     assert scores.about["definition"] == "deepmind"
 
 
+@pytest.mark.slow
 def test_training_in_jax(tmp_path: Path) -> None:
     """A few steps write all that the page names; an absent package is named at once."""
     for package in ("jax", "optax", "nilearn", "nibabel", "matplotlib"):
@@ -231,6 +232,7 @@ def test_training_in_jax(tmp_path: Path) -> None:
     assert "package optax is not there: pip install" in result.stderr
 
 
+@pytest.mark.slow
 def test_training_in_keras(tmp_path: Path) -> None:
     """Two epochs of a few steps write all that the page names; bad options are named."""
     for package in ("keras", "tensorflow", "nilearn", "nibabel", "matplotlib"):

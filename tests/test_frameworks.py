@@ -15,6 +15,8 @@ from support import ROOT, need, run_python
 
 import fastloss as fl
 
+pytestmark = pytest.mark.slow
+
 LOSS = fl.Dice() + fl.CrossEntropy()
 
 
