@@ -1,8 +1,8 @@
 // The runs of a tile: consecutive voxels that share a region and a label.
 //
-// Regions are Voronoi cells or lesions, so that a tile has a few dozen runs. What a voxel adds goes
-// to a row first, and each run is summed at once; what its gradient takes is written to rows, run
-// by run. As run lengths cannot be predicted, most runs are treated without a branch.
+// Regions are Voronoi cells or lesions, so that a tile has a few dozen runs. The summands of a
+// voxel go to a row first, and each run is summed at once; the coefficients of its gradient are
+// written to rows, run by run. Run lengths cannot be predicted, so most runs have no branch.
 #pragma once
 
 #include "tile.h"

@@ -36,7 +36,7 @@ class Backend:
     """The GPU in whose memory it computes; None: CPU memory."""
 
     counts_errors = False
-    """Whether it computes requests with histograms: else the reference does."""
+    """Whether it computes requests with histograms. The reference is the fallback for those."""
 
     def reduce(
         self,

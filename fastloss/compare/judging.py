@@ -22,7 +22,7 @@ ENOUGH = 3
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured, as `fastloss.metrics.evaluate` documents it."""
+    """The metrics and their options, as in `fastloss.metrics.evaluate`."""
 
     metrics: tuple[str, ...] = ("dice", "hd95", "nsd")
     definition: str = "deepmind"

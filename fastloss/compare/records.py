@@ -1,4 +1,4 @@
-"""What a comparison of losses leaves behind: numbers of every run, kept as JSON and CSV."""
+"""Records of a comparison of losses: the numbers of every run, as JSON and CSV."""
 
 from __future__ import annotations
 

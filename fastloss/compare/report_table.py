@@ -31,7 +31,7 @@ LEGEND = (
 
 
 def table(study: Study, verdict: Verdict | None = None) -> str:
-    """What is better, by how much and at what cost, or that the data cannot tell.
+    """The report as text: which loss is better, by how much, at what cost, or that it is open.
 
     Args:
         study: what was measured.

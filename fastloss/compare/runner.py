@@ -25,7 +25,7 @@ from fastloss.compare.training import Predict, Settings, Task, Trained, train
 from fastloss.evaluation.run import evaluate_in_processes
 
 RATES = (1 / 3, 1.0, 3.0)
-"""What a search tries, times the learning rate of the settings."""
+"""The learning rates that a search tries, as multiples of that of the settings."""
 SEARCH = 0.35
 """The share of the steps that a training of the search has."""
 WATCHED = 2
@@ -238,7 +238,7 @@ def task_of(
     rate: float,
     validate: Callable[[Predict], float] = lambda predict: nan,
 ) -> Task:
-    """What a trainer gets."""
+    """The task of one run, which its trainer is called with."""
     cases = [_volume(plan.source, name) for name in training]
     spacing = tuple(float(x) for x in np.median([case.spacing for case in cases], axis=0))
     classes = len(plan.source.classes)

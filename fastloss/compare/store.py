@@ -1,4 +1,4 @@
-"""What is kept on disk: the options of a comparison, and the result of each run when it is done."""
+"""Files of a comparison: its options, and the result of each run that is done."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """What a trainer gets. It has images of held-out cases, and of these no labels.
+    """The argument of a trainer. Held-out cases are in it only behind `validate`.
 
     A trainer of the user's, ``--trainer module:function``, is called with a task and returns
     `Trained`, or a function that predicts a label map from an image.

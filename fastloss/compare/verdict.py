@@ -1,4 +1,4 @@
-"""What a comparison shows: which loss is better, by how much, or that the data cannot tell."""
+"""The verdict: which loss is better, by how much, or that the data cannot tell."""
 
 from __future__ import annotations
 
