@@ -1,8 +1,5 @@
 """The table of the functions of p: the value and the derivative of each, once."""
 
-# mypy: ignore-errors
-# mypy cannot check functions that Numba compiles.
-
 from __future__ import annotations
 
 import math

@@ -1,8 +1,5 @@
 """The general path: any table of sums, any activation and target, with fields, regions and maps."""
 
-# mypy: ignore-errors
-# mypy cannot check functions that Numba compiles.
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

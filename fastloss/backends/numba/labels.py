@@ -1,10 +1,5 @@
 """Encodes labels for the other kernels, and finds the label of the largest logit."""
 
-# mypy: ignore-errors
-# mypy cannot check functions that Numba compiles.
-
-from __future__ import annotations
-
 import numpy as np
 
 from fastloss.backends.numba.general import NONE, SIGMOID

@@ -4,13 +4,7 @@ In float32 they are polynomials, accurate to 2 ulp (log after the Cephes library
 are the functions of the C library.
 """
 
-# mypy: ignore-errors
-# mypy cannot check functions that Numba compiles.
-
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import numpy as np
 from numba.core import types
@@ -43,14 +37,14 @@ _L = (
 # Names for the kernels to call: Numba compiles the overloads below instead.
 
 
-def exp(x: Any) -> Any:
+def exp(x):
     """e^x for x up to 0; in float32 0 below −87."""
 
 
-def log(x: Any) -> Any: ...
+def log(x): ...
 
 
-def log_sum(x: Any, inverse: Any) -> Any:
+def log_sum(x, inverse):
     """log(1 + x) for finite x of at least 0, given 1 / (1 + x)."""
 
 

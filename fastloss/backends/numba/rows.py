@@ -8,11 +8,6 @@ Each loop is a separate function that writes one or two rows and reads few, so t
 that they do not alias.
 """
 
-# mypy: ignore-errors
-# mypy cannot check functions that Numba compiles.
-
-from __future__ import annotations
-
 import numpy as np
 
 from fastloss.backends.numba.kernels import inner, summing

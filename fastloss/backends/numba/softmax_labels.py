@@ -1,10 +1,5 @@
 """The fast path: softmax of a label map, and the common sums."""
 
-# mypy: ignore-errors
-# mypy cannot check functions that Numba compiles.
-
-from __future__ import annotations
-
 import numpy as np
 
 from fastloss.backends.numba import two_classes

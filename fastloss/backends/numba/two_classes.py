@@ -4,11 +4,6 @@ With d = x₁ − x₀ and e = exp(−|d|), the larger p is 1 / (1 + e) and the 
 1 − the other, without cancellation. −log p is log(1 + e), and |d| more for the smaller.
 """
 
-# mypy: ignore-errors
-# mypy cannot check functions that Numba compiles.
-
-from __future__ import annotations
-
 from fastloss.backends.numba.kernels import inner, summing
 from fastloss.backends.numba.maths import exp, log_sum
 
