@@ -34,9 +34,6 @@ from fastloss.backends.cuda.call import DENSE, GENERAL, LABELS, TWO_CLASSES
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100")
 MAIN = "sm_90"
 """Every kind of call is compiled for this architecture, and some for each of the others."""
-ARCHITECTURES_OR_SLOW = [
-    name if name == MAIN else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES
-]
 # CuPy adds the last option.
 OPTIONS = (*_OPTIONS, "-ftz=true")
 
@@ -180,7 +177,8 @@ def test_common_calls_take_a_fast_path() -> None:
 # ------------------------------------------------------------------------------ nvcc
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES_OR_SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_passes_keep_their_numbers_in_registers(architecture: str) -> None:
     need_nvcc()
 
@@ -194,7 +192,8 @@ def test_passes_keep_their_numbers_in_registers(architecture: str) -> None:
     assert not bad, f"{len(bad)} of {len(kinds)} for {architecture}\n" + "\n".join(bad)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES_OR_SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_general_kernel_keeps_its_numbers_in_registers(architecture: str) -> None:
     """The general kernel does not spill for common tables that no fast path takes."""
     need_nvcc()
@@ -209,7 +208,8 @@ def test_general_kernel_keeps_its_numbers_in_registers(architecture: str) -> Non
     assert not bad, f"{len(bad)} of {len(kinds)} for {architecture}\n" + "\n".join(bad)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES_OR_SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_other_kernels_keep_their_numbers_in_registers(architecture: str) -> None:
     need_nvcc()
 
