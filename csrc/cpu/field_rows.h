@@ -10,7 +10,7 @@ template <class S, class T, int R>
 struct FieldSumRows {
   static constexpr int L = lanes<T>;
   const T *x[R], *scale;
-  const S* phi[R];
+  const S *phi[R], *soon[R];
   Vec<T> sum[R] = {};
 
   FL_INLINE FieldSumRows(Tile<T>& t, const typename Tile<T>::ClassField& field, int64_t c) {
@@ -18,10 +18,13 @@ struct FieldSumRows {
     for (int r = 0; r < R; ++r) {
       x[r] = t.x + (c + r) * t.stride;
       phi[r] = field.template row<S>(c + r);
+      soon[r] = field.row_ahead(phi[r]);
     }
   }
   template <int N>
   FL_INLINE void step(int64_t first) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) prefetch_lines_far<N * L* int(sizeof(S))>(soon[r] + first);
 #pragma GCC unroll 4
     for (int u = 0; u < N; ++u) {
       const int64_t v = first + u * L;
@@ -38,7 +41,7 @@ template <class S, class T, int R, bool kPresent>
 struct FieldSlopeRows {
   static constexpr int L = lanes<T>;
   const T *x[R], *inverse;
-  const S* phi[R];
+  const S *phi[R], *soon[R];
   T *few, *own;
   const typename Types<T>::Int* label;
   Vec<T> factor[R];
@@ -50,12 +53,15 @@ struct FieldSlopeRows {
     for (int r = 0; r < R; ++r) {
       x[r] = t.x + (c + r) * t.stride;
       phi[r] = field.template row<S>(c + r);
+      soon[r] = field.row_ahead(phi[r]);
       factor[r] = splat<T>(by_field[c + r]);
       number[r] = class_number<T>(c + r);
     }
   }
   template <int N>
   FL_INLINE void step(int64_t first) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) prefetch_lines_far<N * L* int(sizeof(S))>(soon[r] + first);
 #pragma GCC unroll 4
     for (int u = 0; u < N; ++u) {
       const int64_t v = first + u * L;

@@ -608,19 +608,33 @@ void write_gradients(Tile<T>& t, const LabelGradients<T>& gradients, Tile<T>* ne
   });
 }
 
-// The same with a field.
+// The same with a field. Rows of it that do not lie in place share a buffer, and are taken one by
+// one.
 template <class T>
-void write_gradients_with_field(Tile<T>& t, const LabelGradients<T>& gradients) {
+void write_gradients_with_field(Tile<T>& t, const LabelGradients<T>& gradients, Tile<T>* next) {
   const typename Tile<T>::ClassField field(t, field_of(t.job));
   const T* by_field = coefficients(t, t.job.slots.field_predicted);
   write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
     using Put = std::remove_cv_t<std::remove_reference_t<decltype(put)>>;
-    field.over_classes([&](int64_t c, auto number, auto count) {
+    const auto rows_of = [&](int64_t c, auto number, auto count, auto present) {
       constexpr int R = decltype(count)::value;
-      with_constant(t.has_any(c, R), [&](auto present) {
-        using Slopes = FieldSlopes<decltype(number), T, R>;
-        GradientRows<T, R, decltype(present)::value, decltype(row(0)), Put, Slopes> rows(
-            t, c, gradients, row, put, Slopes(field, c, gradients.k, by_field));
+      using Slopes = FieldSlopes<decltype(number), T, R>;
+      return GradientRows<T, R, decltype(present)::value, decltype(row(0)), Put, Slopes>(
+          t, c, gradients, row, put, Slopes(field, c, gradients.k, by_field));
+    };
+    if constexpr (!Put::kRounds) {
+      if (next && field.in_place()) {
+        return field.with_number([&](auto number) {
+          exponentials_beside<T, true>(*next, t, [&](int64_t c, auto count, auto present) {
+            return rows_of(c, number, count, present);
+          });
+        });
+      }
+      if (next) exponentials<T, true, Exponentials::both>(*next);
+    }
+    field.over_classes([&](int64_t c, auto number, auto count) {
+      with_constant(t.has_any(c, decltype(count)::value), [&](auto present) {
+        auto rows = rows_of(c, number, count, present);
         run(rows, 0, t.padded);
       });
     });
@@ -636,7 +650,6 @@ void write_gradients_with_extras(Tile<T>& t, const LabelGradients<T>& gradients)
   const T* by_squared = coefficients(t, s.predicted_squared);
   const T* by_uniform = coefficients(t, s.uniform);
   const T* by_field = coefficients(t, s.field_predicted);
-  if (by_field && !by_squared && !by_uniform) return write_gradients_with_field(t, gradients);
   const T *m = t.row(kWeight), *inverse = t.row(kInverse);
   write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
     for (int64_t c = 0; c < classes; ++c) {
@@ -666,8 +679,8 @@ void write_gradients_with_extras(Tile<T>& t, const LabelGradients<T>& gradients)
 template <class T>
 void apply_softmax_labels(const Job& job, int64_t sample, int64_t first, int64_t last,
                           void* scratch) {
-  const bool extras =
-      job.slots.predicted_squared >= 0 || job.slots.uniform >= 0 || job.slots.field_predicted >= 0;
+  const bool extras = job.slots.predicted_squared >= 0 || job.slots.uniform >= 0;
+  const bool field = job.slots.field_predicted >= 0;
   // Rounding takes too many instructions to fuse further loops.
   const bool rounds = item_size(job.out.dtype) != int(sizeof(T));
   const int64_t lead = fastloss::voxels_to_line(job, sample);
@@ -681,6 +694,7 @@ void apply_softmax_labels(const Job& job, int64_t sample, int64_t first, int64_t
   auto finish_tile = [&](Tile<T>& t, Tile<T>* next) {
     const LabelGradients<T> gradients = apply_voxels(t);
     if (extras) write_gradients_with_extras(t, gradients);
+    else if (field) write_gradients_with_field(t, gradients, next);
     else write_gradients(t, gradients, next);
   };
   over_tiles<true, T>(job, sample, first, last, scratch,

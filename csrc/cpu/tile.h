@@ -274,7 +274,12 @@ struct Tile {
       const bool even = runs_.count == 1 && runs_.stride == item;
       const bool wide = array_.dtype == DType::f64, integers = array_.dtype > DType::f64;
       in_place_ = even && !integers && wide == (sizeof(T) == 8) && !t_.holes && t_.n == t_.padded;
-      lines_ = even ? (t_.step * item + 63) / 64 : 0;
+    }
+    bool in_place() const { return in_place_; }
+    // Calls f(a number of the storage type), for a field in place.
+    template <class F>
+    void with_number(const F& f) const {
+      with_storage<T>(array_.dtype, f);
     }
     // Calls f(c, storage type, R) for R adjacent classes: pairs of them, if they lie in place.
     template <class F>
@@ -286,22 +291,25 @@ struct Tile {
         for (int64_t c = 0; c < classes; ++c) f(c, T{}, One{});
         return;
       }
-      with_storage<T>(array_.dtype, [&](auto number) {
+      with_number([&](auto number) {
         int64_t c = 0;
         for (; c + 2 <= classes; c += 2) f(c, number, Two{});
         if (c < classes) f(c, number, One{});
       });
     }
-    // The numbers of class c; the same row of the next tile is prefetched.
+    // The numbers of class c.
     template <class S>
     const S* row(int64_t c) const {
       const char* from = base_ + c * array_.channel_stride;
-      const char* next = from + runs_.run[0].offset + t_.step * item_size(array_.dtype);
-      for (int i = 0; i < lines_; ++i) prefetch_far(next + 64 * i);
       if (in_place_) return reinterpret_cast<const S*>(from + runs_.run[0].offset);
       load_row<T>(from, array_.dtype, runs_, buffer_);
       t_.finish_field(buffer_);
       return reinterpret_cast<const S*>(buffer_);
+    }
+    // Where a row, as `row` gives it, goes on in the next tile. For prefetching only.
+    template <class S>
+    const S* row_ahead(const S* row) const {
+      return in_place_ ? row + t_.step : row;
     }
 
    private:
@@ -311,7 +319,6 @@ struct Tile {
     Runs runs_;
     T* buffer_;
     bool in_place_;
-    int lines_;
   };
 
   // The row of a field for class c.
