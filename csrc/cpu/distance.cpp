@@ -15,6 +15,10 @@
 #include <memory>
 #include <vector>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "vec.h"  // before voxel.h
 
 #include "job.h"
@@ -38,13 +42,6 @@ void fill(char* out, bool half, int64_t first, int64_t count, float value) {
   }
 }
 
-void fill_volume(char* out, bool half, int64_t count, float value) {
-  constexpr int64_t kChunk = 1 << 16;
-  parallel((count + kChunk - 1) / kChunk, 1, [&](int64_t i, void*) {
-    fill(out, half, i * kChunk, std::min(kChunk, count - i * kChunk), value);
-  });
-}
-
 void fill_box(char* out, bool half, const Volume& v, const Box& box, float value) {
   if (box.empty()) return;
   parallel(box.high[0] - box.low[0], 1, [&](int64_t i, void*) {
@@ -52,6 +49,46 @@ void fill_box(char* out, bool half, const Volume& v, const Box& box, float value
       const int64_t first = (box.low[0] + i) * v.plane() + y * v.row() + box.low[2];
       fill(out, half, first, box.high[2] - box.low[2], value);
     }
+  });
+}
+
+// The same past the caches.
+void stream(char* out, bool half, int64_t first, int64_t count, float value) {
+#if defined(__SSE2__)
+  const int64_t size = half ? 2 : 4;
+  char* to = out + first * size;
+  const int64_t lead = std::min(int64_t(-reinterpret_cast<uintptr_t>(to) % 64) / size, count);
+  const int64_t lines = (count - lead) * size / 64, streamed = lines * 64 / size;
+  const __m128i part = half ? _mm_set1_epi16(int16_t(narrow_half(value).bits))
+                            : _mm_castps_si128(_mm_set1_ps(value));
+  fill(to, half, 0, lead, value);
+  auto* parts = reinterpret_cast<__m128i*>(to + lead * size);
+  for (int64_t i = 0; i < 4 * lines; ++i) _mm_stream_si128(parts + i, part);
+  fill(to, half, lead + streamed, count - lead - streamed, value);
+#else
+  fill(out, half, first, count, value);
+#endif
+}
+
+// Fills the volume but a box, past the caches if it is large: nobody reads these numbers soon, and
+// a store that first read its line would double the traffic.
+void fill_around(char* out, bool half, const Volume& v, const Box& box, float value) {
+  const auto write = v.voxels() * (half ? 2 : 4) >= (int64_t(1) << 20) ? stream : fill;
+  const int64_t rows = v.shape[0] * v.shape[1];
+  const int64_t some = std::max<int64_t>((int64_t(1) << 16) / v.row(), 1);
+  parallel((rows + some - 1) / some, 1, [&](int64_t i, void*) {
+    const int64_t first = i * some, last = std::min(first + some, rows);
+    int64_t done = first * v.row();
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t z = row / v.shape[1], y = row % v.shape[1];
+      if (z < box.low[0] || z >= box.high[0] || y < box.low[1] || y >= box.high[1]) continue;
+      write(out, half, done, row * v.row() + box.low[2] - done, value);
+      done = row * v.row() + box.high[2];
+    }
+    write(out, half, done, last * v.row() - done, value);
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
   });
 }
 
@@ -106,10 +143,10 @@ void distance_transform(const py::array& mask, const std::array<double, 3>& spac
     const auto boxes = boxes_of(v, 2);
     const Box inside = boxes[1].empty() ? Box() : boxes[1].wider({1, 1, 1}, v.shape);
     if (boxes[0].empty()) {
-      fill_volume(to, false, v.voxels(), float(limit));
+      fill_around(to, false, v, Box(), float(limit));
     } else {
       const Box near = boxes[0].wider(metric.margin, v.shape);
-      if (inside.empty() || !inside.covers(v.shape)) fill_volume(to, false, v.voxels(), 0);
+      if (inside.empty() || !inside.covers(v.shape)) fill_around(to, false, v, inside, 0);
       if (!inside.empty()) {
         const Box box = inside.common(near);
         if (!near.covers(v.shape)) fill_box(to, false, v, inside, float(limit));
@@ -162,7 +199,7 @@ void signed_distance(const py::array& classes, int64_t first, const std::array<d
       const Box& own = boxes[size_t(c)];
       const float far = float(limit);
       if (own.empty()) {
-        fill_volume(to, half, v.voxels(), exact ? far : 0);
+        fill_around(to, half, v, Box(), exact ? far : 0);
         continue;
       }
       DistanceJob job{};
@@ -171,7 +208,7 @@ void signed_distance(const py::array& classes, int64_t first, const std::array<d
       job.limit = far;
       job.half = half;
       const Box near = own.wider(metric.margin, v.shape);
-      if (!near.covers(v.shape)) fill_volume(to, half, v.voxels(), far);
+      if (!near.covers(v.shape)) fill_around(to, half, v, near, far);
       DistanceJob outside = job;
       outside.out = to;
       outside.work = half ? hold(near) : reinterpret_cast<float*>(to);
@@ -185,7 +222,7 @@ void signed_distance(const py::array& classes, int64_t first, const std::array<d
       inside.out = to;
       inside.work = hold(box);
       if (!transform(inside, v, box, 0, box.high[0] - box.low[0]))
-        fill_volume(to, half, v.voxels(), exact ? -far : 0);
+        fill_around(to, half, v, Box(), exact ? -far : 0);
     }
   }
 }
