@@ -36,63 +36,12 @@ struct FieldSumRows {
   FL_INLINE void finish() {}
 };
 
-// Adds f φ p of R classes to `few`, but where the class is the label f φ to `own`.
-template <class S, class T, int R, bool kPresent>
-struct FieldSlopeRows {
-  static constexpr int L = lanes<T>;
-  const T *x[R], *inverse;
-  const S *phi[R], *soon[R];
-  T *few, *own;
-  const typename Types<T>::Int* label;
-  Vec<T> factor[R];
-  IVec<T> number[R];
-
-  FL_INLINE FieldSlopeRows(Tile<T>& t, const typename Tile<T>::ClassField& field, int64_t c,
-                           const T* by_field, T* sum, T* at_label)
-      : inverse(t.row(kInverse)), few(sum), own(at_label), label(t.labels()) {
-    for (int r = 0; r < R; ++r) {
-      x[r] = t.x + (c + r) * t.stride;
-      phi[r] = field.template row<S>(c + r);
-      soon[r] = field.row_ahead(phi[r]);
-      factor[r] = splat<T>(by_field[c + r]);
-      number[r] = class_number<T>(c + r);
-    }
-  }
-  template <int N>
-  FL_INLINE void step(int64_t first) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) prefetch_lines_far<N * L* int(sizeof(S))>(soon[r] + first);
-#pragma GCC unroll 4
-    for (int u = 0; u < N; ++u) {
-      const int64_t v = first + u * L;
-      const Vec<T> i = once(load<T>(inverse + v));
-      Vec<T> all = load<T>(few + v), mine;
-      IVec<T> y;
-      if (kPresent) mine = load<T>(own + v), y = label_lanes<T>(label + v);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const Vec<T> slope = factor[r] * load_as<S, T>(phi[r] + v);
-        const Vec<T> part = slope * (load<T>(x[r] + v) * i);
-        if (kPresent) {
-          const IVec<T> is_label = y == number[r];
-          all += drop<T>(is_label, part);
-          mine += keep<T>(is_label, slope);
-        } else {
-          all += part;
-        }
-      }
-      store<T>(few + v, all);
-      if (kPresent) store<T>(own + v, mine);
-    }
-  }
-  FL_INLINE void finish() {}
-};
-
-// For `GradientRows`: k_c + f_c φ_c.
-template <class S, class T, int R>
+// Derivatives by p of R classes, k_c + f_c φ_c. `kAhead`: the field's next tile is prefetched.
+template <class S, class T, int R, bool kAhead>
 struct FieldSlopes {
+  static constexpr bool kVaries = true;
   Vec<T> k[R], by_field[R];
-  const S* phi[R];
+  const S *phi[R], *soon[R];
 
   FL_INLINE FieldSlopes(const typename Tile<T>::ClassField& field, int64_t c, const T* slopes,
                         const T* coefficient) {
@@ -101,10 +50,17 @@ struct FieldSlopes {
       k[r] = splat<T>(slopes ? slopes[c + r] : T(0));
       by_field[r] = splat<T>(coefficient[c + r]);
       phi[r] = field.template row<S>(c + r);
+      soon[r] = field.row_ahead(phi[r]);
     }
   }
   FL_INLINE Vec<T> at(int r, int64_t v) const {
     return k[r] + by_field[r] * load_as<S, T>(phi[r] + v);
+  }
+  template <int kVoxels>
+  FL_INLINE void fetch(int64_t first) const {
+    if (kAhead)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) prefetch_lines_far<kVoxels* int(sizeof(S))>(soon[r] + first);
   }
 };
 

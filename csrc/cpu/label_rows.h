@@ -23,6 +23,27 @@ T* other_slopes(Tile<T>& t) {
   return t.row(kA);
 }
 
+// The row of the label's derivative by p, where derivatives vary from voxel to voxel.
+template <class T>
+T* own_slopes(Tile<T>& t) {
+  return t.row(kF);
+}
+
+// The derivatives by p of R classes, the same for all voxels.
+template <class T, int R>
+struct EvenSlopes {
+  static constexpr bool kVaries = false;
+  Vec<T> k[R];
+
+  FL_INLINE EvenSlopes(const T* slopes, int64_t c) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) k[r] = splat<T>(slopes ? slopes[c + r] : T(0));
+  }
+  FL_INLINE Vec<T> at(int r, int64_t) const { return k[r]; }
+  template <int>
+  FL_INLINE void fetch(int64_t) const {}
+};
+
 // Steps of loops over exponentials: compute them from the logits, sum them per voxel, or both.
 enum class Exponentials { made, added, both };
 
@@ -30,29 +51,33 @@ enum class Exponentials { made, added, both };
 // added to `rest` and, with `kDot`, times the derivatives by p to a row of their own. Labels select
 // by masks: a branch would be mispredicted at the borders of organs. Classes are added one by one,
 // so that R changes no bit. S is the type of the logits. `kAll`: there are no other classes, and
-// the sums start here.
+// the sums start here. Slopes::at(r, v) is the derivative by p of the class c + r; if it varies,
+// the label's goes to a row of its own.
 template <class S, class T, int R, bool kPresent, bool kDot,
-          Exponentials kWhat = Exponentials::both, bool kAll = false>
+          Exponentials kWhat = Exponentials::both, bool kAll = false,
+          class Slopes = EvenSlopes<T, R>>
 struct ExponentialRows {
   static constexpr int L = lanes<T>;
   static constexpr bool kMade = kWhat != Exponentials::added, kAdded = kWhat != Exponentials::made;
+  static constexpr bool kVaries = kDot && kPresent && Slopes::kVaries;
   Tile<T>& t;
   const S *from[R], *soon[R];
   T* to[R];
-  T *own, *rest, *dot;
+  T *own, *rest, *dot, *own_slope;
   const typename Types<T>::Int* label;
-  Vec<T> factor[R];
+  const Slopes slopes;
   Extent<S, T> extent;
   IVec<T> number[R];
   NearExponential<T> exponential;
 
-  FL_INLINE ExponentialRows(Tile<T>& tile, int64_t c)
+  FL_INLINE ExponentialRows(Tile<T>& tile, int64_t c, const Slopes& by_p)
       : t(tile),
         own(t.row(kLabelExp)),
         rest(t.row(kRest)),
         dot(other_slopes(t)),
-        label(t.labels()) {
-    const T* slope = kDot ? coefficients(t, t.job.slots.predicted) : nullptr;
+        own_slope(own_slopes(t)),
+        label(t.labels()),
+        slopes(by_p) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       to[r] = t.x + (c + r) * t.stride;
@@ -64,7 +89,6 @@ struct ExponentialRows {
         prefetch(soon[r] + t.padded - 1);  // one line more where rows are not aligned to lines
       }
       number[r] = class_number<T>(c + r);
-      factor[r] = splat<T>(slope ? slope[c + r] : T(0));
     }
   }
   FL_INLINE void finish() {
@@ -80,15 +104,17 @@ struct ExponentialRows {
         prefetch_lines<N * L* int(sizeof(S))>(soon[r] + first);
         extent.template stored<N>(from[r] + first);
       }
+    if (kDot) slopes.template fetch<N * L>(first);
 #pragma GCC unroll 4
     for (int u = 0; u < N; ++u) {
       const int64_t v = first + u * L;
-      Vec<T> sum{}, product{}, mine{};
+      Vec<T> sum{}, product{}, mine{}, my_slope{};
       IVec<T> y;
       if (kAdded) {
         if (!kAll) sum = load<T>(rest + v);
         if (!kAll && kDot) product = load<T>(dot + v);
         if (!kAll && kPresent) mine = load<T>(own + v);
+        if (!kAll && kVaries) my_slope = load<T>(own_slope + v);
         if (kPresent) y = once(label_lanes<T>(label + v));
       }
 #pragma GCC unroll 4
@@ -103,18 +129,22 @@ struct ExponentialRows {
           store<T>(to[r] + v, e);
         }
         if (!kAdded) continue;
+        Vec<T> k{};
+        if (kDot) k = slopes.at(r, v);
         if (kPresent) {
           const IVec<T> is_label = y == number[r];
           mine = either<T>(mine, keep<T>(is_label, e));
+          if (kVaries) my_slope = either<T>(my_slope, keep<T>(is_label, k));
           e = drop<T>(is_label, e);
         }
         sum += e;
-        if (kDot) product += e * factor[r];
+        if (kDot) product += e * k;
       }
       if (!kAdded) continue;
       store<T>(rest + v, sum);
       if (kDot) store<T>(dot + v, product);
       if (kPresent) store<T>(own + v, mine);
+      if (kVaries) store<T>(own_slope + v, my_slope);
     }
   }
 };
@@ -216,18 +246,6 @@ struct LabelGradient {
 template <class T>
 struct LabelGradients {
   const T *k, *slope, *turn, *at_label;
-};
-
-// The derivatives by p of R classes, the same for all voxels.
-template <class T, int R>
-struct EvenSlopes {
-  Vec<T> k[R];
-
-  FL_INLINE EvenSlopes(const T* slopes, int64_t c) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) k[r] = splat<T>(slopes ? slopes[c + r] : T(0));
-  }
-  FL_INLINE Vec<T> at(int r, int64_t) const { return k[r]; }
 };
 
 // Writes the gradients of R classes, two vectors at a time: alternating between rows in smaller

@@ -9,6 +9,8 @@
 // to Σ_j t_j, and −u_c to the gradient.
 #pragma once
 
+#include <optional>
+
 #include "field_rows.h"
 #include "label_rows.h"
 #include "softmax.h"
@@ -79,9 +81,10 @@ template <bool kDot, class T>
 void clear_sums(Tile<T>& t) {
   const int64_t classes = t.job.classes;
   auto clear = [&](T* row) { std::memset(row, 0, sizeof(T) * size_t(t.padded)); };
-  if (classes > kClassesAtOnce) {
+  if (classes > kClassesAtOnce || (kDot && t.job.slots.field_predicted >= 0)) {
     clear(t.row(kLabelExp)), clear(t.row(kRest));
     if (kDot) clear(other_slopes(t));
+    if (kDot && t.job.slots.field_predicted >= 0) clear(own_slopes(t));
   }
   if (classes > kFewClasses) {
     clear(t.row(kSumOfMany));
@@ -102,19 +105,70 @@ FL_INLINE void sum_few(Tile<T>& t, int64_t c) {
   if (kDot) t.add_row(t.row(kDotOfMany), other_slopes(t));
 }
 
+// What the derivatives by p of the classes are made of: a number each, and a field if one is read.
+template <class T>
+class SlopesByP {
+ public:
+  using Field = typename Tile<T>::ClassField;
+
+  // Not `wanted`: none are read.
+  explicit SlopesByP(Tile<T>& t, bool wanted = true) {
+    if (!wanted) return;
+    k_ = coefficients(t, t.job.slots.predicted);
+    by_field_ = coefficients(t, t.job.slots.field_predicted);
+    if (by_field_) field_.emplace(t, field_of(t.job));
+  }
+  bool has_field() const { return by_field_ != nullptr; }
+  bool in_place() const { return !field_ || field_->in_place(); }
+  template <int R>
+  EvenSlopes<T, R> even(int64_t c) const {
+    return {k_, c};
+  }
+  template <class S, int R, bool kAhead>
+  FieldSlopes<S, T, R, kAhead> with_field(int64_t c) const {
+    return {*field_, c, k_, by_field_};
+  }
+  // Calls f(c, a number of the field's storage type, R) for R classes at once, if their rows are in
+  // place, else one by one.
+  template <int R, class F>
+  void over_rows(int64_t c, const F& f) const {
+    if (in_place()) {
+      field_->with_number([&](auto number) { f(c, number, std::integral_constant<int, R>{}); });
+    } else {
+      for (int r = 0; r < R; ++r) f(c + r, T{}, std::integral_constant<int, 1>{});
+    }
+  }
+
+ private:
+  const T *k_ = nullptr, *by_field_ = nullptr;
+  std::optional<Field> field_;
+};
+
 // The exponentials of R classes of a tile. The label's part is skipped for the many classes that do
 // not occur in the tile, a small part of the volume.
 template <class S, int R, bool kDot, Exponentials kWhat, class T>
-void exponentials_of(Tile<T>& t, int64_t c) {
+void exponentials_of(Tile<T>& t, int64_t c, const SlopesByP<T>& by_p) {
   with_constant(t.has_any(c, R), [&](auto present) {
-    ExponentialRows<S, T, R, decltype(present)::value, kDot, kWhat> rows(t, c);
+    constexpr bool kPresent = decltype(present)::value;
+    if constexpr (kDot) {
+      if (by_p.has_field())
+        return by_p.template over_rows<R>(c, [&](int64_t first, auto number, auto count) {
+          constexpr int Q = decltype(count)::value;
+          using Slopes = FieldSlopes<decltype(number), T, Q, true>;
+          ExponentialRows<S, T, Q, kPresent, true, kWhat, false, Slopes> rows(
+              t, first, by_p.template with_field<decltype(number), Q, true>(first));
+          run(rows, 0, t.padded);
+        });
+    }
+    ExponentialRows<S, T, R, kPresent, kDot, kWhat> rows(t, c, by_p.template even<R>(c));
     run(rows, 0, t.padded);
   });
 }
 // Adds up the exponentials of all of R classes.
 template <int R, bool kDot, class T>
-void add_all(Tile<T>& t) {
-  ExponentialRows<T, T, R, true, kDot, Exponentials::added, true> rows(t, 0);
+void add_all(Tile<T>& t, const SlopesByP<T>& by_p) {
+  ExponentialRows<T, T, R, true, kDot, Exponentials::added, true> rows(t, 0,
+                                                                       by_p.template even<R>(0));
   run(rows, 0, t.padded);
 }
 
@@ -123,40 +177,44 @@ void add_all(Tile<T>& t) {
 template <class S, bool kDot, Exponentials kWhat, class T>
 void exponentials(Tile<T>& t) {
   const int64_t classes = t.job.classes;
-  if (classes > kClassesAtOnce)
+  const SlopesByP<T> by_p(t, kDot);
+  if (classes > kClassesAtOnce || (kDot && by_p.has_field()))
     return in_pairs(classes, [&](int64_t c, auto count) {
       constexpr int R = decltype(count)::value;
-      exponentials_of<S, R, kDot, kWhat>(t, c);
+      exponentials_of<S, R, kDot, kWhat>(t, c, by_p);
       sum_few<kDot>(t, c + R);
     });
   if (kWhat == Exponentials::both)
     for (int64_t c = 0; c < classes; ++c) {
-      ExponentialRows<S, T, 1, false, false, Exponentials::made> rows(t, c);
+      ExponentialRows<S, T, 1, false, false, Exponentials::made> rows(t, c,
+                                                                      by_p.template even<1>(c));
       run(rows, 0, t.padded);
     }
-  if (classes == 1) add_all<1, kDot>(t);
-  if (classes == 2) add_all<2, kDot>(t);
-  if (classes == 3) add_all<3, kDot>(t);
-  if (classes == 4) add_all<4, kDot>(t);
+  if (classes == 1) add_all<1, kDot>(t, by_p);
+  if (classes == 2) add_all<2, kDot>(t, by_p);
+  if (classes == 3) add_all<3, kDot>(t, by_p);
+  if (classes == 4) add_all<4, kDot>(t, by_p);
 }
 
 // Computes the exponentials of the tile `next` while the loops of make(c, count, present) run on
-// the tile `now`.
-template <class S, bool kDot, class T, class Make>
-void exponentials_beside(Tile<T>& next, Tile<T>& now, const Make& make) {
+// the tile `now`; slopes(c, count) are the derivatives by p of `next`.
+template <class S, bool kDot, class T, class SlopesOf, class Make>
+void exponentials_beside(Tile<T>& next, const SlopesOf& slopes, Tile<T>& now, const Make& make) {
   in_pairs(next.job.classes, [&](int64_t c, auto count) {
     constexpr int R = decltype(count)::value;
+    using Slopes = decltype(slopes(c, count));
+    const auto both = [&](auto in_next, auto in_now) {
+      constexpr bool kPresent = decltype(in_next)::value;
+      ExponentialRows<S, T, R, kPresent, kDot, Exponentials::both, false, Slopes> in(
+          next, c, slopes(c, count));
+      auto out = make(c, count, in_now);
+      run_both(in, next.padded, out, now.padded);
+    };
     if constexpr (R == 1) {
-      exponentials_of<S, 1, kDot, Exponentials::both>(next, c);
-      auto rows = make(c, count, std::true_type{});
-      run(rows, 0, now.padded);
+      both(std::true_type{}, std::true_type{});
     } else {
       with_constant(next.has_any(c, R), [&](auto in_next) {
-        with_constant(now.has_any(c, R), [&](auto in_now) {
-          ExponentialRows<S, T, R, decltype(in_next)::value, kDot, Exponentials::both> in(next, c);
-          auto out = make(c, count, in_now);
-          run_both(in, next.padded, out, now.padded);
-        });
+        with_constant(now.has_any(c, R), [&](auto in_now) { both(in_next, in_now); });
       });
     }
     sum_few<kDot>(next, c + R);
@@ -413,7 +471,11 @@ void reduce_softmax_labels(const Job& job, int64_t sample, const Blocks& blocks,
     };
     if (next)
       with_source(*next, [&](auto number) {
-        exponentials_beside<decltype(number), false>(*next, t, make);
+        const SlopesByP<T> none(*next, false);
+        const auto slopes = [&](int64_t c, auto count) {
+          return none.template even<decltype(count)::value>(c);
+        };
+        exponentials_beside<decltype(number), false>(*next, slopes, t, make);
       });
     else finish(t, make);
     if (extras) reduce_extras(t, sums);
@@ -444,24 +506,6 @@ void add_squares(Tile<T>& t, const T* by_squared, T* others, T* own_region) {
   }
   for (int64_t v = 0, end = t.padded; v < end; ++v)
     own_region[v] += 2 * by_squared[t.y[v]] * own[v] * inverse[v];
-}
-
-// Adds the derivatives by Σ f_c φ_c p_c likewise.
-template <class T>
-void add_field(Tile<T>& t, const T* by_field, T* others, T* own_region) {
-  T* few = t.row(kG);
-  const int64_t classes = t.job.classes;
-  const typename Tile<T>::ClassField field(t, field_of(t.job));
-  std::memset(few, 0, sizeof(T) * size_t(t.padded));
-  field.over_classes([&](int64_t c, auto number, auto count) {
-    constexpr int R = decltype(count)::value;
-    with_constant(t.has_any(c, R), [&](auto present) {
-      FieldSlopeRows<decltype(number), T, R, decltype(present)::value> rows(t, field, c, by_field,
-                                                                            few, own_region);
-      run(rows, 0, t.padded);
-    });
-    if ((c + R) % kFewClasses == 0 || c + R == classes) t.add_row(few, others);
-  });
 }
 
 // Adds the focal slopes to the cross-entropy's coefficient; `loss` and `k` are scratch rows.
@@ -545,7 +589,7 @@ LabelGradients<T> apply_voxels(Tile<T>& t) {
   T *m = t.row(kWeight), *rest = t.row(kRest), *inverse = t.row(kInverse);
   T *own = t.row(kLabelExp), *others = other_slopes(t);
   T *at_label = t.row(kB), *slope = t.row(kC), *turn = t.row(kD);
-  T *own_overlap = t.row(kE), *own_region = t.row(kF), *own_loss = t.row(kLargest);
+  T *own_overlap = t.row(kE), *own_region = own_slopes(t), *own_loss = t.row(kLargest);
   double uniform_sum = 0;
   if (by_uniform)
     for (int64_t c = 0; c < classes; ++c) uniform_sum += double(by_uniform[c]);
@@ -558,7 +602,7 @@ LabelGradients<T> apply_voxels(Tile<T>& t) {
   auto look_up_all = [&] {
     look_up(t, by_overlap, own_overlap);
     look_up(t, by_loss, own_loss);
-    look_up(t, by_predicted, own_region);
+    if (!by_field) look_up(t, by_predicted, own_region);  // else it is there
   };
   using std::integral_constant;
   if (by_squared || by_uniform || by_field || s.top_k >= 0 || s.gammas > 0) {
@@ -569,7 +613,6 @@ LabelGradients<T> apply_voxels(Tile<T>& t) {
     }
     look_up_all();
     if (by_squared) add_squares(t, by_squared, others, own_region);
-    if (by_field) add_field(t, by_field, others, own_region);
     if (s.top_k >= 0) {
       const T* chosen = t.losses();
       look_up(t, t.table + s.top_k * classes, turn);
@@ -602,40 +645,54 @@ void write_gradients(Tile<T>& t, const LabelGradients<T>& gradients, Tile<T>* ne
       return GradientRows<T, R, decltype(present)::value, decltype(row(0)), Put>(
           t, c, gradients, row, put, EvenSlopes<T, R>(gradients.k, c));
     };
-    if constexpr (!Put::kRounds)
-      if (next) return exponentials_beside<T, true>(*next, t, make);
+    if constexpr (!Put::kRounds) {
+      if (next) {
+        const SlopesByP<T> by_p(*next);
+        const auto slopes = [&](int64_t c, auto count) {
+          return by_p.template even<decltype(count)::value>(c);
+        };
+        return exponentials_beside<T, true>(*next, slopes, t, make);
+      }
+    }
     finish(t, make);
   });
 }
 
-// The same with a field. Rows of it that do not lie in place share a buffer, and are taken one by
-// one.
+// The same with a field.
 template <class T>
 void write_gradients_with_field(Tile<T>& t, const LabelGradients<T>& gradients, Tile<T>* next) {
-  const typename Tile<T>::ClassField field(t, field_of(t.job));
-  const T* by_field = coefficients(t, t.job.slots.field_predicted);
+  const SlopesByP<T> by_p(t);
   write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
     using Put = std::remove_cv_t<std::remove_reference_t<decltype(put)>>;
     const auto rows_of = [&](int64_t c, auto number, auto count, auto present) {
       constexpr int R = decltype(count)::value;
-      using Slopes = FieldSlopes<decltype(number), T, R>;
+      using Slopes = FieldSlopes<decltype(number), T, R, false>;
       return GradientRows<T, R, decltype(present)::value, decltype(row(0)), Put, Slopes>(
-          t, c, gradients, row, put, Slopes(field, c, gradients.k, by_field));
+          t, c, gradients, row, put, by_p.template with_field<decltype(number), R, false>(c));
     };
     if constexpr (!Put::kRounds) {
-      if (next && field.in_place()) {
-        return field.with_number([&](auto number) {
-          exponentials_beside<T, true>(*next, t, [&](int64_t c, auto count, auto present) {
-            return rows_of(c, number, count, present);
+      if (next) {
+        const SlopesByP<T> soon(*next);
+        if (by_p.in_place() && soon.in_place())
+          return by_p.template over_rows<1>(0, [&](int64_t, auto number, auto) {
+            using S = decltype(number);
+            const auto slopes = [&](int64_t c, auto count) {
+              return soon.template with_field<S, decltype(count)::value, true>(c);
+            };
+            exponentials_beside<T, true>(*next, slopes, t, [&](int64_t c, auto count, auto in) {
+              return rows_of(c, number, count, in);
+            });
           });
-        });
+        exponentials<T, true, Exponentials::both>(*next);
       }
-      if (next) exponentials<T, true, Exponentials::both>(*next);
     }
-    field.over_classes([&](int64_t c, auto number, auto count) {
-      with_constant(t.has_any(c, decltype(count)::value), [&](auto present) {
-        auto rows = rows_of(c, number, count, present);
-        run(rows, 0, t.padded);
+    in_pairs(t.job.classes, [&](int64_t c, auto count) {
+      constexpr int R = decltype(count)::value;
+      with_constant(t.has_any(c, R), [&](auto present) {
+        by_p.template over_rows<R>(c, [&](int64_t first, auto number, auto some) {
+          auto rows = rows_of(first, number, some, present);
+          run(rows, 0, t.padded);
+        });
       });
     });
   });
