@@ -376,9 +376,9 @@ void reduce_field(Tile<T>& t, double* sums) {
   });
 }
 
-// Adds the less common sums.
+// Adds the less common sums; that over a field unless it is known.
 template <class T>
-void reduce_extras(Tile<T>& t, double* sums) {
+void reduce_extras(Tile<T>& t, double* sums, bool field_known) {
   constexpr int L = lanes<T>;
   const auto& s = t.job.slots;
   const int64_t classes = t.job.classes;
@@ -395,7 +395,7 @@ void reduce_extras(Tile<T>& t, double* sums) {
       }
       sums[s.predicted_squared * classes + c] += total<T>(a);
     }
-  if (s.field_predicted >= 0) reduce_field(t, sums + s.field_predicted * classes);
+  if (s.field_predicted >= 0 && !field_known) reduce_field(t, sums + s.field_predicted * classes);
   if (t.job.losses) {
     look_up(t, t.table, value);
     T* losses = t.losses();
@@ -469,16 +469,37 @@ void reduce_softmax_labels(const Job& job, int64_t sample, const Blocks& blocks,
       return SumRows<T, decltype(count)::value, decltype(present)::value>(
           t, c, t.row(kA), t.row(kB), t.row(logs ? kC : kWeight), to);
     };
-    if (next)
+    bool field_known = false;
+    if (next) {
+      const SlopesByP<T> none(*next, false);
+      const auto slopes = [&](int64_t c, auto count) {
+        return none.template even<decltype(count)::value>(c);
+      };
       with_source(*next, [&](auto number) {
-        const SlopesByP<T> none(*next, false);
-        const auto slopes = [&](int64_t c, auto count) {
-          return none.template even<decltype(count)::value>(c);
-        };
-        exponentials_beside<decltype(number), false>(*next, slopes, t, make);
+        using S = decltype(number);
+        if constexpr (std::is_same<S, T>::value) {
+          if (s.field_predicted >= 0) {
+            const typename Tile<T>::ClassField field(t, field_of(job));
+            if (field.in_place()) {
+              field_known = true;
+              return field.with_number([&](auto phi) {
+                exponentials_beside<T, false>(
+                    *next, slopes, t, [&](int64_t c, auto count, auto present) {
+                      constexpr int R = decltype(count)::value;
+                      double* by_class = sums + s.field_predicted * job.classes + c;
+                      return SumRowsWithField<decltype(phi), T, R, decltype(present)::value>{
+                          make(c, count, present), {t, field, c}, by_class};
+                    });
+              });
+            }
+          }
+        }
+        exponentials_beside<S, false>(*next, slopes, t, make);
       });
-    else finish(t, make);
-    if (extras) reduce_extras(t, sums);
+    } else {
+      finish(t, make);
+    }
+    if (extras) reduce_extras(t, sums, field_known);
   };
   over_tiles<false, T>(job, sample, blocks.first, blocks.last, scratch,
                        job.classes >= kFusedClasses, move, few, finish_tile);
