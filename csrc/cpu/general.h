@@ -225,6 +225,7 @@ void reduce_general(Tile<T>& t, double* sums, double* weights, uint64_t* tallies
     });
   };
   if (weights) {
+    if (job.regions_by_class) t.find_regions_of(0);
     if (job.regions) by_region(m, weights, 1);
     else *weights += sum_row<T>(n, [&](int v) { return load<T>(m + v); });
   }
@@ -233,6 +234,7 @@ void reduce_general(Tile<T>& t, double* sums, double* weights, uint64_t* tallies
   for (int64_t c = 0; c < classes; ++c) {
     const Fields<T> f = activate_row(t, c, wanted);
     t.load_target(c, g);
+    if (sums && job.regions_by_class && c > 0) t.find_regions_of(c);
     const bool totals = sums && !job.regions;
     if (totals) {
       const bool logs = s.cross_entropy >= 0, rests = s.cross_entropy_rest >= 0;
@@ -364,6 +366,7 @@ void apply_general(Tile<T>& t) {
   for (int64_t c = 0; c < classes; ++c) {
     const Fields<T> f = activate_row(t, c, wanted);
     t.load_target(c, g);
+    if (job.regions_by_class) t.find_regions_of(c);
     T overlap = k(s.overlap, c), predicted = k(s.predicted, c);
     T squared = 2 * k(s.predicted_squared, c);
     T loss = k(s.cross_entropy, c), loss_rest = k(s.cross_entropy_rest, c, !softmax);

@@ -141,6 +141,7 @@ struct Job {
   int32_t field_count = 0;
   // The region of every voxel; null: each sample is a row.
   const Array* regions = nullptr;
+  bool regions_by_class = false;  // every class has a map of them
   int64_t rows = 1;  // of a sample
   MapKind map = MapKind::none;
   void* map_out = nullptr;

@@ -17,7 +17,7 @@ constexpr uint32_t kRegionSums =
 constexpr int kMostRegionClasses = 64;
 
 inline bool suits_softmax_regions(const Job& job) {
-  return job.regions && job.activation == Activation::softmax && !job.dense &&
+  return job.regions && !job.regions_by_class && job.activation == Activation::softmax && !job.dense &&
          job.map == fastloss::MapKind::none && (job.slots.kinds & ~kRegionSums) == 0 &&
          !job.losses && job.classes <= kMostRegionClasses;
 }
