@@ -49,15 +49,16 @@ class PerRegion(Term):
       numbers that may be left out. A class of which a region has voxels is a lesion there; a region
       without any counts for nothing.
 
-    With ``per_class`` the lesions of each class are apart from those of the others. Every class is a
-    task of its own, the class against the rest, as for a sigmoid of one channel: its lesions share
-    the volume among themselves, whatever lesions of other classes lie there, and its value is what
-    the same term gives for the mask of the class and the probability p of it. So cross-entropy is
-    the mean over a region of −log p in the class and −log(1−p) outside, as the terms of single
-    voxels of a sigmoid are. A sample has the mean over its classes of their means over lesions; a
-    class that it has no lesions of adds what ``without`` says. Of two classes that is the same as
-    without ``per_class``. The regions are (B, C, *spatial), a map for each class, numbered in each
-    as above; channels may overlap, as those of a sigmoid do.
+    With ``per_class`` the lesions of each class are apart from those of the others. Every class is
+    then a task of its own, the class against the rest: its lesions share the volume among
+    themselves, whatever lesions of other classes lie there, and its value is what the same term
+    gives, with a sigmoid's formulas, for the mask of the class and its p. So cross-entropy is the
+    mean over a region of −log p in the class and −log(1−p) outside: which other class took the
+    probability is no matter of this lesion. A sample has the mean over its classes of their means
+    over lesions; a class of which it has no lesions adds what ``without`` says. Dice and
+    cross-entropy of two classes are the same as without ``per_class``. The regions are
+    (B, C, *spatial), a map for each class, numbered in each as above. Channels may overlap, as
+    those of a sigmoid do.
 
     Other terms of the same loss, as in ``fl.Dice() + fl.PerRegion(fl.Dice())``, are those of whole
     samples. A voxel whose region is −1 counts for nothing in any term.
@@ -165,9 +166,9 @@ class PerRegion(Term):
         self._parts = tuple(parts)
         needs: frozenset[Any] = frozenset().union(*(term.requires for _, term in parts))
         if self.per_class:
-            names = [need for need in needs if isinstance(need, str)]
-            sums = (total for name in names for total in family(name, "sigmoid"))
-            needs = (needs - set(names)).union(sums, {_VOXELS})
+            names = {need for need in needs if isinstance(need, str)}
+            sums = {total for each in names for total in family(each, "sigmoid")}
+            needs = needs - names | sums | {_VOXELS}
         self.requires = needs
 
     def check(self, activation: str, classes: int) -> None:
