@@ -350,9 +350,7 @@ def test_explained() -> None:
     x, y = volume(11, 2, 3, (6, 7), 0.2)
     loss = fl.Dice() + fl.PerRegion(fl.Dice(), fl.CrossEntropy(), per_class=True)
     found = loss.explain(x, y)
-    assert sum(found.terms.values()) == pytest.approx(
-        float(loss(x, y))
-    )
+    assert sum(found.terms.values()) == pytest.approx(float(loss(x, y)))
     one = fl.Loss(fl.PerRegion(fl.CrossEntropy(), per_class=True))
     assert one.explain(x, y).map.sum() == pytest.approx(float(one(x, y)), rel=1e-9)
     p = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)

@@ -142,7 +142,7 @@ struct Job {
   // The region of every voxel; null: each sample is a row.
   const Array* regions = nullptr;
   bool regions_by_class = false;  // every class has a map of them
-  int64_t rows = 1;  // of a sample
+  int64_t rows = 1;               // of a sample
   MapKind map = MapKind::none;
   void* map_out = nullptr;
   DType map_dtype = DType::f32;
