@@ -548,7 +548,7 @@ class CbDice(torch.nn.Module):
         return f"iterations={self.iterations}, smooth={self.smooth}"
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable
 def _depth(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The distance to the nearest voxel outside of a mask, (B, 1, *spatial); 1 if there is none."""
     found = fastloss.distance_transform(mask, batch_axes=2).to(dtype)

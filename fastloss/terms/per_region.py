@@ -166,9 +166,9 @@ class PerRegion(Term):
         self._parts = tuple(parts)
         needs: frozenset[Any] = frozenset().union(*(term.requires for _, term in parts))
         if self.per_class:
-            names = {need for need in needs if isinstance(need, str)}
-            sums = {total for each in names for total in family(each, "sigmoid")}
-            needs = needs - names | sums | {_VOXELS}
+            families = {need for need in needs if isinstance(need, str)}
+            sums = {total for each in families for total in family(each, "sigmoid")}
+            needs = needs - families | sums | {_VOXELS}
         self.requires = needs
 
     def check(self, activation: str, classes: int) -> None:
