@@ -44,7 +44,8 @@ class Arrays:
         dense: whether the target is dense.
         fields: in the order of `fastloss.request.Request.fields`.
         regions: None, or the region of every voxel, (B, *spatial) of integers; a voxel whose number
-            is not in [0, rows) is of none.
+            is not in [0, rows) is of none. Of shape (B, C, *spatial) the sums of each class have
+            regions of their own.
         rows: how many regions a sample has at most; 1 without regions.
     """
 
@@ -59,6 +60,11 @@ class Arrays:
     regions: np.ndarray | None = None
     regions_dtype: str = ""
     rows: int = 1
+
+    @property
+    def regions_by_class(self) -> bool:
+        """Whether every class has a map of regions of its own."""
+        return self.regions is not None and self.regions.ndim == self.logits.ndim
 
     @property
     def value_dtype(self) -> np.dtype:
@@ -77,12 +83,15 @@ def arrange(
     channel_axis: int,
     fields: Mapping[str, Borrowed] | None = None,
     regions: Borrowed | None = None,
+    regions_by_class: bool = False,
     rows: int = 1,
 ) -> Arrays:
     """Check the arrays against each other and move the channel axis to 1, without a copy.
 
     Args:
         fields: by name, in the order in which they are kept.
+        regions_by_class: whether there is a map of regions for each class; of a single class it is
+            kept as that of all.
         rows: how many regions a sample has at most.
 
     Raises:
@@ -152,7 +161,17 @@ def arrange(
         return Arrays(*usual, kept)
     if regions.dtype not in INTEGERS or regions.dtype == "bool":
         raise TypeError(f"regions: expected integers, got {regions.dtype}")
-    map_of_regions = _of_voxels(regions.array, "regions", x.shape, channel_axis)
+    if regions_by_class and classes > 1:
+        map_of_regions = regions.array
+        if map_of_regions.ndim == ndim:
+            map_of_regions = channels_second(map_of_regions, channel_axis, "regions")
+        if map_of_regions.shape != x.shape:
+            raise ValueError(
+                f"regions: expected {logits.array.shape}, a map for each class, got shape "
+                f"{regions.array.shape}"
+            )
+    else:
+        map_of_regions = _of_voxels(regions.array, "regions", x.shape, channel_axis)
     return Arrays(*usual, kept, map_of_regions, regions.dtype, rows)
 
 

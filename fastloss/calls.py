@@ -137,7 +137,10 @@ def fields_of(
             made[term.makes] = own if on_gpu else adapter.wrap(own, target)
     if loss.regional is not None:
         term = loss.regional
-        regions, _ = term.make_regions(read(False), term.spacing if spacing is None else spacing)
+        found = read(False)
+        regions, _ = term.make_regions(found, term.spacing if spacing is None else spacing)
+        if axis != 1 and regions.ndim == found.axes + 2:
+            regions = moved(regions, 1, axis)
         made["regions"] = adapter.wrap(regions, target)
     return {name: made[name] for name in sorted(made)}
 
@@ -217,6 +220,7 @@ class Passes:
             self.voxel_weight,
             activation=loss.activation,
             channel_axis=loss.channel_axis,
+            regions_by_class=loss.regions_by_class,
             **given,
         )
         self.request = loss.request(self.arrays)
@@ -347,17 +351,21 @@ class Passes:
     def whole_extras(self) -> Extras:
         """Regions, and all fields that the sums read: the caller's, and those that were made."""
         extras = self._extras
+        axis = self.loss.channel_axis
+
+        def as_given(array: Any) -> Any:
+            if axis != 1 and len(array.shape) == self.arrays.logits.ndim:
+                array = moved(array, 1, axis)
+            return self.adapter.result(array)
+
         if self._made_regions is not None:
-            regions = self.adapter.result(self._made_regions)
+            regions = as_given(self._made_regions)
             extras = extras._replace(regions=regions, region_count=self.arrays.rows)
         if not self._made:
             return extras
         known = dict(self._extras.fields)
-        axis = self.loss.channel_axis
         for name, array in self._made.items():
-            if axis != 1 and len(array.shape) == self.arrays.logits.ndim:
-                array = moved(array, 1, axis)
-            known[name] = self.adapter.result(array)
+            known[name] = as_given(array)
         fields = tuple((name, known[name]) for name in self.loss.field_names)
         return extras._replace(fields=fields)
 

@@ -106,6 +106,11 @@ def _check(loss: Any, passes: Passes, exact: bool) -> None:
             "reduction: expected a loss of one value, as its parts are to be told, got one of "
             f"shape {tuple(shape)}"
         )
+    if exact and arrays.regions_by_class:
+        raise ValueError(
+            "exact: gains are of first order alone where every class has regions of its own; "
+            "expected False"
+        )
     for _, term in loss.terms if exact else ():
         for _, each in term.summands:
             if not each.shares and not _defines(each, "fall"):
@@ -313,7 +318,8 @@ class _Maps:
             total: k.reshape(self.batch, self.arrays.rows, self.classes)
             for total, k in slopes.items()
         }
-        if not all(_are_alike(k, axis=1) for k in each.values()):
+        by_class = self.arrays.regions_by_class  # a voxel may be of no region for some classes
+        if by_class or not all(_are_alike(k, axis=1) for k in each.values()):
             return self._by_regions(slopes, right)
         kind = "class" if self.by_channel else "voxel"
         if all(_are_alike(k, axis=0) for k in each.values()):
@@ -331,13 +337,18 @@ class _Maps:
             rows = b * self.arrays.rows + np.maximum(regions, 0)
             for total, k in slopes.items():
                 one: Slopes = {total: np.ones((1, self.classes))}
-                summands, own = self._by_class(one, arrays, right), k[rows].T
+                summands = self._by_class(one, arrays, right)
+                if regions.ndim == 1:
+                    own = k[rows].T
+                else:
+                    own = np.where(regions < 0, 0.0, np.take_along_axis(k.T, rows, axis=1))
                 each = np.where(own == 0, 0.0, summands) * own
                 numbers[b][..., place] += each if self.by_channel else each.sum(axis=0)
         return self._here(numbers)
 
     def _tiles(self) -> Iterator[tuple[int, slice, Arrays, np.ndarray]]:
-        """Parts of samples: the sample, the voxels, their arrays, and the region of each."""
+        """Parts of samples: the sample, the voxels, their arrays, and the region of each, (n,), or
+        (C, n) where every class has regions of its own."""
         arrays, inner = self.arrays, prod(self.spatial[1:])
         regions = arrays.regions
         if regions is not None and self.backend.place is not None:
@@ -351,8 +362,11 @@ class _Maps:
                 if regions is None:
                     own = np.zeros((end - start) * inner, np.int64)
                 else:
-                    cut = regions[b, start:end] if self.spatial else regions[b]
-                    own = cut.reshape(-1).astype(np.int64)
+                    by_class = arrays.regions_by_class
+                    cut = regions[b]
+                    if self.spatial:
+                        cut = cut[:, start:end] if by_class else cut[start:end]
+                    own = cut.reshape((self.classes, -1) if by_class else (-1,)).astype(np.int64)
                     own[own >= arrays.rows] = -1
                 yield b, slice(start * inner, end * inner), part, own
 
@@ -456,5 +470,5 @@ def _cut(arrays: Arrays, sample: int, part: slice | None = None) -> Arrays:
         target=cut(arrays.target, arrays.dense),
         voxel_weight=None if weight is None else cut(weight, False),
         fields=tuple(f._replace(array=cut(f.array, f.kind == "class")) for f in arrays.fields),
-        regions=None if regions is None else cut(regions, False),
+        regions=None if regions is None else cut(regions, arrays.regions_by_class),
     )

@@ -8,6 +8,7 @@ says what a lesion and its region are. They also take
 - dice_factor, ce_factor: of Dice and of the cross-entropy of each lesion, at least 0.
 - weight: how lesions are weighed: "equal", "inverse_volume" or "inverse_sqrt_volume".
 - without: what a sample without lesions adds: "whole", the terms of the whole sample, or "skip".
+- per_class: whether the lesions of each class are apart from those of the others.
 - connectivity: 26, 18 or 6 in 3D, 8 or 4 in 2D; None: the most.
 """
 
@@ -20,7 +21,8 @@ from fastloss.options import factor_of
 from fastloss.terms import BlobDiceCE, CCDiceCE, CrossEntropy, Dice
 
 _NAMES = (
-    "dice_factor", "ce_factor", "smooth_nr", "smooth_dr", "weight", "without", "connectivity",
+    "dice_factor", "ce_factor", "smooth_nr", "smooth_dr", "weight", "without", "per_class",
+    "connectivity",
 )  # fmt: skip
 
 
@@ -28,7 +30,7 @@ def cc_dice_ce_loss(
     logits: Any, target: Any, voxel_weight: Any = None, *,
     dice_factor: float = 1.0, ce_factor: float = 1.0,
     smooth_nr: float = 1e-5, smooth_dr: float = 1e-5,
-    weight: str = "equal", without: str = "whole",
+    weight: str = "equal", without: str = "whole", per_class: bool = False,
     connectivity: int | None = None, spacing: Any = None, reduction: str = "mean",
     activation: str | None = None, ignore_index: int | None = None,
     channel_axis: int | None = None, validate: bool | None = None,
@@ -51,7 +53,8 @@ def cc_dice_ce_loss(
     >>> print(round(float(value), 3))
     1.276
     """
-    values = (dice_factor, ce_factor, smooth_nr, smooth_dr, weight, without, connectivity)
+    smooth = (smooth_nr, smooth_dr)
+    values = (dice_factor, ce_factor, *smooth, weight, without, per_class, connectivity)
     part = ((*_NAMES, "spacing", "reduction"), (*values, spacing, reduction))
     whole = (activation, ignore_index, channel_axis, validate)
     arrays = (logits, target, voxel_weight)
@@ -64,7 +67,8 @@ def blob_loss(
     dice_factor: float = 1.0, ce_factor: float = 1.0,
     include_background: bool = False,
     smooth_nr: float = 1e-5, smooth_dr: float = 1e-5,
-    weight: str = "equal", without: str = "skip", connectivity: int | None = None,
+    weight: str = "equal", without: str = "skip", per_class: bool = False,
+    connectivity: int | None = None,
     activation: str | None = None, ignore_index: int | None = None,
     channel_axis: int | None = None, validate: bool | None = None,
     fields: Any = None, regions: Any = None, region_count: int | None = None,
@@ -90,7 +94,7 @@ def blob_loss(
     names = ("include_background", "smooth_nr", "smooth_dr")
     dice = _product("alpha", alpha, "dice_factor", dice_factor)
     entropy = _product("alpha", alpha, "ce_factor", ce_factor)
-    values = (dice_factor, ce_factor, *smooth, weight, without, connectivity)
+    values = (dice_factor, ce_factor, *smooth, weight, without, per_class, connectivity)
     return value_of(
         (logits, target, voxel_weight),
         (activation, ignore_index, channel_axis, validate),

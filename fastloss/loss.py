@@ -94,6 +94,9 @@ class Term:
     """Whether the term reads the sums of every region of a sample. The other terms of its loss then
     read those of whole samples."""
 
+    regions_by_class = False
+    """For a `regional` term: whether every class has a map of regions of its own."""
+
     local: ClassVar[bool] = False
     """For a `regional` term: whether the region of a voxel depends on that voxel alone, so that a
     part of a volume can make its own."""
@@ -247,7 +250,8 @@ class Term:
     def make_regions(self, target: Target, spacing: Spacing) -> tuple[np.ndarray, int]:
         """For a `regional` term: the regions of a target, and how many a sample has at most.
 
-        Both arrays are NumPy's; the regions are (B, *spatial) of int8, int16 or int32.
+        They are NumPy's, (B, *spatial) of int8, int16 or int32; (B, C, *spatial) of a term with
+        ``regions_by_class``, but for a single class.
 
         Raises:
             ValueError: they cannot be made of such a target.
@@ -514,7 +518,8 @@ class Loss:
     - regions: None, or the region that every voxel belongs to, (B, *spatial) or (B, 1, *spatial) of
       integers: 0, 1, 2, … within a sample, each of at least one voxel; −1 where a voxel counts for
       nothing. Sums are then formed for every region, and terms take regions for samples: all but
-      those beside a `fastloss.PerRegion`, which makes its regions where none are given.
+      those beside a `fastloss.PerRegion`, which makes its regions where none are given, and with
+      ``per_class`` takes one map for each class, (B, C, *spatial).
     - region_count: how many regions a sample may have; found out if it is not given, but on a GPU,
       where to look would wait. Chunks of a volume on a GPU need the same.
 
@@ -622,6 +627,7 @@ class Loss:
         """The names of the fields that the sums read, in their order."""
         self.makers = _makers([term for _, term in terms])
         self.regional = _regional_term([term for _, term in terms])
+        self.regions_by_class = self.regional is not None and self.regional.regions_by_class
         self._checked: set[int] = set()
         self._factors = np.array([factor for factor, _ in terms], np.float64)
         self._text_of_options = text_of_options(tuple(self._options.items()))

@@ -33,6 +33,7 @@ class FusedLoss(Protocol):
     field_names: tuple[str, ...]
     makers: Any
     regional: Any
+    regions_by_class: bool
     ranking: Any
     counting: Any
     maps_voxels: bool

@@ -104,12 +104,13 @@ def problems(draw: st.DrawFn) -> tuple[Request, Arrays]:
             numbers = rng.normal(size=shape if kind == "class" else (batch, *spatial))
             numbers = numbers.astype(draw(st.sampled_from(["float32", "float16", "float64"])))
         fields[name] = borrowed(layout(numbers))
-    regions, rows = None, 1
+    regions, rows, by_class = None, 1, False
     if draw(st.integers(0, 2)) == 0:
         rows = draw(st.sampled_from([1, 2, 5, 40]))
         stretch = draw(st.sampled_from([1, 9, 300]))
-        numbers = np.repeat(rng.integers(-1, rows, 10**4), stretch)
-        numbers = numbers[: batch * int(np.prod(spatial))].reshape(batch, *spatial)
+        by_class = draw(st.booleans()) and classes > 1
+        of_regions = shape if by_class else (batch, *spatial)
+        numbers = np.resize(np.repeat(rng.integers(-1, rows, 10**4), stretch), of_regions)
         kind = draw(st.sampled_from(["int64", "int32", "int16", "int8"]))
         regions = borrowed(layout(numbers.astype(kind)))
     arrays = arrange(
@@ -120,6 +121,7 @@ def problems(draw: st.DrawFn) -> tuple[Request, Arrays]:
         channel_axis=1,
         fields={name: fields[name] for name in request.fields},
         regions=regions,
+        regions_by_class=by_class,
         rows=rows,
     )
     return request, arrays

@@ -17,6 +17,7 @@ import fastloss.torch as ft  # noqa: E402
 LOSSES = {
     "cc": lambda: fl.CCDiceCE(weight="inverse_volume") + 0.5 * fl.Dice(batch=True),
     "blob": lambda: fl.BlobLoss(),
+    "apart": lambda: fl.CCDiceCE(per_class=True) + fl.Dice(),
 }
 
 
@@ -60,7 +61,7 @@ def test_compiled() -> None:
     torch._dynamo.reset()
     x, y = tensors()
     x.requires_grad_()
-    for loss in (LOSSES["cc"](), fl.PerRegion(fl.Dice(), 2 * fl.Focal())):
+    for loss in (LOSSES["cc"](), LOSSES["apart"](), fl.PerRegion(fl.Dice(), 2 * fl.Focal())):
         regions = loss.fields(y, classes=3)["regions"]
         module = torch.compile(ft.Loss(loss), backend="aot_eager", fullgraph=True)
         value = module(x, y, regions=regions, region_count=50)
@@ -76,20 +77,21 @@ def test_jax() -> None:
     jax = need("jax")
     x, y = (a.numpy() for a in tensors())
     x, y = jax.numpy.asarray(x, "float32"), jax.numpy.asarray(y, "int32")
-    loss = fl.BlobLoss()
-    regions = np.asarray(loss.fields(np.asarray(y), classes=3)["regions"])
-    right = loss.value_and_grad(np.asarray(x), np.asarray(y))
-    assert float(loss(x, y)) == pytest.approx(float(right[0]), rel=1e-6)
+    for loss in (fl.BlobLoss(), fl.CCDiceCE(per_class=True)):
+        regions = np.asarray(loss.fields(np.asarray(y), classes=3)["regions"])
+        right = loss.value_and_grad(np.asarray(x), np.asarray(y))
+        assert float(loss(x, y)) == pytest.approx(float(right[0]), rel=1e-6)
 
-    def of(z: Any, **options: Any) -> Any:
-        return loss(z, y, **options)
+        def of(z: Any, loss: Any = loss, **options: Any) -> Any:
+            return loss(z, y, **options)
 
-    options = {"regions": regions, "region_count": int(regions.max()) + 1}
-    value, gradient = jax.jit(jax.value_and_grad(lambda z: of(z, **options)))(x)
-    assert float(value) == pytest.approx(float(right[0]), rel=1e-6)
-    assert np.allclose(gradient, right[1], atol=1e-7)
-    with pytest.raises(ValueError, match="regions: a program that JAX transforms cannot make"):
-        jax.grad(of)(x)
+        options = {"regions": regions, "region_count": int(regions.max()) + 1}
+        compiled = jax.jit(jax.value_and_grad(lambda z, of=of, options=options: of(z, **options)))
+        value, gradient = compiled(x)
+        assert float(value) == pytest.approx(float(right[0]), rel=1e-6)
+        assert np.allclose(gradient, right[1], atol=1e-7)
+        with pytest.raises(ValueError, match="regions: a program that JAX transforms cannot make"):
+            jax.grad(of)(x)
 
 
 # ------------------------------------------------------------------ ranks

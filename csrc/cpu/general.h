@@ -118,17 +118,26 @@ struct ClassTotals {
   double reference, overlap, predicted, loss, loss_rest;
 };
 
+// Of `count` voxels from `first` on.
 template <class T, bool kLogs, bool kRests>
-ClassTotals class_totals(int padded, const T* m, const T* g, const Fields<T>& f) {
+ClassTotals class_totals(int first, int count, const T* m, const T* g, const Fields<T>& f) {
+  constexpr int L = lanes<T>;
   Vec<T> reference{}, overlap{}, predicted{}, losses{}, rests{};
-  for (int v = 0; v < padded; v += lanes<T>) {
-    const Vec<T> w = load<T>(m + v), y = load<T>(g + v), here = w * y;
-    const Vec<T> probability = load<T>(f.p + v);
+  const auto add = [&](int v, const auto& numbers) {
+    const Vec<T> w = numbers(m + v), y = numbers(g + v), here = w * y;
+    const Vec<T> probability = numbers(f.p + v);
     reference += here;
     overlap += here * probability;
     predicted += w * probability;
-    if (kLogs) losses += product<T>(here, load<T>(f.loss + v));
-    if (kRests) rests += product<T>(w * (T(1) - y), load<T>(f.loss_rest + v));
+    if (kLogs) losses += product<T>(here, numbers(f.loss + v));
+    if (kRests) rests += product<T>(w * (T(1) - y), numbers(f.loss_rest + v));
+  };
+  const int end = first + count;
+  int v = first;
+  for (; v + L <= end; v += L) add(v, [](const T* row) { return load<T>(row); });
+  if (v < end) {
+    const IVec<T> left = first_lanes<T>(end - v);
+    add(v, [&](const T* row) { return keep<T>(left, load<T>(row)); });
   }
   return {total<T>(reference), total<T>(overlap), total<T>(predicted), total<T>(losses),
           total<T>(rests)};
@@ -225,6 +234,7 @@ void reduce_general(Tile<T>& t, double* sums, double* weights, uint64_t* tallies
     });
   };
   if (weights) {
+    if (job.regions_by_class) t.find_regions_of(0);
     if (job.regions) by_region(m, weights, 1);
     else *weights += sum_row<T>(n, [&](int v) { return load<T>(m + v); });
   }
@@ -233,25 +243,29 @@ void reduce_general(Tile<T>& t, double* sums, double* weights, uint64_t* tallies
   for (int64_t c = 0; c < classes; ++c) {
     const Fields<T> f = activate_row(t, c, wanted);
     t.load_target(c, g);
-    const bool totals = sums && !job.regions;
-    if (totals) {
+    if (sums && job.regions_by_class && c > 0) t.find_regions_of(c);
+    if (sums) {
       const bool logs = s.cross_entropy >= 0, rests = s.cross_entropy_rest >= 0;
       const auto of_class =
           logs ? (rests ? class_totals<T, true, true> : class_totals<T, true, false>)
                : (rests ? class_totals<T, false, true> : class_totals<T, false, false>);
-      const ClassTotals sum = of_class(n, m, g, f);
-      auto add = [&](int slot, double number) {
-        if (slot >= 0) sums[slot * classes + c] += number;
+      const auto add_totals = [&](int64_t row, int first, int count) {
+        const ClassTotals sum = of_class(first, count, m, g, f);
+        const auto add = [&](int slot, double number) {
+          if (slot >= 0) sums[row * per_row + slot * classes + c] += number;
+        };
+        add(s.reference, sum.reference);
+        add(s.overlap, sum.overlap);
+        add(s.predicted, sum.predicted);
+        add(s.cross_entropy, sum.loss);
+        add(s.cross_entropy_rest, sum.loss_rest);
       };
-      add(s.reference, sum.reference);
-      add(s.overlap, sum.overlap);
-      add(s.predicted, sum.predicted);
-      add(s.cross_entropy, sum.loss);
-      add(s.cross_entropy_rest, sum.loss_rest);
+      if (job.regions) t.each_stretch(add_totals);
+      else add_totals(0, 0, n);
     }
     if (job.map == MapKind::of_class) std::memset(mapped, 0, sizeof(T) * kMaxTile);
     for (int32_t i = 0; i < s.count && job.map != MapKind::error; ++i) {
-      const bool summed = sums && !(totals && is_among(job.sums[i], kTotals));
+      const bool summed = sums && !is_among(job.sums[i], kTotals);
       if (!summed && !maps) continue;
       with_summands(t, job.sums[i], c, g, f, [&](const auto& term) {
         if (summed && !job.regions) {
@@ -313,6 +327,31 @@ void mask_map(Tile<T>& t) {
   }
 }
 
+// The derivatives by the common sums of one class: those of a sample, or of a region.
+template <class T>
+struct CommonSlopes {
+  T overlap = 0, predicted = 0, squared = 0, loss = 0, loss_rest = 0, uniform = 0, uniform_rest = 0;
+
+  CommonSlopes() = default;
+  // number(slot) is that by a sum; those of log q are left out for softmax.
+  template <class Number>
+  CommonSlopes(const fastloss::Slots& s, bool softmax, const Number& number) {
+    const auto k = [&](int slot) { return slot >= 0 ? number(slot) : T(0); };
+    overlap = k(s.overlap), predicted = k(s.predicted), squared = 2 * k(s.predicted_squared);
+    loss = k(s.cross_entropy), uniform = k(s.uniform);
+    if (!softmax) loss_rest = k(s.cross_entropy_rest), uniform_rest = k(s.uniform_rest);
+  }
+
+  // By p, log p and log q, for voxels of these weights and targets.
+  FL_INLINE Vec<T> by_p(Vec<T> m, Vec<T> g, Vec<T> p) const {
+    return m * (overlap * g + predicted + squared * p);
+  }
+  FL_INLINE Vec<T> by_log(Vec<T> m, Vec<T> g) const { return -(m * (loss * g + uniform)); }
+  FL_INLINE Vec<T> by_rest(Vec<T> m, Vec<T> g) const {
+    return -(m * (loss_rest * (T(1) - g) + uniform_rest));
+  }
+};
+
 template <class T>
 void apply_general(Tile<T>& t) {
   constexpr int L = lanes<T>;
@@ -321,10 +360,9 @@ void apply_general(Tile<T>& t) {
   const int64_t classes = job.classes;
   const bool softmax = job.activation == Activation::softmax;
   const bool sigmoid = job.activation == Activation::sigmoid;
-  // The common sums are differentiated together, unless every region has its own coefficients; for
-  // softmax, none of them is of log q.
+  // The common sums are differentiated together; for softmax, none of them is of log q.
   const uint32_t of_log_q = fastloss::kCrossEntropyRest | fastloss::kUniformRest;
-  const uint32_t together = job.regions ? 0 : softmax ? kTogether & ~of_log_q : kTogether;
+  const uint32_t together = softmax ? kTogether & ~of_log_q : kTogether;
   Wanted wanted;
   bool others = false, by_log_q = sigmoid;
   for (int32_t i = 0; i < s.count; ++i) {
@@ -355,30 +393,42 @@ void apply_general(Tile<T>& t) {
     std::memset(t.row(kSumOfMany), 0, sizeof(T) * kMaxTile);
   }
   // Without other sums the derivatives need no rows.
-  const bool joined = softmax && !others;
-  auto k = [&](int slot, int64_t c, bool taken = true) {
-    return slot >= 0 && together && taken ? t.table[slot * classes + c] : T(0);
-  };
+  const bool joined = softmax && !others && !job.regions;
   auto at = [&](const T* r, int64_t v) { return load<T>(r + v); };
 
   for (int64_t c = 0; c < classes; ++c) {
     const Fields<T> f = activate_row(t, c, wanted);
     t.load_target(c, g);
-    T overlap = k(s.overlap, c), predicted = k(s.predicted, c);
-    T squared = 2 * k(s.predicted_squared, c);
-    T loss = k(s.cross_entropy, c), loss_rest = k(s.cross_entropy_rest, c, !softmax);
-    T uniform = k(s.uniform, c), uniform_rest = k(s.uniform_rest, c, !softmax);
-    auto slope = [&](int64_t v) {
-      return at(m, v) * (overlap * at(g, v) + predicted + squared * at(f.p, v));
-    };
-    auto log_slope = [&](int64_t v) { return -(at(m, v) * (loss * at(g, v) + uniform)); };
-    if (!joined) {
-      for (int64_t v = 0, end = t.padded; v < end; v += L) {
-        store<T>(by_p + v, slope(v));
-        store<T>(by_log + v, log_slope(v));
-        if (by_log_q)
-          store<T>(by_rest + v, -(at(m, v) * (loss_rest * (T(1) - at(g, v)) + uniform_rest)));
+    if (job.regions_by_class) t.find_regions_of(c);
+    const auto slopes_of = [&](const auto& number) { return CommonSlopes<T>(s, softmax, number); };
+    CommonSlopes<T> common;
+    if (!job.regions) common = slopes_of([&](int slot) { return t.table[slot * classes + c]; });
+    auto slope = [&](int64_t v) { return common.by_p(at(m, v), at(g, v), at(f.p, v)); };
+    auto log_slope = [&](int64_t v) { return common.by_log(at(m, v), at(g, v)); };
+    // Stores the slopes of a stretch of voxels.
+    const auto put_slopes = [&](int first, int end) {
+      for (int v = first; v < end; v += L) {
+        const auto put = [&](T* row, Vec<T> value) {
+          if (v + L <= end) store<T>(row + v, value);
+          else std::memcpy(row + v, &value, sizeof(T) * size_t(end - v));
+        };
+        put(by_p, slope(v));
+        put(by_log, log_slope(v));
+        if (by_log_q) put(by_rest, common.by_rest(at(m, v), at(g, v)));
       }
+    };
+    if (job.regions) {
+      for (int i = 0; i < t.runs; ++i) {
+        const int first = t.run_start[i];
+        const int64_t row = t.region[first];
+        common = CommonSlopes<T>();
+        if (row >= 0)
+          common =
+              slopes_of([&](int slot) { return T(job.coefficients_of(slot, t.sample, row)[c]); });
+        put_slopes(first, i + 1 < t.runs ? t.run_start[i + 1] : t.padded);
+      }
+    } else if (!joined) {
+      put_slopes(0, t.padded);
     }
     for (int32_t i = 0; i < s.count && others; ++i) {
       const Sum& one = job.sums[i];

@@ -141,7 +141,8 @@ struct Job {
   int32_t field_count = 0;
   // The region of every voxel; null: each sample is a row.
   const Array* regions = nullptr;
-  int64_t rows = 1;  // of a sample
+  bool regions_by_class = false;  // every class has a map of them
+  int64_t rows = 1;               // of a sample
   MapKind map = MapKind::none;
   void* map_out = nullptr;
   DType map_dtype = DType::f32;

@@ -306,7 +306,9 @@ class Passes {
     job.fields = operands.fields.data();
     job.field_count = int32_t(operands.fields.size());
     if (!parts[1].is_none()) {
-      operands.regions = view(parts[1].cast<py::array>(), parts[2].cast<std::string>(), false);
+      const auto regions = parts[1].cast<py::array>();
+      job.regions_by_class = regions.ndim() == logits.ndim();
+      operands.regions = view(regions, parts[2].cast<std::string>(), job.regions_by_class);
       job.regions = &operands.regions;
       job.rows = parts[3].cast<int64_t>();
     }
@@ -421,6 +423,11 @@ class Passes {
       add_row(job, i / blocks, partial.data() + i * row, weights[size_t(i)], sums, voxels);
   }
 
+  // Whether any number is not 0.
+  static bool any_number(const double* numbers, int64_t count) {
+    return std::any_of(numbers, numbers + count, [](double number) { return number != 0; });
+  }
+
   // A block has voxels of few regions: a range keeps the sums of those alone.
   static void reduce_regions(const Job& job, const Plan& plan, double* sums, double* voxels,
                              Faults* found) {
@@ -449,10 +456,11 @@ class Passes {
                              found + sample * plan.blocks + block};
         kernels->reduce(job, sample, here, scratch);
         for (int64_t r = 0; r < rows; ++r) {
-          if (weights[r] == 0) continue;
+          const double* own = partial + r * row;
+          if (weights[r] == 0 && !(job.regions_by_class && any_number(own, row))) continue;
           part.rows.push_back(sample * rows + r);
           part.numbers.push_back(weights[r]);
-          part.numbers.insert(part.numbers.end(), partial + r * row, partial + (r + 1) * row);
+          part.numbers.insert(part.numbers.end(), own, own + row);
         }
       }
     });

@@ -17,9 +17,9 @@ constexpr uint32_t kRegionSums =
 constexpr int kMostRegionClasses = 64;
 
 inline bool suits_softmax_regions(const Job& job) {
-  return job.regions && job.activation == Activation::softmax && !job.dense &&
-         job.map == fastloss::MapKind::none && (job.slots.kinds & ~kRegionSums) == 0 &&
-         !job.losses && job.classes <= kMostRegionClasses;
+  return job.regions && !job.regions_by_class && job.activation == Activation::softmax &&
+         !job.dense && job.map == fastloss::MapKind::none &&
+         (job.slots.kinds & ~kRegionSums) == 0 && !job.losses && job.classes <= kMostRegionClasses;
 }
 
 // The label that all voxels of a run share, or −1.

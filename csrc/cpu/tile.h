@@ -185,15 +185,23 @@ struct Tile {
     } else if (job.has_ignore) {
       find_ignored();
     }
-    if (job.regions && !regions_later) find_regions();
+    if (job.regions && !regions_later && !job.regions_by_class) find_regions();
   }
 
-  // Fills `region`.
-  void load_regions() {
+  // Fills `region` with the regions of all classes, or of class c.
+  void load_regions(int64_t c = 0) {
     const Array& a = *job.regions;
     Runs where;
     where.find(a, voxel, n);
-    load_labels(a.data + sample * a.batch_stride, a.dtype, where, job.rows, false, 0, region);
+    const char* from = a.data + sample * a.batch_stride;
+    if (job.regions_by_class) from += c * a.channel_stride;
+    load_labels(from, a.dtype, where, job.rows, false, 0, region);
+  }
+
+  // Finds the runs of the regions of class c.
+  void find_regions_of(int64_t c) {
+    load_regions(c);
+    find_runs();
   }
 
   // Finds the runs of regions, and sets the weight of voxels without one to 0.

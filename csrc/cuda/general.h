@@ -50,7 +50,7 @@ struct GeneralCall : Call {
 
   // From here on: the fields that CONST reads.
   int map_kind, map_type;
-  int regions_type;
+  int regions_type, regions_by_class;
   int fields;
   int field_kind[kMaxFields], field_type[kMaxFields];
   // For every sum; a field of −1: none, −2: absent, and the sum is 0.
@@ -69,6 +69,9 @@ FL_DEVICE T gap_below(T x, T most) {
 }
 
 FL_DEVICE bool has_regions(const GeneralCall& call) { return CONST(regions_type) != kNoType; }
+
+// Whether every class has a map of regions.
+FL_DEVICE bool has_regions_by_class(const GeneralCall& call) { return CONST(regions_by_class); }
 
 // Whether a sum is computed.
 FL_DEVICE bool is_there(const GeneralCall& call, int s) {
@@ -93,7 +96,7 @@ struct Spot {
   const GeneralCall& call;
   Voxels<T, 1> voxel;
   long long offset[1 + kFields];  // of the regions and the fields, in bytes, sample included
-  int row;                        // of the sample; −1: none
+  int row;                        // of the sample; −1: none; of regions by class see `row_of`
   T number[kFields + 1];          // of the fields with one number per voxel
 
   FL_DEVICE Spot(const GeneralCall& call, int sample, Index first, Index last) : call(call) {
@@ -108,8 +111,8 @@ struct Spot {
       }
     }
     row = voxel.inside ? 0 : -1;
-    if (voxel.inside && has_regions(call)) {
-      row = region();
+    if (voxel.inside && has_regions(call) && !has_regions_by_class(call)) {
+      row = region(0);
       if (row < 0) voxel.m[0] = T(0);
     }
 #pragma unroll
@@ -137,8 +140,13 @@ struct Spot {
     }
   }
 
-  FL_DEVICE int region() const {
-    const char* from = call.more[0] + offset[0];
+  // The row of the sums of class c; −1: none.
+  FL_DEVICE int row_of(int c) const {
+    return has_regions_by_class(call) && voxel.inside ? region(c) : row;
+  }
+
+  FL_DEVICE int region(int c) const {
+    const char* from = call.more[0] + offset[0] + c * call.more_channel_stride[0];
     long long found;
     switch (CONST(regions_type)) {
       case kU8:
@@ -384,6 +392,21 @@ FL_DEVICE void halve(T (&numbers)[N], int lane) {
   }
 }
 
+// Calls with(row, mine) for the rows of a warp's voxels, of which `mine` are in that row; a row of
+// −1: none. All lanes must call.
+template <class With>
+FL_DEVICE void for_rows(const GeneralCall& call, int row, const With& with) {
+  if (!has_regions(call)) return with(0, row >= 0);
+  // Voxels of a region are adjacent: usually there is one region per warp.
+  unsigned left = __ballot_sync(kAllLanes, row >= 0);
+  while (left) {
+    int one = __shfl_sync(kAllLanes, row, __ffs(int(left)) - 1);
+    bool mine = row == one;
+    left &= ~__ballot_sync(kAllLanes, mine);
+    with(one, mine);
+  }
+}
+
 // A warp's accumulators: (rows, S · C + 1), a row's voxel weights last, then the number of faults.
 template <class In>
 struct Accumulators {
@@ -408,34 +431,43 @@ struct Accumulators {
     return static_cast<double*>(call.partial) + size_t(blockIdx.x) * size_t(width());
   }
 
-  // Adds the voxels of a warp that are `mine`, all in one row. All lanes must call.
-  FL_DEVICE void add(const Spot<In>& spot, int row, bool mine, T& map) {
-    double* here = to + size_t(row) * row_size();
+  // Adds the voxels of a warp. All lanes must call.
+  FL_DEVICE void add(const Spot<In>& spot, T& map) {
     for_classes(spot, [&](int c, T, const Probability<T>& v) {
       T g = spot.target(c);
-#pragma unroll
-      for (int first = 0; first < kSums; first += kAtOnce) {
-        T numbers[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          int s = first + i;
-          numbers[i] = mine && s < kSums && is_there(call, s < kSums ? s : 0)
-                           ? summand(spot, s < kSums ? s : 0, c, g, v)
-                           : T(0);
-        }
-        halve<kAtOnce>(numbers, part.lane);
-#pragma unroll
-        for (int step = kLanes / kAtOnce / 2; step; step /= 2)
-          numbers[0] += __shfl_xor_sync(kAllLanes, numbers[0], step);
-        constexpr int kEach = kLanes / kAtOnce;
-        int s = first + part.lane / kEach;
-        if (part.lane % kEach == 0 && s < CONST(slots))
-          here[s * CONST(classes) + c] += double(numbers[0]);
-      }
-      if (CONST(map_kind) == kVoxelMap && mine) map += mapped(spot, c, g, v);
+      for_rows(call, spot.row_of(c),
+               [&](int row, bool mine) { add_class(spot, row, mine, c, g, v); });
+      if (CONST(map_kind) == kVoxelMap && spot.row >= 0) map += mapped(spot, c, g, v);
     });
-    T m = warp_sum(mine ? spot.voxel.m[0] : T(0));
-    if (part.lane == 0) here[row_size() - 1] += double(m);
+    for_rows(call, spot.row_of(0), [&](int row, bool mine) {
+      T m = warp_sum(mine ? spot.voxel.m[0] : T(0));
+      if (part.lane == 0) to[size_t(row + 1) * row_size() - 1] += double(m);
+    });
+  }
+
+  // Adds the voxels of a warp that are `mine`, all in one row, to the sums of class c.
+  FL_DEVICE void add_class(const Spot<In>& spot, int row, bool mine, int c, T g,
+                           const Probability<T>& v) {
+    double* here = to + size_t(row) * row_size();
+#pragma unroll
+    for (int first = 0; first < kSums; first += kAtOnce) {
+      T numbers[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        int s = first + i;
+        numbers[i] = mine && s < kSums && is_there(call, s < kSums ? s : 0)
+                         ? summand(spot, s < kSums ? s : 0, c, g, v)
+                         : T(0);
+      }
+      halve<kAtOnce>(numbers, part.lane);
+#pragma unroll
+      for (int step = kLanes / kAtOnce / 2; step; step /= 2)
+        numbers[0] += __shfl_xor_sync(kAllLanes, numbers[0], step);
+      constexpr int kEach = kLanes / kAtOnce;
+      int s = first + part.lane / kEach;
+      if (part.lane % kEach == 0 && s < CONST(slots))
+        here[s * CONST(classes) + c] += double(numbers[0]);
+    }
   }
 
   FL_DEVICE void add_faults(int faults) {
@@ -467,18 +499,7 @@ FL_DEVICE void general_reduce(const GeneralCall& call) {
     Spot<In> spot(call, part.sample, start + Index(part.lane), part.last);
     sums.add_faults(spot.voxel.faults);
     T map = T(0);
-    if (!has_regions(call)) {
-      sums.add(spot, 0, spot.voxel.inside, map);
-    } else {
-      // Voxels of a region are adjacent: usually there is one region per warp.
-      unsigned left = __ballot_sync(kAllLanes, spot.row >= 0);
-      while (left) {
-        int row = __shfl_sync(kAllLanes, spot.row, __ffs(int(left)) - 1);
-        bool mine = spot.row == row;
-        left &= ~__ballot_sync(kAllLanes, mine);
-        sums.add(spot, row, mine, map);
-      }
-    }
+    sums.add(spot, map);
     if (CONST(map_kind) == kVoxelMap && spot.voxel.inside) store_map(spot, 0, map);
   }
   sums.write_partial();
@@ -541,11 +562,12 @@ FL_DEVICE Slopes<T> slopes_of(const Spot<In>& spot, const Derivatives<T>& by, in
   const GeneralCall& call = spot.call;
   Slopes<T> sum = {T(0), T(0), T(0)};
   T g = v.g = spot.target(c);
-  int row = spot.row < 0 ? 0 : spot.row;
+  const int row = spot.row_of(c), there = row < 0 ? 0 : row;
 #pragma unroll
   for (int s = 0; s < kSums; ++s) {
     if (!is_there(call, s)) continue;
-    T w = by(s, row, c) * spot.weight(s, c, g);
+    T w = by(s, there, c) * spot.weight(s, c, g);
+    if (has_regions_by_class(call) && row < 0) w = T(0);
     with_function(Function(CONST(sum_function[s])), [&](auto function) {
       T slope = Careful::product(w, function.template slope<Careful>(v, T(CONST(parameter[s]))));
       if (function.by == By::p) sum.p += slope;

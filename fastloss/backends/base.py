@@ -27,7 +27,9 @@ class Backend:
 
     A row is a sample or, with regions, one of the `Arrays.rows` regions of a sample; the rows of a
     sample are consecutive. Voxels of weight 0, of the ignored label or of no region contribute
-    nothing, whatever logits and fields hold there.
+    nothing, whatever logits and fields hold there. Where every class has regions of its own, a
+    voxel of no region contributes nothing to the sums of that class, and the voxel weights are
+    summed over the regions of class 0.
     """
 
     name = ""
@@ -102,10 +104,14 @@ class Backend:
             )
             if arrays.voxel_weight is not None:
                 sample.voxel_weight = arrays.voxel_weight[one]
-            if arrays.regions is not None:
-                mine = arrays.regions[one] == region
+            mine = None if arrays.regions is None else arrays.regions[one] == region
+            if arrays.regions_by_class:
+                sample.regions = None
+            elif mine is not None:
                 sample.regions, sample.regions_dtype = np.where(mine, 0, -1).astype("int8"), "int8"
             self.write_map(wanted, sample, Map("class", found, k))
+            if mine is not None and arrays.regions_by_class:
+                np.copyto(found, 0.0, where=~mine.reshape(found.shape))
             if region:
                 out[one] += found
             else:

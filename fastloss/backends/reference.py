@@ -91,7 +91,7 @@ WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 class _Sample(NamedTuple):
     """One sample in float64: logits and target (C, N), voxel weights and rows (N,), fields (C, N).
 
-    A row of −1: the voxel has no region.
+    A row of −1: the voxel has no region. Rows are (C, N) where each class has regions of its own.
     """
 
     x: np.ndarray
@@ -99,6 +99,11 @@ class _Sample(NamedTuple):
     m: np.ndarray
     row: np.ndarray
     fields: dict[str, np.ndarray]
+
+    def row_of(self, c: int) -> np.ndarray:
+        """The rows of the voxels in the sums of class c, (N,)."""
+        of_class: np.ndarray = self.row if self.row.ndim == 1 else self.row[c]
+        return of_class
 
 
 class ReferenceBackend(Backend):
@@ -117,13 +122,13 @@ class ReferenceBackend(Backend):
         for b in range(arrays.logits.shape[0]):
             sample = _sample(request, arrays, b)
             rows = slice(b * arrays.rows, (b + 1) * arrays.rows)
-            voxels[rows] = _by_row(sample.m, sample, arrays.rows)
+            voxels[rows] = _by_row(sample.m, sample.row_of(0), arrays.rows)
             with np.errstate(all="ignore"):
                 v = _activate(request.activation, sample)
                 for s, total in enumerate(request.sums):
                     summands = _summands(total, v, sample)
                     for c, of_class in enumerate(summands):
-                        sums[s, rows, c] = _by_row(of_class, sample, arrays.rows)
+                        sums[s, rows, c] = _by_row(of_class, sample.row_of(c), arrays.rows)
                 for kind in request.histograms:
                     sums[request.index[kind], b] = _histogram(kind, v, sample)
                 if voxel_map is not None:
@@ -134,11 +139,12 @@ class ReferenceBackend(Backend):
     ) -> None:
         for b in range(arrays.logits.shape[0]):
             sample = _sample(request, arrays, b)
+            classes = range(len(sample.x))
             rows = coefficients[:, b * arrays.rows : (b + 1) * arrays.rows]
             with np.errstate(all="ignore"):
                 # The coefficients of every voxel's row: (S, C, N).
                 of_sums = rows[: len(request.sums)].transpose(0, 2, 1)
-                k = of_sums[:, :, np.maximum(sample.row, 0)]
+                k = np.stack([_by_voxel(of_sums[:, c], sample.row_of(c)) for c in classes], 1)
                 by_error = {kind: rows[request.index[kind], 0] for kind in request.histograms}
                 gradient = _gradient(request, k, by_error, sample)
                 out[b] = _store(gradient.reshape(out[b].shape), arrays.logits_dtype)
@@ -166,11 +172,16 @@ def _weights(total: Sum, sample: _Sample) -> np.ndarray:
     return _product(weight, sample.fields[total.field]) if total.field else weight
 
 
-def _by_row(summands: np.ndarray, sample: _Sample, rows: int) -> np.ndarray:
+def _by_row(summands: np.ndarray, row_of_voxel: np.ndarray, rows: int) -> np.ndarray:
     """Σ over the voxels of every row, (rows,)."""
-    if rows == 1 and (sample.row == 0).all():
+    if rows == 1 and (row_of_voxel == 0).all():
         return np.array([summands.sum()])
-    return np.array([summands[sample.row == row].sum() for row in range(rows)])
+    return np.array([summands[row_of_voxel == row].sum() for row in range(rows)])
+
+
+def _by_voxel(of_rows: np.ndarray, row_of_voxel: np.ndarray) -> np.ndarray:
+    """(S, rows) as the numbers of every voxel's row, 0 where it has none: (S, N)."""
+    return np.where(row_of_voxel < 0, 0.0, of_rows[:, np.maximum(row_of_voxel, 0)])
 
 
 def _mapped(request: Request, voxel_map: Map, v: Probability, sample: _Sample) -> np.ndarray:
@@ -316,9 +327,11 @@ def _sample(request: Request, arrays: Arrays, b: int) -> _Sample:
     g, m = target_of_sample(request, arrays, b)
     row = np.zeros(x.shape[1], np.int64)
     if arrays.regions is not None:
-        row = arrays.regions[b].reshape(-1).astype(np.int64)
+        shape = (-1, x.shape[1]) if arrays.regions_by_class else (-1,)
+        row = arrays.regions[b].reshape(shape).astype(np.int64)
         row = np.where((row < 0) | (row >= arrays.rows), -1, row)
-        m = np.where(row < 0, 0.0, m)
+        if not arrays.regions_by_class:
+            m = np.where(row < 0, 0.0, m)
     fields = {}
     for name, field in zip(request.fields, arrays.fields, strict=True):
         numbers = load(field.array[b], field.dtype)

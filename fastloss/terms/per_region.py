@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -11,8 +12,9 @@ from fastloss.fields import Spacing, Target
 from fastloss.instances import check_connectivity, components, voronoi
 from fastloss.loss import Derivatives, Loss, Pullback, Term, to_regions
 from fastloss.options import REDUCTIONS, check_choice, check_number, check_spacing
+from fastloss.request import make_request
 from fastloss.statistics import Statistics
-from fastloss.sums import as_sum
+from fastloss.sums import Sum, as_sum, family
 from fastloss.terms.distribution import CrossEntropy, VoxelwiseTerm
 from fastloss.terms.per_class import ClassTerm, alone, with_background
 from fastloss.terms.region import Dice
@@ -22,6 +24,8 @@ WEIGHTINGS = ("equal", "inverse_volume", "inverse_sqrt_volume")
 _EXPONENTS = dict(zip(WEIGHTINGS, (0.0, -1.0, -0.5), strict=True))
 WITHOUT = ("whole", "skip")
 _SHORT = (np.int8, np.int16)
+_VOXELS = Sum()
+"""The sum of the voxel weights in the regions of each class."""
 
 
 class PerRegion(Term):
@@ -45,6 +49,17 @@ class PerRegion(Term):
       numbers that may be left out. A class of which a region has voxels is a lesion there; a region
       without any counts for nothing.
 
+    With ``per_class`` the lesions of each class are apart from those of the others. Every class is
+    then a task of its own, the class against the rest: its lesions share the volume among
+    themselves, whatever lesions of other classes lie there, and its value is what the same term
+    gives, with a sigmoid's formulas, for the mask of the class and its p. So cross-entropy is the
+    mean over a region of −log p in the class and −log(1−p) outside: which other class took the
+    probability is no matter of this lesion. A sample has the mean over its classes of their means
+    over lesions; a class of which it has no lesions adds what ``without`` says. Dice and
+    cross-entropy of two classes are the same as without ``per_class``. The regions are
+    (B, C, *spatial), a map for each class, numbered in each as above. Channels may overlap, as
+    those of a sigmoid do.
+
     Other terms of the same loss, as in ``fl.Dice() + fl.PerRegion(fl.Dice())``, are those of whole
     samples. A voxel whose region is −1 counts for nothing in any term.
 
@@ -62,8 +77,10 @@ class PerRegion(Term):
         without: what a sample without lesions adds: "whole", the terms of the whole sample, of
             region terms the mean over the classes; or "skip", nothing, and it is left out of the
             mean over the samples.
+        per_class: whether each class has regions of its own. Terms may then have no weights of
+            several classes, and their ``include_background`` is not looked at.
         include_background: whether class 0 has lesions too, where there are several channels; for
-            "given" alone.
+            "given" and ``per_class`` alone.
         connectivity: as in `fastloss.components`.
         spacing: the size of a voxel for "voronoi", one number or one per spatial axis; None: 1.
         reduction: "mean" over the samples, "sum", or "none": (B, 1), 0 for samples that are left
@@ -91,6 +108,7 @@ class PerRegion(Term):
         regions: str = "voronoi",
         weight: str = "equal",
         without: str = "whole",
+        per_class: bool = False,
         include_background: bool = False,
         connectivity: int | None = None,
         spacing: Any = None,
@@ -98,20 +116,27 @@ class PerRegion(Term):
     ) -> None:
         self.regions = check_choice("regions", regions, MODES)
         self.include_background = bool(include_background)
-        if self.include_background and regions != "given":
+        if self.include_background and regions != "given" and not per_class:
             raise ValueError(
                 "include_background: the background has no components; expected False with "
-                f"regions={regions!r}"
+                f"regions={regions!r}, or per_class=True"
             )
-        self._set_options(weight, without, connectivity, spacing, reduction)
+        self._set_options(weight, without, per_class, connectivity, spacing, reduction)
         self._set_parts(*terms)
         self.terms = self._parts
 
     def _set_options(
-        self, weight: str, without: str, connectivity: int | None, spacing: Any, reduction: str
+        self,
+        weight: str,
+        without: str,
+        per_class: bool,
+        connectivity: int | None,
+        spacing: Any,
+        reduction: str,
     ) -> None:
         self.weight = check_choice("weight", weight, WEIGHTINGS)
         self.without = check_choice("without", without, WITHOUT)
+        self.per_class = bool(per_class)
         self.connectivity = connectivity
         self.spacing = check_spacing(spacing)
         self.reduction = check_choice("reduction", reduction, REDUCTIONS)
@@ -129,26 +154,39 @@ class PerRegion(Term):
             if not isinstance(given, (Term, Loss)):
                 raise TypeError(f"terms: expected terms or losses, got {given!r}")
             each = given.terms if isinstance(given, Loss) else ((1.0, given),)
-            parts += [(factor, _per_row(term)) for factor, term in each]
-        if self.include_background and not all(_counts_all(term) for _, term in parts):
+            parts += [(factor, _per_row(term, self.per_class)) for factor, term in each]
+        if (
+            self.include_background
+            and not self.per_class
+            and not all(_counts_all(term) for _, term in parts)
+        ):
             raise ValueError(
                 "include_background: True, but a term leaves class 0 out; expected the same of both"
             )
         self._parts = tuple(parts)
-        needs = frozenset().union(*(term.requires for _, term in parts))
-        self.requires: frozenset[Any] = needs
+        needs: frozenset[Any] = frozenset().union(*(term.requires for _, term in parts))
+        if self.per_class:
+            families = {need for need in needs if isinstance(need, str)}
+            sums = {total for each in families for total in family(each, "sigmoid")}
+            needs = needs - families | sums | {_VOXELS}
+        self.requires = needs
 
     def check(self, activation: str, classes: int) -> None:
         for _, term in self._parts:
-            term.check(activation, classes)
+            term.check(*(("sigmoid", 1) if self.per_class else (activation, classes)))
         if activation == "softmax" and classes == 1:
             raise ValueError("logits: softmax of one channel has no lesions; use sigmoid")
 
     # ------------------------------------------------------------------ regions
 
     @property
+    def regions_by_class(self) -> bool:  # type: ignore[override]
+        return self.per_class
+
+    @property
     def making_regions(self) -> tuple[Any, ...]:
-        return (self.regions, self.connectivity, self.spacing)
+        own = (self.regions, self.connectivity, self.spacing)
+        return (*own, self.per_class, self.include_background) if self.per_class else own
 
     def make_regions(self, target: Target, spacing: Spacing) -> tuple[np.ndarray, int]:
         if self.regions == "given":
@@ -156,7 +194,22 @@ class PerRegion(Term):
                 "regions: expected the regions of this call, as they are 'given', got None"
             )
         check_connectivity(self.connectivity, max(1, min(target.axes, 3)))
-        found = components(_class_map(target), self.connectivity)
+        if not self.per_class or target.classes == 1:
+            return self._regions_of(_class_map(target), spacing)
+        each = [self._regions_of(mask, spacing) for mask in self._masks(target)]
+        maps, rows = [numbers for numbers, _ in each], max(rows for _, rows in each)
+        if not self.include_background:
+            maps.insert(0, np.zeros_like(maps[0]))
+        return np.stack(maps, axis=1), rows
+
+    def _masks(self, target: Target) -> Iterator[np.ndarray]:
+        """Where the voxels of each class are that has lesions, (B, *spatial)."""
+        for c in range(0 if self.include_background else 1, target.classes):
+            yield target.labels == c if target.masks is None else target.masks[:, c]
+
+    def _regions_of(self, labels: np.ndarray, spacing: Spacing) -> tuple[np.ndarray, int]:
+        """The regions of the components of a map, and how many a sample has at most."""
+        found = components(labels, self.connectivity)
         most = max((len(classes) for classes in found.classes), default=0)
         numbers: np.ndarray = found.numbers
         rows = most + 1 if self.regions == "components+background" else max(most, 1)
@@ -189,7 +242,19 @@ class PerRegion(Term):
         return all(term.shares for _, term in self._parts)
 
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
-        rows, each, first, share, falls = self._weighed(statistics)
+        if not self.per_class:
+            return self._combine(statistics, 1)
+        tasks = _Tasks(statistics, self.include_background)
+        value, pull = self._combine(tasks.statistics, tasks.count)
+
+        def pullback(upstream: np.ndarray) -> Derivatives:
+            return {key: tasks.by_class(by) for key, by in pull(upstream).items()}
+
+        return value, pullback
+
+    def _combine(self, statistics: Statistics, tasks: int) -> tuple[np.ndarray, Pullback]:
+        """As `combine`, of as many samples for each sample of a call as there are tasks."""
+        rows, each, first, share, falls = self._weighed(statistics, tasks)
         beside, whole = each is not statistics, statistics.of_samples()
 
         # On a GPU the sums are not known here.
@@ -209,8 +274,8 @@ class PerRegion(Term):
             if may_fall:
                 own = falls * _of_columns(_average(rows.classes, first), term, first)
                 values, pull = term.combine(whole)
-                total = total + (np.where(own > 0, values, 0.0) * own).sum(axis=1, keepdims=True)
-                pulls.append((factor, own, pull, _as_it_is, False))
+                total = total + rows.over_tasks(np.where(own > 0, values, 0.0) * own)
+                pulls.append((factor, own, pull, rows.fits_tasks, False))
             value = value + factor * total
         if self.reduction != "none":
             value = value.sum()
@@ -231,7 +296,13 @@ class PerRegion(Term):
 
     def parts(self, statistics: Statistics) -> np.ndarray:
         """Of every lesion and its class; those of a sample without lesions are in its first row."""
-        rows, each, first, share, falls = self._weighed(statistics)
+        if not self.per_class:
+            return self._parts_of(statistics, 1)
+        tasks = _Tasks(statistics, self.include_background)
+        return tasks.by_class(self._parts_of(tasks.statistics, tasks.count))
+
+    def _parts_of(self, statistics: Statistics, tasks: int) -> np.ndarray:
+        rows, each, first, share, falls = self._weighed(statistics, tasks)
         whole, average = statistics.of_samples(), _average(rows.classes, first)
         found = np.zeros((rows.count, rows.classes))
         for factor, term in self._parts:
@@ -244,7 +315,7 @@ class PerRegion(Term):
         return found
 
     def fall(self, statistics: Statistics, row: int, sums: np.ndarray) -> np.ndarray:
-        rows, each, first, share, falls = self._weighed(statistics)
+        rows, each, first, share, falls = self._weighed(statistics, 1)
         sample, region = divmod(row, rows.regions)
         change = sums - statistics.sums[:, row, None]
         found = np.zeros(sums.shape[1])
@@ -273,31 +344,35 @@ class PerRegion(Term):
         return found
 
     def _weighed(
-        self, statistics: Statistics
+        self, statistics: Statistics, tasks: int
     ) -> tuple[_Rows, Statistics, int, np.ndarray, np.ndarray]:
         """The rows, the sums of each with what is beside it, the first class of lesions, the share
-        of every lesion, (rows, C), and of every sample that falls back on its whole, (B, 1)."""
-        rows = _Rows(statistics)
+        of every lesion, (rows, C), and of every task that falls back on its whole, (B · T, 1)."""
+        rows = _Rows(statistics, tasks)
         beside = self.regions == "components+background"
         first = 1 if rows.classes > 1 and not self.include_background else 0
         share, has = self._shares(statistics, rows, first, beside)
         each = rows.with_background(statistics) if beside else statistics
-        # (B, 1): 1 for a sample that falls back, and how much each sample counts.
-        falls = np.zeros((rows.batch, 1), like=has)
+        # (B · T, 1): 1 for a task that falls back, and how much each of them counts.
+        falls = np.zeros((rows.batch * tasks, 1), like=has)
         if self.without == "whole":
             voxels = statistics.of_samples().voxels[:, None]
             falls = np.where((voxels > 0) & ~has, 1.0, 0.0)
         scale: Any = 1.0
-        if self.reduction == "mean":
-            counted = np.where(has, 1.0, falls)
-            scale = 1.0 / np.maximum(counted.sum(), 1.0)
+        counted = np.where(has, 1.0, falls)
+        if tasks > 1:
+            of_sample = rows.over_tasks(counted)
+            scale = rows.fits_tasks(1.0 / np.maximum(of_sample, 1.0))
+            share = (share.reshape(rows.batch * tasks, -1) * scale).reshape(share.shape)
+            falls, counted = falls * scale, np.where(of_sample > 0, 1.0, 0.0)
+        scale = 1.0 / np.maximum(counted.sum(), 1.0) if self.reduction == "mean" else 1.0
         return rows, each, first, share * scale, falls * scale
 
     def _shares(
         self, statistics: Statistics, rows: _Rows, first: int, beside: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """(rows, C): the share of each lesion in the mean of its sample, 0 where there is none;
-        and (B, 1): whether a sample has any."""
+        and (B · T, 1): whether a task has any."""
         reference = statistics["reference"]
         is_lesion = reference > 0
         if first:
@@ -308,44 +383,89 @@ class PerRegion(Term):
         exponent = _EXPONENTS[self.weight]
         if exponent:
             share = share * np.power(np.where(is_lesion, reference, 1.0), exponent)
-        each = share.reshape(rows.batch, rows.regions, rows.classes)
+        each = share.reshape(-1, rows.regions, rows.classes)
         total = each.sum(axis=(1, 2), keepdims=True)
         has = total > 0
         share = (each / np.where(has, total, 1.0)).reshape(rows.count, rows.classes)
-        return share, has.reshape(rows.batch, 1)
+        return share, has.reshape(rows.batch * rows.tasks, 1)
+
+
+class _Tasks:
+    """The sums of every class of a sample as those of a sample of its own, of one class."""
+
+    def __init__(self, statistics: Statistics, include_background: bool) -> None:
+        request, regions = statistics.request, _regions(statistics)
+        slots, rows, classes = statistics.sums.shape
+        self.first = 0 if include_background or classes == 1 else 1
+        self.count = classes - self.first
+        self.shape = (rows // regions, self.count, regions)
+        sums = statistics.sums.reshape(slots, rows // regions, regions, classes)
+        sums = sums[..., self.first :].transpose(0, 1, 3, 2).reshape(slots, -1, 1)
+        # Terms read the sums of both outcomes.
+        request = make_request(
+            "sigmoid", request.dense, request.ignore_index, frozenset(request.sums)
+        )
+        voxels = sums[request.index[_VOXELS]].reshape(-1)
+        self.statistics = replace(
+            statistics, request=request, sums=sums, voxels=voxels, joined=None
+        )
+
+    def by_class(self, each: Any) -> np.ndarray:
+        """Numbers of the rows, (B · T · R, 1), as those of the rows of a call, (B · R, C)."""
+        batch, tasks, regions = self.shape
+        each = np.broadcast_to(each, (batch * tasks * regions, 1)).reshape(self.shape)
+        found: np.ndarray = each.transpose(0, 2, 1).reshape(batch * regions, tasks)
+        return with_background(found) if self.first else found
+
+
+def _regions(statistics: Statistics) -> int:
+    if not statistics.regions:
+        raise ValueError("statistics: expected the sums of regions, got those of samples")
+    return statistics.regions
 
 
 class _Rows:
-    """The rows of statistics as regions of samples."""
+    """The rows of statistics as regions of samples, of which each has a number of tasks."""
 
-    def __init__(self, statistics: Statistics) -> None:
-        if not statistics.regions:
-            raise ValueError("statistics: expected the sums of regions, got those of samples")
-        self.regions = statistics.regions
+    def __init__(self, statistics: Statistics, tasks: int) -> None:
+        self.regions, self.tasks = _regions(statistics), tasks
         self.count = statistics.batch_size
         self.classes = statistics.classes
-        self.batch = self.count // self.regions
+        self.batch = self.count // (self.regions * tasks)
         self.is_background = (np.arange(self.count) % self.regions == 0)[:, None]
-        """(rows, 1): whether a row is the first of its sample."""
+        """(rows, 1): whether a row is the first of its task."""
 
     def over_regions(self, values: np.ndarray) -> np.ndarray:
         """(rows, columns) summed over all but the samples: (B, 1)."""
-        each = values.reshape(self.batch, self.regions, values.shape[1])
+        each = values.reshape(self.batch, self.tasks * self.regions, values.shape[1])
         total: np.ndarray = each.sum(axis=(1, 2)).reshape(self.batch, 1)
         return total
+
+    def over_tasks(self, values: np.ndarray) -> np.ndarray:
+        """(B · T, columns) summed over all but the samples: (B, 1)."""
+        each = values.reshape(self.batch, self.tasks * values.shape[1])
+        total: np.ndarray = each.sum(axis=1, keepdims=True)
+        return total
+
+    def fits_tasks(self, upstream: Any) -> Any:
+        """One number or (B, 1), as what multiplies (B · T, C)."""
+        if not np.ndim(upstream):
+            return upstream
+        each = np.broadcast_to(upstream, (self.batch, self.tasks))
+        return each.reshape(self.batch * self.tasks, 1)
 
     def fits(self, upstream: Any) -> Any:
         """An upstream gradient, one number or (B, 1), as what multiplies (rows, C)."""
         if not np.ndim(upstream):
             return upstream
-        each = np.broadcast_to(upstream, (self.batch, self.regions))
+        each = np.broadcast_to(upstream, (self.batch, self.tasks * self.regions))
         return each.reshape(self.count, 1)
 
     def with_background(self, statistics: Statistics) -> Statistics:
-        """Those of every region together with the first of its sample."""
+        """Those of every region together with the first of its task."""
         slots = len(statistics.sums)
-        sums = statistics.sums.reshape(slots, self.batch, self.regions, self.classes)
-        voxels = statistics.voxels.reshape(self.batch, self.regions)
+        sums = statistics.sums.reshape(slots, -1, self.regions, self.classes)
+        voxels = statistics.voxels.reshape(-1, self.regions)
         return replace(
             statistics,
             sums=(sums + sums[:, :, :1]).reshape(slots, self.count, self.classes),
@@ -356,18 +476,14 @@ class _Rows:
     def from_background(self, derivative: Any) -> np.ndarray:
         """The derivative by those sums, 0 for the first region, as that by the sums themselves."""
         each = np.broadcast_to(derivative, (self.count, self.classes))
-        each = each.reshape(self.batch, self.regions, self.classes)
+        each = each.reshape(-1, self.regions, self.classes)
         total = each.sum(axis=1, keepdims=True)
         first = (np.arange(self.regions) == 0)[:, None]
         return np.where(first, total, each).reshape(self.count, self.classes)
 
 
-def _as_it_is(upstream: Any) -> Any:
-    return upstream
-
-
-def _per_row(term: Term) -> ClassTerm | VoxelwiseTerm:
-    """The same term with one value for every row."""
+def _per_row(term: Term, per_class: bool) -> ClassTerm | VoxelwiseTerm:
+    """The same term with one value for every row; ``per_class``: of rows that have one class."""
     kind = type(term).__name__
     if not isinstance(term, (ClassTerm, VoxelwiseTerm)) or term.makes or term.ranking is not None:
         raise TypeError(f"terms: {kind} is no region term nor one of single voxels")
@@ -375,7 +491,18 @@ def _per_row(term: Term) -> ClassTerm | VoxelwiseTerm:
         raise ValueError(f"terms: {kind} sums over the batch, whose lesions have nothing in common")
     if term.maps_voxels:
         raise ValueError(f"terms: {kind} has reduction='voxel', and no value of a region")
-    found: Any = term.with_options({"reduction": "none"})
+    options: dict[str, Any] = {"reduction": "none"}
+    if per_class:
+        known = term.described
+        for name, numbers in zip(known.names, known.arrays, strict=True):
+            if numbers.size > 1:
+                raise ValueError(
+                    f"{name}: {kind} weighs classes, of which each is a task of its own with "
+                    f"per_class=True; expected one number, got {numbers.size}"
+                )
+        if isinstance(term, ClassTerm):
+            options["include_background"] = True
+    found: Any = term.with_options(options)
     return found  # type: ignore[no-any-return]
 
 
@@ -438,6 +565,7 @@ class _DiceCE(PerRegion):
         smooth_dr: float = 1e-5,
         weight: str = "equal",
         without: str,
+        per_class: bool = False,
         connectivity: int | None = None,
         spacing: Any = None,
         reduction: str = "mean",
@@ -446,7 +574,7 @@ class _DiceCE(PerRegion):
         self.ce_factor = check_number("ce_factor", ce_factor)
         self.smooth_nr = check_number("smooth_nr", smooth_nr)
         self.smooth_dr = check_number("smooth_dr", smooth_dr)
-        self._set_options(weight, without, connectivity, spacing, reduction)
+        self._set_options(weight, without, per_class, connectivity, spacing, reduction)
         dice = Dice(smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr)
         self._set_parts(self.dice_factor * dice, self.ce_factor * CrossEntropy())
 
@@ -461,7 +589,7 @@ class CCDiceCE(_DiceCE):
     Args:
         dice_factor, ce_factor: of the two losses, at least 0.
         smooth_nr, smooth_dr: as in `RegionTerm`.
-        weight, without, connectivity, spacing, reduction: as in `PerRegion`.
+        weight, without, per_class, connectivity, spacing, reduction: as in `PerRegion`.
 
     Raises:
         ValueError, TypeError: as `PerRegion`.
@@ -506,7 +634,7 @@ class BlobLoss(Loss):
         alpha, beta: α and β.
         dice_factor, ce_factor: of the two losses, at least 0.
         include_background: whether class 0 counts in the Dice of the whole sample.
-        weight, without, connectivity: as in `PerRegion`.
+        weight, without, per_class, connectivity: as in `PerRegion`.
         smooth_nr, smooth_dr: as in `RegionTerm`.
         **options: activation, ignore_index, channel_axis and validate of `Loss`.
 
@@ -527,6 +655,7 @@ class BlobLoss(Loss):
         include_background: bool = False,
         weight: str = "equal",
         without: str = "skip",
+        per_class: bool = False,
         connectivity: int | None = None,
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
@@ -538,6 +667,7 @@ class BlobLoss(Loss):
             ce_factor=ce_factor,
             weight=weight,
             without=without,
+            per_class=per_class,
             connectivity=connectivity,
             **smooth,
         )

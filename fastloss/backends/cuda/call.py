@@ -136,6 +136,7 @@ class Operands(NamedTuple):
     fields: tuple[tuple[str, Operand], ...] = ()
     """The given fields with their kinds, in the order of their names."""
     regions: Operand | None = None
+    regions_by_class: bool = False
 
     @property
     def nothing(self) -> Operand:

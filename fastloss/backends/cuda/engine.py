@@ -286,6 +286,7 @@ def plan_of(
         key += (
             arrays.rows,
             arrays.regions_dtype,
+            arrays.regions_by_class,
             tuple((field.kind, field.dtype) for field in arrays.fields),
             tuple(a is not None and a.strides for a in others),
             tuple(address & 15 for address in of_others),
@@ -321,7 +322,10 @@ def _operands(arrays: Arrays, at: tuple[int, ...], out: np.ndarray | None, work:
             (field.kind, operand(field.array, field.dtype, field.kind == "class", address))
             for field, address in zip(arrays.fields, at[_OTHERS + 1 :], strict=True)
         ),
-        None if regions is None else operand(regions, arrays.regions_dtype, False, at[_OTHERS]),
+        None
+        if regions is None
+        else operand(regions, arrays.regions_dtype, arrays.regions_by_class, at[_OTHERS]),
+        arrays.regions_by_class,
     )
 
 

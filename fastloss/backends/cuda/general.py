@@ -37,7 +37,7 @@ _CONSTANTS = (
     "path", "upstream_type", "logits_type", "target_type", "weight_type", "activation", "dense",
     "ignore_kind", "classes", "axes", "large", "vector", "warps", "staged", "interleaved",
     "packed_target", "packed_weight", "global_sums", "global_table", "slots",
-    "map_kind", "map_type", "regions_type", "fields",
+    "map_kind", "map_type", "regions_type", "regions_by_class", "fields",
 )  # fmt: skip
 _TABLES = ("field_kind", "field_type", "sum_weight", "sum_function", "sum_field", "parameter")
 
@@ -52,7 +52,8 @@ GENERAL_CALL = np.dtype(
         ("map_coefficients", np.int64),
         ("parameter", np.float64, MAX_SUMS),
         ("rows", np.int32),
-        *((name, np.int32) for name in ("map_kind", "map_type", "regions_type", "fields")),
+        *((name, np.int32) for name in ("map_kind", "map_type")),
+        *((name, np.int32) for name in ("regions_type", "regions_by_class", "fields")),
         ("field_kind", np.int32, MAX_FIELDS),
         ("field_type", np.int32, MAX_FIELDS),
         ("sum_weight", np.int32, MAX_SUMS),
@@ -117,6 +118,7 @@ def plan_general(
         "map_kind": 1 + MAPS.index(work.map_kind) if work.map_kind else 0,
         "map_type": operands.out.type if work.map_kind and operands.out else NO_TYPE,
         "regions_type": NO_TYPE if regions is None else regions.type,
+        "regions_by_class": int(operands.regions_by_class),
         "fields": len(names),
         **dict.fromkeys(("staged", "interleaved", "packed_target", "packed_weight"), 0),
     }

@@ -31,6 +31,7 @@ def _constant(array: np.ndarray) -> np.ndarray:
     return array
 
 
+_NO_REGIONS = np.empty((1, 0), np.int32)
 _NO_NUMBERS, _NO_WEIGHT = np.empty(0, np.int32), _constant(np.empty(0, np.float64))
 _ROW_0 = np.zeros(1, np.int64)
 
@@ -202,9 +203,10 @@ class Worker:
         """The arguments that all kernels share, the rows of the block, and the bad labels."""
         call = self.call
         codes, bad = self._codes(sample, block)
-        regions, rows = _NO_NUMBERS, _ROW_0
+        regions, rows = _NO_REGIONS, _ROW_0
         if self.regions:
-            given = self._row(self.regions, sample, block)
+            all_rows, first = self.regions.read(sample, block)
+            given = all_rows[:, first : first + block.size]
             inside = (given >= 0) & (given < call.arrays.rows)
             found = np.bincount(given[inside], minlength=call.arrays.rows) > 0
             rows = np.flatnonzero(found) if found.any() else _ROW_0

@@ -106,7 +106,8 @@ def reduce(
         target: (C, M), empty: labels.
         ignore: for a dense target, the ignored number, NaN: none; and whether it is a class.
         weight: (n,), or empty.
-        regions: the row of sums of every voxel, below 0: none, (n,) int32; or empty: row 0.
+        regions: the row of sums of every voxel, below 0: none, (1, n) int32, or (C, n) where it
+            differs by class; or empty: row 0.
         fields, table, gammas: (F, C, n), (S, 5), see above, and (S,).
         scratch: see `rows`.
         map_out: of kind map_kind (C or 1, K), with coefficients map_k (S, C).
@@ -117,12 +118,14 @@ def reduce(
     out, first_out = map_out
     for start in range(0, n, r.shape[1]):
         size = min(r.shape[1], n - start)
-        row = regions[start : start + size]
+        row = regions[0, start : start + size]
         bad += _load(codes, target, ignore, weight, regions, start, size, scratch)
         _activate(activation, _reads(table), logits, start, size, scratch)
         _add(r[WEIGHT, :size], row, voxels)
         for c in range(np.int32(len(scratch[0]))):
             t = scratch[0][c]
+            if len(regions) > 1:
+                row = regions[c, start : start + size]
             of_map = out[c if map_kind in (CLASS, ERROR, MASK) else 0]
             of_map = of_map[first_out + start : first_out + start + size]
             if map_kind == CLASS or c == 0:
@@ -159,11 +162,13 @@ def apply(
     out, first_out = gradient_out
     for start in range(0, n, r.shape[1]):
         size = min(r.shape[1], n - start)
-        row = regions[start : start + size]
+        row = regions[0, start : start + size]
         _load(codes, target, ignore, weight, regions, start, size, scratch)
         _activate(activation, _reads(table), logits, start, size, scratch)
         for c in range(np.int32(len(tiles))):
             t = tiles[c]
+            if len(regions) > 1:
+                row = regions[c, start : start + size]
             for by in range(BY_P, TILES):
                 t[by, :size] = 0
             for s in range(len(table)):
@@ -194,7 +199,8 @@ def _load(codes, target, ignore, weight, regions, start, size, scratch):
     """Load the targets and voxel weights of a tile; return the number of bad weights."""
     tiles, w = scratch[0], scratch[1][WEIGHT, :size]
     ignored, is_class = ignore
-    bad = voxel_weights(weight, codes if ignored == ignored else codes[:0], regions, start, w)
+    shared = regions[0] if len(regions) == 1 else regions[0, :0]
+    bad = voxel_weights(weight, codes if ignored == ignored else codes[:0], shared, start, w)
     if len(codes):
         for c in range(np.int32(len(tiles))):
             for i in range(size):
@@ -341,9 +347,12 @@ def _power(base, gamma, out):
 
 @inner
 def _scale(factors, regions, row):
-    """Multiply by the factor of every voxel's region; without a region, summands are 0 anyway."""
-    for i in range(len(row)):
-        row[i] *= factors[max(regions[i], 0) if len(regions) else 0]
+    """Multiply by the factor of every voxel's region, 0 where it has none."""
+    if not len(regions):
+        for i in range(len(row)):
+            row[i] *= factors[0]
+    for i in range(len(regions)):
+        row[i] = row[i] * factors[regions[i]] if regions[i] >= 0 else row.dtype.type(0)
 
 
 @inner

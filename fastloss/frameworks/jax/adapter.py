@@ -101,6 +101,7 @@ def described(
         channel_axis=loss.channel_axis,
         fields={name: _like(field) for name, field in zip(names, fields, strict=True)},
         regions=None if regions is None else _like(regions),
+        regions_by_class=loss.regions_by_class,
         rows=rows or 1,
     )
     request = loss.request(arrays)

@@ -57,6 +57,7 @@ class Shapes:
             None if voxel_weight is None else _stand_in(voxel_weight, whole, axis),
             activation=loss.activation,
             channel_axis=axis,
+            regions_by_class=loss.regions_by_class,
             **given,
         )
         loss.request(arrays)
