@@ -221,7 +221,7 @@ class Passes:
         )
         self.request = loss.request(self.arrays)
         if self.request.histograms and not self.backend.counts_errors:
-            self.backend = _that_counts(loss, self.backend)
+            self.backend = load_backend("reference")
         self.ranked: Field | None = None
         """The field that the ranking term made."""
         if loss.makers:
@@ -545,16 +545,6 @@ class Passes:
             assert self.ranked is not None
             arrays = with_ranked(self.request, arrays, term, self.ranked)
         self.backend.gradient(self.request, arrays, coefficients, view)
-
-
-def _that_counts(loss: FusedLoss, backend: Backend) -> Backend:
-    """The backend for a loss with histograms, in place of one that has none."""
-    if backend.place is None:
-        return load_backend("reference")
-    raise TypeError(
-        f"terms: {type(loss.counting).__name__} is not computed on a GPU; pass copies of the "
-        "arrays in CPU memory"
-    )
 
 
 def on_device(logits: Borrowed, *others: Borrowed | None, **more: Borrowed) -> Backend:

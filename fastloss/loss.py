@@ -73,8 +73,15 @@ class Term:
     kept_percent: float | None = None
     """For such a term that takes the mean of the largest losses: of how many percent of all voxels.
 
-    A GPU chooses so and in no other way.
+    A GPU chooses so, or by `kept_above`.
     """
+
+    kept_above: tuple[float, int] | None = None
+    """For such a term that is not `ranks_weighted` and keeps voxels: those whose loss is above this
+    number, and at least so many."""
+
+    histogram: ClassVar[str] = ""
+    """The kind of error whose histogram the term reads: see `fastloss.histogram`."""
 
     makes: ClassVar[str] = ""
     """The name of a field that the term makes of the target, where the caller gives none."""
@@ -280,6 +287,13 @@ class Term:
     def ranks_by(self, request: Request, classes: int) -> np.ndarray:
         """The coefficients, (S, C), of the map by which a term with a `ranking` chooses voxels."""
         raise NotImplementedError(f"{type(self).__name__} must define ranks_by")
+
+    def found_as(self, total: Sum) -> Term:
+        """For a term that reads a `histogram`: one that reads its value as a sum in its place."""
+        raise TypeError(
+            f"terms: {type(self).__name__} reads a histogram in a way that no GPU does; pass "
+            "arrays in CPU memory"
+        )
 
     def choose(self, losses: np.ndarray) -> float:
         """Turn that map, (B, voxels), into the field, in place; return the sum over all voxels."""
@@ -1186,6 +1200,17 @@ class Loss:
         loss._options = self._options
         loss.terms = terms
         return loss
+
+    def without_histograms(self) -> tuple[Loss, tuple[tuple[Term, Sum], ...]]:
+        """The loss where each term that reads a histogram is a sum of its own; and these terms."""
+        ranked, terms = [], []
+        for factor, term in self.terms:
+            if not term.requires.isdisjoint(HISTOGRAMS):
+                total = Sum(field=f"{term.histogram} {len(ranked)}")
+                ranked.append((term, total))
+                term = term.found_as(total)
+            terms.append((factor, term))
+        return self.with_terms(tuple(terms)).with_given(self.given), tuple(ranked)
 
     def described_inside(self) -> tuple[str, list[Any]]:
         """Structure and operands of a loss that a function makes while it is being compiled.

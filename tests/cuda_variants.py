@@ -25,7 +25,9 @@ from fastloss.backends.cuda.combine.program import trace
 from fastloss.backends.cuda.copies import KERNELS as COPY_KERNELS
 from fastloss.backends.cuda.distance import KERNELS as DISTANCE_KERNELS
 from fastloss.backends.cuda.fields import BOUNDARY_KERNELS, POWER_KERNELS
+from fastloss.backends.cuda.histograms import KERNELS as HISTOGRAM_KERNELS
 from fastloss.backends.cuda.indices import KERNELS as INDEX_KERNELS
+from fastloss.backends.cuda.lovasz import KERNELS as LOVASZ_KERNELS
 from fastloss.backends.cuda.metrics import CONFUSION_KERNELS, READ_KERNELS
 from fastloss.backends.cuda.source import PASSES, source, specialised
 from fastloss.backends.cuda.surfaces import KERNELS as SURFACE_KERNELS
@@ -437,6 +439,8 @@ def other_kernels() -> dict[str, tuple[str, tuple[str, ...]]]:
         "metrics": (source("metrics.cu"), READ_KERNELS),
         "confusion": (source("confusion.cu"), CONFUSION_KERNELS),
         "surface": (source("surface.cu"), SURFACE_KERNELS),
+        "histograms": (source("histograms.cu"), HISTOGRAM_KERNELS),
+        "Lovász": (source("lovasz.cu"), LOVASZ_KERNELS),
     }
     losses = {
         "dice+ce": (fl.Dice() + fl.CrossEntropy(), 2, 14),

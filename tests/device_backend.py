@@ -21,7 +21,9 @@ from fastloss.backends.cuda.copies import KERNELS as COPY_KERNELS
 from fastloss.backends.cuda.distance import KERNELS as DISTANCE_KERNELS
 from fastloss.backends.cuda.fields import BOUNDARY_KERNELS, POWER_KERNELS
 from fastloss.backends.cuda.general import MAX_SUMS
+from fastloss.backends.cuda.histograms import KERNELS as HISTOGRAM_KERNELS
 from fastloss.backends.cuda.indices import KERNELS as INDEX_KERNELS
+from fastloss.backends.cuda.lovasz import KERNELS as LOVASZ_KERNELS
 from fastloss.backends.cuda.metrics import CONFUSION_KERNELS, READ_KERNELS
 from fastloss.backends.cuda.operands import KERNELS as OPERAND_KERNELS
 from fastloss.backends.cuda.source import PASSES, source, source_of, specialised
@@ -45,6 +47,8 @@ STRUCTS_OF_OTHERS = {
     READ_KERNELS: "ReadCall",
     CONFUSION_KERNELS: "ConfusionCall",
     SURFACE_KERNELS: "SurfaceCall",
+    HISTOGRAM_KERNELS: "HistogramCall",
+    LOVASZ_KERNELS: "LovaszCall",
 }
 """The same for the kernels of other sources."""
 
@@ -127,6 +131,8 @@ def _built(text: str, names: tuple[str, ...], struct: str) -> Any:
 class EmulatedBackend(Backend):
     """A backend that runs the kernels on the CPU."""
 
+    counts_errors = True
+
     def __init__(self, name: str, device: EmulatedDevice | None = None) -> None:
         self.name, self.device = name, device or EmulatedDevice()
 
@@ -167,6 +173,8 @@ class CudaTestBackend(Backend):
 
     As for users, they are compiled for every kind of call, which takes most of the time.
     """
+
+    counts_errors = True
 
     def __init__(self, name: str) -> None:
         from fastloss.backends.cuda.backend import CudaDevice, why_absent

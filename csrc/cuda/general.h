@@ -19,6 +19,7 @@
 // with A = Σ_{c≠t} a_c and B = Σ_{c≠t} b_c p_c / (1 − p_c): no difference of large numbers.
 #pragma once
 
+#include "error_bins.h"
 #include "finish.h"
 #include "voxel.h"
 #include "voxels.h"
@@ -45,6 +46,9 @@ struct GeneralCall : Call {
   long long more_channel_stride[1 + kMaxFields];
   long long more_stride[1 + kMaxFields][kMaxAxes];
   const double* map_coefficients;  // (S, C)
+  // Histograms of errors: see histograms.cu. The largest voxel weight is the bits of a double.
+  unsigned long long* error_tallies;
+  unsigned long long* largest_weight;
   double parameter[kMaxSums];
   int rows;  // of a sample
 
@@ -52,6 +56,8 @@ struct GeneralCall : Call {
   int map_kind, map_type;
   int regions_type;
   int fields;
+  int histograms;  // the kinds of error that are counted, as bits
+  int plain;       // voxel weights count as 1, or 0 where they are 0
   int field_kind[kMaxFields], field_type[kMaxFields];
   // For every sum; a field of −1: none, −2: absent, and the sum is 0.
   int sum_weight[kMaxSums], sum_function[kMaxSums], sum_field[kMaxSums];
@@ -112,6 +118,7 @@ struct Spot {
       row = region();
       if (row < 0) voxel.m[0] = T(0);
     }
+    if (CONST(plain)) voxel.m[0] = voxel.m[0] > T(0) ? T(1) : T(0);
 #pragma unroll
     for (int f = 0; f < kFields; ++f)
       if (f < CONST(fields) && CONST(field_kind[f]) != kOfClass) number[f] = load_field(f, 0);
@@ -384,6 +391,61 @@ FL_DEVICE void halve(T (&numbers)[N], int lane) {
   }
 }
 
+// Adds a voxel to an entry of a tally.
+FL_DEVICE void tally_one(unsigned long long* entry, bool weighted, unsigned long long weight,
+                         int rest) {
+  if (!weighted) {
+    atomicAdd(entry, (1ull << fastloss::kCountShift) + static_cast<unsigned long long>(rest));
+    return;
+  }
+  atomicAdd(entry, weight);
+  atomicAdd(entry + 1, weight * static_cast<unsigned long long>(rest));
+}
+
+// Counts the errors of a warp's voxels of class c. All lanes must call, with voxels of one part.
+// Integers add to the same bits in any order.
+template <class In, class T>
+FL_DEVICE void tally(const Spot<In>& spot, const Part& part, int c, T x, T g,
+                     const Probability<T>& v, double scale) {
+  const GeneralCall& call = spot.call;
+  const bool weighted = CONST(weight_type) != kNoType;
+  const bool counts = spot.voxel.inside && spot.voxel.m[0] > T(0);
+  const int each = call.batch * CONST(classes);
+  size_t first =
+      size_t(spot.voxel.first >> fastloss::kTalliedBits) * size_t(tally_places(CONST(histograms)));
+  unsigned long long weight = 0;
+  if (weighted && counts)
+    weight = static_cast<unsigned long long>(double(spot.voxel.m[0]) * scale + 0.5);
+#pragma unroll
+  for (int number = 0; number < fastloss::kMaxHistograms; ++number) {
+    const ErrorKind kind = ErrorKind(number);
+    if (!has_kind(CONST(histograms), kind)) continue;
+    const int bins = fastloss::bins_of(kind);
+    const Binned bin = bin_of(kind, v.p, v.q, x, g);
+    const auto entry = [&](int place) {
+      const size_t at = (first + size_t(place)) * size_t(each);
+      return call.error_tallies + (at + size_t(part.sample * CONST(classes) + c)) * (weighted ? 2 : 1);
+    };
+    // Of a network that is nearly right most voxels have no error at all. They are added once per
+    // warp, as the additions of one address wait for each other.
+#pragma unroll
+    for (int none = 0; none <= bins; none += bins) {
+      const unsigned alike = __ballot_sync(kAllLanes, counts && bin.place == none);
+      if (!alike) continue;
+      if (weighted) {
+        const unsigned long long sum = warp_sum(counts && bin.place == none ? weight : 0ull);
+        if (part.lane == 0) atomicAdd(entry(none), sum);
+      } else if (part.lane == 0) {
+        atomicAdd(entry(none), static_cast<unsigned long long>(__popc(alike))
+                                   << fastloss::kCountShift);
+      }
+    }
+    if (counts && bin.place != 0 && bin.place != bins)
+      tally_one(entry(bin.place), weighted, weight, bin.rest);
+    first += size_t(2 * bins);
+  }
+}
+
 // A warp's accumulators: (rows, S · C + 1), a row's voxel weights last, then the number of faults.
 template <class In>
 struct Accumulators {
@@ -393,6 +455,7 @@ struct Accumulators {
   const Part& part;
   double* shared;
   double* to;
+  double scale;  // of voxel weights in tallies
 
   FL_DEVICE int row_size() const { return CONST(slots) * CONST(classes) + 1; }
   FL_DEVICE int width() const { return call.rows * row_size() + 1; }
@@ -401,6 +464,8 @@ struct Accumulators {
       : call(call), part(part), shared(static_cast<double*>(memory)) {
     to = CONST(global_sums) ? partial() : shared + part.warp * width();
     for (int i = part.lane; i < width(); i += kLanes) to[i] = 0;
+    scale = CONST(histograms) && CONST(weight_type) != kNoType ? weight_scale(*call.largest_weight)
+                                                               : 1.0;
     __syncwarp();
   }
 
@@ -411,8 +476,9 @@ struct Accumulators {
   // Adds the voxels of a warp that are `mine`, all in one row. All lanes must call.
   FL_DEVICE void add(const Spot<In>& spot, int row, bool mine, T& map) {
     double* here = to + size_t(row) * row_size();
-    for_classes(spot, [&](int c, T, const Probability<T>& v) {
+    for_classes(spot, [&](int c, T x, const Probability<T>& v) {
       T g = spot.target(c);
+      if (CONST(histograms)) tally(spot, part, c, x, g, v, scale);
 #pragma unroll
       for (int first = 0; first < kSums; first += kAtOnce) {
         T numbers[kAtOnce];
@@ -484,6 +550,25 @@ FL_DEVICE void general_reduce(const GeneralCall& call) {
   sums.write_partial();
 }
 
+// The largest voxel weight of a call, by which weights become integers.
+template <class In>
+FL_DEVICE void find_largest_weight(const GeneralCall& call) {
+  using T = typename ComputedIn<In>::type;
+  const Part part(call, false);
+  T largest = T(0);
+  for (Index start = part.first; start < part.last; start += Index(part.threads)) {
+    Voxels<T, 1> voxel;
+    move_to(call, part.sample, start + Index(part.thread), part.last, voxel);
+    largest = larger(largest, voxel.m[0]);
+  }
+#pragma unroll
+  for (int step = kLanes / 2; step; step /= 2)
+    largest = larger(largest, __shfl_xor_sync(kAllLanes, largest, step));
+  if (part.lane == 0 && largest > T(0))
+    atomicMax(call.largest_weight,
+              static_cast<unsigned long long>(__double_as_longlong(double(largest))));
+}
+
 FL_DEVICE void general_finish(const GeneralCall& call) {
   int weight = CONST(slots) * CONST(classes), size = weight + 1;
   finish_numbers<double>(call, call.rows * size, [&](int sample, int i, double sum) {
@@ -527,6 +612,11 @@ struct Derivatives {
     if (!CONST(global_table)) return table[slot * CONST(classes) + c];
     return T(global[slot * call.slot_stride + row * call.row_stride + c] * scale);
   }
+
+  // By a sum of a bin: voxels of adjacent threads read far apart, from the L2 cache mostly.
+  FL_DEVICE T of_bin(int slot, int c) const {
+    return T(global[slot * call.slot_stride + c] * scale);
+  }
 };
 
 // The derivatives by p, by log p and by log(1 − p) of a class.
@@ -535,8 +625,31 @@ struct Slopes {
   T p, log_p, log_q;
 };
 
+// Adds the derivatives of errors, given those by Σ v of the bins that they are in.
 template <class In, class T>
-FL_DEVICE Slopes<T> slopes_of(const Spot<In>& spot, const Derivatives<T>& by, int c,
+FL_DEVICE void add_errors(const Spot<In>& spot, const Derivatives<T>& by, int c, T x,
+                          const Probability<T>& v, Slopes<T>& sum) {
+  const GeneralCall& call = spot.call;
+  int slot = CONST(slots);
+#pragma unroll
+  for (int number = 0; number < fastloss::kMaxHistograms; ++number) {
+    const ErrorKind kind = ErrorKind(number);
+    if (!has_kind(CONST(histograms), kind)) continue;
+    const int bins = fastloss::bins_of(kind);
+    const Binned bin = bin_of(kind, v.p, v.q, x, v.g);
+    const T change = spot.voxel.m[0] * T(bin.slope) * by.of_bin(slot + 2 * bins + bin.place, c);
+    if (kind == ErrorKind::error) {
+      sum.p += change;
+    } else {  // x = log p − log q
+      sum.log_p += change;
+      sum.log_q -= change;
+    }
+    slot += 4 * bins;
+  }
+}
+
+template <class In, class T>
+FL_DEVICE Slopes<T> slopes_of(const Spot<In>& spot, const Derivatives<T>& by, int c, T x,
                               Probability<T> v) {
   const GeneralCall& call = spot.call;
   Slopes<T> sum = {T(0), T(0), T(0)};
@@ -553,6 +666,7 @@ FL_DEVICE Slopes<T> slopes_of(const Spot<In>& spot, const Derivatives<T>& by, in
       if (function.by == By::log_q) sum.log_q += slope;
     });
   }
+  if (CONST(histograms) && spot.counts()) add_errors(spot, by, c, x, v, sum);
   return sum;
 }
 
@@ -570,8 +684,9 @@ FL_DEVICE void apply_softmax(const Spot<In>& spot, const Derivatives<T>& by) {
   T p_top = T(0), q_top = T(0), a_top = T(0), b_top = T(0), a_others = T(0), b_others = T(0);
 #pragma unroll 1
   for (int c = 0; c < CONST(classes); ++c) {
-    Probability<T> v = whole.of(spot.logit(c), c);
-    Slopes<T> slope = slopes_of(spot, by, c, v);
+    T x = spot.logit(c);
+    Probability<T> v = whole.of(x, c);
+    Slopes<T> slope = slopes_of(spot, by, c, x, v);
     T a = slope.p * v.p + slope.log_p;
     if (c == whole.top) {
       p_top = v.p;
@@ -593,7 +708,7 @@ FL_DEVICE void apply_softmax(const Spot<In>& spot, const Derivatives<T>& by) {
     } else {
       T x = spot.logit(c);
       Probability<T> v = whole.of(x, c);
-      Slopes<T> slope = slopes_of(spot, by, c, v);
+      Slopes<T> slope = slopes_of(spot, by, c, x, v);
       T factor = shared - a_top;
       if (rests) factor -= slope.log_q / v.q;
       gradient = slope.p * v.p + slope.log_p + v.p * factor;
@@ -618,8 +733,8 @@ FL_DEVICE void general_apply(const GeneralCall& call) {
       apply_softmax(spot, by);
       continue;
     }
-    for_classes(spot, [&](int c, T, const Probability<T>& v) {
-      Slopes<T> slope = slopes_of(spot, by, c, v);
+    for_classes(spot, [&](int c, T x, const Probability<T>& v) {
+      Slopes<T> slope = slopes_of(spot, by, c, x, v);
       T gradient;
       if (CONST(activation) == kSigmoid) {
         gradient = slope.p * v.p * v.q + slope.log_p * v.q - slope.log_q * v.p;

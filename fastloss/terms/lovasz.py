@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -77,11 +78,26 @@ def slopes(
     return of_f, np.maximum(rest / (a * b) - f * inner, 0.0)
 
 
+class _Found(Term):
+    """A Lovász loss whose value is known, as a sum of a field of this name."""
+
+    def __init__(self, *, field: str) -> None:
+        self.field = field
+        self.requires = frozenset({PREDICTED, Sum(field=field)})
+
+    def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
+        total = Sum(field=self.field)
+        return statistics[total].sum(), lambda upstream: {total: upstream}
+
+
+@cache
+def _found(total: Sum) -> _Found:
+    return _Found(field=total.field)
+
+
 class _Lovasz(Term):
     """The Lovász extension of the Jaccard loss of errors that a subclass names."""
 
-    histogram = ""
-    """The kind of its errors: see `fastloss.histogram`."""
     score: tuple[tuple[Sum, float], ...] = ()
     """p, or the logit, as sums and their coefficients: what the exact method ranks by."""
 
@@ -174,6 +190,9 @@ class _Lovasz(Term):
         else:
             by[:, used] = both
         return float((errors * both).sum()), by
+
+    def found_as(self, total: Sum) -> Term:
+        return _found(total)
 
     # ------------------------------------------------------------------ by sorting
 

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastloss.arrays import Arrays, Field
-from fastloss.backends.base import Backend
-from fastloss.backends.cuda import engine
+from fastloss.backends.base import Backend, with_ranked, without_field
+from fastloss.backends.cuda import engine, lovasz
 from fastloss.backends.cuda.call import NO_TYPE
 from fastloss.backends.cuda.combine.code import THREADS
 from fastloss.backends.cuda.combine.program import Program, trace
 from fastloss.backends.cuda.operands import Operands, on_device, operands_of, repeat
 from fastloss.backends.cuda.source import PASSES, describe, specialised
-from fastloss.backends.cuda.top_k import keep_largest
+from fastloss.backends.cuda.top_k import keep_above, keep_largest
 from fastloss.backends.targets import check_targets
 from fastloss.borrowed import byte_bounds, device_view
 from fastloss.maps import Map
@@ -195,6 +195,7 @@ class CudaBackend(Backend):
     """
 
     name = "cuda"
+    counts_errors = True
 
     def __init__(self, place: Place, device: engine.Device | None = None) -> None:
         self.place: Place = place
@@ -205,7 +206,7 @@ class CudaBackend(Backend):
     ) -> tuple[Statistics, Field | None]:
         batch, classes = arrays.logits.shape[:2]
         rows = batch * arrays.rows
-        sums = self.place.empty((len(request.sums), rows, classes), "float64")
+        sums = self.place.empty((request.slots, rows, classes), "float64")
         voxels = self.place.empty((rows,), "float64")
         at = (self.place.address(sums), self.place.address(voxels))
         ranked = None
@@ -229,7 +230,7 @@ class CudaBackend(Backend):
     ) -> Field:
         """Write the sums of a loss with a ranking term; return the field of the chosen voxels."""
         term = loss.ranking
-        if term.kept_percent is None:
+        if term.kept_percent is None and term.kept_above is None:
             raise TypeError(
                 f"terms: on a GPU a term that chooses voxels can keep the largest losses alone, "
                 f"which {type(term).__name__} does not; pass arrays in CPU memory"
@@ -238,8 +239,17 @@ class CudaBackend(Backend):
         count, dtype = prod((batch, *spatial)), arrays.value_dtype
         losses = self.device.empty(max(1, count * dtype.itemsize))
         view = _view_of(losses, (batch, prod(spatial)), dtype)
-        voxel_map = Map("voxel", view, term.ranks_by(request, classes))
         name = term.ranking.field
+        if term.kept_above is not None:
+            others = without_field(request, name)
+            voxel_map = Map("voxel", view, term.ranks_by(others, classes))
+            engine.write_map(self.device, others, arrays, voxel_map, plain=True)
+            keep_above(self.device, losses.address, count, dtype, *term.kept_above)
+            field = Field(_view_of(losses, (batch, *spatial), dtype), dtype.name, "voxel")
+            whole = with_ranked(request, arrays, term, field)
+            engine.reduce(self.device, request, whole, sums, voxels)
+            return field
+        voxel_map = Map("voxel", view, term.ranks_by(request, classes))
         overwrite = self._weights_of(loss, term, classes)
         engine.reduce(self.device, request, arrays, sums, voxels, voxel_map, name, overwrite)
         place = request.index[term.ranking] * batch * arrays.rows * classes
@@ -333,6 +343,8 @@ class CudaBackend(Backend):
         self, loss: FusedLoss, statistics: Statistics
     ) -> tuple[Any, Callable[[Any], DeviceCoefficients]]:
         """The value, on the device, and its pullback from upstream to the derivatives."""
+        if loss.counting is not None:
+            return lovasz.combine(self, loss, statistics)
         shape = slots, batch, classes = tuple(statistics.sums.shape)
         place, device = self.place, self.device
         operands = operands_of(loss, place)

@@ -21,6 +21,7 @@ from fastloss.backends.cuda.call import (
     walk,
     write_call,
 )
+from fastloss.backends.cuda.histograms import kinds_of
 from fastloss.maps import KINDS as MAPS
 from fastloss.request import Request
 from fastloss.sums import FUNCTIONS, WEIGHTS
@@ -37,7 +38,7 @@ _CONSTANTS = (
     "path", "upstream_type", "logits_type", "target_type", "weight_type", "activation", "dense",
     "ignore_kind", "classes", "axes", "large", "vector", "warps", "staged", "interleaved",
     "packed_target", "packed_weight", "global_sums", "global_table", "slots",
-    "map_kind", "map_type", "regions_type", "fields",
+    "map_kind", "map_type", "regions_type", "fields", "histograms", "plain",
 )  # fmt: skip
 _TABLES = ("field_kind", "field_type", "sum_weight", "sum_function", "sum_field", "parameter")
 
@@ -50,9 +51,13 @@ GENERAL_CALL = np.dtype(
         ("more_channel_stride", np.int64, 1 + MAX_FIELDS),
         ("more_stride", np.int64, (1 + MAX_FIELDS, MAX_AXES)),
         ("map_coefficients", np.int64),
+        ("error_tallies", np.int64),
+        ("largest_weight", np.int64),
         ("parameter", np.float64, MAX_SUMS),
         ("rows", np.int32),
         *((name, np.int32) for name in ("map_kind", "map_type", "regions_type", "fields")),
+        ("histograms", np.int32),
+        ("plain", np.int32),
         ("field_kind", np.int32, MAX_FIELDS),
         ("field_type", np.int32, MAX_FIELDS),
         ("sum_weight", np.int32, MAX_SUMS),
@@ -118,6 +123,8 @@ def plan_general(
         "map_type": operands.out.type if work.map_kind and operands.out else NO_TYPE,
         "regions_type": NO_TYPE if regions is None else regions.type,
         "fields": len(names),
+        "histograms": 0 if work.kernel == "map" else kinds_of(request),
+        "plain": int(work.plain),
         **dict.fromkeys(("staged", "interleaved", "packed_target", "packed_weight"), 0),
     }
     place = {work.without: -2, "": -1} | {name: i for i, name in enumerate(names)}
