@@ -104,7 +104,6 @@ constexpr long long tally_size(ErrorKind kind) { return 2 * (long long)(bins_of(
 // m and Σ m d. As d has up to 17 bits, either holds this many voxels.
 constexpr int kCountShift = 40;
 constexpr int kWeightBits = 21;
-constexpr int kTalliedBits = 23;
-constexpr long long kMostTallied = 1ll << kTalliedBits;
+constexpr long long kMostTallied = 1ll << 23;
 
 }  // namespace fastloss

@@ -70,6 +70,11 @@ class Term:
     ranks_dense = False
     """Whether such a term takes dense targets."""
 
+    ranks_errors = False
+    """Whether the value is a sum over voxels and classes of an error times a derivative that
+    depends on its rank: `fastloss.explain` then asks for `jumps` and `voxel_shares`, as
+    `fastloss.LovaszSoftmax` defines them."""
+
     kept_percent: float | None = None
     """For such a term that takes the mean of the largest losses: of how many percent of all voxels.
 
@@ -724,9 +729,9 @@ class Loss:
                 not given. With ``reduction="none"`` the weights of its entries.
             target_grad: return the gradient by a dense target of floating numbers as well, in its
                 shape and dtype: (value, gradient, gradient by the target). Fields and regions that
-                terms make of the target are constants. Arrays in CPU memory alone; it takes a pass
-                of its own, and one for each region where a call has regions. PyTorch's autograd
-                computes it of a target that requires a gradient.
+                terms make of the target are constants. It takes a pass of its own, in CPU memory
+                one for each region where a call has regions. PyTorch's autograd computes it of a
+                target that requires a gradient.
 
         Raises:
             ValueError: ``out`` is read-only, or overlaps an input other than as the logits; there
@@ -892,6 +897,8 @@ class Loss:
         - of a term that sums over voxels (cross-entropy, focal, …) its *share*, the loss of the
           voxel in units of the value of this loss: times the factor of the term and, for a mean,
           divided by what the mean divides by. The shares add up to the term's contribution.
+          A Lovász loss is such a sum once its voxels are ranked, of errors times the steps of the
+          Jaccard loss; of a histogram the share is right to its bin.
         - of any other term (Dice, Tversky, boundary losses, …) its *gain*: by how much the value
           would fall if this voxel alone were predicted right. That is p = its target: of a label
           1 for its class and 0 for the others. Of a softmax, or of probabilities
@@ -914,9 +921,9 @@ class Loss:
             exact: whether gains are exact rather than of first order.
 
         Raises:
-            ValueError: a loss that has no single value (``reduction="none"`` or ``"voxel"``), or
-                with a Lovász loss in it;
-                ``exact`` for a term of one's own that does not define `Term.fall`.
+            ValueError: a loss that has no single value (``reduction="none"`` or ``"voxel"``);
+                ``exact`` for a term of one's own that does not define `Term.fall`; a term of one's
+                own that reads a histogram.
             TypeError, ValueError: as in a call.
 
         >>> import numpy as np, fastloss as fl
@@ -933,12 +940,6 @@ class Loss:
         """
         extras = Extras.of(fields, regions, region_count)
         return explain(self, logits, target, voxel_weight, extras, check_spacing(spacing), exact)
-
-    @property
-    def explains(self) -> bool:
-        """Whether `explain` takes it: no term ranks the voxels of every class."""
-        ranks = self.ranking is not None and self.ranking.ranks_classes
-        return self.counting is None and not ranks
 
     # ------------------------------------------------------------------ how it is done
 

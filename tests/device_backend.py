@@ -17,6 +17,7 @@ import numpy as np
 from fastloss.arrays import Arrays
 from fastloss.backends.base import Backend
 from fastloss.backends.cuda import engine
+from fastloss.backends.cuda.by_target import KERNELS as TARGET_KERNELS
 from fastloss.backends.cuda.copies import KERNELS as COPY_KERNELS
 from fastloss.backends.cuda.distance import KERNELS as DISTANCE_KERNELS
 from fastloss.backends.cuda.fields import BOUNDARY_KERNELS, POWER_KERNELS
@@ -48,6 +49,7 @@ STRUCTS_OF_OTHERS = {
     CONFUSION_KERNELS: "ConfusionCall",
     SURFACE_KERNELS: "SurfaceCall",
     HISTOGRAM_KERNELS: "HistogramCall",
+    TARGET_KERNELS: "TargetCall",
     LOVASZ_KERNELS: "LovaszCall",
 }
 """The same for the kernels of other sources."""

@@ -50,7 +50,8 @@ struct GeneralCall : Call {
   unsigned long long* error_tallies;
   unsigned long long* largest_weight;
   double parameter[kMaxSums];
-  int rows;  // of a sample
+  int rows;       // of a sample
+  int part_bits;  // 2^part_bits voxels are a part of a sample in tallies
 
   // From here on: the fields that CONST reads.
   int map_kind, map_type;
@@ -58,6 +59,7 @@ struct GeneralCall : Call {
   int fields;
   int histograms;  // the kinds of error that are counted, as bits
   int plain;       // voxel weights count as 1, or 0 where they are 0
+  int by_row;      // a map's coefficients are those of the apply pass, of every row
   int field_kind[kMaxFields], field_type[kMaxFields];
   // For every sum; a field of −1: none, −2: absent, and the sum is 0.
   int sum_weight[kMaxSums], sum_function[kMaxSums], sum_field[kMaxSums];
@@ -325,17 +327,21 @@ FL_DEVICE T summand(const Spot<In>& spot, int s, int c, T g, Probability<T> v) {
   return Careful::product(w, value);
 }
 
-// The value of a map of kind "voxel" or "class" for one class.
-template <class In, class T>
-FL_DEVICE T mapped(const Spot<In>& spot, int c, T g, const Probability<T>& v) {
+// The value of a map of kind "voxel" or "class" for one class; by(s): the coefficient of a sum.
+template <class In, class T, class By>
+FL_DEVICE T mapped_by(const Spot<In>& spot, int c, T g, const Probability<T>& v, const By& by) {
   const GeneralCall& call = spot.call;
   T sum = T(0);
 #pragma unroll
   for (int s = 0; s < kSums; ++s)
-    if (is_there(call, s))
-      sum += Careful::product(T(call.map_coefficients[s * CONST(classes) + c]),
-                              summand(spot, s, c, g, v));
+    if (is_there(call, s)) sum += Careful::product(by(s), summand(spot, s, c, g, v));
   return sum;
+}
+template <class In, class T>
+FL_DEVICE T mapped(const Spot<In>& spot, int c, T g, const Probability<T>& v) {
+  const GeneralCall& call = spot.call;
+  return mapped_by(spot, c, g, v,
+                   [&](int s) { return T(call.map_coefficients[s * CONST(classes) + c]); });
 }
 
 template <class In, class T>
@@ -412,7 +418,7 @@ FL_DEVICE void tally(const Spot<In>& spot, const Part& part, int c, T x, T g,
   const bool counts = spot.voxel.inside && spot.voxel.m[0] > T(0);
   const int each = call.batch * CONST(classes);
   size_t first =
-      size_t(spot.voxel.first >> fastloss::kTalliedBits) * size_t(tally_places(CONST(histograms)));
+      size_t(spot.voxel.first >> call.part_bits) * size_t(tally_places(CONST(histograms)));
   unsigned long long weight = 0;
   if (weighted && counts)
     weight = static_cast<unsigned long long>(double(spot.voxel.m[0]) * scale + 0.5);
@@ -424,7 +430,8 @@ FL_DEVICE void tally(const Spot<In>& spot, const Part& part, int c, T x, T g,
     const Binned bin = bin_of(kind, v.p, v.q, x, g);
     const auto entry = [&](int place) {
       const size_t at = (first + size_t(place)) * size_t(each);
-      return call.error_tallies + (at + size_t(part.sample * CONST(classes) + c)) * (weighted ? 2 : 1);
+      return call.error_tallies +
+             (at + size_t(part.sample * CONST(classes) + c)) * (weighted ? 2 : 1);
     };
     // Of a network that is nearly right most voxels have no error at all. They are added once per
     // warp, as the additions of one address wait for each other.
@@ -773,9 +780,27 @@ FL_DEVICE int likeliest(const Spot<In>& spot) {
   return found;
 }
 
+// A map of kind "class" of coefficients of every row.
+template <class In>
+FL_DEVICE void map_by_row(const GeneralCall& call) {
+  using T = typename ComputedIn<In>::type;
+  const Part part(call, false);
+  const Derivatives<T> by(call, part, nullptr);
+  for (Index start = part.first; start < part.last; start += Index(part.threads)) {
+    Spot<In> spot(call, part.sample, start + Index(part.thread), part.last);
+    if (!spot.voxel.inside) continue;
+    const int row = spot.row < 0 ? 0 : spot.row;
+    for_classes(spot, [&](int c, T, const Probability<T>& v) {
+      T g = spot.target(c);
+      store_map(spot, c, mapped_by(spot, c, g, v, [&](int s) { return by(s, row, c); }));
+    });
+  }
+}
+
 template <class In>
 FL_DEVICE void general_map(const GeneralCall& call) {
   using T = typename ComputedIn<In>::type;
+  if (CONST(by_row)) return map_by_row<In>(call);
   const Part part(call, false);
   for (Index start = part.first; start < part.last; start += Index(part.threads)) {
     Spot<In> spot(call, part.sample, start + Index(part.thread), part.last);

@@ -1,7 +1,7 @@
 // Histograms of errors: cleared before the reduce pass of general.h counts, and summed after it.
 //
 // A tally has (parts, places of every kind, B, C) entries, in the order of the sums: so this is one
-// pass over adjacent memory. A part is 2^23 voxels, the most that a word counts. The bins of one
+// pass over adjacent memory. A part is as many voxels as a word counts. The bins of one
 // class take 300 KB, more than the shared memory of a block: they lie in global memory, and those
 // of a usual call in the L2 cache.
 #include "error_bins.h"

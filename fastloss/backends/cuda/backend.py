@@ -21,6 +21,7 @@ import numpy as np
 from fastloss.arrays import Arrays, Field
 from fastloss.backends.base import Backend, with_ranked, without_field
 from fastloss.backends.cuda import engine, lovasz
+from fastloss.backends.cuda.by_target import by_target
 from fastloss.backends.cuda.call import NO_TYPE
 from fastloss.backends.cuda.combine.code import THREADS
 from fastloss.backends.cuda.combine.program import Program, trace
@@ -183,6 +184,18 @@ class DeviceCoefficients(NamedTuple):
     scale: float = 1.0
     kept: Any = None
 
+    def at(self, address: int) -> tuple[int, dict[str, Any]]:
+        """Where a pass finds those of its first sample, and the steps and factors that it takes;
+        ``address``: where they are, of these rows and classes."""
+        summed = self.rows == 1
+        return address + (0 if summed else 8 * self.first * self.classes), {
+            "slot_stride": self.rows * self.classes,
+            "row_stride": 0 if summed else self.classes,
+            "upstream": self.upstream_address,
+            "upstream_type": self.upstream_type,
+            "scale": self.scale,
+        }
+
     def part(self, first: int, factor: float) -> DeviceCoefficients:
         """The coefficients of the samples from ``first`` on, times a factor."""
         return self._replace(first=self.first + first, scale=self.scale * factor)
@@ -312,6 +325,21 @@ class CudaBackend(Backend):
             row_stride=classes,
         )
 
+    def apply_target(
+        self, request: Request, arrays: Arrays, coefficients: Any, out: np.ndarray
+    ) -> None:
+        """As in `Backend`, of coefficients in CPU memory or those of `combine`'s pullback."""
+        if isinstance(coefficients, np.ndarray):
+            numbers = self.device.upload(np.ascontiguousarray(coefficients, np.float64))
+            _, rows, classes = coefficients.shape
+            coefficients = DeviceCoefficients(numbers, numbers.address, rows, classes)
+        each = coefficients.rows * coefficients.classes
+        found = by_target(self.device, request, coefficients.address, each)
+        known = dict(zip(request.fields, arrays.fields, strict=True))
+        arrays = replace(arrays, fields=tuple(known[name] for name in found.request.fields))
+        at, steps = coefficients.at(found.memory.address)
+        engine.write_map_by_rows(self.device, found.request, arrays, at, out, **steps)
+
     def check(self, request: Request, arrays: Arrays) -> None:
         """Raise ValueError for bad labels and weights; synchronises."""
         weight = arrays.voxel_weight
@@ -349,7 +377,13 @@ class CudaBackend(Backend):
         place, device = self.place, self.device
         operands = operands_of(loss, place)
         program = program_of(
-            loss, statistics.request, shape, statistics.dtype, operands, statistics.regions
+            loss,
+            statistics.request,
+            shape,
+            statistics.dtype,
+            operands,
+            statistics.regions,
+            statistics.for_target,
         )
         given, numbers, memory = arguments(program, device, operands)
         dtype = statistics.dtype.name
@@ -411,19 +445,8 @@ class CudaBackend(Backend):
     def gradient(
         self, request: Request, arrays: Arrays, coefficients: DeviceCoefficients, out: np.ndarray
     ) -> None:
-        summed = coefficients.rows == 1
-        engine.apply(
-            self.device,
-            request,
-            arrays,
-            coefficients.address + (0 if summed else 8 * coefficients.first * coefficients.classes),
-            out,
-            slot_stride=coefficients.rows * coefficients.classes,
-            row_stride=0 if summed else coefficients.classes,
-            upstream=coefficients.upstream_address,
-            upstream_type=coefficients.upstream_type,
-            scale=coefficients.scale,
-        )
+        at, steps = coefficients.at(coefficients.address)
+        engine.apply(self.device, request, arrays, at, out, **steps)
 
 
 def _view_of(memory: engine.Memory, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -456,12 +479,13 @@ def program_of(
     dtype: np.dtype,
     operands: Operands,
     regions: int = 0,
+    for_target: bool = False,
 ) -> Program:
     """The combine step, traced once per shape of the sums and structure of the loss."""
-    key = (loss.key, request, shape, dtype, operands.layout, regions)
+    key = (loss.key, request, shape, dtype, operands.layout, regions, for_target)
     program = _programs.get(key)
     if program is None:
-        program = trace(loss, request, *shape[1:], dtype, operands.layout, regions)
+        program = trace(loss, request, *shape[1:], dtype, operands.layout, regions, for_target)
         if len(_programs) >= _MOST_PROGRAMS:
             _programs.clear()
         _programs[key] = program

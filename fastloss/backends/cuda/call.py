@@ -102,6 +102,7 @@ class Work(NamedTuple):
         map_of_label: whether only `CROSS_ENTROPY` has nonzero map coefficients.
         without: the name of a field that does not exist yet: sums that read it are 0.
         plain: whether voxel weights count as 1, or 0 where they are 0.
+        by_row: whether a map takes coefficients as the apply pass does, of every row.
     """
 
     kernel: str
@@ -110,6 +111,7 @@ class Work(NamedTuple):
     map_of_label: bool = False
     without: str = ""
     plain: bool = False
+    by_row: bool = False
 
 
 class Operand(NamedTuple):

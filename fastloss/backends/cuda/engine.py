@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.arrays import Arrays
+from fastloss.backends.cuda import histograms
 from fastloss.backends.cuda.call import (
     CALL,
     FLOAT32,
@@ -27,7 +28,6 @@ from fastloss.backends.cuda.call import (
 from fastloss.backends.cuda.copies import align, aligned
 from fastloss.backends.cuda.device import Device, Memory
 from fastloss.backends.cuda.general import GENERAL_CALL, plan_general
-from fastloss.backends.cuda import histograms
 from fastloss.maps import Map
 from fastloss.request import Request
 from fastloss.sums import CROSS_ENTROPY
@@ -44,6 +44,7 @@ __all__ = [
     "run_apply",
     "run_reduce",
     "write_map",
+    "write_map_by_rows",
 ]
 
 
@@ -235,6 +236,33 @@ def write_map(
         if voxel_map.kind in ("voxel", "class"):
             numbers = device.upload(_coefficients(request, voxel_map)[0])
             _WRITE[1](record, _MAP_COEFFICIENTS, numbers.address)
+        call = np.frombuffer(record, _RECORDS[plan.general])
+        device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
+
+
+def write_map_by_rows(
+    device: Device,
+    request: Request,
+    arrays: Arrays,
+    coefficients: int,
+    out: np.ndarray,
+    *,
+    slot_stride: int,
+    row_stride: int,
+    upstream: int = 0,
+    upstream_type: int = NO_TYPE,
+    scale: float = 1.0,
+) -> None:
+    """Write a map of kind "class", (B, C, voxels), of coefficients as `apply` takes them."""
+    work = Work("map", upstream_type, map_kind="class", by_row=True)
+    plan, addresses = plan_of(device, request, arrays, out, work)
+    if not plan.grid:
+        return
+    (kernel,) = device.passes(plan.constants, "map")
+    with aligned(device, plan.copies, addresses) as copied:
+        record = _record(plan, copied)
+        _WRITE[4](record, _COEFFICIENTS, coefficients, slot_stride, row_stride, upstream)
+        _write_number(record, _SCALE, scale)
         call = np.frombuffer(record, _RECORDS[plan.general])
         device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
 

@@ -31,7 +31,8 @@ HISTOGRAM_CALL = np.dtype(
 _RECORD = np.dtype(("V", HISTOGRAM_CALL.itemsize))
 KERNELS = ("fastloss_histogram_clear", "fastloss_histogram_finish")
 _THREADS, _BLOCKS = 256, 2048
-_TALLIED = 1 << 23  # voxels of a part, as in csrc/errors.h
+PART_BITS = 23
+"""A word of a tally counts at most 2^23 voxels, see csrc/errors.h: these are a part of a sample."""
 
 
 class Tallies(NamedTuple):
@@ -63,7 +64,7 @@ def begin(device: Device, request: Request, arrays: Arrays) -> Tallies:
     (batch, classes), voxels = arrays.logits.shape[:2], prod(arrays.logits.shape[2:])
     weighted = arrays.voxel_weight is not None
     places = sum(2 * layout(kind).bins for kind in request.histograms)
-    parts = max(1, -(-voxels // _TALLIED))
+    parts = max(1, -(-voxels >> PART_BITS))
     words = places * batch * classes * (1 + weighted)
     tallies = Tallies(device.empty(8 * (parts * words + 1)), parts, words, weighted)
     call = _call(tallies)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastloss.backends.cuda.engine import Device
+from fastloss.backends.cuda.engine import Device, Memory
 from fastloss.backends.cuda.source import source
 
 # Mirrors `struct TopKCall` in csrc/cuda/top_k.cu.
@@ -40,7 +40,8 @@ def keep_largest(
     ``mean`` as float64.
     """
     if count:
-        call = _chosen(device, losses, count, dtype, max(1, int(count * percent / 100)))
+        kept = max(1, int(count * percent / 100))
+        call, _scratch = _chosen(device, losses, count, dtype, kept)
         call["mean"] = mean
         *_, share, average, _ = device.kernels(source("top_k.cu"), KERNELS)
         record = call.view(_RECORD)
@@ -54,14 +55,16 @@ def keep_above(
     """Turn losses at an address into 1 or 0: 1 for those above ``least``, and for the ``kept``
     largest with all that equal the last of these."""
     if count:
-        call = _chosen(device, losses, count, dtype, min(kept, count))
+        call, _scratch = _chosen(device, losses, count, dtype, min(kept, count))
         call["least"] = least
         *_, mark = device.kernels(source("top_k.cu"), KERNELS)
         device.launch(mark, int(call["blocks"][0]), (_THREADS, 1), 0, call.view(_RECORD))
 
 
-def _chosen(device: Device, losses: int, count: int, dtype: np.dtype, kept: int) -> np.ndarray:
-    """The TopKCall, (1,), once the least of the largest losses is found."""
+def _chosen(
+    device: Device, losses: int, count: int, dtype: np.dtype, kept: int
+) -> tuple[np.ndarray, Memory]:
+    """The TopKCall, (1,), once the least of the largest losses is found; and its memory."""
     rounds = dtype.itemsize
     blocks = min(_BLOCKS, -(-count // _THREADS))
     chunk = -(-count // (blocks * _THREADS)) * _THREADS
@@ -82,4 +85,4 @@ def _chosen(device: Device, losses: int, count: int, dtype: np.dtype, kept: int)
         record = call.copy().view(_RECORD)
         device.launch(histogram, blocks, (_THREADS, 1), 0, record)
         device.launch(choose, 1, (1, 1), 0, record)
-    return call
+    return call, scratch
