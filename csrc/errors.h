@@ -97,7 +97,9 @@ FL_PLACING BinScale scale_of_bin(ErrorKind kind, int bin) {
 
 // Numbers of one class in a tally: background, foreground, and one place for voxels that do not
 // count.
-constexpr long long tally_size(ErrorKind kind) { return 2 * (long long)(bins_of(kind)) + 1; }
+FL_ANYWHERE constexpr long long tally_size(ErrorKind kind) {
+  return 2 * (long long)(bins_of(kind)) + 1;
+}
 
 // Without voxel weights a tally is one word: the count in its upper bits, Σ d in the lower ones.
 // With them, m rounded to `kWeightBits` below the largest is an integer, and there are two words, Σ

@@ -236,28 +236,27 @@ def test_lovasz_losses(launched: list[str]) -> None:
         "probabilities": fl.Loss(soft(), activation="none"),
     }
     for seed, (name, loss) in enumerate(losses.items()):
-        for dtype in ("float32", "float64", "float16"):
-            x, y = example(3, 3, (7, 9), seed=seed, dtype=dtype, activation=loss.activation)
+        for dtype, samples, weighted in (
+            ("float32", 3, False),
+            ("float32", 1, True),
+            ("float64", 2, True),
+            ("float16", 2, False),
+        ):
+            x, y = example(samples, 3, (7, 9), seed=seed, dtype=dtype, activation=loss.activation)
             y[0][y[0] == 2] = 0  # a class that is not in all samples
-            weight = np.random.default_rng(seed).integers(0, 4, y.shape).astype(np.float32)
-            target = one_hot(y, 3, np.uint8) if seed % 2 else y
-            for w in (None, weight):
-                for part in (slice(3), slice(1)):
-                    arrays = [a if a is None else a[part] for a in (x, target, w)]
-                    there = [a if a is None else OnDevice(a) for a in arrays]
-                    shape = loss.value_shape(len(arrays[0]), 3)
-                    up = np.full(shape, 3.0, "f4" if dtype != "float64" else "f8")
-                    value, gradient = loss.value_and_grad(*there, upstream=OnDevice(up))
-                    expected = reference(loss, *arrays, upstream=up.astype(float))
-                    message = f"{name}, {dtype}, weighted={w is not None}"
-                    # As float32, in which errors are counted, p of either may fall in another bin.
-                    near = 1e-6 if dtype == "float64" else 3e-6
-                    np.testing.assert_allclose(
-                        value.values, expected[0], near, 1e-6, err_msg=message
-                    )
-                    error = norm(gradient.values.astype(float) - expected[1])
-                    allowed = 2e-3 if dtype == "float16" else 1e-5
-                    assert error <= allowed * norm(expected[1]) + 1e-9, message
+            w = np.random.default_rng(seed).integers(0, 4, y.shape).astype(np.float32)
+            target = one_hot(y, 3, np.uint8) if seed % 2 and not loss.ranking else y
+            arrays = (x, target, w if weighted else None)
+            there = [a if a is None else OnDevice(a) for a in arrays]
+            up = np.full(loss.value_shape(samples, 3), 3.0, "f8" if dtype == "float64" else "f4")
+            value, gradient = loss.value_and_grad(*there, upstream=OnDevice(up))
+            expected = reference(loss, *arrays, upstream=up.astype(float))
+            # As float32, in which errors are counted, p of either may fall in another bin.
+            message, near = f"{name}, {dtype}", 1e-6 if dtype == "float64" else 3e-6
+            np.testing.assert_allclose(value.values, expected[0], near, 1e-6, err_msg=message)
+            error = norm(gradient.values.astype(float) - expected[1])
+            allowed = 2e-3 if dtype == "float16" else 1e-5
+            assert error <= allowed * norm(expected[1]) + 1e-9, message
 
 
 def test_lovasz_losses_of_odd_input(launched: list[str]) -> None:

@@ -1,8 +1,9 @@
 // The errors of a voxel: the bin that counts each, and how the number that it is found by changes.
 #pragma once
 
-#include "errors.h"
 #include "numbers.h"
+
+#include "errors.h"  // after call.h
 
 using fastloss::ErrorKind;
 

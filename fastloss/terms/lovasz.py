@@ -198,6 +198,8 @@ class _Lovasz(Term):
                 first = int(np.flatnonzero(n)[0])
                 of_f, of_n = np.zeros_like(f), np.where(np.arange(n.size) <= first, 1 / n[first], 0)
             found[:, ::-1, row, c] = share * np.stack([of_n, of_f])
+        if self.histogram == "hinge":
+            found[:, 0] = 0  # in the first bin there is no error
         return np.broadcast_to(found, (*found.shape[:2], statistics.batch_size, rows.shape[3]))
 
     def voxel_shares(
@@ -340,9 +342,9 @@ class LovaszSoftmax(_Lovasz):
     largest error for a loss, known to a bin's width. Weights are rounded to 2^-21 of the largest
     one of a call. The bins take 0.6 MB for every class and sample.
 
-    "exact" sorts, in memory of twice the logits', in one thread. There may be one such term in a
-    loss, and chunks of a volume cannot be joined. In both, voxels of equal error (of one bin) have
-    equal derivatives, of foreground and background each: those of their mean order.
+    "exact" sorts, in memory of twice the logits', in one thread of the processor. There may be one
+    such term in a loss, and chunks of a volume cannot be joined. In both, voxels of equal error (of
+    one bin) have equal derivatives, of foreground and background each: those of their mean order.
 
     Args:
         classes: "present", those that occur; "all"; or a list of classes, absent ones too.
@@ -352,7 +354,7 @@ class LovaszSoftmax(_Lovasz):
 
     Raises:
         ValueError, TypeError: an option out of its range; in a call, a class that there is none
-            of, regions, or arrays on a GPU.
+            of, regions, or arrays on a GPU where the method is "exact".
 
     Source: Berman et al. 2018, "The Lovász-Softmax loss: a tractable surrogate for the optimization
     of the intersection-over-union measure in neural networks".
