@@ -67,7 +67,7 @@ class CopyCudaSources(build_py):
     def cuda_sources(self) -> dict[str, str]:
         """From where each is copied to where."""
         folder = Path("csrc")
-        sources = [folder / "voxel.h", *sorted((folder / "cuda").glob("*.[ch]*"))]
+        sources = [*sorted(folder.glob("*.h")), *sorted((folder / "cuda").glob("*.[ch]*"))]
         return {str(s): str(Path(self.build_lib, "fastloss", s)) for s in sources}
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:

@@ -225,7 +225,7 @@ class Passes:
         )
         self.request = loss.request(self.arrays)
         if self.request.histograms and not self.backend.counts_errors:
-            self.backend = _that_counts(loss, self.backend)
+            self.backend = load_backend("reference")
         self.ranked: Field | None = None
         """The field that the ranking term made."""
         if loss.makers:
@@ -479,11 +479,6 @@ class Passes:
             ValueError: there is no gradient by such a target.
         """
         arrays = self.arrays
-        if self.backend.place is not None:
-            raise ValueError(
-                "target: its gradient is computed in CPU memory alone, got arrays on a GPU; pass "
-                "target.detach()"
-            )
         ranked = self.loss.counting or self.loss.ranking
         if ranked is not None:
             raise ValueError(
@@ -503,15 +498,19 @@ class Passes:
         if isinstance(coefficients, PerVoxel):
             request, arrays, coefficients = self._of_every_voxel(coefficients)
         batch, classes, *spatial = arrays.logits.shape
-        found = np.empty((batch, classes, prod(spatial)), arrays.value_dtype)
-        self.backend.apply_target(request, arrays, coefficients, found)
+        found = self.backend.empty((batch, classes, prod(spatial)), arrays.value_dtype)
+        self.backend.apply_target(request, arrays, coefficients, borrow(found, "target").array)
         whole = found.reshape(arrays.logits.shape)
-        if self.loss.channel_axis != 1 and self.target.array.ndim == whole.ndim:
-            whole = np.moveaxis(whole, 1, self.loss.channel_axis)
+        if self.loss.channel_axis != 1 and self.target.array.ndim == arrays.logits.ndim:
+            whole = moved(whole, 1, self.loss.channel_axis)
         whole = whole.reshape(self.target.array.shape)
-        if self.target.dtype != "bfloat16":  # which NumPy lacks
-            whole = whole.astype(self.target.dtype, copy=False)
-        return adapter_of(target, "target").wrap(whole, target)
+        adapter, place, dtype = adapter_of(target, "target"), self.backend.place, self.target.dtype
+        if place is not None:
+            same = dtype in ("bfloat16", arrays.value_dtype.name)
+            return adapter.result(whole if same else place.array(whole, dtype))
+        if dtype != "bfloat16":  # which NumPy lacks
+            whole = whole.astype(dtype, copy=False)
+        return adapter.wrap(whole, target)
 
     def output(self, out: Any) -> tuple[Any, Borrowed]:
         """The array that takes the gradient, as the caller sees it, and its view."""
@@ -553,16 +552,6 @@ class Passes:
             assert self.ranked is not None
             arrays = with_ranked(self.request, arrays, term, self.ranked)
         self.backend.gradient(self.request, arrays, coefficients, view)
-
-
-def _that_counts(loss: FusedLoss, backend: Backend) -> Backend:
-    """The backend for a loss with histograms, in place of one that has none."""
-    if backend.place is None:
-        return load_backend("reference")
-    raise TypeError(
-        f"terms: {type(loss.counting).__name__} is not computed on a GPU; pass copies of the "
-        "arrays in CPU memory"
-    )
 
 
 def on_device(logits: Borrowed, *others: Borrowed | None, **more: Borrowed) -> Backend:

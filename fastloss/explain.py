@@ -23,10 +23,11 @@ from fastloss.borrowed import Extras
 from fastloss.calls import Passes, moved
 from fastloss.explanation import ExplainedTerm, Explanation
 from fastloss.frameworks import borrow
+from fastloss.histogram import HISTOGRAMS
 from fastloss.maps import Map
 from fastloss.request import make_request
 from fastloss.statistics import Statistics
-from fastloss.sums import Sum, table
+from fastloss.sums import PREDICTED, REFERENCE, UNIFORM, UNIFORM_REST, Sum, table
 
 _TILE = 1 << 20
 """Numbers, voxels times classes, of a tile that NumPy computes."""
@@ -45,12 +46,12 @@ def explain(
     exact: bool,
 ) -> Explanation:
     """As `fastloss.Loss.explain` says."""
-    if not loss.explains:
-        kinds = ", ".join(type(term).__name__ for _, term in loss.terms)
-        raise ValueError(
-            "terms: Lovász losses rank all voxels of a class, and have no map of their parts; "
-            f"expected a loss without them, got {kinds}"
-        )
+    for _, term in loss.terms:
+        if not (term.ranks_errors or term.requires.isdisjoint(HISTOGRAMS)):
+            raise ValueError(
+                f"terms: {type(term).__name__} reads a histogram in a way of its own, and has no "
+                "map of its parts"
+            )
     if spacing is not None:
         terms = ((w, _with_spacing(term, spacing)) for w, term in loss.terms)
         loss = loss.with_terms(tuple(terms))
@@ -65,6 +66,11 @@ def explain(
         kind = type(term).__name__
         names[kind] = names.get(kind, 0) + 1
         name = kind if names[kind] == 1 else f"{kind} {names[kind]}"
+        if term.ranks_errors:
+            shares, parts = maps.ranked_shares(term, weight)
+            value = weight * np.sum(term.combine(statistics)[0])
+            found.append(ExplainedTerm(name, "share", _adding_up(parts, value), None, shares))
+            continue
         slopes = _slopes(loss, term, weight, statistics)
         made = []
         for factor, summand in term.summands:
@@ -161,13 +167,17 @@ def _parts(
             found += each.reshape(len(found), -1, each.shape[1]).sum(axis=1)
     else:
         found = weight * term.parts(own)
-    if not np.isclose(found.sum(), value, rtol=1e-6, atol=1e-12, equal_nan=True):
-        # A class that redefines `combine` and not `parts`.
-        found = np.full((1, 1), value)
+    found = _adding_up(found, value)
     if not in_regions or len(found) % count:
         return found, None
     regions = found.reshape(-1, count, found.shape[1])
     return regions.sum(axis=1), regions
+
+
+def _adding_up(parts: np.ndarray, value: Any) -> np.ndarray:
+    """The parts, or the whole where they are not its: of a class that redefines `combine` alone."""
+    alike = np.isclose(parts.sum(), value, rtol=1e-5, atol=1e-12, equal_nan=True)
+    return parts if alike else np.full((1, 1), value)
 
 
 def _total(maps: list[Any]) -> Any:
@@ -206,7 +216,7 @@ class _Maps:
         if passes.ranked is not None:
             term = self.loss.ranking
             self.arrays = with_ranked(self.request, self.arrays, term, passes.ranked)
-            if place is None:
+            if place is None and not term.ranks_errors:
                 self.ranked = self._sums()
         if place is not None:
             sums, voxels = place.numpy(statistics.sums), place.numpy(statistics.voxels)
@@ -215,7 +225,7 @@ class _Maps:
 
     def _sums(self, voxel_map: Map | None = None) -> Statistics:
         rows = self.batch * self.arrays.rows
-        sums, voxels = np.empty((len(self.request.sums), rows, self.classes)), np.empty(rows)
+        sums, voxels = np.empty((self.request.slots, rows, self.classes)), np.empty(rows)
         self.backend.reduce(self.request, self.arrays, sums, voxels, voxel_map)
         regions = 0 if self.arrays.regions is None else self.arrays.rows
         return Statistics(self.request, sums, voxels, self.arrays.value_dtype, None, regions)
@@ -276,6 +286,8 @@ class _Maps:
         statistics = self.statistics
         if self.loss.regional is not None and not term.regional:
             statistics = statistics.of_samples()
+        # No term looks at histograms: these are many numbers, for every voxel.
+        statistics = replace(statistics, sums=statistics.sums[: len(self.request.sums)])
         rows = max(statistics.regions, 1)
         totals = [t for t in table(term.requires, self.request.activation) if t.function != "one"]
         numbers = np.zeros((self.batch, *[self.classes] * self.by_channel, prod(self.spatial)))
@@ -297,6 +309,34 @@ class _Maps:
                     fall = term.fall(statistics, row, of_channel)
                     numbers[b, c, place][at] = factor * fall
         return self._here(numbers)
+
+    def ranked_shares(self, term: Any, factor: float) -> tuple[Any, np.ndarray]:
+        """The shares of the voxels in a term that `ranks_errors`; and their sums, (B, C)."""
+        numbers = np.zeros((self.batch, *[self.classes] * self.by_channel, prod(self.spatial)))
+        parts = np.zeros((self.batch, self.classes))
+        exact, jumps = term.ranking is not None, None
+        if not exact:
+            jumps = term.jumps(self.statistics)
+        for b, place, arrays, _ in self._tiles():
+
+            def of(total: Sum, weighted: bool = False, arrays: Arrays = arrays) -> np.ndarray:
+                own = arrays if weighted else replace(arrays, voxel_weight=None)
+                return self._by_class({total: np.ones((1, self.classes))}, own)
+
+            weight, foreground = of(Sum(), weighted=True), of(REFERENCE) > 0.5
+            # 1 − p as a function that is exact where p is near 1.
+            p, q = of(PREDICTED), of(Sum("one", "generalized", 1.0))
+            logit = of(UNIFORM_REST) - of(UNIFORM) if term.histogram == "hinge" else p
+            if exact:
+                field = arrays.fields[self.request.fields.index(term.ranking.field)].array
+                own = np.abs(field.reshape(p.shape)).astype(np.float64)
+            else:
+                own = jumps[:, :, b]  # type: ignore[index]
+            each = weight * term.voxel_shares(own, p, q, logit, foreground)
+            each = factor * np.where(weight == 0, 0.0, each)
+            parts[b] += each.sum(axis=1)
+            numbers[b][..., place] = each if self.by_channel else each.sum(axis=0)
+        return self.shaped(self._here(numbers)), parts
 
     def _change(self, total: Sum, arrays: Arrays) -> np.ndarray:
         """By how much each voxel of a tile would change a sum, were it right: (C, n)."""

@@ -1,7 +1,7 @@
 """The losses that rank voxels, each as one function call.
 
 As in `fastloss.functional`, which says what their arguments mean. Of Lovász losses there are no
-regions: voxels are ranked in whole samples. Arrays lie in CPU memory.
+regions: voxels are ranked in whole samples. Exact ones take arrays in CPU memory alone.
 """
 
 from __future__ import annotations

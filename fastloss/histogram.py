@@ -14,7 +14,7 @@ counted:
             0: bins are narrow near 1, where a network begins, and for the large ones.
 
 The number that a bin is found by is called v. In both, a voxel is foreground where g > ½. Bins are
-in the order of their errors. This module is mirrored by `csrc/cpu/errors.h`.
+in the order of their errors. This module is mirrored by `csrc/errors.h`.
 """
 
 from __future__ import annotations

@@ -70,11 +70,23 @@ class Term:
     ranks_dense = False
     """Whether such a term takes dense targets."""
 
+    ranks_errors = False
+    """Whether the value is a sum over voxels and classes of an error times a derivative that
+    depends on its rank: `fastloss.explain` then asks for `jumps` and `voxel_shares`, as
+    `fastloss.LovaszSoftmax` defines them."""
+
     kept_percent: float | None = None
     """For such a term that takes the mean of the largest losses: of how many percent of all voxels.
 
-    A GPU chooses so and in no other way.
+    A GPU chooses so, or by `kept_above`.
     """
+
+    kept_above: tuple[float, int] | None = None
+    """For such a term that is not `ranks_weighted` and keeps voxels: those whose loss is above this
+    number, and at least so many."""
+
+    histogram: ClassVar[str] = ""
+    """The kind of error whose histogram the term reads: see `fastloss.histogram`."""
 
     makes: ClassVar[str] = ""
     """The name of a field that the term makes of the target, where the caller gives none."""
@@ -284,6 +296,13 @@ class Term:
     def ranks_by(self, request: Request, classes: int) -> np.ndarray:
         """The coefficients, (S, C), of the map by which a term with a `ranking` chooses voxels."""
         raise NotImplementedError(f"{type(self).__name__} must define ranks_by")
+
+    def found_as(self, total: Sum) -> Term:
+        """For a term that reads a `histogram`: one that reads its value as a sum in its place."""
+        raise TypeError(
+            f"terms: {type(self).__name__} reads a histogram in a way that no GPU does; pass "
+            "arrays in CPU memory"
+        )
 
     def choose(self, losses: np.ndarray) -> float:
         """Turn that map, (B, voxels), into the field, in place; return the sum over all voxels."""
@@ -716,9 +735,9 @@ class Loss:
                 not given. With ``reduction="none"`` the weights of its entries.
             target_grad: return the gradient by a dense target of floating numbers as well, in its
                 shape and dtype: (value, gradient, gradient by the target). Fields and regions that
-                terms make of the target are constants. Arrays in CPU memory alone; it takes a pass
-                of its own, and one for each region where a call has regions. PyTorch's autograd
-                computes it of a target that requires a gradient.
+                terms make of the target are constants. It takes a pass of its own, in CPU memory
+                one for each region where a call has regions. PyTorch's autograd computes it of a
+                target that requires a gradient.
 
         Raises:
             ValueError: ``out`` is read-only, or overlaps an input other than as the logits; there
@@ -884,6 +903,8 @@ class Loss:
         - of a term that sums over voxels (cross-entropy, focal, …) its *share*, the loss of the
           voxel in units of the value of this loss: times the factor of the term and, for a mean,
           divided by what the mean divides by. The shares add up to the term's contribution.
+          A Lovász loss is such a sum once its voxels are ranked, of errors times the steps of the
+          Jaccard loss; of a histogram the share is right to its bin.
         - of any other term (Dice, Tversky, boundary losses, …) its *gain*: by how much the value
           would fall if this voxel alone were predicted right. That is p = its target: of a label
           1 for its class and 0 for the others. Of a softmax, or of probabilities
@@ -906,9 +927,9 @@ class Loss:
             exact: whether gains are exact rather than of first order.
 
         Raises:
-            ValueError: a loss that has no single value (``reduction="none"`` or ``"voxel"``), or
-                with a Lovász loss in it;
-                ``exact`` for a term of one's own that does not define `Term.fall`.
+            ValueError: a loss that has no single value (``reduction="none"`` or ``"voxel"``);
+                ``exact`` for a term of one's own that does not define `Term.fall`; a term of one's
+                own that reads a histogram.
             TypeError, ValueError: as in a call.
 
         >>> import numpy as np, fastloss as fl
@@ -925,12 +946,6 @@ class Loss:
         """
         extras = Extras.of(fields, regions, region_count)
         return explain(self, logits, target, voxel_weight, extras, check_spacing(spacing), exact)
-
-    @property
-    def explains(self) -> bool:
-        """Whether `explain` takes it: no term ranks the voxels of every class."""
-        ranks = self.ranking is not None and self.ranking.ranks_classes
-        return self.counting is None and not ranks
 
     # ------------------------------------------------------------------ how it is done
 
@@ -1192,6 +1207,17 @@ class Loss:
         loss._options = self._options
         loss.terms = terms
         return loss
+
+    def without_histograms(self) -> tuple[Loss, tuple[tuple[Term, Sum], ...]]:
+        """The loss where each term that reads a histogram is a sum of its own; and these terms."""
+        ranked, terms = [], []
+        for factor, term in self.terms:
+            if not term.requires.isdisjoint(HISTOGRAMS):
+                total = Sum(field=f"{term.histogram} {len(ranked)}")
+                ranked.append((term, total))
+                term = term.found_as(total)
+            terms.append((factor, term))
+        return self.with_terms(tuple(terms)).with_given(self.given), tuple(ranked)
 
     def described_inside(self) -> tuple[str, list[Any]]:
         """Structure and operands of a loss that a function makes while it is being compiled.

@@ -20,12 +20,15 @@ from numpy.lib.stride_tricks import as_strided
 import fastloss as fl
 from fastloss.arrays import Arrays, Field
 from fastloss.backends.cuda import engine
+from fastloss.backends.cuda.by_target import KERNELS as TARGET_KERNELS
 from fastloss.backends.cuda.call import GENERAL, NO_TYPE
 from fastloss.backends.cuda.combine.program import trace
 from fastloss.backends.cuda.copies import KERNELS as COPY_KERNELS
 from fastloss.backends.cuda.distance import KERNELS as DISTANCE_KERNELS
 from fastloss.backends.cuda.fields import BOUNDARY_KERNELS, POWER_KERNELS
+from fastloss.backends.cuda.histograms import KERNELS as HISTOGRAM_KERNELS
 from fastloss.backends.cuda.indices import KERNELS as INDEX_KERNELS
+from fastloss.backends.cuda.lovasz import KERNELS as LOVASZ_KERNELS
 from fastloss.backends.cuda.metrics import CONFUSION_KERNELS, READ_KERNELS
 from fastloss.backends.cuda.source import PASSES, source, specialised
 from fastloss.backends.cuda.surfaces import KERNELS as SURFACE_KERNELS
@@ -351,7 +354,15 @@ def general_kinds() -> list[GeneralKind]:
         GeneralKind("apply", "float64", "strided", 9, "softmax", "uint8", (boundary,), ("class",)),
         GeneralKind("apply", "bfloat16", "large", 2, "softmax", "uint8", unusual, (), True),
     ]
-    return kinds + maps + odd
+    counted = [
+        GeneralKind(kernel, "float32", "contiguous", c, activation, target, needs)
+        for kernel in ("reduce", "apply")
+        for activation, target, c, needs in (
+            ("softmax", "uint8", 14, ("region", "cross_entropy", "errors")),
+            ("sigmoid", "dense uint8", 3, ("region", "uniform", "errors", "hinge")),
+        )
+    ]
+    return kinds + maps + odd + counted
 
 
 def compiled_general(kind: GeneralKind) -> Compiled:
@@ -437,6 +448,9 @@ def other_kernels() -> dict[str, tuple[str, tuple[str, ...]]]:
         "metrics": (source("metrics.cu"), READ_KERNELS),
         "confusion": (source("confusion.cu"), CONFUSION_KERNELS),
         "surface": (source("surface.cu"), SURFACE_KERNELS),
+        "histograms": (source("histograms.cu"), HISTOGRAM_KERNELS),
+        "by target": (source("by_target.cu"), TARGET_KERNELS),
+        "Lovász": (source("lovasz.cu"), LOVASZ_KERNELS),
     }
     losses = {
         "dice+ce": (fl.Dice() + fl.CrossEntropy(), 2, 14),

@@ -17,11 +17,14 @@ import numpy as np
 from fastloss.arrays import Arrays
 from fastloss.backends.base import Backend
 from fastloss.backends.cuda import engine
+from fastloss.backends.cuda.by_target import KERNELS as TARGET_KERNELS
 from fastloss.backends.cuda.copies import KERNELS as COPY_KERNELS
 from fastloss.backends.cuda.distance import KERNELS as DISTANCE_KERNELS
 from fastloss.backends.cuda.fields import BOUNDARY_KERNELS, POWER_KERNELS
 from fastloss.backends.cuda.general import MAX_SUMS
+from fastloss.backends.cuda.histograms import KERNELS as HISTOGRAM_KERNELS
 from fastloss.backends.cuda.indices import KERNELS as INDEX_KERNELS
+from fastloss.backends.cuda.lovasz import KERNELS as LOVASZ_KERNELS
 from fastloss.backends.cuda.metrics import CONFUSION_KERNELS, READ_KERNELS
 from fastloss.backends.cuda.operands import KERNELS as OPERAND_KERNELS
 from fastloss.backends.cuda.source import PASSES, source, source_of, specialised
@@ -45,6 +48,9 @@ STRUCTS_OF_OTHERS = {
     READ_KERNELS: "ReadCall",
     CONFUSION_KERNELS: "ConfusionCall",
     SURFACE_KERNELS: "SurfaceCall",
+    HISTOGRAM_KERNELS: "HistogramCall",
+    TARGET_KERNELS: "TargetCall",
+    LOVASZ_KERNELS: "LovaszCall",
 }
 """The same for the kernels of other sources."""
 
@@ -127,6 +133,8 @@ def _built(text: str, names: tuple[str, ...], struct: str) -> Any:
 class EmulatedBackend(Backend):
     """A backend that runs the kernels on the CPU."""
 
+    counts_errors = True
+
     def __init__(self, name: str, device: EmulatedDevice | None = None) -> None:
         self.name, self.device = name, device or EmulatedDevice()
 
@@ -167,6 +175,8 @@ class CudaTestBackend(Backend):
 
     As for users, they are compiled for every kind of call, which takes most of the time.
     """
+
+    counts_errors = True
 
     def __init__(self, name: str) -> None:
         from fastloss.backends.cuda.backend import CudaDevice, why_absent

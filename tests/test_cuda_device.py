@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import stand_in
 from stand_in import OnDevice
-from support import assert_agree, example, one_hot, reference
+from support import assert_agree, example, norm, one_hot, reference
 
 import fastloss as fl
 from fastloss.backends.cuda import backend as cuda
+from fastloss.backends.cuda import engine, histograms
 from fastloss.backends.cuda.backend import CudaBackend
 from fastloss.backends.cuda.source import source
 from fastloss.sums import Sum
@@ -208,13 +209,177 @@ def test_other_ways_to_choose_voxels(launched: list[str]) -> None:
     x, y = example(2, 3, (7, 9), dtype=np.float32)
     with pytest.raises(TypeError, match=r"^terms: on a GPU .* Hardest does not"):
         Hardest()(OnDevice(x), OnDevice(y))
-    for ranks, message in (
-        (fl.LovaszSoftmax() + fl.Dice(), "LovaszSoftmax is not computed on a GPU"),
-        (fl.LovaszSoftmax(method="exact"), "on a GPU .* LovaszSoftmax does not"),
-        (fl.OHEMCrossEntropy(), "on a GPU .* OHEMCrossEntropy does not"),
-    ):
-        with pytest.raises(TypeError, match=rf"^terms: {message}"):
-            ranks(OnDevice(x), OnDevice(y))
+    with pytest.raises(TypeError, match=r"^terms: on a GPU .* LovaszSoftmax does not"):
+        fl.LovaszSoftmax(method="exact")(OnDevice(x), OnDevice(y))
+
+    class Counted(fl.Term):
+        requires = frozenset({"errors"})
+
+    with pytest.raises(TypeError, match=r"^terms: Counted reads a histogram"):
+        Counted()(OnDevice(x), OnDevice(y))
+
+
+def test_lovasz_losses(launched: list[str]) -> None:
+    """With all options, beside others that read the same bins, other bins and fields."""
+    soft, hinge = fl.LovaszSoftmax, fl.LovaszHinge
+    sigmoid = {"activation": "sigmoid"}
+    losses = {
+        "alone": fl.Loss(soft()),
+        "by sample": 0.5 * soft(per_sample=True) + fl.Dice() + fl.CrossEntropy(),
+        "ignored": fl.Loss(soft(classes=(0, 2)), fl.Focal(), ignore_index=1),
+        "the same bins": soft()
+        - 0.25 * soft(classes="all", per_sample=True)
+        + fl.TopKCrossEntropy(),
+        "hinge": fl.Loss(hinge(), **sigmoid),
+        "all kinds": fl.Loss(2 * hinge(per_sample=True), fl.Dice(), soft(classes="all"), **sigmoid),
+        "of every class": soft() + fl.Dice(reduction="none"),
+        "probabilities": fl.Loss(soft(), activation="none"),
+    }
+    for seed, (name, loss) in enumerate(losses.items()):
+        for dtype, samples, weighted in (
+            ("float32", 3, False),
+            ("float32", 1, True),
+            ("float64", 2, True),
+            ("float16", 2, False),
+        ):
+            x, y = example(samples, 3, (7, 9), seed=seed, dtype=dtype, activation=loss.activation)
+            y[0][y[0] == 2] = 0  # a class that is not in all samples
+            w = np.random.default_rng(seed).integers(0, 4, y.shape).astype(np.float32)
+            target = one_hot(y, 3, np.uint8) if seed % 2 and not loss.ranking else y
+            arrays = (x, target, w if weighted else None)
+            there = [a if a is None else OnDevice(a) for a in arrays]
+            up = np.full(loss.value_shape(samples, 3), 3.0, "f8" if dtype == "float64" else "f4")
+            value, gradient = loss.value_and_grad(*there, upstream=OnDevice(up))
+            expected = reference(loss, *arrays, upstream=up.astype(float))
+            # As float32, in which errors are counted, p of either may fall in another bin.
+            message, near = f"{name}, {dtype}", 1e-6 if dtype == "float64" else 3e-6
+            np.testing.assert_allclose(value.values, expected[0], near, 1e-6, err_msg=message)
+            error = norm(gradient.values.astype(float) - expected[1])
+            allowed = 2e-3 if dtype == "float16" else 1e-5
+            assert error <= allowed * norm(expected[1]) + 1e-9, message
+
+
+def test_lovasz_losses_of_odd_input(launched: list[str]) -> None:
+    by_sample = fl.LovaszSoftmax(per_sample=True) + fl.Dice()
+    for loss in (fl.Loss(fl.LovaszSoftmax(), ignore_index=9), fl.Loss(by_sample, ignore_index=9)):
+        x, y = example(2, 3, (40,), dtype=np.float32)
+        broken, ignored = x.copy(), np.full_like(y, 9)
+        broken[1, 1, 3] = np.nan
+        assert np.isnan(loss(OnDevice(broken), OnDevice(y)).values)
+        assert np.isnan(loss.gradient(OnDevice(broken), OnDevice(y)).values[0]).all()
+        assert np.isnan(loss(OnDevice(x), OnDevice(np.full_like(y, 7))).values)
+        expected = loss.value_and_grad(x, ignored)
+        value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(ignored))
+        assert value.values == expected[0]
+        assert not gradient.values.any()
+        for arrays in ((x[:0], y[:0]), (x[:, :, :0], y[:, :0])):
+            assert loss(*map(OnDevice, arrays)).values == loss(*arrays)
+
+
+def test_lovasz_losses_of_chunks(launched: list[str]) -> None:
+    loss = fl.LovaszSoftmax() + fl.Dice()
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    parts = [(OnDevice(x[..., i : i + 8].copy()), OnDevice(y[:, i : i + 8].copy()))
+             for i in range(0, 40, 8)]  # fmt: skip
+    total = sum(loss.statistics(*part) for part in parts)
+    value, gradient = loss.value_and_grad(x, y)
+    np.testing.assert_allclose(loss.value(total).values, value, 1e-6)
+    found = [loss.gradient(*part, statistics=total).values for part in parts]
+    np.testing.assert_allclose(np.concatenate(found, axis=2), gradient, 1e-4, 1e-8)
+
+
+def test_lovasz_loss_of_more_voxels_than_a_word_counts(
+    launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample then has parts, whose tallies are added."""
+    monkeypatch.setattr(histograms, "PART_BITS", 6)
+    monkeypatch.setattr(engine, "_plans", {})
+    x, y = example(2, 3, (11, 37), dtype=np.float32)
+    w = np.random.default_rng(0).uniform(0, 2, y.shape)
+    for weight in (None, w):
+        there = None if weight is None else OnDevice(weight)
+        value, gradient = fl.LovaszSoftmax().value_and_grad(OnDevice(x), OnDevice(y), there)
+        expected = reference(fl.LovaszSoftmax(), x, y, weight)
+        np.testing.assert_allclose(value.values, expected[0], 1e-6)
+        assert norm(gradient.values - expected[1]) <= 1e-5 * norm(expected[1])
+
+
+def test_lovasz_losses_take_no_detour(launched: list[str]) -> None:
+    """Every step is a launch: nothing is copied to the processor's memory in between."""
+    x, y = example(2, 3, (40,), dtype=np.float32)
+    (fl.LovaszSoftmax() + fl.Dice()).value_and_grad(OnDevice(x), OnDevice(y))
+    kernels = [name for name in launched if not name.startswith("empty")]
+    assert kernels == [
+        "fastloss_histogram_clear", "fastloss_reduce", "fastloss_finish",
+        "fastloss_histogram_finish", "fastloss_lovasz_scan", "fastloss_lovasz_value",
+        "fastloss_combine", "fastloss_lovasz_slopes", "fastloss_apply",
+    ]  # fmt: skip
+
+
+def test_hardest_voxels(launched: list[str]) -> None:
+    rng = np.random.default_rng(0)
+    for threshold, kept in ((0.5, 0), (0.5, 100), (0.05, 3), (1.0, 0), (0.01, 10**6)):
+        for weight in (None, [1.0, 0.0, 2.0]):
+            term = fl.OHEMCrossEntropy(threshold=threshold, min_kept=kept, weight=weight)
+            loss = fl.Loss(term, fl.Dice(), ignore_index=255)
+            x, y = example(2, 3, (7, 9), dtype=np.float32)
+            x[0, :, 0], y[0, 0] = 0.0, 1  # equal losses
+            y[1, :2] = 255
+            for w in (None, rng.integers(0, 3, y.shape).astype(np.float32)):
+                there = None if w is None else OnDevice(w)
+                value, gradient = loss.value_and_grad(OnDevice(x), OnDevice(y), there, upstream=2.0)
+                expected = reference(loss, x, y, w, upstream=2.0)
+                assert_agree(value.values, gradient.values, expected)
+    broken = x.copy()
+    broken[0, 1, 2] = np.nan
+    assert np.isnan(loss(OnDevice(broken), OnDevice(y)).values)
+    x, y = example(2, 3, (7, 9), dtype=np.float64)
+    value, gradient = fl.OHEMCrossEntropy(min_kept=9).value_and_grad(OnDevice(x), OnDevice(y))
+    assert_agree(value.values, gradient.values, reference(fl.OHEMCrossEntropy(min_kept=9), x, y))
+
+
+def test_gradients_by_soft_targets(launched: list[str]) -> None:
+    """Of all kinds of sums, in any layout, of samples, regions and single voxels."""
+    x, _ = example(2, 3, (5, 6), dtype=np.float64)
+    rng = np.random.default_rng(0)
+    g = np.moveaxis(rng.dirichlet(np.ones(3), (2, 5, 6)), -1, 1).copy()
+    w = rng.uniform(0, 2, (2, 5, 6))
+    w[0, 0, 0] = 0.0
+    regions = np.repeat(np.arange(-1, 4), 6)[:30].reshape(5, 6)
+    regions = np.stack([regions, np.minimum(regions, 1)])
+    field = rng.normal(size=x.shape)
+    all_kinds = fl.Dice() + fl.DiceSemimetric() + fl.KLDivergence() + fl.MeanAbsoluteError()
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (all_kinds, {}),
+        (fl.Loss(all_kinds, activation="sigmoid"), {}),
+        (fl.Dice(squared=True, batch=True) + fl.CrossEntropy(weight=[1.0, 2.0, 0.5]), {}),
+        (fl.Dice() + fl.KLDivergence(), {"regions": regions, "region_count": 5}),
+        (fl.Dice(reduction="none") + fl.MCC(), {}),
+        (fl.Loss(fl.CrossEntropy(reduction="voxel")), {}),
+        (fl.GeneralizedSurface() + fl.Focal(), {"fields": {"distance": field}}),
+    ]
+    for loss, more in cases:
+        value = loss(x, g, w, **more)
+        upstream = rng.normal(size=np.shape(value)) if np.ndim(value) else np.float64(3.0)
+        expected = loss.value_and_grad(x, g, w, upstream=upstream, target_grad=True, **more)
+        there = dict(more)
+        if "regions" in more:
+            there["regions"] = OnDevice(regions)
+        if "fields" in more:
+            there["fields"] = {name: OnDevice(a) for name, a in more["fields"].items()}
+        arrays = (OnDevice(x), OnDevice(g), OnDevice(w))
+        found = loss.value_and_grad(*arrays, upstream=OnDevice(upstream), target_grad=True, **there)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one.values, other, 1e-9, 1e-12, err_msg=repr(loss)[:60])
+        assert not found[2].values[0, :, 0, 0].any()
+    last = fl.Loss(all_kinds, channel_axis=-1)
+    moved = [OnDevice(np.moveaxis(a, 1, -1)) for a in (x.astype("f4"), g.astype("f2"))]
+    found = last.value_and_grad(*moved, OnDevice(w), target_grad=True)[2]
+    assert found.values.dtype == np.float16
+    wanted = all_kinds.value_and_grad(x, g, w, target_grad=True)[2]
+    np.testing.assert_allclose(np.moveaxis(found.values, -1, 1), wanted, 1e-2, 1e-3)
+    with pytest.raises(ValueError, match=r"^target: LovaszSoftmax chooses or ranks"):
+        fl.LovaszSoftmax().value_and_grad(OnDevice(x), OnDevice(g), target_grad=True)
 
 
 def test_launches(launched: list[str]) -> None:

@@ -308,6 +308,7 @@ def test_backends_agree(backend: str) -> None:
         (fl.Dice() + fl.CrossEntropy(), labels, {"exact": True}),
         (lesion_losses()["beside"], LESIONS, {"regions": regions + 1}),
         (fl.Loss(fl.Boundary(), fl.Focal(), activation="sigmoid"), dense, {}),
+        (fl.Dice() + fl.LovaszSoftmax() + 2 * fl.CrossEntropy(), labels, {}),
     ]
 
     def maps() -> list[Explanation]:
@@ -429,9 +430,12 @@ def test_bad_input() -> None:
         assert str(shape) in str(error.value)
     with pytest.raises(ValueError, match="target: expected labels"):
         fl.Dice().explain(logits, labels + 5)
-    for method in ("histogram", "exact"):
-        with pytest.raises(ValueError, match=r"terms: .*got Dice, LovaszSoftmax"):
-            (fl.Dice() + fl.LovaszSoftmax(method=method)).explain(logits, labels)
+
+    class Counted(fl.Term):
+        requires = frozenset({"errors"})
+
+    with pytest.raises(ValueError, match=r"terms: Counted reads a histogram"):
+        fl.Loss(fl.Dice(), Counted()).explain(logits, labels)
     with pytest.raises(TypeError, match="fields: expected a mapping"):
         fl.Dice().explain(logits, labels, fields=1)
     found = fl.Dice().explain(logits, labels)

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import BACKENDS, EMULATED, finite_differences, need, need_backend
+from support import BACKENDS, finite_differences, need, need_backend
 
 import fastloss as fl
-
-CPU = tuple(name for name in BACKENDS if name not in (EMULATED, "cuda"))
 
 
 def kept_voxels(
@@ -30,7 +28,7 @@ def kept_voxels(
     return kept
 
 
-@pytest.mark.parametrize("name", CPU)
+@pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**32 - 1),

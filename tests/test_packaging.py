@@ -74,7 +74,10 @@ def test_source_distribution_has_all_sources(released: Path) -> None:
 
 def test_package_has_the_cuda_sources_and_no_others(built: Path) -> None:
     own = built.parent / "checkout" / "csrc"
-    expected = {name for name in files_in(own) if name.startswith("cuda/")} | {"voxel.h"}
+    expected = {name for name in files_in(own) if name.startswith("cuda/")} | {
+        "errors.h",
+        "voxel.h",
+    }
     assert files_in(built / "fastloss" / "csrc") == expected
     for name in expected:
         assert (built / "fastloss" / "csrc" / name).read_bytes() == (own / name).read_bytes()

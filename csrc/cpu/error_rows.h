@@ -32,25 +32,6 @@ struct Errors {
 
 FL_INLINE void store_lanes(int32_t* p, IVec<float> v) { std::memcpy(p, &v, sizeof v); }
 
-// The place of v, given its bits, and d.
-template <size_t N>
-FL_INLINE void find_place(const fastloss::Octaves (&octaves)[N], IVec<float> bits, IVec<float>& at,
-                          IVec<float>& rest) {
-  const int32_t last = fastloss::last_place(octaves), end = fastloss::end_bits(octaves);
-  bits = bits < end ? bits : IVec<float>{} + end;
-  at = rest = IVec<float>{};
-  int32_t first = 1;
-#pragma GCC unroll 8
-  for (size_t o = 0; o < N; ++o) {
-    const int32_t start = fastloss::float_bits(octaves[o].exponent);
-    const int shift = 23 - octaves[o].bits;
-    at = bits >= start ? ((bits - start) >> shift) + first : at;
-    rest = bits >= start ? bits & ((1 << shift) - 1) : rest;
-    first += octaves[o].count << octaves[o].bits;
-  }
-  at = at < last ? at : IVec<float>{} + last;
-}
-
 // The errors of a class from rows of p and q, or for a hinge of the logit x; g and m.
 template <class T>
 FL_INLINE void find_errors(ErrorKind kind, int padded, const T* p, const T* q, const T* x,
@@ -100,13 +81,13 @@ void find_bins(ErrorKind kind, int padded, const T* p, const T* q, const T* x, c
       const Vec<float> others = load<float>(from.others + v);
       const IVec<float> large = error > others;
       IVec<float> large_at, large_rest;
-      find_place(fastloss::kSmallErrors, bits<float>(error), at, rest);
-      find_place(fastloss::kLargeErrors, bits<float>(others), large_at, large_rest);
+      fastloss::find_place(fastloss::kSmallErrors, bits<float>(error), at, rest);
+      fastloss::find_place(fastloss::kLargeErrors, bits<float>(others), large_at, large_rest);
       at = large ? bins - 1 - large_at : at;
       rest = large ? large_rest : rest;
       store<float>(to.slope + v, select<float>(foreground == large, one, -one));
     } else {
-      find_place(fastloss::kHingeErrors, bits<float>(error), at, rest);
+      fastloss::find_place(fastloss::kHingeErrors, bits<float>(error), at, rest);
       store<float>(to.slope + v, select<float>(foreground, -one, one));
     }
     at += foreground & bins;

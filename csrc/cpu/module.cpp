@@ -373,7 +373,8 @@ class Passes {
       blocks = (job.voxels + block - 1) / block;
       int64_t wanted = kRangesPerThread * num_threads();
       range = std::max<int64_t>(blocks * job.batch / wanted, 1);
-      if (job.histograms) range = std::max<int64_t>(std::min(range, kMostTallied / 2 / block), 1);
+      if (job.histograms)
+        range = std::max<int64_t>(std::min(range, int64_t(kMostTallied) / 2 / block), 1);
       ranges = (blocks + range - 1) / range;
     }
   };

@@ -15,35 +15,6 @@
 
 namespace fastloss {
 
-// v = start + unit · d for the numbers of a bin; of the first bin 0, which they are taken for.
-struct BinScale {
-  double start, unit;
-};
-template <size_t N>
-BinScale scale_of_place(const Octaves (&octaves)[N], int32_t place) {
-  const auto value = [](int32_t bits) {
-    float number;
-    std::memcpy(&number, &bits, sizeof number);
-    return double(number);
-  };
-  if (place == 0) return {0, 0};
-  int32_t first = 1;
-  for (const Octaves& o : octaves) {
-    const int32_t count = o.count << o.bits;
-    if (place < first + count) {
-      const int32_t start = float_bits(o.exponent) + ((place - first) << (23 - o.bits));
-      return {value(start), value((start & 0x7f800000) - (23 << 23))};
-    }
-    first += count;
-  }
-  return {value(end_bits(octaves)), 0};
-}
-inline BinScale scale_of_bin(ErrorKind kind, int32_t bin) {
-  if (kind == ErrorKind::hinge) return scale_of_place(kHingeErrors, bin);
-  if (bin <= last_place(kSmallErrors)) return scale_of_place(kSmallErrors, bin);
-  return scale_of_place(kLargeErrors, bins_of(kind) - 1 - bin);
-}
-
 // The numbers of all classes of a sample, per word of a tally.
 inline int64_t tally_numbers(const Job& job) {
   int64_t size = 0;

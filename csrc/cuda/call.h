@@ -12,6 +12,7 @@
 #else
 #define FL_DEVICE __device__ inline
 #endif
+#define FL_ANYWHERE __device__  // functions and tables of headers that CPUs share
 
 #ifdef FL_SPECIAL
 #define CONST(name) (FL_##name)

@@ -45,3 +45,10 @@ extern "C" __global__ void FL_BOUNDS fastloss_map(const __grid_constant__ Genera
   FL_PASS(general_map);
 }
 #endif
+
+#if !defined(FL_SPECIAL) || defined(FL_LARGEST)
+extern "C" __global__ void FL_BOUNDS
+fastloss_largest_weight(const __grid_constant__ GeneralCall call) {
+  FL_PASS(find_largest_weight);
+}
+#endif

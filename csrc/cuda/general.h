@@ -19,6 +19,7 @@
 // with A = Σ_{c≠t} a_c and B = Σ_{c≠t} b_c p_c / (1 − p_c): no difference of large numbers.
 #pragma once
 
+#include "error_bins.h"
 #include "finish.h"
 #include "voxel.h"
 #include "voxels.h"
@@ -45,13 +46,20 @@ struct GeneralCall : Call {
   long long more_channel_stride[1 + kMaxFields];
   long long more_stride[1 + kMaxFields][kMaxAxes];
   const double* map_coefficients;  // (S, C)
+  // Histograms of errors: see histograms.cu. The largest voxel weight is the bits of a double.
+  unsigned long long* error_tallies;
+  unsigned long long* largest_weight;
   double parameter[kMaxSums];
-  int rows;  // of a sample
+  int rows;       // of a sample
+  int part_bits;  // 2^part_bits voxels are a part of a sample in tallies
 
   // From here on: the fields that CONST reads.
   int map_kind, map_type;
   int regions_type, regions_by_class;
   int fields;
+  int histograms;  // the kinds of error that are counted, as bits
+  int plain;       // voxel weights count as 1, or 0 where they are 0
+  int by_row;      // a map's coefficients are those of the apply pass, of every row
   int field_kind[kMaxFields], field_type[kMaxFields];
   // For every sum; a field of −1: none, −2: absent, and the sum is 0.
   int sum_weight[kMaxSums], sum_function[kMaxSums], sum_field[kMaxSums];
@@ -115,6 +123,7 @@ struct Spot {
       row = region(0);
       if (row < 0) voxel.m[0] = T(0);
     }
+    if (CONST(plain)) voxel.m[0] = voxel.m[0] > T(0) ? T(1) : T(0);
 #pragma unroll
     for (int f = 0; f < kFields; ++f)
       if (f < CONST(fields) && CONST(field_kind[f]) != kOfClass) number[f] = load_field(f, 0);
@@ -326,17 +335,21 @@ FL_DEVICE T summand(const Spot<In>& spot, int s, int c, T g, Probability<T> v) {
   return Careful::product(w, value);
 }
 
-// The value of a map of kind "voxel" or "class" for one class.
-template <class In, class T>
-FL_DEVICE T mapped(const Spot<In>& spot, int c, T g, const Probability<T>& v) {
+// The value of a map of kind "voxel" or "class" for one class; by(s): the coefficient of a sum.
+template <class In, class T, class By>
+FL_DEVICE T mapped_by(const Spot<In>& spot, int c, T g, const Probability<T>& v, const By& by) {
   const GeneralCall& call = spot.call;
   T sum = T(0);
 #pragma unroll
   for (int s = 0; s < kSums; ++s)
-    if (is_there(call, s))
-      sum += Careful::product(T(call.map_coefficients[s * CONST(classes) + c]),
-                              summand(spot, s, c, g, v));
+    if (is_there(call, s)) sum += Careful::product(by(s), summand(spot, s, c, g, v));
   return sum;
+}
+template <class In, class T>
+FL_DEVICE T mapped(const Spot<In>& spot, int c, T g, const Probability<T>& v) {
+  const GeneralCall& call = spot.call;
+  return mapped_by(spot, c, g, v,
+                   [&](int s) { return T(call.map_coefficients[s * CONST(classes) + c]); });
 }
 
 template <class In, class T>
@@ -407,6 +420,64 @@ FL_DEVICE void for_rows(const GeneralCall& call, int row, const With& with) {
   }
 }
 
+// Adds a voxel to an entry of a tally.
+FL_DEVICE void tally_one(unsigned long long* entry, bool weighted, unsigned long long weight,
+                         int rest) {
+  if (!weighted) {
+    atomicAdd(entry, (1ull << fastloss::kCountShift) + static_cast<unsigned long long>(rest));
+    return;
+  }
+  atomicAdd(entry, weight);
+  atomicAdd(entry + 1, weight * static_cast<unsigned long long>(rest));
+}
+
+// Counts the errors of a warp's voxels of class c. All lanes must call, with voxels of one part.
+// Integers add to the same bits in any order.
+template <class In, class T>
+FL_DEVICE void tally(const Spot<In>& spot, const Part& part, int c, T x, T g,
+                     const Probability<T>& v, double scale) {
+  const GeneralCall& call = spot.call;
+  const bool weighted = CONST(weight_type) != kNoType;
+  const bool counts = spot.voxel.inside && spot.voxel.m[0] > T(0);
+  const int each = call.batch * CONST(classes);
+  size_t first =
+      size_t(spot.voxel.first >> call.part_bits) * size_t(tally_places(CONST(histograms)));
+  unsigned long long weight = 0;
+  if (weighted && counts)
+    weight = static_cast<unsigned long long>(double(spot.voxel.m[0]) * scale + 0.5);
+#pragma unroll
+  for (int number = 0; number < fastloss::kMaxHistograms; ++number) {
+    const ErrorKind kind = ErrorKind(number);
+    if (!has_kind(CONST(histograms), kind)) continue;
+    const int bins = fastloss::bins_of(kind);
+    const Binned bin = bin_of(kind, v.p, v.q, x, g);
+    const auto entry = [&](int place) {
+      const size_t at = (first + size_t(place)) * size_t(each);
+      return call.error_tallies +
+             (at + size_t(part.sample * CONST(classes) + c)) * (weighted ? 2 : 1);
+    };
+    // Of a network that is nearly right most voxels have no error at all. They are added once per
+    // warp, as the additions of one address wait for each other. The others are spread over 64 bins
+    // of an octave and more: on an H100 it is the L2 cache, which takes an addition per voxel and
+    // class, that is expected to bound the pass, not the memory.
+#pragma unroll
+    for (int none = 0; none <= bins; none += bins) {
+      const unsigned alike = __ballot_sync(kAllLanes, counts && bin.place == none);
+      if (!alike) continue;
+      if (weighted) {
+        const unsigned long long sum = warp_sum(counts && bin.place == none ? weight : 0ull);
+        if (part.lane == 0) atomicAdd(entry(none), sum);
+      } else if (part.lane == 0) {
+        atomicAdd(entry(none), static_cast<unsigned long long>(__popc(alike))
+                                   << fastloss::kCountShift);
+      }
+    }
+    if (counts && bin.place != 0 && bin.place != bins)
+      tally_one(entry(bin.place), weighted, weight, bin.rest);
+    first += size_t(2 * bins);
+  }
+}
+
 // A warp's accumulators: (rows, S · C + 1), a row's voxel weights last, then the number of faults.
 template <class In>
 struct Accumulators {
@@ -416,6 +487,7 @@ struct Accumulators {
   const Part& part;
   double* shared;
   double* to;
+  double scale;  // of voxel weights in tallies
 
   FL_DEVICE int row_size() const { return CONST(slots) * CONST(classes) + 1; }
   FL_DEVICE int width() const { return call.rows * row_size() + 1; }
@@ -424,6 +496,8 @@ struct Accumulators {
       : call(call), part(part), shared(static_cast<double*>(memory)) {
     to = CONST(global_sums) ? partial() : shared + part.warp * width();
     for (int i = part.lane; i < width(); i += kLanes) to[i] = 0;
+    scale = CONST(histograms) && CONST(weight_type) != kNoType ? weight_scale(*call.largest_weight)
+                                                               : 1.0;
     __syncwarp();
   }
 
@@ -433,8 +507,9 @@ struct Accumulators {
 
   // Adds the voxels of a warp. All lanes must call.
   FL_DEVICE void add(const Spot<In>& spot, T& map) {
-    for_classes(spot, [&](int c, T, const Probability<T>& v) {
+    for_classes(spot, [&](int c, T x, const Probability<T>& v) {
       T g = spot.target(c);
+      if (CONST(histograms)) tally(spot, part, c, x, g, v, scale);
       for_rows(call, spot.row_of(c),
                [&](int row, bool mine) { add_class(spot, row, mine, c, g, v); });
       if (CONST(map_kind) == kVoxelMap && spot.row >= 0) map += mapped(spot, c, g, v);
@@ -505,6 +580,25 @@ FL_DEVICE void general_reduce(const GeneralCall& call) {
   sums.write_partial();
 }
 
+// The largest voxel weight of a call, by which weights become integers.
+template <class In>
+FL_DEVICE void find_largest_weight(const GeneralCall& call) {
+  using T = typename ComputedIn<In>::type;
+  const Part part(call, false);
+  T largest = T(0);
+  for (Index start = part.first; start < part.last; start += Index(part.threads)) {
+    Voxels<T, 1> voxel;
+    move_to(call, part.sample, start + Index(part.thread), part.last, voxel);
+    largest = larger(largest, voxel.m[0]);
+  }
+#pragma unroll
+  for (int step = kLanes / 2; step; step /= 2)
+    largest = larger(largest, __shfl_xor_sync(kAllLanes, largest, step));
+  if (part.lane == 0 && largest > T(0))
+    atomicMax(call.largest_weight,
+              static_cast<unsigned long long>(__double_as_longlong(double(largest))));
+}
+
 FL_DEVICE void general_finish(const GeneralCall& call) {
   int weight = CONST(slots) * CONST(classes), size = weight + 1;
   finish_numbers<double>(call, call.rows * size, [&](int sample, int i, double sum) {
@@ -548,6 +642,11 @@ struct Derivatives {
     if (!CONST(global_table)) return table[slot * CONST(classes) + c];
     return T(global[slot * call.slot_stride + row * call.row_stride + c] * scale);
   }
+
+  // By a sum of a bin: voxels of adjacent threads read far apart, from the L2 cache mostly.
+  FL_DEVICE T of_bin(int slot, int c) const {
+    return T(global[slot * call.slot_stride + c] * scale);
+  }
 };
 
 // The derivatives by p, by log p and by log(1 − p) of a class.
@@ -556,8 +655,31 @@ struct Slopes {
   T p, log_p, log_q;
 };
 
+// Adds the derivatives of errors, given those by Σ v of the bins that they are in.
 template <class In, class T>
-FL_DEVICE Slopes<T> slopes_of(const Spot<In>& spot, const Derivatives<T>& by, int c,
+FL_DEVICE void add_errors(const Spot<In>& spot, const Derivatives<T>& by, int c, T x,
+                          const Probability<T>& v, Slopes<T>& sum) {
+  const GeneralCall& call = spot.call;
+  int slot = CONST(slots);
+#pragma unroll
+  for (int number = 0; number < fastloss::kMaxHistograms; ++number) {
+    const ErrorKind kind = ErrorKind(number);
+    if (!has_kind(CONST(histograms), kind)) continue;
+    const int bins = fastloss::bins_of(kind);
+    const Binned bin = bin_of(kind, v.p, v.q, x, v.g);
+    const T change = spot.voxel.m[0] * T(bin.slope) * by.of_bin(slot + 2 * bins + bin.place, c);
+    if (kind == ErrorKind::error) {
+      sum.p += change;
+    } else {  // x = log p − log q
+      sum.log_p += change;
+      sum.log_q -= change;
+    }
+    slot += 4 * bins;
+  }
+}
+
+template <class In, class T>
+FL_DEVICE Slopes<T> slopes_of(const Spot<In>& spot, const Derivatives<T>& by, int c, T x,
                               Probability<T> v) {
   const GeneralCall& call = spot.call;
   Slopes<T> sum = {T(0), T(0), T(0)};
@@ -575,6 +697,7 @@ FL_DEVICE Slopes<T> slopes_of(const Spot<In>& spot, const Derivatives<T>& by, in
       if (function.by == By::log_q) sum.log_q += slope;
     });
   }
+  if (CONST(histograms) && spot.counts()) add_errors(spot, by, c, x, v, sum);
   return sum;
 }
 
@@ -592,8 +715,9 @@ FL_DEVICE void apply_softmax(const Spot<In>& spot, const Derivatives<T>& by) {
   T p_top = T(0), q_top = T(0), a_top = T(0), b_top = T(0), a_others = T(0), b_others = T(0);
 #pragma unroll 1
   for (int c = 0; c < CONST(classes); ++c) {
-    Probability<T> v = whole.of(spot.logit(c), c);
-    Slopes<T> slope = slopes_of(spot, by, c, v);
+    T x = spot.logit(c);
+    Probability<T> v = whole.of(x, c);
+    Slopes<T> slope = slopes_of(spot, by, c, x, v);
     T a = slope.p * v.p + slope.log_p;
     if (c == whole.top) {
       p_top = v.p;
@@ -615,7 +739,7 @@ FL_DEVICE void apply_softmax(const Spot<In>& spot, const Derivatives<T>& by) {
     } else {
       T x = spot.logit(c);
       Probability<T> v = whole.of(x, c);
-      Slopes<T> slope = slopes_of(spot, by, c, v);
+      Slopes<T> slope = slopes_of(spot, by, c, x, v);
       T factor = shared - a_top;
       if (rests) factor -= slope.log_q / v.q;
       gradient = slope.p * v.p + slope.log_p + v.p * factor;
@@ -640,8 +764,8 @@ FL_DEVICE void general_apply(const GeneralCall& call) {
       apply_softmax(spot, by);
       continue;
     }
-    for_classes(spot, [&](int c, T, const Probability<T>& v) {
-      Slopes<T> slope = slopes_of(spot, by, c, v);
+    for_classes(spot, [&](int c, T x, const Probability<T>& v) {
+      Slopes<T> slope = slopes_of(spot, by, c, x, v);
       T gradient;
       if (CONST(activation) == kSigmoid) {
         gradient = slope.p * v.p * v.q + slope.log_p * v.q - slope.log_q * v.p;
@@ -680,9 +804,28 @@ FL_DEVICE int likeliest(const Spot<In>& spot) {
   return found;
 }
 
+// A map of kind "class" of coefficients of every row.
+template <class In>
+FL_DEVICE void map_by_row(const GeneralCall& call) {
+  using T = typename ComputedIn<In>::type;
+  const Part part(call, false);
+  const Derivatives<T> by(call, part, nullptr);
+  for (Index start = part.first; start < part.last; start += Index(part.threads)) {
+    Spot<In> spot(call, part.sample, start + Index(part.thread), part.last);
+    if (!spot.voxel.inside) continue;
+    for_classes(spot, [&](int c, T, const Probability<T>& v) {
+      const int row = spot.row_of(c);
+      const T found =
+          mapped_by(spot, c, spot.target(c), v, [&](int s) { return by(s, row < 0 ? 0 : row, c); });
+      store_map(spot, c, row < 0 ? T(0) : found);
+    });
+  }
+}
+
 template <class In>
 FL_DEVICE void general_map(const GeneralCall& call) {
   using T = typename ComputedIn<In>::type;
+  if (CONST(by_row)) return map_by_row<In>(call);
   const Part part(call, false);
   for (Index start = part.first; start < part.last; start += Index(part.threads)) {
     Spot<In> spot(call, part.sample, start + Index(part.thread), part.last);

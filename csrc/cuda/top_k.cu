@@ -16,6 +16,7 @@ struct TopKCall {
   long long count;
   long long chunk;  // numbers of a block
   long long kept;
+  double least;  // of losses that are kept in any case, which are above it
   int is_double;
   int blocks;
   int round;
@@ -106,6 +107,23 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     fastloss_top_k_share(const __grid_constant__ TopKCall call) {
   if (call.is_double) share<double>(call);
   else share<float>(call);
+}
+
+// Marks the losses above `least`, and the largest ones with all that equal the last of them: each
+// loss is replaced by 1 or 0. NaN is above all.
+template <class T>
+FL_DEVICE void mark(const TopKCall& call) {
+  for (long long i = blockIdx.x * call.chunk + threadIdx.x; i < end_of_block(call); i += kThreads) {
+    T loss = loss_at<T>(call, i);
+    bool kept = !(loss <= T(call.least)) || (call.kept > 0 && key_of(loss) >= call.found[0]);
+    static_cast<T*>(call.losses)[i] = kept ? T(1) : T(0);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    fastloss_top_k_mark(const __grid_constant__ TopKCall call) {
+  if (call.is_double) mark<double>(call);
+  else mark<float>(call);
 }
 
 // One warp: computes the mean.

@@ -236,7 +236,7 @@ class Backend:
         self, term: Any, request: Request, arrays: Arrays, sums: np.ndarray, voxels: np.ndarray
     ) -> Field:
         """The field of a ranking term, of the map that the pass over the other sums writes."""
-        others = _without_field(request, term.ranking.field)
+        others = without_field(request, term.ranking.field)
         shape, dtype = arrays.target.shape, arrays.value_dtype
         losses = np.empty((shape[0], prod(shape[1:])), dtype)
         found = np.empty((others.slots, *sums.shape[1:]))
@@ -252,7 +252,7 @@ class Backend:
         self, term: Any, request: Request, arrays: Arrays, sums: np.ndarray, voxels: np.ndarray
     ) -> Field:
         """The field of a term that ranks voxels, or voxels and classes, whatever they weigh."""
-        others = _without_field(request, term.ranking.field)
+        others = without_field(request, term.ranking.field)
         found = np.empty((others.slots, *sums.shape[1:]))
         self.reduce(others, arrays, found, voxels)
         _place(found, others, sums, request)
@@ -298,7 +298,7 @@ class Backend:
         """Let at most this many threads compute, where the backend has threads."""
 
 
-def _without_field(request: Request, field: str) -> Request:
+def without_field(request: Request, field: str) -> Request:
     """The request without the sums of this field."""
     needs = {need for need in request.needs if not (isinstance(need, Sum) and need.field == field)}
     return make_request(request.activation, request.dense, request.ignore_index, frozenset(needs))

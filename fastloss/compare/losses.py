@@ -187,10 +187,10 @@ class TrainingLoss:
             labels: (D, H, W).
 
         Returns:
-            None for a function of the user's, which has no parts, and a loss that is not explained.
+            None for a function of the user's, which has no parts.
         """
         loss = self.at(1.0)
-        if not isinstance(loss, Loss) or not loss.explains:
+        if not isinstance(loss, Loss):
             return None
         logits = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
         found: np.ndarray = loss.explain(logits[None], labels[None]).map[0]

@@ -24,8 +24,8 @@ class OHEMCrossEntropy(Term):
     those of weight 0 never are. Softmax of a label map only.
 
     As `fastloss.TopKCrossEntropy` it is no function of sums over voxels: parts of the data cannot
-    be joined, and there may be one such term in a loss. It holds one number per voxel, takes two
-    passes over the logits more than other losses do, and arrays in CPU memory only.
+    be joined, and there may be one such term in a loss. It holds one number per voxel, and takes
+    two passes over the logits more than other losses do, on a GPU one.
 
     Args:
         threshold: a probability, above 0 and at most 1; 1 keeps all voxels.
@@ -83,6 +83,11 @@ class OHEMCrossEntropy(Term):
         coefficients = np.zeros((len(request.sums), classes))
         coefficients[request.index[CROSS_ENTROPY]] = 1.0
         return coefficients
+
+    @property
+    def kept_above(self) -> tuple[float, int]:  # type: ignore[override]
+        """The least loss, −log p, of which a voxel is kept in any case; all are above −1."""
+        return (-1.0 if self.threshold == 1 else -np.log(self.threshold)), self.min_kept
 
     def rank(self, numbers: np.ndarray, targets: list[tuple[np.ndarray, np.ndarray]]) -> float:
         """Turn −log p_y, (B, voxels), into 1 where a voxel is kept, else 0."""

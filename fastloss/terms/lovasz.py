@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from fastloss.histogram import layout
+from fastloss.histogram import binned, layout
 from fastloss.loss import Derivatives, Pullback, Term
 from fastloss.options import check_choice
 from fastloss.request import Request
@@ -77,17 +78,33 @@ def slopes(
     return of_f, np.maximum(rest / (a * b) - f * inner, 0.0)
 
 
+class _Found(Term):
+    """A Lovász loss whose value is known, as a sum of a field of this name."""
+
+    def __init__(self, *, field: str) -> None:
+        self.field = field
+        self.requires = frozenset({PREDICTED, Sum(field=field)})
+
+    def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
+        total = Sum(field=self.field)
+        return statistics[total].sum(), lambda upstream: {total: upstream}
+
+
+@cache
+def _found(total: Sum) -> _Found:
+    return _Found(field=total.field)
+
+
 class _Lovasz(Term):
     """The Lovász extension of the Jaccard loss of errors that a subclass names."""
 
-    histogram = ""
-    """The kind of its errors: see `fastloss.histogram`."""
     score: tuple[tuple[Sum, float], ...] = ()
     """p, or the logit, as sums and their coefficients: what the exact method ranks by."""
 
     ranks_weighted = False
     ranks_classes = True
     ranks_dense = True
+    ranks_errors = True
 
     def __init__(
         self, *, classes: Any = "present", per_sample: bool = False, method: str = "histogram"
@@ -100,6 +117,10 @@ class _Lovasz(Term):
             self.requires = frozenset([PREDICTED, *(sum_ for sum_, _ in self.score), *fields])
         else:
             self.requires = frozenset([PREDICTED, self.histogram])
+
+    @property
+    def shares(self) -> bool:
+        return True
 
     @property
     def ranking(self) -> Sum | None:  # type: ignore[override]
@@ -129,30 +150,81 @@ class _Lovasz(Term):
             coefficients = {s._replace(field="lovasz"): k for s, k in self.score}
             return value, lambda upstream: {s: upstream * k for s, k in coefficients.items()}
         own = layout(self.histogram)
-        found = statistics[self.histogram].reshape(4, own.bins, -1, statistics.classes)
-        joined = not self.per_sample and found.shape[2] != 1
-        rows = found.sum(axis=2, keepdims=True) if joined else found
-        count = rows.shape[2]
+        rows = self._rows(statistics)
         by = np.zeros_like(rows)
         value = 0.0
-        for row in range(count):
-            counts, sums = rows[:2, :, row], rows[2:, :, row]
-            occurs = (counts != 0).max(axis=1)  # background and foreground, (2, C)
-            chosen = [c for c in self._chosen(statistics.classes, occurs[1]) if occurs[:, c].any()]
-            share = 1.0 / (count * len(chosen)) if chosen else 0.0
-            for c in chosen:
-                loss, slope = self._of_bins(counts[:, :, c], sums[:, :, c])
-                value += share * loss
-                by[2:, :, row, c] = share * slope
+        for row, c, share in self._shares(rows):
+            counts, sums = rows[:2, :, row, c], rows[2:, :, row, c]
+            loss, slope = self._of_bins(counts, sums)
+            value += share * loss
+            by[2:, :, row, c] = share * slope
         # NaN is in no bin.
         if not np.isfinite(statistics[PREDICTED]).all():
             value, by = np.nan, np.full_like(by, np.nan)
-        whole = np.broadcast_to(by, found.shape).reshape(own.slots, -1, statistics.classes)
+        shape = (4, own.bins, statistics.batch_size, statistics.classes)
+        whole = np.broadcast_to(by, shape).reshape(own.slots, *shape[2:])
 
         def pullback(upstream: np.ndarray) -> Derivatives:
             return {self.histogram: upstream * whole}
 
         return np.float64(value), pullback
+
+    def _rows(self, statistics: Statistics) -> np.ndarray:
+        """The histogram of every row, (4, bins, rows, C): of a sample, or of all together."""
+        bins, classes = layout(self.histogram).bins, statistics.classes
+        found = statistics[self.histogram].reshape(4, bins, statistics.batch_size, classes)
+        joined = not self.per_sample and found.shape[2] != 1
+        return found.sum(axis=2, keepdims=True) if joined else found
+
+    def _shares(self, rows: np.ndarray) -> Iterator[tuple[int, int, float]]:
+        """The row and class of every loss, and its share in the mean."""
+        count, classes = rows.shape[2:]
+        for row in range(count):
+            occurs = (rows[:2, :, row] != 0).max(axis=1)  # background and foreground, (2, C)
+            chosen = [c for c in self._chosen(classes, occurs[1]) if occurs[:, c].any()]
+            for c in chosen:
+                yield row, c, 1.0 / (count * len(chosen))
+
+    def jumps(self, statistics: Statistics) -> np.ndarray:
+        """The derivative by an error of weight 1 in every bin of background and foreground,
+        (2, bins, B, C); in bins without voxels what it would be there."""
+        rows = self._rows(statistics)
+        found = np.zeros((2, *rows.shape[1:]))
+        for row, c, share in self._shares(rows):
+            n, f = rows[:2, ::-1, row, c]  # errors fall
+            if f.any():
+                of_f, of_n = slopes(f, n, float(f.sum()))
+            else:
+                first = int(np.flatnonzero(n)[0])
+                of_f, of_n = np.zeros_like(f), np.where(np.arange(n.size) <= first, 1 / n[first], 0)
+            found[:, ::-1, row, c] = share * np.stack([of_n, of_f])
+        if self.histogram == "hinge":
+            found[:, 0] = 0  # in the first bin there is no error
+        return np.broadcast_to(found, (*found.shape[:2], statistics.batch_size, rows.shape[3]))
+
+    def voxel_shares(
+        self,
+        jumps: np.ndarray,
+        p: np.ndarray,
+        q: np.ndarray,
+        x: np.ndarray,
+        foreground: np.ndarray,
+    ) -> np.ndarray:
+        """The error of every voxel times the derivative by it, for voxels of weight 1.
+
+        Args:
+            jumps: that derivative, (C, n), for the exact method; else those of `jumps` of a
+                sample, (2, bins, C).
+            p, q, x: the probability, 1 − p, and the logit, (C, n) each.
+        """
+        hinge = self.histogram == "hinge"
+        error = np.where(foreground, q, p)
+        if hinge:
+            error = np.maximum(1 + np.where(foreground, -x, x), 0.0)
+        if self.method == "histogram":
+            place, _, _ = binned(self.histogram, p, q, x, foreground)
+            jumps = jumps[foreground.astype(np.intp), place, np.arange(len(p))[:, None]]
+        return np.where(error == 0, 0.0, error * jumps)
 
     def _of_bins(self, counts: np.ndarray, sums: np.ndarray) -> tuple[float, np.ndarray]:
         """The loss of one class, and its derivative by Σ v of every bin, (2, bins)."""
@@ -174,6 +246,9 @@ class _Lovasz(Term):
         else:
             by[:, used] = both
         return float((errors * both).sum()), by
+
+    def found_as(self, total: Sum) -> Term:
+        return _found(total)
 
     # ------------------------------------------------------------------ by sorting
 
@@ -267,9 +342,9 @@ class LovaszSoftmax(_Lovasz):
     largest error for a loss, known to a bin's width. Weights are rounded to 2^-21 of the largest
     one of a call. The bins take 0.6 MB for every class and sample.
 
-    "exact" sorts, in memory of twice the logits', in one thread. There may be one such term in a
-    loss, and chunks of a volume cannot be joined. In both, voxels of equal error (of one bin) have
-    equal derivatives, of foreground and background each: those of their mean order.
+    "exact" sorts, in memory of twice the logits', in one thread of the processor. There may be one
+    such term in a loss, and chunks of a volume cannot be joined. In both, voxels of equal error (of
+    one bin) have equal derivatives, of foreground and background each: those of their mean order.
 
     Args:
         classes: "present", those that occur; "all"; or a list of classes, absent ones too.
@@ -279,7 +354,7 @@ class LovaszSoftmax(_Lovasz):
 
     Raises:
         ValueError, TypeError: an option out of its range; in a call, a class that there is none
-            of, regions, or arrays on a GPU.
+            of, regions, or arrays on a GPU where the method is "exact".
 
     Source: Berman et al. 2018, "The Lovász-Softmax loss: a tractable surrogate for the optimization
     of the intersection-over-union measure in neural networks".

@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastloss.arrays import Arrays, Field
-from fastloss.backends.base import Backend
-from fastloss.backends.cuda import engine
+from fastloss.backends.base import Backend, with_ranked, without_field
+from fastloss.backends.cuda import engine, lovasz
+from fastloss.backends.cuda.by_target import by_target
 from fastloss.backends.cuda.call import NO_TYPE
 from fastloss.backends.cuda.combine.code import THREADS
 from fastloss.backends.cuda.combine.program import Program, trace
 from fastloss.backends.cuda.operands import Operands, on_device, operands_of, repeat
 from fastloss.backends.cuda.source import PASSES, describe, specialised
-from fastloss.backends.cuda.top_k import keep_largest
+from fastloss.backends.cuda.top_k import keep_above, keep_largest
 from fastloss.backends.targets import check_targets
 from fastloss.borrowed import byte_bounds, device_view
 from fastloss.maps import Map
@@ -183,6 +184,18 @@ class DeviceCoefficients(NamedTuple):
     scale: float = 1.0
     kept: Any = None
 
+    def at(self, address: int) -> tuple[int, dict[str, Any]]:
+        """Where a pass finds those of its first sample, and the steps and factors that it takes;
+        ``address``: where they are, of these rows and classes."""
+        summed = self.rows == 1
+        return address + (0 if summed else 8 * self.first * self.classes), {
+            "slot_stride": self.rows * self.classes,
+            "row_stride": 0 if summed else self.classes,
+            "upstream": self.upstream_address,
+            "upstream_type": self.upstream_type,
+            "scale": self.scale,
+        }
+
     def part(self, first: int, factor: float) -> DeviceCoefficients:
         """The coefficients of the samples from ``first`` on, times a factor."""
         return self._replace(first=self.first + first, scale=self.scale * factor)
@@ -195,6 +208,7 @@ class CudaBackend(Backend):
     """
 
     name = "cuda"
+    counts_errors = True
 
     def __init__(self, place: Place, device: engine.Device | None = None) -> None:
         self.place: Place = place
@@ -205,7 +219,7 @@ class CudaBackend(Backend):
     ) -> tuple[Statistics, Field | None]:
         batch, classes = arrays.logits.shape[:2]
         rows = batch * arrays.rows
-        sums = self.place.empty((len(request.sums), rows, classes), "float64")
+        sums = self.place.empty((request.slots, rows, classes), "float64")
         voxels = self.place.empty((rows,), "float64")
         at = (self.place.address(sums), self.place.address(voxels))
         ranked = None
@@ -229,7 +243,7 @@ class CudaBackend(Backend):
     ) -> Field:
         """Write the sums of a loss with a ranking term; return the field of the chosen voxels."""
         term = loss.ranking
-        if term.kept_percent is None:
+        if term.kept_percent is None and term.kept_above is None:
             raise TypeError(
                 f"terms: on a GPU a term that chooses voxels can keep the largest losses alone, "
                 f"which {type(term).__name__} does not; pass arrays in CPU memory"
@@ -238,8 +252,17 @@ class CudaBackend(Backend):
         count, dtype = prod((batch, *spatial)), arrays.value_dtype
         losses = self.device.empty(max(1, count * dtype.itemsize))
         view = _view_of(losses, (batch, prod(spatial)), dtype)
-        voxel_map = Map("voxel", view, term.ranks_by(request, classes))
         name = term.ranking.field
+        if term.kept_above is not None:
+            others = without_field(request, name)
+            voxel_map = Map("voxel", view, term.ranks_by(others, classes))
+            engine.write_map(self.device, others, arrays, voxel_map, plain=True)
+            keep_above(self.device, losses.address, count, dtype, *term.kept_above)
+            field = Field(_view_of(losses, (batch, *spatial), dtype), dtype.name, "voxel")
+            whole = with_ranked(request, arrays, term, field)
+            engine.reduce(self.device, request, whole, sums, voxels)
+            return field
+        voxel_map = Map("voxel", view, term.ranks_by(request, classes))
         overwrite = self._weights_of(loss, term, classes)
         engine.reduce(self.device, request, arrays, sums, voxels, voxel_map, name, overwrite)
         place = request.index[term.ranking] * batch * arrays.rows * classes
@@ -302,6 +325,21 @@ class CudaBackend(Backend):
             row_stride=classes,
         )
 
+    def apply_target(
+        self, request: Request, arrays: Arrays, coefficients: Any, out: np.ndarray
+    ) -> None:
+        """As in `Backend`, of coefficients in CPU memory or those of `combine`'s pullback."""
+        if isinstance(coefficients, np.ndarray):
+            numbers = self.device.upload(np.ascontiguousarray(coefficients, np.float64))
+            _, rows, classes = coefficients.shape
+            coefficients = DeviceCoefficients(numbers, numbers.address, rows, classes)
+        each = coefficients.rows * coefficients.classes
+        found = by_target(self.device, request, coefficients.address, each)
+        known = dict(zip(request.fields, arrays.fields, strict=True))
+        arrays = replace(arrays, fields=tuple(known[name] for name in found.request.fields))
+        at, steps = coefficients.at(found.memory.address)
+        engine.write_map_by_rows(self.device, found.request, arrays, at, out, **steps)
+
     def check(self, request: Request, arrays: Arrays) -> None:
         """Raise ValueError for bad labels and weights; synchronises."""
         weight = arrays.voxel_weight
@@ -333,11 +371,19 @@ class CudaBackend(Backend):
         self, loss: FusedLoss, statistics: Statistics
     ) -> tuple[Any, Callable[[Any], DeviceCoefficients]]:
         """The value, on the device, and its pullback from upstream to the derivatives."""
+        if loss.counting is not None:
+            return lovasz.combine(self, loss, statistics)
         shape = slots, batch, classes = tuple(statistics.sums.shape)
         place, device = self.place, self.device
         operands = operands_of(loss, place)
         program = program_of(
-            loss, statistics.request, shape, statistics.dtype, operands, statistics.regions
+            loss,
+            statistics.request,
+            shape,
+            statistics.dtype,
+            operands,
+            statistics.regions,
+            statistics.for_target,
         )
         given, numbers, memory = arguments(program, device, operands)
         dtype = statistics.dtype.name
@@ -399,19 +445,8 @@ class CudaBackend(Backend):
     def gradient(
         self, request: Request, arrays: Arrays, coefficients: DeviceCoefficients, out: np.ndarray
     ) -> None:
-        summed = coefficients.rows == 1
-        engine.apply(
-            self.device,
-            request,
-            arrays,
-            coefficients.address + (0 if summed else 8 * coefficients.first * coefficients.classes),
-            out,
-            slot_stride=coefficients.rows * coefficients.classes,
-            row_stride=0 if summed else coefficients.classes,
-            upstream=coefficients.upstream_address,
-            upstream_type=coefficients.upstream_type,
-            scale=coefficients.scale,
-        )
+        at, steps = coefficients.at(coefficients.address)
+        engine.apply(self.device, request, arrays, at, out, **steps)
 
 
 def _view_of(memory: engine.Memory, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -444,12 +479,13 @@ def program_of(
     dtype: np.dtype,
     operands: Operands,
     regions: int = 0,
+    for_target: bool = False,
 ) -> Program:
     """The combine step, traced once per shape of the sums and structure of the loss."""
-    key = (loss.key, request, shape, dtype, operands.layout, regions)
+    key = (loss.key, request, shape, dtype, operands.layout, regions, for_target)
     program = _programs.get(key)
     if program is None:
-        program = trace(loss, request, *shape[1:], dtype, operands.layout, regions)
+        program = trace(loss, request, *shape[1:], dtype, operands.layout, regions, for_target)
         if len(_programs) >= _MOST_PROGRAMS:
             _programs.clear()
         _programs[key] = program

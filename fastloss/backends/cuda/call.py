@@ -101,6 +101,8 @@ class Work(NamedTuple):
         map_kind: the kind of map to write: always "voxel" in the reduce pass, or "" for none.
         map_of_label: whether only `CROSS_ENTROPY` has nonzero map coefficients.
         without: the name of a field that does not exist yet: sums that read it are 0.
+        plain: whether voxel weights count as 1, or 0 where they are 0.
+        by_row: whether a map takes coefficients as the apply pass does, of every row.
     """
 
     kernel: str
@@ -108,6 +110,8 @@ class Work(NamedTuple):
     map_kind: str = ""
     map_of_label: bool = False
     without: str = ""
+    plain: bool = False
+    by_row: bool = False
 
 
 class Operand(NamedTuple):
@@ -238,6 +242,7 @@ def fast_table(request: Request, operands: Operands, work: Work) -> Table | None
         and len(gammas) <= MAX_GAMMAS
         and (work.map_kind == "" or mapped)
         and operands.regions is None
+        and not request.histograms
     )
     if not takes:
         return None

@@ -29,7 +29,7 @@ class Device(Protocol):
         """A copy of a few float64 numbers, queued on the stream."""
 
     def passes(self, constants: tuple[tuple[str, object], ...], kernel: str) -> tuple[Any, ...]:
-        """The compiled kernels: "reduce" with "finish", or "apply", or "map"."""
+        """The compiled kernels: "reduce" with "finish", or others of `PASSES`."""
 
     def kernels(self, source: str, names: tuple[str, ...]) -> tuple[Any, ...]:
         """Other kernels, compiled."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.arrays import Arrays
+from fastloss.backends.cuda import histograms
 from fastloss.backends.cuda.call import (
     CALL,
     FLOAT32,
@@ -43,6 +44,7 @@ __all__ = [
     "run_apply",
     "run_reduce",
     "write_map",
+    "write_map_by_rows",
 ]
 
 
@@ -57,6 +59,8 @@ def reduce(
     overwrite: Callable[[int], None] | None = None,
 ) -> None:
     """Write the sums, (S, rows, C) float64, and those of the voxel weights, (rows,), to addresses.
+
+    Behind the sums of the table are those of histograms.
 
     Samples with a bad label or a bad voxel weight get NaN. With ``voxel_map`` also writes a map of
     kind "voxel". ``without`` names a field that a ranking term has not computed yet: it is not
@@ -83,7 +87,13 @@ def reduce(
             overwrite(numbers + 8 * place * arrays.logits.shape[1])
     kernels = device.passes(plan.constants, "reduce")
     partial = device.empty(plan.partial)
-    run_reduce(device, plan, kernels, addresses, sums, voxels, partial.address, numbers)
+    tallies = histograms.begin(device, request, arrays) if request.histograms else None
+    run_reduce(
+        device, plan, kernels, addresses, sums, voxels, partial.address, numbers, tallies=tallies
+    )
+    if tallies is not None:
+        of_table = 8 * len(request.sums) * arrays.logits.shape[0] * arrays.logits.shape[1]
+        histograms.finish(device, request, arrays, tallies, sums + of_table)
 
 
 def _coefficients(request: Request, voxel_map: Map) -> tuple[np.ndarray, bool]:
@@ -105,17 +115,19 @@ def run_reduce(
     partial: int,
     coefficients: int = 0,
     finish: bool = True,
+    tallies: histograms.Tallies | None = None,
 ) -> None:
     """Run a planned `reduce` on arrays at these addresses: logits, target, voxel weight, …
 
     ``partial``: the address for the sums of the blocks, `Plan.partial` bytes. ``coefficients``: the
     address of a map's coefficients; for a fast path, one per class. Without ``finish`` only the
-    sums of the blocks are computed.
+    sums of the blocks are computed. ``tallies``: where errors are counted.
     """
     if plan.copies:
         with aligned(device, plan.copies, addresses) as copied:
             plan = replace(plan, copies=())
-            run_reduce(device, plan, kernels, copied, sums, voxels, partial, coefficients, finish)
+            args = (copied, sums, voxels, partial, coefficients, finish, tallies)
+            run_reduce(device, plan, kernels, *args)
         return
     kernel, finishing = kernels
     record = _record(plan, addresses)
@@ -124,7 +136,12 @@ def run_reduce(
         _WRITE[1](record, _MAP_COEFFICIENTS, coefficients)
     elif coefficients:
         _WRITE[2](record, _LOSSES, addresses[3], coefficients)
+    if tallies is not None:
+        _WRITE[2](record, _TALLIES, tallies.memory.address, tallies.largest_weight)
     call = np.frombuffer(record, _RECORDS[plan.general])
+    if tallies is not None and tallies.weighted:
+        (largest,) = device.passes(plan.constants, "largest")
+        device.launch(largest, plan.grid, (plan.threads, 1), 0, call)
     device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
     if finish:
         device.launch(finishing, plan.finish_grid, (32, 32), 0, call)
@@ -202,11 +219,15 @@ def run_apply(
     device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
 
 
-def write_map(device: Device, request: Request, arrays: Arrays, voxel_map: Map) -> None:
-    """Write a map: see `fastloss.maps.Map`. Voxels with a bad label or weight get NaN."""
-    plan, addresses = plan_of(
-        device, request, arrays, voxel_map.out, Work("map", map_kind=voxel_map.kind)
-    )
+def write_map(
+    device: Device, request: Request, arrays: Arrays, voxel_map: Map, plain: bool = False
+) -> None:
+    """Write a map: see `fastloss.maps.Map`. Voxels with a bad label or weight get NaN.
+
+    ``plain``: voxel weights count as 1, or 0 where they are 0.
+    """
+    work = Work("map", map_kind=voxel_map.kind, plain=plain)
+    plan, addresses = plan_of(device, request, arrays, voxel_map.out, work)
     if not plan.grid:
         return
     (kernel,) = device.passes(plan.constants, "map")
@@ -215,6 +236,33 @@ def write_map(device: Device, request: Request, arrays: Arrays, voxel_map: Map) 
         if voxel_map.kind in ("voxel", "class"):
             numbers = device.upload(_coefficients(request, voxel_map)[0])
             _WRITE[1](record, _MAP_COEFFICIENTS, numbers.address)
+        call = np.frombuffer(record, _RECORDS[plan.general])
+        device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
+
+
+def write_map_by_rows(
+    device: Device,
+    request: Request,
+    arrays: Arrays,
+    coefficients: int,
+    out: np.ndarray,
+    *,
+    slot_stride: int,
+    row_stride: int,
+    upstream: int = 0,
+    upstream_type: int = NO_TYPE,
+    scale: float = 1.0,
+) -> None:
+    """Write a map of kind "class", (B, C, voxels), of coefficients as `apply` takes them."""
+    work = Work("map", upstream_type, map_kind="class", by_row=True)
+    plan, addresses = plan_of(device, request, arrays, out, work)
+    if not plan.grid:
+        return
+    (kernel,) = device.passes(plan.constants, "map")
+    with aligned(device, plan.copies, addresses) as copied:
+        record = _record(plan, copied)
+        _WRITE[4](record, _COEFFICIENTS, coefficients, slot_stride, row_stride, upstream)
+        _write_number(record, _SCALE, scale)
         call = np.frombuffer(record, _RECORDS[plan.general])
         device.launch(kernel, plan.grid, (plan.threads, 1), plan.shared, call)
 
@@ -231,6 +279,7 @@ _PARTIAL = _place("partial")  # sums, voxel_sums
 _COEFFICIENTS = _place("coefficients")  # slot_stride, row_stride, upstream
 _SCALE, _LOSSES = _place("scale"), _place("losses")  # losses, loss_weights
 _MORE, _MAP_COEFFICIENTS = _place("more"), _place("map_coefficients")
+_TALLIES = _place("error_tallies")  # largest_weight
 _RECORDS = {
     general: np.dtype(("V", kind.itemsize))
     for general, kind in ((False, CALL), (True, GENERAL_CALL))

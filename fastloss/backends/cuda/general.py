@@ -7,6 +7,7 @@ from math import prod
 import numpy as np
 
 from fastloss.backends.cuda import call as cuda_call
+from fastloss.backends.cuda import histograms
 from fastloss.backends.cuda.call import (
     CALL,
     GENERAL,
@@ -37,7 +38,8 @@ _CONSTANTS = (
     "path", "upstream_type", "logits_type", "target_type", "weight_type", "activation", "dense",
     "ignore_kind", "classes", "axes", "large", "vector", "warps", "staged", "interleaved",
     "packed_target", "packed_weight", "global_sums", "global_table", "slots",
-    "map_kind", "map_type", "regions_type", "regions_by_class", "fields",
+    "map_kind", "map_type", "regions_type", "regions_by_class", "fields", "histograms", "plain",
+    "by_row",
 )  # fmt: skip
 _TABLES = ("field_kind", "field_type", "sum_weight", "sum_function", "sum_field", "parameter")
 
@@ -50,10 +52,14 @@ GENERAL_CALL = np.dtype(
         ("more_channel_stride", np.int64, 1 + MAX_FIELDS),
         ("more_stride", np.int64, (1 + MAX_FIELDS, MAX_AXES)),
         ("map_coefficients", np.int64),
+        ("error_tallies", np.int64),
+        ("largest_weight", np.int64),
         ("parameter", np.float64, MAX_SUMS),
         ("rows", np.int32),
+        ("part_bits", np.int32),
         *((name, np.int32) for name in ("map_kind", "map_type")),
         *((name, np.int32) for name in ("regions_type", "regions_by_class", "fields")),
+        *((name, np.int32) for name in ("histograms", "plain", "by_row")),
         ("field_kind", np.int32, MAX_FIELDS),
         ("field_type", np.int32, MAX_FIELDS),
         ("sum_weight", np.int32, MAX_SUMS),
@@ -92,7 +98,7 @@ def plan_general(
             "kernel; pass fewer at a time"
         )
     warps, shared = _WARPS[0], 0
-    global_sums = global_table = False
+    global_sums, global_table = False, work.by_row
     if reduce:
         fitting = [n for n in _WARPS if 8 * n * width <= most_shared // 2]
         global_sums = not fitting
@@ -120,6 +126,9 @@ def plan_general(
         "regions_type": NO_TYPE if regions is None else regions.type,
         "regions_by_class": int(operands.regions_by_class),
         "fields": len(names),
+        "histograms": 0 if work.kernel == "map" else histograms.kinds_of(request),
+        "plain": int(work.plain),
+        "by_row": int(work.by_row),
         **dict.fromkeys(("staged", "interleaved", "packed_target", "packed_weight"), 0),
     }
     place = {work.without: -2, "": -1} | {name: i for i, name in enumerate(names)}
@@ -138,7 +147,7 @@ def plan_general(
     for i, o in enumerate(more):
         call["more_sample_stride"][0, i], call["more_channel_stride"][0, i] = o.strides[:2]
         call["more_stride"][0, i, : len(axes)] = [steps[4 + i] for _, steps in axes]
-    call["rows"] = rows
+    call["rows"], call["part_bits"] = rows, histograms.PART_BITS
     return Plan(
         request,
         call.tobytes(),

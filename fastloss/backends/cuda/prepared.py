@@ -51,6 +51,9 @@ class Prepared:
         self.place = passes.logits.place
         self.shape = (len(request.sums), *arrays.logits.shape[:2])
         self.dtype = arrays.value_dtype.name
+        self.alike = False
+        if loss.counting is not None:  # which combines in steps of its own
+            return
         operands = operands_of(loss, self.place)
         program = cuda.program_of(loss, request, self.shape, arrays.value_dtype, operands)
         self.alike = (
@@ -60,7 +63,7 @@ class Prepared:
             and not program.value_shape
             and arrays.logits.size > 0
         )
-        """Whether the cached plan is sufficient; if not, calls take the full path."""
+        # Whether the cached plan is sufficient; if not, calls take the full path.
         if not self.alike:
             return
         device = self._device()

@@ -51,6 +51,7 @@ PASSES = {
     "reduce": ("fastloss_reduce", "fastloss_finish"),
     "apply": ("fastloss_apply",),
     "map": ("fastloss_map",),
+    "largest": ("fastloss_largest_weight",),
 }
 """The names of the kernels of a pass."""
 

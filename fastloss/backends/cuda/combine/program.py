@@ -156,12 +156,14 @@ def trace(
     value_dtype: np.dtype,
     layout: Layout | None = None,
     regions: int = 0,
+    for_target: bool = False,
 ) -> Program:
     """The combine step of a loss whose sums are (S, batch, classes), by the request's sums.
 
     Args:
         layout: where the numbers of the loss will be; None: all are launch arguments.
         regions: how many rows of the ``batch`` a sample has; 0 where a row is a sample.
+        for_target: whether there are derivatives by the sums of the target alone.
 
     Raises:
         TypeError: a formula of the loss cannot be recorded: it branches on its sums, or uses
@@ -174,7 +176,9 @@ def trace(
             HOST if recorded else operand.tobytes()
             for operand, recorded in zip(loss.operands, recorded_of(loss), strict=True)
         )
-    value, derivatives = record(loss, request, batch, classes, value_dtype, layout, regions)
+    value, derivatives = record(
+        loss, request, batch, classes, value_dtype, layout, regions, for_target
+    )
     types = tuple(where for where in layout if where in ("float32", "float64"))
     host = sum(len(o) for o, where in zip(loss.operands, layout, strict=True) if where == HOST)
     return Program(value, derivatives, value_dtype, shape, host, types)
@@ -188,6 +192,7 @@ def record(
     value_dtype: np.dtype,
     layout: Layout,
     regions: int = 0,
+    for_target: bool = False,
 ) -> tuple[Node, list[Node]]:
     """The value, and the derivative by each sum, as graphs of the inputs that `evaluate` lists.
 
@@ -205,7 +210,13 @@ def record(
         joined_sums = both[:count].reshape(shape[0], 1, classes)
         joined = Statistics(request, joined_sums, both[count:], value_dtype)
     statistics = Statistics(
-        request, _as_array(graph, sums), _as_array(graph, voxels), value_dtype, joined, regions
+        request,
+        _as_array(graph, sums),
+        _as_array(graph, voxels),
+        value_dtype,
+        joined,
+        regions,
+        for_target,
     )
     with np.errstate(all="ignore"):
         total, pullback = loss.with_operands(numbers).formulas(statistics)
