@@ -140,16 +140,11 @@ def largest(scan: Scan, count: int) -> Scan:
 
 
 def volume(scan: Scan) -> Volume:
-    """Three channels: the CT, and where a voxel is from back to front and from side to side.
-
-    The network normalises each channel of a patch, so that a channel that were the same in all of
-    a patch would be lost: patches are as wide as the body. Height is left to the anatomy.
-    """
+    """Four channels: the CT, and where a voxel is, by height, from back to front, side to side."""
     window = np.clip(scan.image, *WINDOW)
-    _, h, w = scan.image.shape
     # Of deviation 1, as the grey values: what is drawn to vary those varies the place as well.
-    y, x = (np.linspace(-1.7, 1.7, n, dtype=np.float32) for n in (h, w))
-    channels = ((window - window.mean()) / window.std(), y[:, None], x)
+    z, y, x = (np.linspace(-1.7, 1.7, n, dtype=np.float32) for n in scan.image.shape)
+    channels = ((window - window.mean()) / window.std(), z[:, None, None], y[:, None], x)
     image = np.stack([np.broadcast_to(each, scan.image.shape) for each in channels])
     return Volume("ct", image.astype(np.float32), scan.labels, scan.spacing)
 
@@ -191,6 +186,13 @@ class Halved(nn.Module):
         super().__init__()
         self.classes = classes
         self.inner = UNet(8 * channels, 8 * classes, width)
+        self.place = nn.Sequential(
+            nn.Conv3d(8 * (channels - 1), 2 * width, 1),
+            nn.LeakyReLU(0.01),
+            nn.Conv3d(2 * width, 2 * width, 1),
+            nn.LeakyReLU(0.01),
+            nn.Conv3d(2 * width, 8 * classes, 1),
+        )
 
     @classmethod
     def of(cls, task: Task) -> nn.Module:
@@ -202,7 +204,8 @@ class Halved(nn.Module):
         b, channels, *sizes = image.shape
         d, h, w = (n // 2 for n in sizes)
         cubes = image.view(b, channels, d, 2, h, 2, w, 2).permute(0, 1, 3, 5, 7, 2, 4, 6)
-        logits = self.inner(cubes.reshape(b, 8 * channels, d, h, w))
+        cubes = cubes.reshape(b, 8 * channels, d, h, w)
+        logits = self.inner(cubes) + self.place(cubes[:, 8:])
         cubes = logits.view(b, self.classes, 2, 2, 2, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
         return cubes.reshape(b, self.classes, *sizes)
 

@@ -364,14 +364,14 @@ def test_nothing_of_the_held_out_organs_is_trained_on(organs: Any) -> None:
 
 
 def test_network_of_organs_keeps_places(organs: Any) -> None:
-    """A cube of 2³ voxels is a place of the inner network, and its logits are put back there."""
+    """Cubes of 2³ voxels are channels of what is within, and its logits are put back there."""
     torch = need("torch")
-    net = organs.Halved(1, 1, 2)
-    net.inner = torch.nn.Identity()
-    image = torch.randn(2, 1, 4, 6, 8)
-    assert torch.equal(net(image), image)
-    logits = organs.Halved(3, 5, 2)(torch.randn(1, 3, 8, 16, 24))
-    assert logits.shape == (1, 5, 8, 16, 24)
+    net = organs.Halved(2, 1, 2)
+    image = torch.randn(2, 2, 4, 6, 8)
+    del net.inner, net.place
+    net.inner, net.place = (lambda cubes: cubes[:, :8]), (lambda places: 10 * places)
+    assert torch.equal(net(image)[:, 0], image[:, 0] + 10 * image[:, 1])
+    assert organs.Halved(3, 5, 2)(torch.randn(1, 3, 8, 16, 24)).shape == (1, 5, 8, 16, 24)
 
 
 def test_the_loss_of_monai_is_the_same(organs: Any) -> None:
@@ -389,5 +389,5 @@ def test_the_loss_of_monai_is_the_same(organs: Any) -> None:
         sys.path.remove(str(SCRIPT.parent))
     values = [each.at(1.0)(logits, labels) for each in losses]
     gradients = [torch.autograd.grad(value, logits)[0] for value in values]
-    assert float(values[0]) == pytest.approx(float(values[1]), rel=1e-6)
+    assert values[0].item() == pytest.approx(values[1].item(), rel=1e-6)
     np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-9)
