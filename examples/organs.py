@@ -70,7 +70,6 @@ def main() -> None:
         steps=options.steps,
         patch=(DEPTH, *(-(-n // Halved.DIVISOR) * Halved.DIVISOR for n in scan.labels.shape[1:])),
         width=options.width,
-        learning_rate=1e-2,
         points=6,
     )
     whole = volume(scan)
@@ -102,7 +101,8 @@ def main() -> None:
         "It is one patient. The held-out slabs lie between parts of the same organs, and the\n"
         "network is told where in the body a voxel is: this shows that the losses train with many\n"
         "classes, and what they cost. It does not show how well organs of another patient would\n"
-        "be found, nor which loss is better: for that, python -m fastloss compare --data CASES."
+        "be found, nor which loss is better: that takes several patients and trainings, as in\n"
+        "python -m fastloss compare --data CASES."
     )
 
 
@@ -112,7 +112,7 @@ def _options() -> tuple[argparse.ArgumentParser, argparse.Namespace, dict[str, s
     add("--losses", default="dice_ce,dice_ce_boundary", metavar="LIST", help="as those of "
         "python -m fastloss compare (default: %(default)s)")  # fmt: skip
     add("--organs", type=int, default=24, help="the largest, 61 at most (default: 24)")
-    add("--steps", type=int, default=400, help="(default: 400)")
+    add("--steps", type=int, default=300, help="(default: 300)")
     add("--width", type=int, default=16, help="channels of the network (default: 16)")
     add("--threads", type=int, default=2, help="(default: 2)")
     add("--out", type=Path, default=Path("organs"), help="folder of the results (default: organs)")
@@ -177,7 +177,8 @@ class Halved(nn.Module):
     """A U-Net at half the resolution whose logits have the full one, at an eighth of the time.
 
     Cubes of 2³ voxels become channels before it, and channels become cubes of logits behind it, so
-    that nothing of the image is lost.
+    that nothing of the image is lost. Places, all channels but the first, also go past it: it
+    normalises each channel of a patch, which takes the height of a slab away.
     """
 
     DIVISOR = 2 * DIVISOR

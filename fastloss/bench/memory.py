@@ -22,11 +22,6 @@ def peak(call: Callable[[], object]) -> int | None:
 
     Returns:
         None where the system does not let the peak be reset: only Linux does.
-
-    >>> import numpy as np
-    >>> found = peak(lambda: np.ones(4 << 20).sum())  # of 8 bytes each
-    >>> found is None or (32 << 20) - (1 << 20) <= found < 40 << 20
-    True
     """
     gc.collect()
     _trim()
