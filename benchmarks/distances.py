@@ -26,6 +26,7 @@ import numpy as np
 import fastloss as fl
 from fastloss.bench import machine, table
 from fastloss.bench.measure import Timed, interleave
+from fastloss.bench.memory import peak
 from fastloss.bench.phantom import phantom
 
 SPACING = (1.5, 1.5, 3.0)
@@ -204,26 +205,15 @@ def _losses(edge: int, labels: np.ndarray) -> Any:
             "Dice + CE alone": fused(both),
         }
         yield f"Dice + CE + Boundary, C14 {edge}³, {dtype}", steps, {"Dice + CE alone": demand}
-        peak = _peak(fused(three, fields=fields))
-        print(f"memory of a call beside {dtype} fields and gradient: {peak}")
+        most = _peak(fused(three, fields=fields))
+        print(f"memory of a call beside {dtype} fields and gradient: {most}")
 
 
 def _peak(call: Callable[[], object]) -> str:
-    """The peak of resident memory in a call above that before it, once all of it is warm."""
+    """The peak memory of a call, once all of it is warm."""
     call()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = _status("VmRSS")
-        call()
-        return f"{(_status('VmHWM') - before) / 1024:.1f} MiB"
-    except OSError:
-        return "not told by this system"
-
-
-def _status(name: str) -> int:
-    """A figure of this process in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(name)))
+    found = peak(call)
+    return "not told by this system" if found is None else f"{found / 2**20:.1f} MiB"
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ import math
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import need, need_backend, python
 
 import fastloss as fl
+from fastloss.bench.memory import peak, reset_peak
 
 
 def command(
@@ -79,6 +81,16 @@ def test_info_with_an_unknown_backend_in_the_environment() -> None:
     result = command("info", FASTLOSS_BACKEND="cuda")
     assert "Traceback" not in result.stderr
     assert "'cuda'" in result.stdout + result.stderr
+
+
+def test_peak_of_a_call() -> None:
+    """The memory that a call has at once, over that before it, though it is free again after."""
+    pages = 32 << 20
+    found = peak(lambda: np.ones(pages, np.uint8).sum() + np.ones(pages, np.uint8).sum())
+    if found is None:
+        assert not reset_peak()
+        pytest.skip("this system does not tell the peak of a process")
+    assert 0.95 * pages < found < 1.5 * pages
 
 
 def test_bench_prints_a_table_and_writes_json(tmp_path: Path) -> None:

@@ -410,6 +410,7 @@ def test_wrong_arguments_end_before_anything_is_trained(
         (["--device", "nonsense"], "--device: 'nonsense' cannot be used"),
         (["--trainer", "own_losses:no"], "--trainer: own_losses:no is not there"),
         (["--html", "no/such/x.html"], "--html: expected a file in a folder there is"),
+        (["--svg", "no/such/x.svg"], "--svg: expected a file in a folder there is"),
         (["--collect", tmp_path], "--collect: expected --data DIR"),
     ):
         run = Run(capsys, *options, "--out", tmp_path / "out")
@@ -483,9 +484,9 @@ def test_collected_predictions_have_the_scores_of_their_files(
                      moved)  # fmt: skip
     save(tmp_path / "moved" / "seed1" / "stranger.nii.gz", moved)
     save(tmp_path / "moved" / "seed1" / "fold_1" / "two.nii.gz", moved + np.uint8(9))
-    written, page = tmp_path / "found.json", tmp_path / "page.html"
+    written, page, picture = (tmp_path / f"found.{end}" for end in ("json", "html", "svg"))
     run = Run(capsys, "--collect", results, tmp_path / "moved", "--data", folder, "--jobs", 1,
-              "--json", written, "--html", page)  # fmt: skip
+              "--json", written, "--html", page, "--svg", picture)  # fmt: skip
     assert run.status == 0, run.err
     assert re.search(r"stranger.nii.gz: no reference of this name", run.err)
     assert re.search(r"fold_1/two.nii.gz: it holds label 9, which is no class", run.err)
@@ -508,4 +509,5 @@ def test_collected_predictions_have_the_scores_of_their_files(
         2 * (ours & mask).sum() / (ours.sum() + mask.sum())
     )
     assert "<html" in page.read_text()
+    assert picture.read_text().startswith("<svg")
     assert SimpleNamespace(**json.loads(written.read_text())).reference == "exact"

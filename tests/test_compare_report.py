@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from math import inf, isnan, nan
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from fastloss.compare.records import (
     Study,
 )
 from fastloss.compare.report_page import page
+from fastloss.compare.report_svg import svg
 from fastloss.compare.report_table import table
 from fastloss.evaluation.overlay import draw
 
@@ -191,6 +193,30 @@ def test_page_stands_alone(written: Path) -> None:
     for number in re.findall(r' (?:cx|cy|x|y|width)="([^"]*)"', plots):
         assert np.isfinite(float(number))
     assert "nan" not in "".join(re.findall(r' d="([^"]*)"', plots))
+
+
+def test_picture_stands_alone() -> None:
+    """It is XML without links, and within it are the names, the curves and all the intervals."""
+    study = study_of()
+    text = svg(study)
+    root = ElementTree.fromstring(text)
+    space = "{http://www.w3.org/2000/svg}"
+    assert not re.search(r"href|url\(|<script", text)
+    words = [each.text for each in root.iter(f"{space}text")]
+    for name in ("dice_ce (reference)", "dice_ce_again", "<better>"):
+        assert name in words
+    # Of the mean and two classes: three means and two differences each.
+    assert len(list(root.iter(f"{space}circle"))) == 3 * (3 + 2)
+    plots = root.findall(f"{space}svg")
+    ends = [float(each.attrib["y"]) + float(each.attrib["height"]) for each in plots]
+    assert len(plots) == 2
+    assert ends[0] <= float(plots[1].attrib["y"])
+    assert ends[1] <= float(root.attrib["height"])
+    many = [f"loss_of_a_long_name_{i}" for i in range(9)]
+    root = ElementTree.fromstring(svg(Study("none", many[0], many)))
+    names = [each for each in root.iter(f"{space}text") if (each.text or "") in many]
+    assert len({each.attrib["y"] for each in names}) > 1  # in several lines
+    assert max(float(each.attrib["x"]) for each in names) < 800
 
 
 def test_page_in_a_browser(written: Path, tmp_path: Path) -> None:

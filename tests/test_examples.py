@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import importlib
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -274,3 +276,119 @@ def test_bad_option(option: str, value: str) -> None:
     assert result.returncode == 2
     assert f"{option}: expected" in result.stderr
     assert f"got {value}" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def organs() -> Any:
+    """The example of organs as a module."""
+    for package in ("torch", "nibabel", "matplotlib"):
+        need(package)
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        return importlib.import_module("organs")
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+
+
+BODY = """
+import numpy as np
+import volumes
+def body():
+    z, y, x = np.indices((112, 24, 24))
+    labels = np.zeros(z.shape, np.uint8)
+    for index, (where, size) in enumerate([((8, 8), 5), ((14, 15), 4), ((5, 18), 3)], start=1):
+        labels[(y - where[0]) ** 2 + (x - where[1]) ** 2 < size**2] = index
+    labels[60:, :4, :4] = 4  # in none but the upper half
+    image = np.array([-900.0, 40, 90, 140, 40], np.float32)[labels]
+    classes = ("background", "liver", "spleen", "aorta", "rib")
+    return volumes.Scan(image, labels, classes, (3.0, 3.0, 3.0))
+volumes.load_organs = body
+import fastloss.compare.cost as cost
+cost.SECONDS = 0.01
+"""
+"""A CT that is made: columns, and one class in none but its upper half. Costs are not of interest."""
+
+
+def test_organs(tmp_path: Path) -> None:
+    """A few steps with two losses print and write what the page names; bad options are named."""
+    for package in ("torch", "nibabel", "matplotlib"):
+        need(package)
+    script = SCRIPT.with_name("organs.py")
+    options = ["--steps", "3", "--width", "2", "--organs", "3", "--out", str(tmp_path)]
+    result = train_brain(*options, script=script, before=BODY)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Trained on: 73 % of the slices. Held out: slices 30 to 35, 58 to 63" in result.stdout
+    with (tmp_path / "organs.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["loss"], row["organ"]) for row in rows] == [
+        (loss, organ)
+        for loss in ("dice_ce", "dice_ce_boundary")
+        for organ in ("liver", "spleen", "aorta")  # the largest
+    ]
+    assert all(0 <= float(row["dice"]) <= 1 and 0 <= float(row["nsd"]) <= 1 for row in rows)
+    for row in rows:
+        assert re.search(rf"^{row['organ']} .* {float(row['dice']):.3f} ", result.stdout, re.M)
+    costs = result.stdout.partition("loss alone")[2]
+    assert ("MONAI's dice_ce" in costs) == bool(importlib.util.find_spec("monai"))
+    for name in ("slices.png", "dice.png"):
+        image = need("matplotlib.image").imread(tmp_path / name)[..., :3]
+        assert (np.ptp(image, axis=2) > 0.3).mean() > 0.0005
+    result = train_brain("--organs", "0", script=script)
+    assert result.returncode == 2
+    assert "--organs: expected at least 1, got 0" in result.stderr
+
+
+def test_nothing_of_the_held_out_organs_is_trained_on(organs: Any) -> None:
+    """Slabs, their neighbours and what is trained on share no slice, and nothing thin is left."""
+    parts = organs.trained_on(112)
+    trained = {z for each in parts for z in range(112)[each]}
+    for slab in organs.HELD_OUT:
+        near = range(slab.start - organs.GAP, slab.stop + organs.GAP)
+        assert not trained & set(near)
+    assert min(each.stop - each.start for each in parts) >= organs.DEPTH
+    scan = organs.Scan(
+        np.zeros((112, 8, 8), np.float32),
+        np.arange(112, dtype=np.uint8)[:, None, None] // 28 + np.zeros((1, 8, 8), np.uint8),
+        ("background", "first", "second", "third"),
+        (3.0, 3.0, 3.0),
+    )
+    assert organs.common(scan) == [1, 2, 3]
+    # What is predicted is compared with the slabs alone: right there is right.
+    predicted = np.zeros_like(scan.labels)
+    for slab in organs.HELD_OUT:
+        predicted[slab] = scan.labels[slab]
+    scores = organs.judge(predicted, scan, organs.METRICS)
+    assert scores["dice"][0].tolist() == scores["nsd"][0].tolist() == [1, 1, 1]
+    found = organs.largest(scan, 2)
+    assert len(found.classes) == 3
+    assert (found.labels > 0).sum() == 2 * 28 * 64
+
+
+def test_network_of_organs_keeps_places(organs: Any) -> None:
+    """Cubes of 2³ voxels are channels of what is within, and its logits are put back there."""
+    torch = need("torch")
+    net = organs.Halved(2, 1, 2)
+    image = torch.randn(2, 2, 4, 6, 8)
+    del net.inner, net.place
+    net.inner, net.place = (lambda cubes: cubes[:, :8]), (lambda places: 10 * places)
+    assert torch.equal(net(image)[:, 0], image[:, 0] + 10 * image[:, 1])
+    assert organs.Halved(3, 5, 2)(torch.randn(1, 3, 8, 16, 24)).shape == (1, 5, 8, 16, 24)
+
+
+def test_the_loss_of_monai_is_the_same(organs: Any) -> None:
+    need("monai")
+    torch = need("torch")
+    from fastloss.compare.losses import TrainingLoss
+
+    rng = np.random.default_rng(0)
+    logits = torch.tensor(rng.normal(size=(2, 5, 8, 8, 8)), requires_grad=True)
+    labels = torch.tensor(rng.integers(0, 5, (2, 8, 8, 8)))
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        losses = [TrainingLoss(spec) for spec in ("dice_ce", "monai_losses:dice_ce")]
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+    values = [each.at(1.0)(logits, labels) for each in losses]
+    gradients = [torch.autograd.grad(value, logits)[0] for value in values]
+    assert values[0].item() == pytest.approx(values[1].item(), rel=1e-6)
+    np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-9)

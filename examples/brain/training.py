@@ -15,9 +15,9 @@ from torch import Tensor
 
 import fastloss as fl
 from brain.history import History
-from brain.memory import peak
 from brain.unet import DIVISOR, SMALLEST_PATCH, UNet
 from brain.volume import CLASSES, SPACING, Brain, Patches, planes
+from fastloss.bench.memory import peak
 
 BATCH = 4
 LEARNING_RATE = 0.01

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import sys
-from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,10 +13,7 @@ from fastloss.bench.call import Call
 from fastloss.bench.implementations import make_call
 from fastloss.bench.inputs import Case, load_case
 from fastloss.bench.measure import forward_backward
-from fastloss.frameworks.memory import forget
-
-_STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
+from fastloss.bench.memory import peak, reset_peak
 
 
 def main(order: dict[str, Any]) -> dict[str, Any]:
@@ -39,18 +33,11 @@ def _peak(call: Call, *, compiles: bool, warm: bool) -> int | None:
     Without ``warm`` it is that of a first call, for implementations that take seconds.
     """
     with call.active():
-        if _reset_peak():
+        if reset_peak():
             if warm:  # one-time memory, such as compiled code, does not count
                 call.with_new_gradient()
                 call.reset()
-            gc.collect()
-            _trim()
-            before = _status("VmRSS")
-            _reset_peak()
-            keep = call.with_new_gradient()
-            peak = _status("VmHWM")
-            del keep
-            return max(0, peak - before)
+            return peak(call.with_new_gradient)
         if compiles:
             return None
         # The peak of the whole process, which only this first call has raised.
@@ -60,36 +47,13 @@ def _peak(call: Call, *, compiles: bool, warm: bool) -> int | None:
         return None if highest is None else max(0, (_peak_so_far() or 0) - highest)
 
 
-def _reset_peak() -> bool:
-    """Reset the peak to the memory now in use, where the system allows it."""
-    try:
-        _CLEAR.write_text("5")
-    except OSError:
-        return False
-    return _status("VmHWM") <= _status("VmRSS") + (1 << 20)
-
-
-def _status(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
 def _peak_so_far() -> int | None:
     try:
         import resource
     except ImportError:  # Windows
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _trim() -> None:
-    """Return freed memory, with glibc, and memory cached for gradients to the system."""
-    forget()
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else highest * 1024
 
 
 def _time(case: Case, order: dict[str, Any]) -> float:

@@ -88,6 +88,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="of PyTorch: cpu or cuda (default: %(default)s)")
     add("--out", type=Path, default=Path("compare"), metavar="DIR", help="(default: %(default)s)")
     add("--html", type=Path, metavar="FILE", help="write a page that stands alone")
+    add("--svg", type=Path, metavar="FILE", help="write a picture: learning curves, and intervals "
+        "of the first metric")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write all that was measured")
     add("--csv", type=Path, metavar="FILE", help="write a row for each score")
     add("--export-nnunet", type=Path, metavar="DIR", help="write an nnU-Net trainer for each loss, "
@@ -284,7 +286,7 @@ def _check_torch(device: str) -> None:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Better said now than after minutes of training."""
-    for name in ("html", "json", "csv"):
+    for name in ("html", "svg", "json", "csv"):
         path = getattr(options, name)
         if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
             raise ValueError(f"--{name}: expected a file in a folder there is, got {str(path)!r}")
@@ -330,6 +332,7 @@ def _report(options: argparse.Namespace, study: Study) -> int:
         "json": study.to_json,
         "csv": study.to_csv,
         "html": lambda: _page(study),
+        "svg": lambda: _picture(study),
     }
     for name, text in writers.items():
         path = getattr(options, name)
@@ -342,4 +345,11 @@ def _page(study: Study) -> str:
     from fastloss.compare.report_page import page
 
     text: str = page(study)
+    return text
+
+
+def _picture(study: Study) -> str:
+    from fastloss.compare.report_svg import svg
+
+    text: str = svg(study)
     return text

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
+from torch import nn
 
+from fastloss.bench.memory import peak
 from fastloss.compare.patches import Patches
 from fastloss.compare.records import Cost
 from fastloss.compare.training import Task, start
-from fastloss.frameworks.memory import forget
 
 SECONDS = 1.5
 """For the calls of the loss, and again for the steps."""
 MOST = 20
 UNKNOWN = -1
 """The peak of a system that does not tell it."""
-_STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
 
 
-def measure(name: str, task: Task) -> Cost:
+def measure(name: str, task: Task, network_of: Callable[[Task], nn.Module] = start) -> Cost:
     """The cost of a loss: forward and backward of logits of the size of a training's.
 
     Times are medians. Fields that the loss makes of the labels, such as distances, are part of
     it. The peak is that of the resident memory of this process during one call, over that before
     (on a GPU that of PyTorch's allocator, which sees no others); -1 where the system does not tell.
+    ``network_of`` is that of `fastloss.compare.training.train`.
     """
     device = task.settings.device
     patches = Patches(task.training, task.settings.patch, task.settings.batch, (0, 0), task.classes)
     images, labels = (torch.from_numpy(array).to(device) for array in patches.draw())
-    network = start(task)
+    network = network_of(task).to(device)
     loss = task.loss.at(1.0)
     logits = torch.randn(
         (len(images), task.classes, *images.shape[2:]), generator=torch.Generator().manual_seed(0)
@@ -57,8 +52,8 @@ def measure(name: str, task: Task) -> Cost:
 
     of_loss()
     logits.grad = None  # that of a step is made anew, and counts
-    peak = _peak(of_loss, device)
-    return Cost(name, 1e3 * _seconds(of_loss, device), 1e3 * _seconds(step, device), peak)
+    most = _peak(of_loss, device)
+    return Cost(name, 1e3 * _seconds(of_loss, device), 1e3 * _seconds(step, device), most)
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
@@ -78,22 +73,5 @@ def _peak(call: Callable[[], object], device: str) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return int(torch.cuda.max_memory_allocated(device) - before)
-    gc.collect()
-    forget()
-    with suppress(AttributeError, OSError, TypeError):  # with glibc
-        libc: Any = ctypes.CDLL(None)
-        libc.malloc_trim(0)  # free memory that is kept would hide a peak
-    try:
-        _CLEAR.write_text("5")
-        before = _resident("VmRSS")
-        call()
-        return max(0, _resident("VmHWM") - before)
-    except OSError:
-        return UNKNOWN
-
-
-def _resident(entry: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(entry + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"{_STATUS} has no {entry}")
+    found = peak(call)
+    return UNKNOWN if found is None else found

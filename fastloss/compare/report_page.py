@@ -11,6 +11,7 @@ import numpy as np
 
 from fastloss.compare.records import Study
 from fastloss.compare.report_plots import (
+    PLOT_STYLE,
     cost_plot,
     interval_plot,
     learning_curves,
@@ -314,17 +315,13 @@ def _shown(value: object) -> str:
     return str(value)
 
 
-STYLE = """
+STYLE = (
+    PLOT_STYLE
+    + """
 .verdict { border: 1px solid var(--line); border-left: 5px solid var(--box); border-radius: 4px;
   padding: .2rem 1.2rem .4rem; background: var(--fill); }
 .verdict h2 { margin-top: .6rem; }
 .plot { max-width: 1000px; }
-.plot .axis { fill: var(--ink); font-size: 12.5px; }
-.line { stroke: var(--of); fill: none; stroke-width: 2; }
-.band { fill: var(--of); fill-opacity: .13; stroke: none; }
-.dot { fill: var(--of); } .ring { fill: var(--paper); stroke: var(--of); stroke-width: 1.8; }
-.speck { fill: var(--of); fill-opacity: .32; } .bar { fill: var(--of); fill-opacity: .8; }
-.zero { stroke: var(--ink); } .bound { stroke: var(--soft); stroke-dasharray: 4 4; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; }
 .key { display: inline-flex; align-items: center; gap: .5em; }
 .better, .worse, .tie { padding: 0 .5em; border-radius: 3px; }
@@ -333,3 +330,4 @@ STYLE = """
 .reference-loss { padding: 0 .5em; }
 .case .slices { align-items: flex-start; } .case .slices figure { max-width: 490px; }
 """
+)

@@ -29,6 +29,15 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7
 DASHES = ("", "7 3", "2 3", "8 3 2 3")
 """From the ninth loss on, colours come again, and these tell them apart."""
 MOST_DOTS = 4000
+PLOT_STYLE = """
+.plot .axis { fill: var(--ink); font-size: 12.5px; }
+.line { stroke: var(--of); fill: none; stroke-width: 2; }
+.band { fill: var(--of); fill-opacity: .13; stroke: none; }
+.dot { fill: var(--of); } .ring { fill: var(--paper); stroke: var(--of); stroke-width: 1.8; }
+.speck { fill: var(--of); fill-opacity: .32; } .bar { fill: var(--of); fill-opacity: .8; }
+.zero { stroke: var(--ink); } .bound { stroke: var(--soft); stroke-dasharray: 4 4; }
+"""
+"""Of all that is drawn here, in the colours of a page: --ink, --soft, --paper, --line."""
 
 
 class Place(NamedTuple):

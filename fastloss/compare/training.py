@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from fastloss.compare.data import Volume
 from fastloss.compare.losses import TrainingLoss
@@ -94,14 +95,24 @@ class Diverged(ArithmeticError):
     """The loss is no finite number."""
 
 
-def train(task: Task) -> Trained:
-    """Train a U-Net with AdamW, the learning rate falling by a cosine after a short warm-up.
+def start(task: Task) -> nn.Module:
+    """The U-Net as every training of this seed and fold begins."""
+    torch.manual_seed(1_000_003 * task.fold + task.seed)
+    return UNet(task.channels, task.classes, task.settings.width)
+
+
+def train(task: Task, network_of: Callable[[Task], nn.Module] = start) -> Trained:
+    """Train a network with AdamW, the learning rate falling by a cosine after a short warm-up.
+
+    Args:
+        network_of: of a task the network, (B, channels, D, H, W) to logits (B, classes, D, H, W).
+            For a fair comparison its start depends on seed and fold alone.
 
     Raises:
         Diverged: the loss is NaN or infinite in some step.
     """
     settings = task.settings
-    network = start(task)
+    network = network_of(task).to(settings.device)
     optimizer = torch.optim.AdamW(network.parameters(), task.learning_rate, weight_decay=1e-4)
     patches = Patches(
         task.training, settings.patch, settings.batch, (task.seed, task.fold), task.classes
@@ -139,12 +150,6 @@ def train(task: Task) -> Trained:
             curve.append(Point(step + 1, mean, task.validate(predicted), seconds))
             losses = []
     return Trained(predicted, curve, partial(told, probabilities))
-
-
-def start(task: Task) -> UNet:
-    """The network as every training of this seed and fold begins."""
-    torch.manual_seed(1_000_003 * task.fold + task.seed)
-    return UNet(task.channels, task.classes, task.settings.width).to(task.settings.device)
 
 
 def rate(step: int, steps: int) -> float:
