@@ -253,7 +253,7 @@ class Passes:
             )
         array = regions.array
         if regions.place is None and array.dtype.kind in "iu" and array.size:
-            self._region_bounds = int(array.min()), int(array.max())
+            self._region_bounds = current_backend().bounds(array)
         if rows is None:
             rows = max(self._region_bounds[1] + 1, 1)
         return {"fields": fields, "regions": regions, "rows": rows}

@@ -1,10 +1,13 @@
-// Labels compared and counted: the likeliest class of every voxel, and joint histograms of two
-// label maps.
+// Labels compared and counted: the likeliest class of every voxel, joint histograms of two label
+// maps, and the bounds of numbers.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "job.h"
 #include "shared.h"
@@ -138,11 +141,65 @@ void confusion(const py::array& prediction, const py::array& reference, py::arra
                 indices, to);
 }
 
+// The least and the largest of n numbers.
+template <class I>
+std::pair<I, I> bounds_of(const I* numbers, int64_t n) {
+  I least = numbers[0], most = numbers[0];
+  for (int64_t i = 1; i < n; ++i) {
+    least = std::min(least, numbers[i]);
+    most = std::max(most, numbers[i]);
+  }
+  return {least, most};
+}
+
+template <class I>
+py::tuple bounds_of(const py::array& numbers) {
+  const auto* from = static_cast<const I*>(numbers.data());
+  const int64_t n = numbers.size(), ranges = (n + kVoxels - 1) / kVoxels;
+  std::vector<std::pair<I, I>> each(static_cast<size_t>(ranges));
+  {
+    py::gil_scoped_release release;
+    parallel(ranges, 1, [&](int64_t i, void*) {
+      const int64_t first = i * kVoxels;
+      each[size_t(i)] = bounds_of(from + first, std::min(n - first, kVoxels));
+    });
+  }
+  std::pair<I, I> all = each[0];
+  for (const auto& [least, most] : each)
+    all = {std::min(all.first, least), std::max(all.second, most)};
+  return py::make_tuple(all.first, all.second);
+}
+
+// `numbers`: integers in C order, at least one.
+py::tuple bounds(const py::array& numbers, const std::string& dtype) {
+  switch (dtype_of(dtype)) {
+    case DType::u8:
+      return bounds_of<uint8_t>(numbers);
+    case DType::i8:
+      return bounds_of<int8_t>(numbers);
+    case DType::u16:
+      return bounds_of<uint16_t>(numbers);
+    case DType::i16:
+      return bounds_of<int16_t>(numbers);
+    case DType::u32:
+      return bounds_of<uint32_t>(numbers);
+    case DType::i32:
+      return bounds_of<int32_t>(numbers);
+    case DType::u64:
+      return bounds_of<uint64_t>(numbers);
+    case DType::i64:
+      return bounds_of<int64_t>(numbers);
+    default:
+      throw py::type_error("numbers: expected integers, got " + dtype);
+  }
+}
+
 }  // namespace
 
 void bind_counts(py::module_& m) {
   m.def("likeliest", &likeliest);
   m.def("confusion", &confusion);
+  m.def("bounds", &bounds);
 }
 
 }  // namespace fastloss

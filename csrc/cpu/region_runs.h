@@ -5,14 +5,13 @@
 // written to rows, run by run. Run lengths cannot be predicted, so most runs have no branch.
 #pragma once
 
+#include "region_tables.h"
 #include "tile.h"
 
 namespace {
 
 // Vectors of a run that are written whatever its length.
 constexpr int kAtOnce = 2;
-// The prefetch distance of regions in tiles.
-constexpr int kTilesAhead = 3;
 // The voxels that a row has beyond those of a tile.
 constexpr int kBeyond = 3 * lanes<float>;
 
@@ -209,73 +208,57 @@ FL_INLINE void sum_rows(const float* const (&rows)[R], int first, int count,
 #endif
 }
 
-// to += the totals of four vectors.
-FL_INLINE void add_totals(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, double* to) {
-#if defined(__AVX2__)
-#if defined(__AVX512F__)
-  // Sums of two vectors at a time, then of the four 128-bit lanes.
-  auto pair = [](Vec<float> u, Vec<float> v) {
-    return _mm512_add_ps(_mm512_unpacklo_ps((__m512)u, (__m512)v),
-                         _mm512_unpackhi_ps((__m512)u, (__m512)v));
-  };
-  const __m512 ab = pair(a, b), cd = pair(c, d);
-  const __m512 all =
-      _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  const __m256 both = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-#else
-  const __m256 both =
-      _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
-#endif
-  const __m128 sum = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
-  _mm256_storeu_pd(to, _mm256_add_pd(_mm256_loadu_pd(to), _mm256_cvtps_pd(sum)));
-#else
-  to[0] += total<float>(a);
-  to[1] += total<float>(b);
-  to[2] += total<float>(c);
-  to[3] += total<float>(d);
-#endif
-}
-
-// The sums over runs of some regions and labels. Few are met in a block: each has a place, from
-// which another one that needs it moves it on, to the sums of the block.
+// The sums over runs of some regions and labels, as vectors: each run adds to them, and totals are
+// formed once. Few are met in a block: each has a place, from which another one that needs it moves
+// it on, to the sums of the block.
 template <int N>
 class RunSums {
  public:
   explicit RunSums(int64_t classes) : classes_(int(classes)) {}
 
-  // The N sums of a region and label, to which `voxels` more are counted. pass(row, label, voxels,
-  // sums) moves others on.
-  template <class Pass>
-  FL_INLINE double* of(int row, int label, int voxels, const Pass& pass) {
+  // Adds the sums of R rows over a run, with its number of voxels, to those of a region and label.
+  // pass(row, label, voxels, sums) moves others on.
+  template <int R, class Pass>
+  FL_INLINE void add(int row, int label, int voxels, const Vec<float> (&sums)[R],
+                     const Pass& pass) {
+    static_assert(R <= N, "there is a place for each");
     const int place = (row * classes_ + label) % kPlaces;
-    Cell& cell = cells_[place];
-    if (cell.row != row || cell.label != label) {
-      clear(cell, pass);
-      cell.row = row, cell.label = label;
+    Key& key = keys_[place];
+    if (key.row != row || key.label != label || key.voxels > kMostVoxels) {
+      move_on(place, pass);
+      key.row = row, key.label = label;
     }
-    cell.voxels += voxels;
-    return cell.sums;
+    key.voxels += voxels;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums_[place][r] += sums[r];
   }
   // Moves all on.
   template <class Pass>
   void finish(const Pass& pass) {
-    for (Cell& cell : cells_) clear(cell, pass);
+    for (int place = 0; place < kPlaces; ++place) move_on(place, pass);
   }
 
  private:
   static constexpr int kPlaces = 64;
-  struct Cell {
-    double sums[N] = {};
-    int64_t voxels = 0;
-    int32_t row = -1, label = -1;
+  static constexpr int kMostVoxels = 4096;  // bounds the rounding error
+  struct Key {
+    int32_t row = -1, label = -1, voxels = 0;
   };
   int classes_;
-  Cell cells_[kPlaces];
+  Key keys_[kPlaces];
+  Vec<float> sums_[kPlaces][N] = {};
 
   template <class Pass>
-  void clear(Cell& cell, const Pass& pass) {
-    if (cell.voxels) pass(cell.row, cell.label, double(cell.voxels), cell.sums);
-    cell = Cell();
+  void move_on(int place, const Pass& pass) {
+    Key& key = keys_[place];
+    if (!key.voxels) return;
+    double totals[N];
+    for (int r = 0; r < N; ++r) {
+      totals[r] = total<float>(sums_[place][r]);
+      sums_[place][r] = Vec<float>{};
+    }
+    pass(key.row, key.label, double(key.voxels), totals);
+    key = Key();
   }
 };
 

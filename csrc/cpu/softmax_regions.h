@@ -210,6 +210,22 @@ struct RunTwo {
   }
 };
 
+#if defined(__AVX2__)
+// The same looked up by each voxel's region, in tables of kVectors vectors.
+template <int kVectors>
+struct TableTwo {
+  const RegionNumbers<4>& numbers;
+  const uint8_t* region;
+
+  template <class Labels>
+  FL_INLINE Pair<float> at(int64_t v, IVec<float> zero) const {
+    const IVec<float> row = label_lanes<float>(region + v);
+    auto of = [&](int i) { return look_up<kVectors>(numbers.number[i], row); };
+    return {choose<Labels, float>(zero, of(0), of(1)), choose<Labels, float>(zero, of(2), of(3))};
+  }
+};
+#endif
+
 // The numbers of `RegionTwo` of a region.
 template <class T>
 void two_numbers(const Job& job, int64_t sample, int64_t row, T* numbers) {
@@ -223,6 +239,22 @@ void two_numbers(const Job& job, int64_t sample, int64_t row, T* numbers) {
   numbers[2] = loss.number[0];
   numbers[3] = -loss.number[1];
 }
+
+#if defined(__AVX2__)
+// Writes the gradient of a tile of two classes, by tables of few regions.
+inline void apply_two_tables(Tile<float>& t, const RegionNumbers<4>& numbers,
+                             const uint8_t* region) {
+  float* gradient = t.row(kC);
+  auto run = [&](const auto& slopes) {
+    with_labels(t, [&](auto even, auto x0, auto x1, const auto& labels) {
+      return two_label_gradients<decltype(even)::value>(t, x0, x1, labels, slopes, gradient);
+    });
+  };
+  if (numbers.small) run(TableTwo<kTableVectors / 2>{numbers, region});
+  else run(TableTwo<kTableVectors>{numbers, region});
+  write_opposites(t, gradient);
+}
+#endif
 
 // Writes the gradient of a tile of two classes and several regions.
 template <class T>
@@ -304,8 +336,7 @@ inline void reduce_two_runs(Tile<float>& t, const LabelRuns& runs, RunSums<kRunS
     const int first = runs.start[i], count = runs.start[i + 1] - first;
     Vec<float> each[3];
     sum_rows<3>(rows, first, count, each);
-    add_totals(each[0], each[1], each[2], Vec<float>{},
-               sums.of(runs.row[i], runs.label[i], count, pass));
+    sums.add(runs.row[i], runs.label[i], count, each, pass);
   }
 }
 
@@ -320,9 +351,7 @@ void add_few_runs(Tile<float>& t, const LabelRuns& runs, RunSums<kRunSums>& sums
     const int first = runs.start[i], count = runs.start[i + 1] - first;
     Vec<float> each[C + 1];
     sum_rows<C + 1>(rows, first, count, each);
-    double* to = sums.of(runs.row[i], runs.label[i], count, pass);
-    add_totals(each[0], each[1], each[2], each[3], to);
-    if (C == 4) to[4] += total<float>(each[C]);
+    sums.add(runs.row[i], runs.label[i], count, each, pass);
   }
 }
 
@@ -335,16 +364,20 @@ bool few_of_region(const Job& job) {
   return kPicks<T> && (job.classes == 3 || job.classes == 4);
 }
 
-// Moves to a tile, and finds its runs or, where it has none, its regions. Returns whether it has.
+// Finds the runs of a tile or, where it has none, its regions. Returns whether it has.
+template <class T>
+bool find_runs(Tile<T>& t, LabelRuns& runs) {
+  if (runs.find(t)) return true;
+  t.find_regions();
+  return false;
+}
+// The same for the tile to which `move` goes.
 template <class T, class Move>
 bool move_to_runs(Tile<T>& t, LabelRuns& runs, const Move& move) {
   const bool suits = t.job.classes == 2 || few_of_region<T>(t.job);
   t.regions_later = suits && kRegionRuns<T>;
   move();
-  if (!t.regions_later) return false;
-  if (runs.find(t)) return true;
-  t.find_regions();
-  return false;
+  return t.regions_later && find_runs(t, runs);
 }
 
 template <class T>
@@ -527,12 +560,56 @@ struct RunSlopes {
   }
 };
 
+// The same looked up by each voxel's region, in tables of kVectors vectors: by p, overlap and
+// cross-entropy of up to four classes.
+template <int C, bool kOne, int kVectors>
+struct TableSlopes {
+  const RegionNumbers<12>& numbers;
+  const uint8_t* region;
+  int64_t order[C];
+
+  TableSlopes(const RegionNumbers<12>& n, const uint8_t* r, const int64_t (&number)[C])
+      : numbers(n), region(r) {
+    for (int c = 0; c < C; ++c) order[c] = number[c];
+  }
+  FL_INLINE Vec<float> of(int64_t i, int64_t v) const {
+    return look_up<kVectors>(numbers.number[i], label_lanes<float>(region + v));
+  }
+  // By the label, of the table that starts at `first`.
+  FL_INLINE Vec<float> of_label(int first, int64_t v, IVec<float> y) const {
+    Vec<float> own = of(first + order[0], v);
+#pragma GCC unroll 4
+    for (int c = 1; c < C && !kOne; ++c)
+      own = select<float>(y == class_number<float>(c), of(first + c, v), own);
+    return own;
+  }
+  FL_INLINE Vec<float> of_class(int c, int64_t v) const { return of(order[c], v); }
+  FL_INLINE Vec<float> at_region(int64_t v, IVec<float> y) const { return of_label(0, v, y); }
+  FL_INLINE Vec<float> at_overlap(int64_t v, IVec<float> y) const { return of_label(4, v, y); }
+  FL_INLINE Vec<float> at_loss(int64_t v, IVec<float> y) const { return of_label(8, v, y); }
+};
+
 // The numbers of a region for those rows: by p, overlap and cross-entropy of up to four classes.
 inline void few_numbers(const Job& job, int64_t sample, int64_t row, float* numbers) {
   const int slots[3] = {job.slots.predicted, job.slots.overlap, job.slots.cross_entropy};
   for (int i = 0; i < 3; ++i)
     std::memcpy(numbers + 4 * i, RegionTable<float>(job, slots[i], sample, row).number,
                 sizeof(float) * 4);
+}
+
+// Writes the gradient of a tile of three or four classes, by tables of few regions.
+template <int kVectors>
+Few apply_few_tables(Tile<float>& t, const RegionNumbers<12>& numbers, const uint8_t* region) {
+  return few_classes(t, [&](auto number, auto count, auto one, int only) {
+    constexpr int C = decltype(count)::value;
+    constexpr bool kOne = decltype(one)::value;
+    auto slopes = [&](const int64_t (&order)[C]) {
+      return TableSlopes<C, kOne, kVectors>(numbers, region, order);
+    };
+    if (!apply_few_classes<decltype(number), C, kOne>(t, only, slopes)) return false;
+    write_few_classes(t);
+    return true;
+  });
 }
 
 // Writes the gradient of a tile of three or four classes, by its runs.
@@ -568,11 +645,47 @@ void apply_softmax_regions(const Job& job, int64_t sample, int64_t first, int64_
   bool in_runs = false;
   KeptRows<4> kept_two;
   [[maybe_unused]] KeptRows<12> kept_few;
+#if defined(__AVX2__)
+  RegionNumbers<4> numbers_of_two;
+  RegionNumbers<12> numbers_of_few;
+  if (kRegionRuns<T> && two)
+    numbers_of_two.fill(
+        job, [&](int64_t row, float* n) { two_numbers<float>(job, sample, row, n); });
+  if (few_of_region<T>(job))
+    numbers_of_few.fill(job, [&](int64_t row, float* n) { few_numbers(job, sample, row, n); });
+  uint8_t buffer[kMaxTile];
+  const uint8_t* region = nullptr;  // of the tile, if tables are looked up
+#endif
   auto move = [&](Tile<T>& t, int64_t v) {
     t.keeps_bytes = two && sizeof(T) == 4;
-    in_runs = move_to_runs(t, runs, [&] { t.move(v, tile_from(v, last, lead, t.step), nullptr); });
+    auto move_tile = [&] { t.move(v, tile_from(v, last, lead, t.step), nullptr); };
+#if defined(__AVX2__)
+    if constexpr (kRegionRuns<T>)
+      if (numbers_of_two.fits || numbers_of_few.fits) {
+        t.regions_later = true;
+        move_tile();
+        region = region_bytes(t, buffer);
+        if (!region) in_runs = find_runs(t, runs);
+        return;
+      }
+#endif
+    in_runs = move_to_runs(t, runs, move_tile);
   };
   auto few = [&](Tile<T>& t) {
+#if defined(__AVX2__)
+    if constexpr (kRegionRuns<T>)
+      if (region) {
+        if (two) {
+          apply_two_tables(t, numbers_of_two, region);
+          return Few::done;
+        }
+        const Few known = numbers_of_few.small
+                              ? apply_few_tables<kTableVectors / 2>(t, numbers_of_few, region)
+                              : apply_few_tables<kTableVectors>(t, numbers_of_few, region);
+        if (known != Few::done) t.find_regions();
+        return known;
+      }
+#endif
     if constexpr (kRegionRuns<T>)
       if (in_runs) {
         const bool alone = runs.region >= 0;

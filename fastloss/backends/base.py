@@ -149,6 +149,10 @@ class Backend:
         """As `fastloss.backends.distances.class_indices`, of labels in any strides."""
         return distances.class_indices(labels, classes, out)
 
+    def bounds(self, numbers: np.ndarray) -> tuple[int, int]:
+        """The least and the largest of integers in CPU memory, of which there is one at least."""
+        return int(numbers.min()), int(numbers.max())
+
     # ------------------------------------------------------------------ metrics
 
     def likeliest(self, scores: np.ndarray, dtype: str, out: np.ndarray) -> None:

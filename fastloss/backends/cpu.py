@@ -132,6 +132,11 @@ class CpuBackend(Backend):
         )
         return [(Directed(*there), Directed(*back)) for there, back in found]
 
+    def bounds(self, numbers: np.ndarray) -> tuple[int, int]:
+        if not numbers.flags.c_contiguous:
+            return super().bounds(numbers)
+        return _cpu.bounds(numbers, numbers.dtype.name)
+
     def likeliest(self, scores: np.ndarray, dtype: str, out: np.ndarray) -> None:
         _cpu.likeliest(scores, dtype, out)
 
