@@ -61,8 +61,14 @@ class _Region:
                 activation, logits = "none", y_pred
             else:
                 shape, axis, term = plan.apart, 2, joined
-        loss = Loss(term, activation=activation, channel_axis=axis)
-        values = loss(ops.reshape(logits, shape), ops.reshape(y_true, shape))
+        rank = len(y_pred.shape)
+        if axis == 2 and rank > 2 and y_true.shape[-1] == y_pred.shape[-1]:
+            # They are read as they are, and in a graph together with other losses of them.
+            loss = Loss(term, activation=activation, channel_axis=rank - 1)
+            values = loss(logits, y_true)
+        else:
+            loss = Loss(term, activation=activation, channel_axis=axis)
+            values = loss(ops.reshape(logits, shape), ops.reshape(y_true, shape))
         return ops.reshape(values, plan.left)
 
 
