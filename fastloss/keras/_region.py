@@ -112,7 +112,7 @@ def _layout(axis: Any, y_pred: Any) -> _Layout | None:
         rest = _rest(sizes, [0])
         return _Layout((first, 1, rest), 1, False, (-1,), apart if rank > 1 else None)
     if left == [rank - 1] and channels is not None:
-        return _Layout((1, -1, channels), 2, False, (-1,))
+        return _Layout((1, -1, channels), 2, True, (-1,))
     if left == [0, rank - 1] and channels is not None:
         return _Layout((first, _rest(sizes, left), channels), 2, False, (-1, channels))
     if left == [0, 1] and sizes[1] is not None:
