@@ -57,7 +57,7 @@ def test_losses_of_the_same_logits_share_the_passes(monkeypatch: pytest.MonkeyPa
     for losses, passes in ((of_labels, 1), (of_dense, 1), (of_weights, 1), (of_others, 3)):
         step = tf.function(lambda x, y, w, f=losses: alone(lambda x: f(x, y, w), x))
         given = [tf.constant(a) for a in (x, y, w)]
-        expected = alone(lambda x, f=losses: f(x, *given[1:]), given[0])  # eager
+        expected = alone(lambda x, f=losses, g=given: f(x, *g[1:]), given[0])  # eager
         calls.clear()
         found = step(*given)
         assert sorted(calls) == ["_forward"] * passes + ["_gradient"] * passes
@@ -93,9 +93,11 @@ def test_every_tape_has_its_gradient() -> None:
             b = tf.cond(x[0, 0, 0, 0] < 1e9, lambda: entropy(x, y), lambda: 2 * a)
         return *first, *each, tape.gradient(b, x), inside, outer.gradient(total, x)
 
-    found = step(tf.constant(x), tf.constant(y))
+    given = tf.constant(x), tf.constant(y)
+    graph = tf.function(lambda x, y, w: dice(x, y) + entropy(x, y))
+    found = [*step(*given), by_tape(graph, *given)[1]]
     ours = [reference(loss, x, y)[1] for loss in (dice, entropy)]
-    expected = [*ours, *ours, ours[1], ours[1], ours[0] + ours[1]]
+    expected = [*ours, *ours, ours[1], ours[1], *[ours[0] + ours[1]] * 2]
     for own, other in zip(found, expected, strict=True):
         assert norm(own - other) < 1e-6 * norm(other)
 
