@@ -138,16 +138,27 @@ def labels() -> np.ndarray:
     return np.random.default_rng(1).integers(0, 3, (5, 4, 4, 4)).astype("uint8")
 
 
+def both(module: Any) -> Any:
+    """A function that adds two losses of one prediction."""
+    dice, entropy = module.Dice(axis=(1, 2, 3)), module.SparseCategoricalCrossentropy()
+
+    def loss(y: Any, p: Any) -> Any:
+        return dice(keras.ops.one_hot(keras.ops.cast(y, "int32"), 3), p) + entropy(y, p)
+
+    return loss
+
+
 def fits(jit_compile: Any = "auto", few: bool = False) -> None:
     """Training runs as with Keras' losses, the last batch being smaller; ``few``: of one loss."""
     y = labels()
     one_hot = np.eye(3, dtype=np.float32)[y]
-    for name, options, target in (
-        ("SparseCategoricalCrossentropy", {}, y),
-        ("Dice", {"axis": (1, 2, 3)}, one_hot),
+    for make, target in (
+        (lambda module: module.SparseCategoricalCrossentropy(), y),
+        (lambda module: module.Dice(axis=(1, 2, 3)), one_hot),
+        (both, y),
     ):
         losses = [
-            fit(getattr(module, name)(**options), target, "softmax", jit_compile=jit_compile)[0]
+            fit(make(module), target, "softmax", jit_compile=jit_compile)[0]
             for module in (fk, keras.losses)
         ]
         np.testing.assert_allclose(*losses, rtol=2e-6)

@@ -17,7 +17,9 @@ and computed in float32; targets keep their dtype. On the TensorFlow backend the
 ``jit_compile=True`` too (Keras' default, "auto", does not use XLA on a CPU).
 
 ``DiceCE(smooth=1e-7)`` is the sum of ``Dice(axis=(1, 2, 3))`` and ``SparseCategoricalCrossentropy``
-in the passes of one loss, and takes labels for both.
+in the passes of one loss, and takes labels for both. In a graph of TensorFlow these two are
+computed in the same passes as well, where both are given labels or what `keras.ops.one_hot` made of
+them, or both the same one-hot array; and so are other losses here of one prediction.
 
 Where they differ from Keras' classes:
 

@@ -61,8 +61,14 @@ class _Region:
                 activation, logits = "none", y_pred
             else:
                 shape, axis, term = plan.apart, 2, joined
-        loss = Loss(term, activation=activation, channel_axis=axis)
-        values = loss(ops.reshape(logits, shape), ops.reshape(y_true, shape))
+        rank = len(y_pred.shape)
+        if axis == 2 and rank > 2 and y_true.shape[-1] == y_pred.shape[-1]:
+            # They are read as they are, and in a graph together with other losses of them.
+            loss = Loss(term, activation=activation, channel_axis=rank - 1)
+            values = loss(logits, y_true)
+        else:
+            loss = Loss(term, activation=activation, channel_axis=axis)
+            values = loss(ops.reshape(logits, shape), ops.reshape(y_true, shape))
         return ops.reshape(values, plan.left)
 
 
@@ -106,7 +112,7 @@ def _layout(axis: Any, y_pred: Any) -> _Layout | None:
         rest = _rest(sizes, [0])
         return _Layout((first, 1, rest), 1, False, (-1,), apart if rank > 1 else None)
     if left == [rank - 1] and channels is not None:
-        return _Layout((1, -1, channels), 2, False, (-1,))
+        return _Layout((1, -1, channels), 2, True, (-1,))
     if left == [0, rank - 1] and channels is not None:
         return _Layout((first, _rest(sizes, left), channels), 2, False, (-1, channels))
     if left == [0, 1] and sizes[1] is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from fastloss.borrowed import Extras
-from fastloss.frameworks.tensorflow import graph, operations, xla
+from fastloss.frameworks.tensorflow import graph, joint, operations, xla
 from fastloss.frameworks.tensorflow.tensors import EagerAdapter, is_on_device, once, plain
 from fastloss.protocol import FusedLoss, LossLike, as_loss
 
@@ -35,13 +35,12 @@ class TensorflowAdapter(EagerAdapter):
         if operations.has_devices():
             how = operations.ON_DEVICE
             return operations.value(loss, logits, target, voxel_weight, extras, how)
-        kind = graph.Call
-        if operations.is_compiled():
-            if not xla.is_there():
-                how = operations.COMPILED
-                return operations.value(loss, logits, target, voxel_weight, extras, how)
-            kind = xla.Call
-        return graph.value(kind(loss, logits, target, voxel_weight, extras), logits)
+        if not operations.is_compiled():
+            return joint.value(graph.Call(loss, logits, target, voxel_weight, extras), logits)
+        if not xla.is_there():
+            how = operations.COMPILED
+            return operations.value(loss, logits, target, voxel_weight, extras, how)
+        return graph.value(xla.Call(loss, logits, target, voxel_weight, extras), logits)
 
 
 def _eager_value(

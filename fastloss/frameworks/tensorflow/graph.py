@@ -69,7 +69,7 @@ class Call:
         made."""
         dtype = tf.float64 if logits.dtype == tf.float64 else tf.float32
         made = [tf.dtypes.as_dtype(self.shapes.form(name).dtype) for name in self.makes]
-        result, sums, voxels, *fields = _on_host(
+        result, sums, voxels, *fields = on_host(
             self._forward, [logits, *self.given], [dtype, tf.float64, tf.float64, *made]
         )
         result.set_shape(self.shapes.value)
@@ -81,7 +81,7 @@ class Call:
         upstream = tf.cast(upstream, tf.float32 if self.loss.maps_voxels else tf.float64)
         sums, voxels, *made = kept
         arrays = [logits, sums, voxels, upstream, *made, *self.given]
-        (found,) = _on_host(self._gradient, arrays, [logits.dtype])
+        (found,) = on_host(self._gradient, arrays, [logits.dtype])
         found.set_shape(logits.shape)
         return found
 
@@ -148,8 +148,8 @@ def tensor(array: Any, name: str) -> Any:
     return tf.stop_gradient(plain(tf.convert_to_tensor(array), name))
 
 
-def _on_host(function: Callable[..., list[Any]], arrays: list[Any], dtypes: list[Any]) -> list[Any]:
-    """The tensors that a function of NumPy arrays returns."""
+def on_host(function: Callable[..., list[Any]], arrays: list[Any], dtypes: list[Any]) -> list[Any]:
+    """The tensors that a function of NumPy arrays, which the host runs, returns."""
 
     def contiguous(*given: Any) -> list[Any]:
         return function(*map(np.asarray, given))
