@@ -347,6 +347,8 @@ def test_gradients_by_soft_targets(launched: list[str]) -> None:
     w[0, 0, 0] = 0.0
     regions = np.repeat(np.arange(-1, 4), 6)[:30].reshape(5, 6)
     regions = np.stack([regions, np.minimum(regions, 1)])
+    by_class = np.stack([regions, regions[:, ::-1], np.maximum(regions, 0)], axis=1)
+    lesions = fl.PerRegion(fl.Dice(), fl.CrossEntropy(), regions="given", per_class=True)
     field = rng.normal(size=x.shape)
     all_kinds = fl.Dice() + fl.DiceSemimetric() + fl.KLDivergence() + fl.MeanAbsoluteError()
     cases: list[tuple[Any, dict[str, Any]]] = [
@@ -354,6 +356,7 @@ def test_gradients_by_soft_targets(launched: list[str]) -> None:
         (fl.Loss(all_kinds, activation="sigmoid"), {}),
         (fl.Dice(squared=True, batch=True) + fl.CrossEntropy(weight=[1.0, 2.0, 0.5]), {}),
         (fl.Dice() + fl.KLDivergence(), {"regions": regions, "region_count": 5}),
+        (fl.Loss(lesions), {"regions": by_class, "region_count": 5}),
         (fl.Dice(reduction="none") + fl.MCC(), {}),
         (fl.Loss(fl.CrossEntropy(reduction="voxel")), {}),
         (fl.GeneralizedSurface() + fl.Focal(), {"fields": {"distance": field}}),
@@ -364,7 +367,7 @@ def test_gradients_by_soft_targets(launched: list[str]) -> None:
         expected = loss.value_and_grad(x, g, w, upstream=upstream, target_grad=True, **more)
         there = dict(more)
         if "regions" in more:
-            there["regions"] = OnDevice(regions)
+            there["regions"] = OnDevice(more["regions"])
         if "fields" in more:
             there["fields"] = {name: OnDevice(a) for name, a in more["fields"].items()}
         arrays = (OnDevice(x), OnDevice(g), OnDevice(w))

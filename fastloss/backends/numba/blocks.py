@@ -99,11 +99,7 @@ class Window:
             source = self.operand.part(sample, block)
             copy = rows.reshape(source.shape)
             if self.operand.bfloat16:
-                wide = copy if copy.dtype == np.float32 else np.empty(copy.shape, np.float32)
-                bits = wide.view(np.uint32)
-                bits[...] = source
-                bits <<= 16
-                copy[...] = wide
+                copy[...] = (source.astype(np.uint32) << 16).view(np.float32)
             else:
                 copy[...] = source
         rows.flags.writeable = False  # or Numba would compile for both kinds
@@ -131,10 +127,7 @@ def _as_bfloat16(array: np.ndarray) -> np.ndarray:
     """Rounded to nearest even; the array is overwritten."""
     undefined = np.isnan(array)
     bits = array.view(np.uint32)
-    odd = bits >> 16
-    odd &= 1
-    bits += odd
-    bits += 0x7FFF
+    bits += (bits >> 16 & 1) + 0x7FFF
     bits >>= 16
     bits[undefined] = 0x7FC0
     return bits

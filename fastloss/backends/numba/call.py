@@ -31,9 +31,8 @@ def _constant(array: np.ndarray) -> np.ndarray:
     return array
 
 
-_NO_REGIONS = np.empty((1, 0), np.int32)
-_NO_NUMBERS, _NO_WEIGHT = np.empty(0, np.int32), _constant(np.empty(0, np.float64))
-_ROW_0 = np.zeros(1, np.int64)
+_NO_NUMBERS, _NO_REGIONS = np.empty(0, np.int32), np.empty((1, 0), np.int32)
+_NO_WEIGHT, _ROW_0 = _constant(np.empty(0, np.float64)), np.zeros(1, np.int64)
 
 
 class Part(NamedTuple):

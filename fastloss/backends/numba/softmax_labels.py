@@ -27,8 +27,7 @@ SUMS = tuple(NAMED[name] for name in _NAMES.split())
 """The sums that this path computes, in the order of its results."""
 
 TILES, ROWS, WIDTH, LOGITS_OF_TILE = 2, 6, 2048, 1 << 17  # of scratch memory
-_LOG_SUM = OF_ALL
-_SLOPES = LOGITS
+_LOG_SUM, _SLOPES = OF_ALL, LOGITS
 
 
 @kernel
