@@ -344,8 +344,8 @@ def _draw_slices(scan: Scan, results: Mapping[str, Result], path: Path) -> None:
 def _colours(count: int) -> np.ndarray:
     """(count, 3), of which neighbours differ much."""
     hues = (np.arange(count) * 0.381966) % 1
-    kinds = [(1.0, 1.0), (0.55, 1.0), (1.0, 0.7)]
-    return np.array([hsv_to_rgb((hue, *kinds[i % 3])) for i, hue in enumerate(hues)])
+    kinds = [(1.0, 1.0), (0.5, 1.0), (1.0, 0.65), (0.4, 0.75)]
+    return np.array([hsv_to_rgb((hue, *kinds[i % 4])) for i, hue in enumerate(hues)])
 
 
 def _draw_dice(

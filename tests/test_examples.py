@@ -306,7 +306,7 @@ volumes.load_organs = body
 import fastloss.compare.cost as cost
 cost.SECONDS = 0.01
 """
-"""A CT that is made: columns, and one class in none but its upper half. Costs do not matter."""
+"""A CT that is made: columns, and a class in none but its upper half. Costs are of no interest."""
 
 
 def test_organs(tmp_path: Path) -> None:
