@@ -50,7 +50,7 @@ LOVASZ_CALL = np.dtype(
 )
 _RECORD = np.dtype(("V", LOVASZ_CALL.itemsize))
 KERNELS = tuple(f"fastloss_lovasz_{name}" for name in ("scan", "value", "slopes"))
-_THREADS, _BLOCKS = 512, 1024
+_THREADS, _BLOCKS = 256, 1024
 
 
 def combine(
@@ -68,7 +68,9 @@ def combine(
     sums = place.empty((len(own.sums), batch, classes), "float64")
     scan, value_of, slopes_of = device.kernels(source("lovasz.cu"), KERNELS)
     of_sum = 8 * batch * classes
-    calls, kept, seen = [], [], set()
+    calls: list[np.ndarray] = []
+    kept: list[Any] = []
+    seen: set[str] = set()
     for term, total in ranked:
         bins, rows = layout(term.histogram).bins, batch if term.per_sample else 1
         slopes = device.empty(max(1, 16 * bins * rows * classes))
