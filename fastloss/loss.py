@@ -1210,7 +1210,8 @@ class Loss:
 
     def without_histograms(self) -> tuple[Loss, tuple[tuple[Term, Sum], ...]]:
         """The loss where each term that reads a histogram is a sum of its own; and these terms."""
-        ranked, terms = [], []
+        ranked: list[tuple[Term, Sum]] = []
+        terms = []
         for factor, term in self.terms:
             if not term.requires.isdisjoint(HISTOGRAMS):
                 total = Sum(field=f"{term.histogram} {len(ranked)}")

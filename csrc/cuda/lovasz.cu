@@ -4,7 +4,7 @@
 // The derivatives by Σ v of the bins are then that derivative times slopes that are kept here.
 #include "error_bins.h"
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kLanes;
 constexpr int kMostSums = 64;
 

@@ -372,7 +372,7 @@ class CudaBackend(Backend):
     ) -> tuple[Any, Callable[[Any], DeviceCoefficients]]:
         """The value, on the device, and its pullback from upstream to the derivatives."""
         if loss.counting is not None:
-            return lovasz.combine(self, loss, statistics)
+            return lovasz.combine(self.place, self.device, self.combine, loss, statistics)
         shape = slots, batch, classes = tuple(statistics.sums.shape)
         place, device = self.place, self.device
         operands = operands_of(loss, place)

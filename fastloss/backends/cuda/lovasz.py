@@ -21,7 +21,10 @@ from fastloss.statistics import Statistics
 from fastloss.sums import PREDICTED
 
 if TYPE_CHECKING:
-    from fastloss.backends.cuda.backend import CudaBackend, DeviceCoefficients
+    from fastloss.backends.cuda.device import Device
+    from fastloss.borrowed import Place
+
+Combine = Callable[[FusedLoss, Statistics], tuple[Any, Callable[[Any], Any]]]
 
 _MOST_SUMS = 64
 # Mirrors `struct LovaszCall` in csrc/cuda/lovasz.cu.
@@ -50,14 +53,14 @@ LOVASZ_CALL = np.dtype(
 )
 _RECORD = np.dtype(("V", LOVASZ_CALL.itemsize))
 KERNELS = tuple(f"fastloss_lovasz_{name}" for name in ("scan", "value", "slopes"))
-_THREADS, _BLOCKS = 512, 1024
+_THREADS, _BLOCKS = 256, 1024
 
 
 def combine(
-    backend: CudaBackend, loss: FusedLoss, statistics: Statistics
-) -> tuple[Any, Callable[[Any], DeviceCoefficients]]:
-    """As `CudaBackend.combine`, of a loss that reads histograms."""
-    place, device, request = backend.place, backend.device, statistics.request
+    place: Place, device: Device, others: Combine, loss: FusedLoss, statistics: Statistics
+) -> tuple[Any, Callable[[Any], Any]]:
+    """As `CudaBackend.combine`, of a loss that reads histograms; ``others``: of one without."""
+    request = statistics.request
     slots, batch, classes = tuple(statistics.sums.shape)
     inner, ranked = loss.without_histograms()
     own = make_request(request.activation, request.dense, request.ignore_index, inner.needs)
@@ -68,7 +71,9 @@ def combine(
     sums = place.empty((len(own.sums), batch, classes), "float64")
     scan, value_of, slopes_of = device.kernels(source("lovasz.cu"), KERNELS)
     of_sum = 8 * batch * classes
-    calls, kept, seen = [], [], set()
+    calls: list[np.ndarray] = []
+    kept: list[Any] = []
+    seen: set[str] = set()
     for term, total in ranked:
         bins, rows = layout(term.histogram).bins, batch if term.per_sample else 1
         slopes = device.empty(max(1, 16 * bins * rows * classes))
@@ -95,9 +100,9 @@ def combine(
         device.launch(value_of, 1, (_THREADS, 1), 0, call.copy().view(_RECORD))
         calls.append(call)
         seen.add(term.histogram)
-    value, pull = backend.combine(inner, replace(statistics, request=own, sums=sums))
+    value, pull = others(inner, replace(statistics, request=own, sums=sums))
 
-    def pullback(upstream: Any) -> DeviceCoefficients:
+    def pullback(upstream: Any) -> Any:
         found = pull(upstream)
         whole = place.empty((slots, batch, classes), "float64")
         address = place.address(whole)
