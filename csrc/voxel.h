@@ -56,8 +56,8 @@ template <class M, class V, class N>
 FL_DEVICE V focal_slope(V p, V q, V loss, N gamma) {
   if (gamma == N(0)) return M::splat(N(1));
   const V p_log_p = M::unless(p, -(p * loss));
-  const V less = M::unless(q, M::power(q, gamma - N(1)));
-  return M::power(q, gamma) - gamma * (p_log_p * less);
+  const V less = M::unless(q, M::power(q, gamma - N(1)));  // and q^γ is q times as much
+  return q * less - gamma * (p_log_p * less);
 }
 
 // value(v, γ), and its derivative by `by`, slope(v, γ).

@@ -188,7 +188,15 @@ def stretches(rng: np.random.Generator, voxels: int, numbers: int, longest: int)
     return each
 
 
-RUNS = [(2, "int8", 90, 40), (3, "int16", 200, 24), (4, "uint8", 7, 600), (4, "int64", 130, 33)]
+RUNS = [
+    (2, "int8", 90, 40),
+    (2, "uint8", 50, 30),
+    (3, "int16", 200, 24),
+    (3, "int16", 25, 40),
+    (4, "uint8", 7, 600),
+    (4, "int8", 60, 20),
+    (4, "int64", 130, 33),
+]
 
 
 @pytest.mark.parametrize(("classes", "kind", "count", "longest"), RUNS)
@@ -227,23 +235,25 @@ def test_bits_of_runs(classes: int, dtype: str) -> None:
     x = (3 * rng.normal(size=(1, classes, voxels))).astype(dtype)
     x[0, :, rng.choice(voxels, 30, replace=False)] *= 30
     y = stretches(rng, voxels, classes, 90)[None].astype(np.uint8)
-    regions = stretches(rng, voxels, 70, 40)[None].astype(np.int8)
-    regions[0, :3000] = 5
     loss = fl.Dice() + fl.CrossEntropy()
     memory = np.empty(x.nbytes + 128, np.uint8)
     start = -memory.ctypes.data % 64
-    before, found = fl.get_num_threads(), []
-    try:
-        for threads, offset in ((1, 0), (2, 0), (5, 4), (1, 16), (1, 48), (1, 60)):
-            fl.set_num_threads(threads)
-            out = memory[start + offset :][: x.nbytes].view(dtype).reshape(x.shape)
-            value, gradient = loss.value_and_grad(x, y, regions=regions, out=out)
-            found.append((value, gradient.copy()))
-    finally:
-        fl.set_num_threads(before)
-    for value, gradient in found[1:]:
-        assert value == found[0][0]
-        assert gradient.tobytes() == found[0][1].tobytes()
+    before = fl.get_num_threads()
+    for count in (20, 50, 70):
+        regions = stretches(rng, voxels, count, 40)[None].astype(np.int8)
+        regions[0, :3000] = 5
+        found = []
+        try:
+            for threads, offset in ((1, 0), (2, 0), (5, 4), (1, 16), (1, 48), (1, 60)):
+                fl.set_num_threads(threads)
+                out = memory[start + offset :][: x.nbytes].view(dtype).reshape(x.shape)
+                value, gradient = loss.value_and_grad(x, y, regions=regions, out=out)
+                found.append((value, gradient.copy()))
+        finally:
+            fl.set_num_threads(before)
+        for value, gradient in found[1:]:
+            assert value == found[0][0]
+            assert gradient.tobytes() == found[0][1].tobytes()
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_the_same_bits_from_run_to_run(backend: str) -> None:
 def test_the_same_bits_wherever_the_gradient_lies(
     native_backend: str, classes: int, dtype: str
 ) -> None:
-    for loss in (fl.Dice() + fl.CrossEntropy(), fl.Dice() + fl.Focal(), LOSS):
+    for loss in (fl.Dice() + fl.CrossEntropy(), fl.Dice() + fl.Focal(), fl.UnifiedFocal(), LOSS):
         size = np.dtype(dtype).itemsize
         # More than 1 MiB is written with non-temporal stores, by whole cache lines.
         voxels = (1 << 20) // (size * classes) // 2 + 1037

@@ -151,7 +151,7 @@ struct ExponentialRows {
 
 // The sums over the tile's voxels of one set of slots, (C,) each.
 struct ClassSums {
-  double *reference, *overlap, *predicted, *loss;
+  double *reference, *overlap, *predicted, *loss, *focal = nullptr;
 };
 
 // Adds m g, m p g, m p and the loss to the sums of R classes, where m p = x · scale, and `value` is

@@ -214,19 +214,18 @@ FL_INLINE void sum_rows(const float* const (&rows)[R], int first, int count,
 template <int N>
 class RunSums {
  public:
-  explicit RunSums(int64_t classes) : classes_(int(classes)) {}
-
   // Adds the sums of R rows over a run, with its number of voxels, to those of a region and label.
   // pass(row, label, voxels, sums) moves others on.
   template <int R, class Pass>
   FL_INLINE void add(int row, int label, int voxels, const Vec<float> (&sums)[R],
                      const Pass& pass) {
     static_assert(R <= N, "there is a place for each");
-    const int place = (row * classes_ + label) % kPlaces;
+    const int place = (row + kApart * label) % kPlaces;
     Key& key = keys_[place];
     if (key.row != row || key.label != label || key.voxels > kMostVoxels) {
       move_on(place, pass);
       key.row = row, key.label = label;
+      for (int r = 0; r < N; ++r) sums_[place][r] = Vec<float>{};
     }
     key.voxels += voxels;
 #pragma GCC unroll 8
@@ -239,24 +238,20 @@ class RunSums {
   }
 
  private:
-  static constexpr int kPlaces = 64;
+  static constexpr int kPlaces = 64, kApart = 23;  // where the next label of a region has its place
   static constexpr int kMostVoxels = 4096;  // bounds the rounding error
   struct Key {
     int32_t row = -1, label = -1, voxels = 0;
   };
-  int classes_;
   Key keys_[kPlaces];
-  Vec<float> sums_[kPlaces][N] = {};
+  Vec<float> sums_[kPlaces][N];  // set where there is a key
 
   template <class Pass>
   void move_on(int place, const Pass& pass) {
     Key& key = keys_[place];
     if (!key.voxels) return;
     double totals[N];
-    for (int r = 0; r < N; ++r) {
-      totals[r] = total<float>(sums_[place][r]);
-      sums_[place][r] = Vec<float>{};
-    }
+    for (int r = 0; r < N; ++r) totals[r] = total<float>(sums_[place][r]);
     pass(key.row, key.label, double(key.voxels), totals);
     key = Key();
   }

@@ -8,17 +8,19 @@
 #pragma once
 
 #include "label_rows.h"
+#include "voxel.h"
 
 namespace {
 
 // The sums that this path computes.
-constexpr uint32_t kFewClassesSums =
-    fastloss::kReference | fastloss::kOverlap | fastloss::kPredicted | fastloss::kCrossEntropy;
+constexpr uint32_t kFewClassesSums = fastloss::kReference | fastloss::kOverlap |
+                                     fastloss::kPredicted | fastloss::kCrossEntropy |
+                                     fastloss::kFocal;
 
 inline bool suits_few_classes(const Job& job) {
   return kPicks<float> && (job.classes == 3 || job.classes == 4) &&
          job.logits.dtype != DType::f64 && !job.weighted && job.asks_only_for(kFewClassesSums) &&
-         !job.losses;
+         !job.losses && job.slots.gammas <= 1;
 }
 
 // The exponentials of C classes' logits of type S. `kOne`: all voxels have the label `first`, which
@@ -92,13 +94,13 @@ FL_INLINE Pair<float> own_and_rest(const Vec<float> (&e)[C], IVec<float> y) {
   return {own, rest};
 }
 
-// Writes rows of the label's p, if there are several labels, and of rest / own, and adds Σ p.
-// Returns false and adds nothing if some logit is too large.
-template <class S, int C, bool kOne>
+// Writes rows of the label's p, if there are several labels, of rest / own, and with `kFocal` of the
+// label's 1 − p, and adds Σ p. Returns false and adds nothing if some logit is too large.
+template <class S, int C, bool kOne, bool kFocal>
 bool reduce_few_classes(Tile<float>& t, int only, const ClassSums& to) {
   using T = float;
   FewClasses<S, C, kOne> classes(t, only);
-  T *ps = t.row(kA), *quotients = t.row(kB);
+  T *ps = t.row(kA), *quotients = t.row(kB), *rests = t.row(kC);
   Vec<T> sums[C] = {};
   classes.each(t.padded,
                [&](int64_t v, const Vec<T>(&e)[C], IVec<T> y) __attribute__((always_inline)) {
@@ -110,6 +112,7 @@ bool reduce_few_classes(Tile<float>& t, int only, const ClassSums& to) {
                  for (int c = 0; c < C; ++c) sums[c] += e[c] * inverse;
                  store<T>(quotients + v, rest * (sum * both));
                  if (!kOne) store<T>(ps + v, own * inverse);
+                 if (kFocal) store<T>(rests + v, rest * inverse);
                });
   if (!classes.extent.within(kNear)) return false;
 #pragma GCC unroll 4
@@ -142,17 +145,20 @@ bool few_class_rows(Tile<float>& t, int only, bool logs) {
 }
 
 // Adds the other sums, read from those rows.
-template <int C, bool kOne, bool kLogs>
+template <int C, bool kOne, bool kLogs, bool kFocal>
 void reduce_few_labels(Tile<float>& t, int only, const ClassSums& to) {
   using T = float;
-  const T *ps = t.row(kA), *quotients = t.row(kB);
-  Vec<T> overlap[C] = {}, loss[C] = {};
+  const T *ps = t.row(kA), *quotients = t.row(kB), *rests = t.row(kC);
+  const T gamma = kFocal ? T(t.job.slots.gamma[0]) : T(0);
+  Vec<T> overlap[C] = {}, loss[C] = {}, focal[C] = {};
   IVec<T> count[C] = {};
   for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
-    Vec<T> l{};
+    Vec<T> l{}, f{};
     if (kLogs) l = log_one_plus<T>(load<T>(quotients + v));
+    if (kFocal) f = focal_value<Mathematics<T>>(load<T>(rests + v), l, gamma);
     if (kOne) {
       loss[0] += l;
+      if (kFocal) focal[0] += f;
       continue;
     }
     const IVec<T> y = once(label_lanes<T>(t.y + v));
@@ -163,11 +169,13 @@ void reduce_few_labels(Tile<float>& t, int only, const ClassSums& to) {
       count[c] -= is_label;
       overlap[c] = select<T>(is_label, overlap[c] + p, overlap[c]);
       if (kLogs) loss[c] = select<T>(is_label, loss[c] + l, loss[c]);
+      if (kFocal) focal[c] = select<T>(is_label, focal[c] + f, focal[c]);
     }
   }
   if (kOne) {
     to.reference[only] += t.n;
     if (kLogs) to.loss[only] += total<T>(loss[0]);
+    if (kFocal) to.focal[only] += total<T>(focal[0]);
     return;
   }
 #pragma GCC unroll 4
@@ -175,13 +183,24 @@ void reduce_few_labels(Tile<float>& t, int only, const ClassSums& to) {
     to.reference[c] += total<T>(__builtin_convertvector(count[c], Vec<T>));
     to.overlap[c] += total<T>(overlap[c]);
     if (kLogs) to.loss[c] += total<T>(loss[c]);
+    if (kFocal) to.focal[c] += total<T>(focal[c]);
   }
 }
 
+// The derivative by the loss of a voxel's label, with that by its focal loss: `loss` and `focal` are
+// the coefficients of the two. Blocks FMA contraction, as `LabelGradient` does.
+template <class T>
+FL_INLINE Vec<T> with_focal(Vec<T> own, Vec<T> rest, Vec<T> inverse, Vec<T> label_loss, T gamma,
+                            Vec<T> loss, Vec<T> focal) {
+  const Vec<T> p = once(own * inverse), q = once(rest * inverse);
+  return once(loss + focal * once(focal_slope<Mathematics<T>>(p, q, once(label_loss), gamma)));
+}
+
 // The derivatives by the sums of C classes, which a tile's voxels share.
-template <class T, int C, bool kOne>
+template <class T, int C, bool kOne, bool kFocal>
 struct SharedSlopes {
-  Vec<T> overlap, region, loss, k[C];
+  Vec<T> overlap, region, loss, focal, k[C];
+  T gamma;
 
   FL_INLINE SharedSlopes(const Tile<T>& t, const int64_t (&number)[C]) {
     const auto& s = t.job.slots;
@@ -192,6 +211,8 @@ struct SharedSlopes {
       return kOne ? splat<T>(numbers[number[0]]) : load<T>(numbers);
     };
     overlap = table(s.overlap), region = table(s.predicted), loss = table(s.cross_entropy);
+    focal = table(kFocal ? s.focal[0] : -1);
+    gamma = kFocal ? T(s.gamma[0]) : T(0);
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c)
       k[c] = splat<T>(s.predicted >= 0 ? coefficients(t, s.predicted)[number[c]] : T(0));
@@ -201,7 +222,12 @@ struct SharedSlopes {
     return kOne ? overlap : pick(overlap, y);
   }
   FL_INLINE Vec<T> at_region(int64_t, IVec<T> y) const { return kOne ? region : pick(region, y); }
-  FL_INLINE Vec<T> at_loss(int64_t, IVec<T> y) const { return kOne ? loss : pick(loss, y); }
+  FL_INLINE Vec<T> at_loss(int64_t, IVec<T> y, Vec<T> own, Vec<T> rest, Vec<T> inverse) const {
+    auto at = [&](Vec<T> by_class) { return kOne ? by_class : pick(by_class, y); };
+    if (!kFocal) return at(loss);
+    return with_focal<T>(own, rest, inverse, log_one_plus<T>(rest / own), gamma, at(loss),
+                         at(focal));
+  }
 };
 
 // Writes the gradients to rows of `second`. make(number) gives the derivatives, where `number` has
@@ -227,8 +253,9 @@ bool apply_few_classes(Tile<float>& t, int only, const Make& make) {
           others = kOne ? sum : select<T>(y == class_number<T>(c), others, sum);
         }
         const Vec<T> inverse = T(1) / (rest + own);
+        const Vec<T> by_loss = slopes.at_loss(v, y, own, rest, inverse);
         const LabelGradient<T> g(own, rest, inverse, others * inverse, slopes.at_overlap(v, y),
-                                 slopes.at_region(v, y), slopes.at_loss(v, y));
+                                 slopes.at_region(v, y), by_loss);
         const Vec<T> turn = once(inverse * g.turn);
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
@@ -285,9 +312,14 @@ Few reduce_few(Tile<T>& t, const ClassSums& to, bool logs, double* weight) {
   return few_classes(t, [&](auto number, auto count, auto one, int only) {
     constexpr int C = decltype(count)::value;
     constexpr bool kOne = decltype(one)::value;
-    if (!reduce_few_classes<decltype(number), C, kOne>(t, only, to)) return false;
-    if (logs) reduce_few_labels<C, kOne, true>(t, only, to);
-    else reduce_few_labels<C, kOne, false>(t, only, to);
+    using S = decltype(number);
+    const bool focal = t.job.slots.gammas > 0;
+    if (!(focal ? reduce_few_classes<S, C, kOne, true>(t, only, to)
+                : reduce_few_classes<S, C, kOne, false>(t, only, to)))
+      return false;
+    if (focal) reduce_few_labels<C, kOne, true, true>(t, only, to);
+    else if (logs) reduce_few_labels<C, kOne, true, false>(t, only, to);
+    else reduce_few_labels<C, kOne, false, false>(t, only, to);
     *weight += t.n;
     return true;
   });
@@ -298,8 +330,14 @@ Few apply_few(Tile<T>& t) {
   return few_classes(t, [&](auto number, auto count, auto one, int only) {
     constexpr int C = decltype(count)::value;
     constexpr bool kOne = decltype(one)::value;
-    auto slopes = [&](const int64_t (&order)[C]) { return SharedSlopes<T, C, kOne>(t, order); };
-    if (!apply_few_classes<decltype(number), C, kOne>(t, only, slopes)) return false;
+    using S = decltype(number);
+    auto run = [&](auto focal) {
+      auto slopes = [&](const int64_t (&order)[C]) {
+        return SharedSlopes<T, C, kOne, decltype(focal)::value>(t, order);
+      };
+      return apply_few_classes<S, C, kOne>(t, only, slopes);
+    };
+    if (!(t.job.slots.gammas > 0 ? run(std::true_type{}) : run(std::false_type{}))) return false;
     write_few_classes(t);
     return true;
   });

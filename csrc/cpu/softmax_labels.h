@@ -444,7 +444,8 @@ void reduce_softmax_labels(const Job& job, int64_t sample, const Blocks& blocks,
   auto sums_of = [&](int64_t block) { return blocks.sums + block * (s.count + 1) * job.classes; };
   auto class_sums = [&](double* sums) {
     auto to = [&](int slot) { return sums + (slot >= 0 ? slot : s.count) * job.classes; };
-    return ClassSums{to(s.reference), to(s.overlap), to(s.predicted), to(s.cross_entropy)};
+    return ClassSums{to(s.reference), to(s.overlap), to(s.predicted), to(s.cross_entropy),
+                     to(s.gammas ? s.focal[0] : -1)};
   };
   const bool suits_few = suits_few_classes(job);
   auto few = [&](Tile<T>& t) {
@@ -541,9 +542,9 @@ void add_focal_slopes(Tile<T>& t, T* loss, T* k, T* own_loss) {
     T gamma = T(s.gamma[f]);
     look_up(t, t.table + s.focal[f] * t.job.classes, k);
     for (int64_t v = 0, end = t.padded; v < end; v += L) {
-      Vec<T> i = load<T>(inverse + v), q = load<T>(rest + v) * i, p = load<T>(own + v) * i;
-      const Vec<T> change = focal_slope<Mathematics<T>>(p, q, load<T>(loss + v), gamma);
-      store<T>(own_loss + v, load<T>(own_loss + v) + load<T>(k + v) * change);
+      store<T>(own_loss + v,
+               with_focal<T>(load<T>(own + v), load<T>(rest + v), load<T>(inverse + v),
+                             load<T>(loss + v), gamma, load<T>(own_loss + v), load<T>(k + v)));
     }
   }
 }

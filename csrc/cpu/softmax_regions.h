@@ -385,7 +385,7 @@ void reduce_softmax_regions(const Job& job, int64_t sample, const Blocks& blocks
   const bool logs = job.slots.cross_entropy >= 0, two = job.classes == 2;
   LabelRuns runs;
   bool in_runs = false;
-  RunSums<kRunSums> sums(job.classes);
+  RunSums<kRunSums> sums;
   int64_t block = 0;
   auto pass_on = [&] {
     const RegionSums to(job, blocks, block);
@@ -550,7 +550,10 @@ struct RunSlopes {
   }
   FL_INLINE Vec<float> of_class(int c, int64_t v) const { return load<float>(k[c] + v); }
   FL_INLINE Vec<float> at_overlap(int64_t v, IVec<float>) const { return load<float>(overlap + v); }
-  FL_INLINE Vec<float> at_loss(int64_t v, IVec<float>) const { return load<float>(loss + v); }
+  template <class... More>
+  FL_INLINE Vec<float> at_loss(int64_t v, IVec<float>, const More&...) const {
+    return load<float>(loss + v);
+  }
   FL_INLINE Vec<float> at_region(int64_t v, IVec<float> y) const {
     Vec<float> own = of_class(0, v);
 #pragma GCC unroll 4
@@ -586,7 +589,10 @@ struct TableSlopes {
   FL_INLINE Vec<float> of_class(int c, int64_t v) const { return of(order[c], v); }
   FL_INLINE Vec<float> at_region(int64_t v, IVec<float> y) const { return of_label(0, v, y); }
   FL_INLINE Vec<float> at_overlap(int64_t v, IVec<float> y) const { return of_label(4, v, y); }
-  FL_INLINE Vec<float> at_loss(int64_t v, IVec<float> y) const { return of_label(8, v, y); }
+  template <class... More>
+  FL_INLINE Vec<float> at_loss(int64_t v, IVec<float> y, const More&...) const {
+    return of_label(8, v, y);
+  }
 };
 
 // The numbers of a region for those rows: by p, overlap and cross-entropy of up to four classes.

@@ -549,6 +549,20 @@ FL_INLINE Vec<T> square_root(Vec<T> v) {
   return v;
 }
 
+// 1/√v for v ≥ 0.
+template <class T>
+FL_INLINE Vec<T> inverse_square_root(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    // 14 bits, and a step of Newton's method: several times as fast as a root and a quotient.
+    const Vec<T> y = (Vec<T>)_mm512_rsqrt14_ps((__m512)v);
+    const Vec<T> better = y + (T(0.5) * y) * (T(1) - (v * y) * y);
+    return select<T>(better == better, better, y);  // of 0 and ∞
+  }
+#endif
+  return T(1) / square_root<T>(v);
+}
+
 // q^γ for q ≥ 0; 0^0 = 1.
 template <class T>
 FL_INLINE Vec<T> power(Vec<T> q, T gamma) {
@@ -557,7 +571,7 @@ FL_INLINE Vec<T> power(Vec<T> q, T gamma) {
   if (gamma == 2) return q * q;
   if (gamma == 3) return q * q * q;
   if (gamma == T(0.5)) return square_root<T>(q);
-  if (gamma == T(-0.5)) return T(1) / square_root<T>(q);
+  if (gamma == T(-0.5)) return inverse_square_root<T>(q);
   Vec<T> r = exponential<T>(gamma * logarithm<T>(q));
   return select<T>(q == T(0), splat<T>(gamma > 0 ? T(0) : T(INFINITY)), r);
 }
