@@ -75,7 +75,7 @@ def test_every_tape_has_its_gradient() -> None:
     @tf.function(autograph=False)
     def step(x: Any, y: Any) -> Any:
         first = by_tape(dice, x, y)[1], by_tape(entropy, x, y)[1]
-        with tf.GradientTape() as outer:
+        with tf.GradientTape(persistent=True) as outer:
             outer.watch(x)
             a = dice(x, y)
             with tf.GradientTape() as inner:

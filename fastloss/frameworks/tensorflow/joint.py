@@ -21,6 +21,7 @@ from fastloss.borrowed import Borrowed
 from fastloss.frameworks.tensorflow import graph, labels
 from fastloss.frameworks.tensorflow.shapes import Shapes
 from fastloss.frameworks.tensorflow.tensors import aligned_like, once
+from fastloss.protocol import FusedLoss
 from fastloss.statistics import Statistics
 
 _PLACES = 4
@@ -101,7 +102,15 @@ def _takes_labels(call: graph.Call, logits: Any, indices: Any) -> bool:
 
 
 class _Passes:
-    """The two passes over some logits, and the calls whose values they give."""
+    """The two passes over some logits, and the calls whose values they give.
+
+    Attributes:
+        values: tensors of the graph, the first ones of them the values of the calls.
+        loss: with the terms of all calls.
+        all_of_indices: whether all targets were one-hot, and their indices are read.
+    """
+
+    loss: FusedLoss
 
     def __init__(self, target: _Target, has_weight: bool, logits: Any) -> None:
         self.calls: list[graph.Call] = []
@@ -123,6 +132,8 @@ class _Passes:
         place.set_shape(call.shapes.value)
         self.all_of_indices = self.all_of_indices and target.of_indices
         self.calls.append(call)
+        terms = [term for own in self.calls for term in own.loss.terms]
+        self.loss = call.loss if len(self.calls) == 1 else call.loss.with_terms(tuple(terms))
         return place
 
     def _differentiable(self, logits: Any) -> Sequence[Any]:
@@ -184,10 +195,7 @@ class _Passes:
         return [new]
 
     def _of(self, logits: np.ndarray, target: np.ndarray, weight: Sequence[np.ndarray]) -> Any:
-        """The passes of one loss with the terms of all."""
-        terms = [term for call in self.calls for term in call.loss.terms]
-        loss = self.calls[0].loss.with_terms(tuple(terms))
-        return loss.passes(logits, target, weight[0] if weight else None, None)
+        return self.loss.passes(logits, target, weight[0] if weight else None, None)
 
     def _has_others(self, indices: np.ndarray) -> bool:
         """Whether these are indices for one-hot targets, and some are no class."""
