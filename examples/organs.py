@@ -60,6 +60,7 @@ class Result(NamedTuple):
 def main() -> None:
     parser, options, losses = _options()
     torch.set_num_threads(options.threads)
+    fl.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     print("Reading the CT ...", flush=True)
     scan = largest(load_organs(), options.organs)
@@ -114,7 +115,7 @@ def _options() -> tuple[argparse.ArgumentParser, argparse.Namespace, dict[str, s
     add("--organs", type=int, default=24, help="the largest, 61 at most (default: 24)")
     add("--steps", type=int, default=300, help="(default: 300)")
     add("--width", type=int, default=16, help="channels of the network (default: 16)")
-    add("--threads", type=int, default=2, help="(default: 2)")
+    add("--threads", type=int, default=1, help="of PyTorch and of the loss (default: 1)")
     add("--out", type=Path, default=Path("organs"), help="folder of the results (default: organs)")
     options = parser.parse_args()
     for name in ("organs", "steps", "width", "threads"):
