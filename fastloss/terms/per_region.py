@@ -61,7 +61,9 @@ class PerRegion(Term):
     those of a sigmoid do.
 
     Other terms of the same loss, as in ``fl.Dice() + fl.PerRegion(fl.Dice())``, are those of whole
-    samples. A voxel whose region is −1 counts for nothing in any term.
+    samples. A voxel whose region is −1 counts for nothing in any term; with ``per_class``, for
+    nothing in the sums of that class, and means over voxels leave it out where it is −1 in the map
+    of class 0.
 
     Ignored voxels are of no lesion and count for nothing; voxel weights multiply the sums, and a
     lesion of whose voxels none counts is none. Statistics add over the chunks of a volume, and over
@@ -76,7 +78,7 @@ class PerRegion(Term):
             "inverse_sqrt_volume", of the sum of the voxel weights of the lesion.
         without: what a sample without lesions adds: "whole", the terms of the whole sample, of
             region terms the mean over the classes; or "skip", nothing, and it is left out of the
-            mean over the samples.
+            mean over the samples. With ``per_class`` the same of a class without lesions.
         per_class: whether each class has regions of its own. Terms may then have no weights of
             several classes, and their ``include_background`` is not looked at.
         include_background: whether class 0 has lesions too, where there are several channels; for
