@@ -190,12 +190,13 @@ class PerRegion(Term):
 
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         rows, each, first, share, falls = self._weighed(statistics)
-        beside, whole = each is not statistics, statistics.of_samples()
+        beside = each is not statistics
 
         # On a GPU the sums are not known here.
         may_fall = self.without == "whole" and not (
             isinstance(falls, np.ndarray) and not falls.any()
         )
+        whole = statistics.of_samples() if may_fall else statistics
         value = np.zeros((rows.batch, 1), like=falls)
         pulls = []
         for factor, term in self._parts:
@@ -285,7 +286,7 @@ class PerRegion(Term):
         # (B, 1): 1 for a sample that falls back, and how much each sample counts.
         falls = np.zeros((rows.batch, 1), like=has)
         if self.without == "whole":
-            voxels = statistics.of_samples().voxels[:, None]
+            voxels = rows.over_regions(statistics.voxels[:, None])
             falls = np.where((voxels > 0) & ~has, 1.0, 0.0)
         scale: Any = 1.0
         if self.reduction == "mean":
