@@ -289,3 +289,17 @@ def test_bad_region_counts_are_named(count: Any, kind: type[Exception], message:
     x, y, regions = volume()
     with pytest.raises(kind, match=message):
         fl.Dice()(x, y, regions=regions, region_count=count)
+
+
+def test_bad_numbers_of_every_type_are_named() -> None:
+    voxels = 200_003
+    x, y = np.zeros((1, 2, voxels), np.float32), np.zeros((1, voxels), np.uint8)
+    loss = fl.Dice() + fl.CrossEntropy()
+    kinds = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+    for place, kind in enumerate(kinds):
+        most = int(np.iinfo(kind).max)
+        for wrong in [most, -2] if kind.startswith("i") else [most]:
+            regions = np.full((1, voxels), 3, kind)
+            regions[0, (place * 30_011) % voxels] = wrong
+            with pytest.raises(ValueError, match=rf"expected numbers in \[-1, 9\), got {wrong}$"):
+                loss(x, y, regions=regions, region_count=9)

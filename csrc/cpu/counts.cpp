@@ -141,54 +141,63 @@ void confusion(const py::array& prediction, const py::array& reference, py::arra
                 indices, to);
 }
 
-// The least and the largest of n numbers.
+// The least and the largest of n numbers; `flip` turns bits of each first. SSE2 compares bytes only
+// without signs, which turning the topmost bit makes them.
 template <class I>
-std::pair<I, I> bounds_of(const I* numbers, int64_t n) {
-  I least = numbers[0], most = numbers[0];
+std::pair<I, I> bounds_of(const I* numbers, int64_t n, I flip) {
+  I least = I(numbers[0] ^ flip), most = least;
   for (int64_t i = 1; i < n; ++i) {
-    least = std::min(least, numbers[i]);
-    most = std::max(most, numbers[i]);
+    const I number = I(numbers[i] ^ flip);
+    least = std::min(least, number);
+    most = std::max(most, number);
   }
-  return {least, most};
+  return {I(least ^ flip), I(most ^ flip)};
 }
 
 template <class I>
-py::tuple bounds_of(const py::array& numbers) {
+std::pair<I, I> bounds_of(const py::array& numbers, I flip = 0) {
   const auto* from = static_cast<const I*>(numbers.data());
   const int64_t n = numbers.size(), ranges = (n + kVoxels - 1) / kVoxels;
   std::vector<std::pair<I, I>> each(static_cast<size_t>(ranges));
-  {
-    py::gil_scoped_release release;
-    parallel(ranges, 1, [&](int64_t i, void*) {
-      const int64_t first = i * kVoxels;
-      each[size_t(i)] = bounds_of(from + first, std::min(n - first, kVoxels));
-    });
-  }
+  py::gil_scoped_release release;
+  parallel(ranges, 1, [&](int64_t i, void*) {
+    const int64_t first = i * kVoxels;
+    each[size_t(i)] = bounds_of(from + first, std::min(n - first, kVoxels), flip);
+  });
   std::pair<I, I> all = each[0];
-  for (const auto& [least, most] : each)
-    all = {std::min(all.first, least), std::max(all.second, most)};
-  return py::make_tuple(all.first, all.second);
+  for (const auto& [least, most] : each) {
+    all.first = I(std::min(I(all.first ^ flip), I(least ^ flip)) ^ flip);
+    all.second = I(std::max(I(all.second ^ flip), I(most ^ flip)) ^ flip);
+  }
+  return all;
+}
+
+template <class I>
+py::tuple told(const std::pair<I, I>& bounds) {
+  return py::make_tuple(bounds.first, bounds.second);
 }
 
 // `numbers`: integers in C order, at least one.
 py::tuple bounds(const py::array& numbers, const std::string& dtype) {
   switch (dtype_of(dtype)) {
     case DType::u8:
-      return bounds_of<uint8_t>(numbers);
-    case DType::i8:
-      return bounds_of<int8_t>(numbers);
+      return told(bounds_of<uint8_t>(numbers));
+    case DType::i8: {
+      const auto [least, most] = bounds_of<uint8_t>(numbers, 0x80);
+      return told(std::pair<int8_t, int8_t>(int8_t(least), int8_t(most)));
+    }
     case DType::u16:
-      return bounds_of<uint16_t>(numbers);
+      return told(bounds_of<uint16_t>(numbers));
     case DType::i16:
-      return bounds_of<int16_t>(numbers);
+      return told(bounds_of<int16_t>(numbers));
     case DType::u32:
-      return bounds_of<uint32_t>(numbers);
+      return told(bounds_of<uint32_t>(numbers));
     case DType::i32:
-      return bounds_of<int32_t>(numbers);
+      return told(bounds_of<int32_t>(numbers));
     case DType::u64:
-      return bounds_of<uint64_t>(numbers);
+      return told(bounds_of<uint64_t>(numbers));
     case DType::i64:
-      return bounds_of<int64_t>(numbers);
+      return told(bounds_of<int64_t>(numbers));
     default:
       throw py::type_error("numbers: expected integers, got " + dtype);
   }

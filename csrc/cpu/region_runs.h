@@ -5,6 +5,8 @@
 // written to rows, run by run. Run lengths cannot be predicted, so most runs have no branch.
 #pragma once
 
+#include <algorithm>
+
 #include "region_tables.h"
 #include "tile.h"
 
@@ -124,7 +126,9 @@ struct LabelRuns {
       else use((const int32_t*)t.y);
     };
     with_regions([&](auto* p) { mark_changes(p, t.n, marks); });
-    with_labels([&](auto* p) { mark_changes(p, t.n, marks); });
+    // Of two classes it is known where all labels are the same.
+    const bool same = t.label_bytes && (t.ones_among == 0 || t.ones_among == t.n);
+    if (!same) with_labels([&](auto* p) { mark_changes(p, t.n, marks); });
     if (!find_starts(marks, t.n)) return false;
     uint32_t others = 0, most = 0;
     const int runs = count;
@@ -137,9 +141,11 @@ struct LabelRuns {
         most = number > most ? number : most;
       }
     });
-    with_labels([&](auto* p) {
-      for (int i = 0; i < runs; ++i) label[i] = int32_t(p[start[i]]);
-    });
+    if (same) std::fill_n(label, runs, int32_t(t.ones_among > 0));
+    else
+      with_labels([&](auto* p) {
+        for (int i = 0; i < runs; ++i) label[i] = int32_t(p[start[i]]);
+      });
     region = others ? -1 : row[0];
     return int64_t(most) < t.job.rows && most <= uint32_t(INT32_MAX);
   }
@@ -239,7 +245,7 @@ class RunSums {
 
  private:
   static constexpr int kPlaces = 64, kApart = 23;  // where the next label of a region has its place
-  static constexpr int kMostVoxels = 4096;  // bounds the rounding error
+  static constexpr int kMostVoxels = 4096;         // bounds the rounding error
   struct Key {
     int32_t row = -1, label = -1, voxels = 0;
   };

@@ -94,8 +94,8 @@ FL_INLINE Pair<float> own_and_rest(const Vec<float> (&e)[C], IVec<float> y) {
   return {own, rest};
 }
 
-// Writes rows of the label's p, if there are several labels, of rest / own, and with `kFocal` of the
-// label's 1 − p, and adds Σ p. Returns false and adds nothing if some logit is too large.
+// Writes rows of the label's p, if there are several labels, of rest / own, and with `kFocal` of
+// the label's 1 − p, and adds Σ p. Returns false and adds nothing if some logit is too large.
 template <class S, int C, bool kOne, bool kFocal>
 bool reduce_few_classes(Tile<float>& t, int only, const ClassSums& to) {
   using T = float;
@@ -187,8 +187,8 @@ void reduce_few_labels(Tile<float>& t, int only, const ClassSums& to) {
   }
 }
 
-// The derivative by the loss of a voxel's label, with that by its focal loss: `loss` and `focal` are
-// the coefficients of the two. Blocks FMA contraction, as `LabelGradient` does.
+// The derivative by the loss of a voxel's label, with that by its focal loss: `loss` and `focal`
+// are the coefficients of the two. Blocks FMA contraction, as `LabelGradient` does.
 template <class T>
 FL_INLINE Vec<T> with_focal(Vec<T> own, Vec<T> rest, Vec<T> inverse, Vec<T> label_loss, T gamma,
                             Vec<T> loss, Vec<T> focal) {
@@ -241,29 +241,29 @@ bool apply_few_classes(Tile<float>& t, int only, const Make& make) {
   T* to[C];
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) to[c] = t.second + classes.number[c] * t.stride;
-  classes.each(
-      t.padded, [&](int64_t v, const Vec<T>(&e)[C], IVec<T> y) __attribute__((always_inline)) {
-        auto [own, rest] = own_and_rest<C, kOne>(e, y);
-        Vec<T> others{}, k[C];
+  classes.each(t.padded,
+               [&](int64_t v, const Vec<T>(&e)[C], IVec<T> y) __attribute__((always_inline)) {
+                 auto [own, rest] = own_and_rest<C, kOne>(e, y);
+                 Vec<T> others{}, k[C];
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) k[c] = slopes.of_class(c, v);
+                 for (int c = 0; c < C; ++c) k[c] = slopes.of_class(c, v);
 #pragma GCC unroll 4
-        for (int c = kOne; c < C; ++c) {
-          const Vec<T> sum = others + e[c] * k[c];
-          others = kOne ? sum : select<T>(y == class_number<T>(c), others, sum);
-        }
-        const Vec<T> inverse = T(1) / (rest + own);
-        const Vec<T> by_loss = slopes.at_loss(v, y, own, rest, inverse);
-        const LabelGradient<T> g(own, rest, inverse, others * inverse, slopes.at_overlap(v, y),
-                                 slopes.at_region(v, y), by_loss);
-        const Vec<T> turn = once(inverse * g.turn);
+                 for (int c = kOne; c < C; ++c) {
+                   const Vec<T> sum = others + e[c] * k[c];
+                   others = kOne ? sum : select<T>(y == class_number<T>(c), others, sum);
+                 }
+                 const Vec<T> inverse = T(1) / (rest + own);
+                 const Vec<T> by_loss = slopes.at_loss(v, y, own, rest, inverse);
+                 const LabelGradient<T> g(own, rest, inverse, others * inverse,
+                                          slopes.at_overlap(v, y), slopes.at_region(v, y), by_loss);
+                 const Vec<T> turn = once(inverse * g.turn);
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-          const Vec<T> other = e[c] * (inverse * k[c] - turn);
-          if (kOne) store<T>(to[c] + v, c ? other : g.at_label);
-          else store<T>(to[c] + v, select<T>(y == class_number<T>(c), g.at_label, other));
-        }
-      });
+                 for (int c = 0; c < C; ++c) {
+                   const Vec<T> other = e[c] * (inverse * k[c] - turn);
+                   if (kOne) store<T>(to[c] + v, c ? other : g.at_label);
+                   else store<T>(to[c] + v, select<T>(y == class_number<T>(c), g.at_label, other));
+                 }
+               });
   return classes.extent.within(kNear);
 }
 

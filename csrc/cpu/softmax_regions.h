@@ -655,8 +655,8 @@ void apply_softmax_regions(const Job& job, int64_t sample, int64_t first, int64_
   RegionNumbers<4> numbers_of_two;
   RegionNumbers<12> numbers_of_few;
   if (kRegionRuns<T> && two)
-    numbers_of_two.fill(
-        job, [&](int64_t row, float* n) { two_numbers<float>(job, sample, row, n); });
+    numbers_of_two.fill(job,
+                        [&](int64_t row, float* n) { two_numbers<float>(job, sample, row, n); });
   if (few_of_region<T>(job))
     numbers_of_few.fill(job, [&](int64_t row, float* n) { few_numbers(job, sample, row, n); });
   uint8_t buffer[kMaxTile];

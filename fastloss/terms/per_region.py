@@ -257,12 +257,13 @@ class PerRegion(Term):
     def _combine(self, statistics: Statistics, tasks: int) -> tuple[np.ndarray, Pullback]:
         """As `combine`, of as many samples for each sample of a call as there are tasks."""
         rows, each, first, share, falls = self._weighed(statistics, tasks)
-        beside, whole = each is not statistics, statistics.of_samples()
+        beside = each is not statistics
 
         # On a GPU the sums are not known here.
         may_fall = self.without == "whole" and not (
             isinstance(falls, np.ndarray) and not falls.any()
         )
+        whole = statistics.of_samples() if may_fall else statistics
         value = np.zeros((rows.batch, 1), like=falls)
         pulls = []
         for factor, term in self._parts:
@@ -358,7 +359,7 @@ class PerRegion(Term):
         # (B · T, 1): 1 for a task that falls back, and how much each of them counts.
         falls = np.zeros((rows.batch * tasks, 1), like=has)
         if self.without == "whole":
-            voxels = statistics.of_samples().voxels[:, None]
+            voxels = statistics.voxels.reshape(-1, rows.regions).sum(axis=1, keepdims=True)
             falls = np.where((voxels > 0) & ~has, 1.0, 0.0)
         scale: Any = 1.0
         counted = np.where(has, 1.0, falls)
