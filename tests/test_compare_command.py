@@ -290,8 +290,14 @@ def test_a_budget_is_a_number_of_steps() -> None:
     settings = Settings(patch=(8, 8, 8), width=2)
     plan = Plan(Phantom(2, shape=(12, 12, 12)), {"ce": "ce"}, 2, 2, settings)
     assert steps_of(plan, 10, 1) > 2 * steps_of(plan, 1, 1) > 20
-    with pytest.raises(BadData, match=r"--minutes: in 0.001 each of the 4 trainings would have"):
-        steps_of(plan, 0.001, 1)
+    words = (
+        r"--minutes: in 1e-06 each of the 4 trainings would have 0 steps; .* takes (\d+) or more"
+    )
+    with pytest.raises(BadData, match=words) as caught:
+        steps_of(plan, 1e-6, 1)  # less than judging takes
+    found = re.search(words, str(caught.value))
+    assert found
+    assert steps_of(plan, 2 * int(found[1]), 1) >= 10
 
 
 # ---------------------------------------------------------------------- data

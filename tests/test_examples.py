@@ -309,6 +309,7 @@ cost.SECONDS = 0.01
 """A CT that is made: columns, and a class in none but its upper half. Costs are of no interest."""
 
 
+@pytest.mark.slow
 def test_organs(tmp_path: Path) -> None:
     """A few steps with two losses print and write what the page names; bad options are named."""
     for package in ("torch", "nibabel", "matplotlib"):

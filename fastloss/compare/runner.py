@@ -30,6 +30,8 @@ SEARCH = 0.35
 """The share of the steps that a training of the search has."""
 WATCHED = 2
 """How many held-out cases the curve is of."""
+LEAST = 10
+"""Steps of a training that --minutes allows, at least."""
 MEASURED = 4
 """Steps of each loss by which a budget of time is made a number of steps."""
 
@@ -364,7 +366,7 @@ def steps_of(plan: Plan, minutes: float, jobs: int) -> int:
     here, once.
 
     Raises:
-        BadData: a time in which no training has 10 steps.
+        BadData: a time in which no training has `LEAST` steps.
     """
     few = replace(plan, settings=replace(plan.settings, steps=MEASURED, points=1))
     training, held = plan.split(0)
@@ -385,13 +387,16 @@ def steps_of(plan: Plan, minutes: float, jobs: int) -> int:
     runs = plan.seeds * plan.folds
     judged = len(held) + plan.settings.points * min(WATCHED, len(held))
     # A tenth for starting processes and costs.
-    seconds = 0.9 * 60 * minutes * jobs - runs * len(plan.losses) * judged * 1.5 * prediction
+    each_minute = 0.9 * 60 * jobs
+    judging = runs * len(plan.losses) * judged * 1.5 * prediction
     searches = plan.folds * len(RATES) * SEARCH if plan.tune else 0.0
-    steps = int(seconds / (total * (runs + searches)))
-    if steps < 10:
+    step = total * (runs + searches)
+    steps = int((each_minute * minutes - judging) / step)
+    if steps < LEAST:
+        needed = (LEAST * step + judging) / each_minute
         raise BadData(
-            f"--minutes: in {minutes:g} each of the {len(plan.runs)} trainings would have {steps} "
-            "steps; expected enough for 10"
+            f"--minutes: in {minutes:g} each of the {len(plan.runs)} trainings would have "
+            f"{max(steps, 0)} steps; expected enough for {LEAST}: it takes {ceil(needed)} or more"
         )
     return steps
 
