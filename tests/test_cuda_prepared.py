@@ -326,7 +326,7 @@ def test_targets_that_require_a_gradient(torch: Any) -> None:
     with pytest.raises(TypeError, match=r"^target: .* requires a gradient"):
         loss.value_and_grad(torch.from_numpy(x), g.clone().requires_grad_())
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        soft = g.to(dtype).requires_grad_()
+        soft = g.to(dtype, copy=True).requires_grad_()
         logits = torch.from_numpy(x.copy()).requires_grad_()
         (3 * loss(logits, soft)).backward()
         expected = loss.value_and_grad(x, g.numpy(), upstream=3.0, target_grad=True)
