@@ -454,7 +454,8 @@ class Passes {
                              plan.block,
                              partial,
                              weights,
-                             found + sample * plan.blocks + block};
+                             found + sample * plan.blocks + block,
+                             nullptr};
         kernels->reduce(job, sample, here, scratch);
         for (int64_t r = 0; r < rows; ++r) {
           const double* own = partial + r * row;
