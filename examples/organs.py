@@ -44,12 +44,12 @@ LEAST = 60
 """Voxels that an organ has in the held-out slabs, and beside them, to be judged."""
 METRICS = ("dice", "nsd", "hd95")
 TOLERANCE = 3.0
-"""Of NSD, in mm: a voxel."""
+"""The tolerance of NSD in mm: a voxel."""
 MONAI = "MONAI's dice_ce"
 
 
 class Result(NamedTuple):
-    """Of one loss."""
+    """The outcome of one loss."""
 
     predicted: np.ndarray
     """The labels of the held-out slabs, and 0 elsewhere."""
@@ -143,7 +143,7 @@ def largest(scan: Scan, count: int) -> Scan:
 def volume(scan: Scan) -> Volume:
     """Four channels: the CT, and where a voxel is, by height, from back to front, side to side."""
     window = np.clip(scan.image, *WINDOW)
-    # Of deviation 1, as the grey values: what is drawn to vary those varies the place as well.
+    # Places have a deviation of 1 like grey values: augmentation varies both alike.
     z, y, x = (np.linspace(-1.7, 1.7, n, dtype=np.float32) for n in scan.image.shape)
     channels = ((window - window.mean()) / window.std(), z[:, None, None], y[:, None], x)
     image = np.stack([np.broadcast_to(each, scan.image.shape) for each in channels])
@@ -249,7 +249,7 @@ def _held_out(predict: Predict, whole: Volume) -> np.ndarray:
 
 
 def judge(predicted: np.ndarray, scan: Scan, metrics: Sequence[str]) -> fl.metrics.Scores:
-    """Of what is in the held-out slabs, all of them together."""
+    """The scores of all held-out slabs together."""
     truth = np.zeros_like(scan.labels)
     for slab in HELD_OUT:
         truth[slab] = scan.labels[slab]

@@ -205,7 +205,7 @@ def test_picture_stands_alone() -> None:
     words = [each.text for each in root.iter(f"{space}text")]
     for name in ("dice_ce (reference)", "dice_ce_again", "<better>"):
         assert name in words
-    # Of the mean and two classes: three means and two differences each.
+    # The mean and two classes have three means and two differences each.
     assert len(list(root.iter(f"{space}circle"))) == 3 * (3 + 2)
     plots = root.findall(f"{space}svg")
     ends = [float(each.attrib["y"]) + float(each.attrib["height"]) for each in plots]

@@ -339,7 +339,7 @@ def test_hardest_voxels(launched: list[str]) -> None:
 
 
 def test_gradients_by_soft_targets(launched: list[str]) -> None:
-    """Of all kinds of sums, in any layout, of samples, regions and single voxels."""
+    """They exist for all kinds of sums, in any layout, of samples, regions and single voxels."""
     x, _ = example(2, 3, (5, 6), dtype=np.float64)
     rng = np.random.default_rng(0)
     g = np.moveaxis(rng.dirichlet(np.ones(3), (2, 5, 6)), -1, 1).copy()

@@ -354,7 +354,7 @@ def test_nothing_of_the_held_out_organs_is_trained_on(organs: Any) -> None:
         (3.0, 3.0, 3.0),
     )
     assert organs.common(scan) == [1, 2, 3]
-    # What is predicted is compared with the slabs alone: right there is right.
+    # A prediction is compared with the slabs alone: right there is right.
     predicted = np.zeros_like(scan.labels)
     for slab in organs.HELD_OUT:
         predicted[slab] = scan.labels[slab]

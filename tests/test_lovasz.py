@@ -363,7 +363,7 @@ def test_shares_of_voxels_are_those_of_a_sort(method: str) -> None:
                 name = "LovaszHinge" if kind == "hinge" else "LovaszSoftmax"
                 wanted = shares if kind != "softmax" else shares.sum(axis=1)
                 own = np.asarray(found.maps[name]).reshape(wanted.shape)
-                # Of a histogram, voxels of one bin have the mean of their steps.
+                # Voxels of one bin of a histogram have the mean of their steps.
                 close = 1e-6 if method == "exact" else 3e-3
                 if method == "exact":
                     np.testing.assert_allclose(own, factor * wanted, atol=close * wanted.max())

@@ -223,7 +223,7 @@ def test_lesions_of_another_class_take_no_voxels() -> None:
     right = wrong.copy()
     right[0, 1, 1, 1] = 1.0
     right[0, 2, 8, 8] = 1.0
-    # Of class 1 the lesion is found, and so is one voxel too many: Dice is 2 / 3.
+    # The lesion of class 1 is found, with one voxel too many: Dice is 2 / 3.
     assert apart(right, both) == pytest.approx((1 / 3 + 0) / 2, abs=1e-4)
     assert together(right, both) == pytest.approx(0, abs=1e-4)
 

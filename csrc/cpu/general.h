@@ -118,7 +118,7 @@ struct ClassTotals {
   double reference, overlap, predicted, loss, loss_rest;
 };
 
-// Of `count` voxels from `first` on.
+// The sums over `count` voxels from `first` on.
 template <class T, bool kLogs, bool kRests>
 ClassTotals class_totals(int first, int count, const T* m, const T* g, const Fields<T>& f) {
   constexpr int L = lanes<T>;

@@ -126,7 +126,7 @@ struct LabelRuns {
       else use((const int32_t*)t.y);
     };
     with_regions([&](auto* p) { mark_changes(p, t.n, marks); });
-    // Of two classes it is known where all labels are the same.
+    // Two classes have a count of labels, which tells whether all are the same.
     const bool same = t.label_bytes && (t.ones_among == 0 || t.ones_among == t.n);
     if (!same) with_labels([&](auto* p) { mark_changes(p, t.n, marks); });
     if (!find_starts(marks, t.n)) return false;

@@ -105,7 +105,7 @@ FL_INLINE void sum_few(Tile<T>& t, int64_t c) {
   if (kDot) t.add_row(t.row(kDotOfMany), other_slopes(t));
 }
 
-// What the derivatives by p of the classes are made of: a number each, and a field if one is read.
+// The derivatives by p of the classes: a number each, and the part of a field if one is read.
 template <class T>
 class SlopesByP {
  public:

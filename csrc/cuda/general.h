@@ -456,10 +456,10 @@ FL_DEVICE void tally(const Spot<In>& spot, const Part& part, int c, T x, T g,
       return call.error_tallies +
              (at + size_t(part.sample * CONST(classes) + c)) * (weighted ? 2 : 1);
     };
-    // Of a network that is nearly right most voxels have no error at all. They are added once per
-    // warp, as the additions of one address wait for each other. The others are spread over 64 bins
-    // of an octave and more: on an H100 it is the L2 cache, which takes an addition per voxel and
-    // class, that is expected to bound the pass, not the memory.
+    // Most voxels have no error at all where a network is nearly right. They are added once per
+    // warp, as additions to one address wait for each other. The others are spread over 64 bins of
+    // an octave and more: the L2 cache, which takes an addition per voxel and class, is expected to
+    // bound the pass on an H100, not the memory.
 #pragma unroll
     for (int none = 0; none <= bins; none += bins) {
       const unsigned alike = __ballot_sync(kAllLanes, counts && bin.place == none);

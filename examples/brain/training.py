@@ -29,7 +29,7 @@ METRICS = ("dice", "hd95", "nsd")
 DEFINITION = "deepmind"
 """Of surfaces: `fastloss.metrics.surface` has the others."""
 TOLERANCE = 1.0
-"""Of NSD, in mm: a voxel."""
+"""The tolerance of NSD in mm: a voxel."""
 CONTEXT = 12
 """Voxels of context on each side of the predicted part."""
 

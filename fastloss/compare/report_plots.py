@@ -37,7 +37,7 @@ PLOT_STYLE = """
 .speck { fill: var(--of); fill-opacity: .32; } .bar { fill: var(--of); fill-opacity: .8; }
 .zero { stroke: var(--ink); } .bound { stroke: var(--soft); stroke-dasharray: 4 4; }
 """
-"""Of all that is drawn here, in the colours of a page: --ink, --soft, --paper, --line."""
+"""The style of all plots, in the colours of a page: --ink, --soft, --paper, --line."""
 
 
 class Place(NamedTuple):

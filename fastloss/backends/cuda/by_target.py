@@ -43,7 +43,7 @@ class ByTarget(NamedTuple):
 
 
 def by_target(device: Device, request: Request, coefficients: int, each: int) -> ByTarget:
-    """Of the derivatives by the sums of a request, (S, rows, C) float64 at an address.
+    """The sums by the target of a request, given derivatives (S, rows, C) in float64 at an address.
 
     Args:
         each: rows · C.

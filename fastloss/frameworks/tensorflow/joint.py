@@ -35,7 +35,7 @@ try:
 except (ImportError, AttributeError):  # of other versions
     _watched = None
 _SEVERAL = 2
-"""What it says where more than one gradient may be asked for: of nested or persistent tapes."""
+"""Its answer where more than one gradient may be asked for: nested or persistent tapes."""
 
 
 def value(call: graph.Call, logits: Any) -> Any:

@@ -12,7 +12,7 @@ _FLOATS = ("float32", "float64")
 """They hold class indices exactly, and larger numbers as numbers that are no classes either."""
 _SAME = ("Identity", "StopGradient")
 _OF_ONE = ("ExpandDims", "Squeeze")
-"""What adds and removes axes of one."""
+"""Operations that add and remove axes of one."""
 
 
 def itself(tensor: Any) -> Any:
