@@ -31,6 +31,12 @@ settings.register_profile("thorough", max_examples=1500, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "default")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Numba compiles for a minute where nothing is cached. Its tests come last, in the part of one
+    # worker, so that others find most of it done.
+    items.sort(key=lambda item: "numba" in item.nodeid)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Of ``-n auto``: one worker per core, and eight at most, as each compiles kernels anew."""

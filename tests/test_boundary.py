@@ -588,6 +588,7 @@ def _rank(rank: int, address: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks(tmp_path: Any) -> None:
     from support import need_gloo
 

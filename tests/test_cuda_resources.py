@@ -367,6 +367,7 @@ def assert_nvrtc_compiles(what: object, text: str, names: Iterable[str]) -> None
         assert f".text.{name}\0".encode() in cubin, f"{what}: no kernel {name}"
 
 
+@pytest.mark.slow
 def test_nvrtc_compiles_the_passes() -> None:
     def check(kind: Kind) -> None:
         made = cuda_variants.compiled(kind)
@@ -381,6 +382,7 @@ def test_nvrtc_compiles_the_passes() -> None:
     for_all(check_general, cuda_variants.general_kinds()[1::6])
 
 
+@pytest.mark.slow
 def test_nvrtc_compiles_the_other_kernels() -> None:
     for what, (text, names) in cuda_variants.other_kernels().items():
         assert_nvrtc_compiles(what, text, names)

@@ -102,6 +102,7 @@ def isas() -> list[str]:
     return list(BACKEND.isas)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", isas())
 def test_every_instruction_set_is_right(name: str) -> None:
     need_backend("cpu")

@@ -568,6 +568,7 @@ def work(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     """The averaged gradient is that of the whole batch, whose Dice and recall each rank has."""
     need_gloo()

@@ -488,6 +488,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_of_a_data_loader(tmp_path: Path, method: str) -> None:
     """A worker computes after its parent has, though it does not inherit the parent's threads."""

@@ -268,6 +268,7 @@ def test_export(tmp_path: Path, strict: bool) -> None:
     assert float(printed) == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_export_of_a_foreign_term_stays_in_its_process(tmp_path: Path) -> None:
     net = Net(fl.Loss(LogCoshDice()))
     volume, labels = volumes(2, 4)

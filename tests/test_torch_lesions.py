@@ -128,6 +128,7 @@ def work(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     """Value and gradient on every rank are those of all the data."""
     need_gloo()
