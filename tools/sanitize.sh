@@ -30,7 +30,7 @@ if [ "$short" = 1 ]; then
   export HYPOTHESIS_PROFILE=short
   set -- tests/test_textbook.py tests/test_backends.py tests/test_degenerate.py \
     tests/test_bad_input.py tests/test_isa.py tests/test_top_k.py tests/test_distance.py \
-    tests/test_fields.py "$@"
+    tests/test_fields.py tests/test_regions.py tests/test_per_class.py -m "slow or not slow" "$@"
 elif [ $# -eq 0 ]; then
   set -- tests
 fi
