@@ -178,9 +178,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   const double by_loss = call.inner[call.slot * of_sum];
   const double* share = call.of_class + 2 * each;
-  const long long count = 2ll * fastloss::bins_of(ErrorKind(call.kind)) * of_sum;
-  for (long long i = start; i < count; i += step) {
-    const int place = int(i / of_sum), at = int(i - static_cast<long long>(place) * of_sum);
+  // 32 bits suffice, as 2^32 places would take 32 GiB, and are divided without a call.
+  const unsigned count = 2u * unsigned(fastloss::bins_of(ErrorKind(call.kind)) * of_sum);
+  for (unsigned i = unsigned(start); i < count; i += unsigned(step)) {
+    const unsigned place = i / unsigned(of_sum);
+    const int at = int(i - place * unsigned(of_sum));
     const int own = call.rows == call.batch ? at : at % call.classes;
     const double slope =
         by_loss * share[own] * call.slopes[static_cast<long long>(place) * each + own];
