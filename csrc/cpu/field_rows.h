@@ -5,23 +5,23 @@
 
 namespace {
 
-// The numbers of R classes. `kAhead`: those of the next tile are prefetched.
-template <class S, class T, int R, bool kAhead>
+// The numbers of R classes. `kFetches`: rows ahead are prefetched.
+template <class S, class T, int R, bool kFetches>
 struct FieldRows {
   const S *phi[R], *soon[R];
 
   FL_INLINE FieldRows(const typename Tile<T>::ClassField& field, int64_t c) {
     for (int r = 0; r < R; ++r) {
       phi[r] = field.template row<S>(c + r);
-      soon[r] = field.row_ahead(phi[r]);
+      soon[r] = field.in_place() ? field.template row_ahead<S>(c + r + kAhead) : phi[r];
     }
   }
   FL_INLINE Vec<T> at(int r, int64_t v) const { return load_as<S, T>(phi[r] + v); }
   template <int kVoxels>
   FL_INLINE void fetch(int64_t first) const {
-    if (kAhead)
+    if (kFetches)
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) prefetch_lines_far<kVoxels* int(sizeof(S))>(soon[r] + first);
+      for (int r = 0; r < R; ++r) prefetch_lines<kVoxels* int(sizeof(S))>(soon[r] + first);
   }
 };
 
@@ -71,11 +71,11 @@ struct SumRowsWithField {
 };
 
 // Derivatives by p of R classes, k_c + f_c φ_c.
-template <class S, class T, int R, bool kAhead>
+template <class S, class T, int R, bool kFetches>
 struct FieldSlopes {
   static constexpr bool kVaries = true;
   Vec<T> k[R], by_field[R];
-  const FieldRows<S, T, R, kAhead> phi;
+  const FieldRows<S, T, R, kFetches> phi;
 
   FL_INLINE FieldSlopes(const typename Tile<T>::ClassField& field, int64_t c, const T* slopes,
                         const T* coefficient)

@@ -124,8 +124,8 @@ class SlopesByP {
   EvenSlopes<T, R> even(int64_t c) const {
     return {k_, c};
   }
-  template <class S, int R, bool kAhead>
-  FieldSlopes<S, T, R, kAhead> with_field(int64_t c) const {
+  template <class S, int R, bool kFetches>
+  FieldSlopes<S, T, R, kFetches> with_field(int64_t c) const {
     return {*field_, c, k_, by_field_};
   }
   // Calls f(c, a number of the field's storage type, R) for R classes at once, if their rows are in

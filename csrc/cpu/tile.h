@@ -314,10 +314,13 @@ struct Tile {
       t_.finish_field(buffer_);
       return reinterpret_cast<const S*>(buffer_);
     }
-    // Where a row, as `row` gives it, goes on in the next tile. For prefetching only.
+    // The row of class c, where rows past the last class are those of the next tile. For
+    // prefetching only.
     template <class S>
-    const S* row_ahead(const S* row) const {
-      return in_place_ ? row + t_.step : row;
+    const S* row_ahead(int64_t c) const {
+      const int64_t classes = t_.job.classes, tiles = c / classes;
+      const char* from = base_ + (c - tiles * classes) * array_.channel_stride;
+      return reinterpret_cast<const S*>(from + runs_.run[0].offset) + tiles * t_.step;
     }
 
    private:

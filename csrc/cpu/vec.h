@@ -274,11 +274,6 @@ FL_INLINE void prefetch_lines(const void* p) {
 #pragma GCC unroll 4
   for (int i = 0; i < kBytes; i += 64) prefetch((const char*)p + i);
 }
-template <int kBytes>
-FL_INLINE void prefetch_lines_far(const void* p) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kBytes; i += 64) prefetch_far((const char*)p + i);
-}
 // Stores past the caches; `p` must be aligned to the vector.
 template <class T>
 FL_INLINE void stream(T* p, Vec<T> v) {
