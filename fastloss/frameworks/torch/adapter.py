@@ -55,14 +55,14 @@ class TorchAdapter(TensorAdapter):
         reuse_logits: bool = False,
         ranks: Ranks | None = None,
     ) -> Any:
-        by_target = not is_traced(logits) and requires_gradient(target)
-        if not by_target or reuse_logits or ranks is not None:
+        traced, by_target = is_traced(logits), requires_gradient(target)
+        if by_target and (traced or reuse_logits or ranks is not None):
             refuse_gradient(target, "target")
         refuse_gradient(voxel_weight, "voxel_weight")
         if extras is not None:
             for name, field in extras.fields:
                 refuse_gradient(field, f"fields[{name!r}]")
-        if is_traced(logits):
+        if traced:
             from fastloss.frameworks.torch import operators as torch_operators
 
             structure: str
