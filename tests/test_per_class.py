@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lesion_volumes import BLOBS, CELLS, WEIGHT, volume
 from support import assert_agree, finite_differences, need, need_backend, one_hot, reference
 
 import fastloss as fl
 from fastloss.backends import use_backend
 
-CELLS, BLOBS = "voronoi", "components+background"
-WEIGHT = {"equal": 0.0, "inverse_volume": -1.0, "inverse_sqrt_volume": -0.5}
 SMOOTH = 1e-5
 
 
@@ -88,16 +87,6 @@ def looped(
     if activation == "softmax":
         return float(np.mean(values)), p * (by_p - (p * by_p).sum(axis=1, keepdims=True))
     return float(np.mean(values)), p * (1 - p) * by_p
-
-
-def volume(
-    seed: int, batch: int, classes: int, spatial: tuple[int, ...], density: float = 0.12
-) -> tuple[np.ndarray, np.ndarray]:
-    """Logits, and a label map of small lesions of which some touch."""
-    rng = np.random.default_rng(seed)
-    x = 2 * rng.normal(size=(batch, classes, *spatial))
-    y = rng.integers(1, max(classes, 2), (batch, *spatial))
-    return x, np.where(rng.uniform(size=y.shape) < density, y, 0)
 
 
 # ------------------------------------------------------------------ values and gradients

@@ -624,7 +624,8 @@ LabelGradients<T> apply_voxels(Tile<T>& t) {
   auto look_up_all = [&] {
     look_up(t, by_overlap, own_overlap);
     look_up(t, by_loss, own_loss);
-    if (!by_field) look_up(t, by_predicted, own_region);  // else it is there
+    // With a field the loop of exponentials has written this row.
+    if (!by_field) look_up(t, by_predicted, own_region);
   };
   using std::integral_constant;
   if (by_squared || by_uniform || by_field || s.top_k >= 0 || s.gammas > 0) {
