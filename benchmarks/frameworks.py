@@ -1,11 +1,13 @@
 """Times the loss in frameworks that compile: against their own formulas, and against NumPy.
 
-    python benchmarks/frameworks.py [--framework NAME] [--sizes C4-128,C14-96] [--seconds 3]
-                                     [--keep-memory]
+    python benchmarks/frameworks.py [--framework NAME] [--sizes C4-128,C14-96] [--repeats 3]
+                                     [--keep-memory] [--cold]
 
 Dice + cross-entropy, value and gradient, float32 logits and a label map. Implementations
-take turns in one process, and a row gives medians. A framework that is not installed is named
-and left out. Set the number of threads by OMP_NUM_THREADS and, for XLA, NPROC.
+take turns in one process, each in a loop of 0.4 s as in training, of which the second half counts,
+as `python -m fastloss bench` does; a row gives medians. With ``--cold`` each is called once in its
+turn, with logits that other calls have driven out of the caches. A framework that is not installed
+is named and left out. Set the number of threads by OMP_NUM_THREADS and, for XLA, NPROC.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import numpy as np
 from frameworks_tensorflow import WITHOUT, keras_step, tensorflow
 
 import fastloss as fl
+from fastloss.bench.measure import Timed, interleave
 
 SIZES = {"C4-32": (4, 32), "C4-128": (4, 128), "C14-96": (14, 96)}
 Call = Callable[[], object]
@@ -91,14 +94,13 @@ packages that it needs."""
 OURS = {"jax": "fastloss, jit", "tensorflow": "fastloss, tf.function", "keras": "fastloss"}
 
 
-def in_turn(calls: dict[str, Call], seconds: float) -> dict[str, float]:
-    """Median seconds of each, after two calls to warm up."""
+def one_by_one(calls: dict[str, Call], rounds: int) -> dict[str, float]:
+    """Median seconds of single calls in turn, after two calls to warm up."""
     for call in calls.values():
         call()
         call()
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds * len(calls)
-    while time.perf_counter() < end or len(next(iter(samples.values()))) < 5:
+    for _ in range(rounds):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
@@ -110,7 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--framework", choices=FRAMEWORKS, action="append", help="default: all")
     parser.add_argument("--sizes", default="C4-128,C14-96", help=f"of {', '.join(SIZES)}")
-    parser.add_argument("--seconds", type=float, default=3, help="of every call (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="loops of every call (default: 3)")
+    parser.add_argument("--cold", action="store_true", help="single calls in turn, no loops")
     parser.add_argument(
         "--keep-memory", action="store_true", help="call fastloss.jax.keep_memory() first"
     )
@@ -129,7 +132,11 @@ def main() -> None:
             continue
         for size in options.sizes.split(","):
             calls, demands = make(*arrays(*SIZES[size]))
-            found = in_turn(calls, options.seconds)
+            if options.cold:
+                found = one_by_one(calls, 10 * options.repeats)
+            else:
+                timed = {name: Timed(call) for name, call in calls.items()}
+                found = interleave(timed, options.repeats)
             without = found.pop(WITHOUT, 0.0)
             if without:
                 print(f"without the loss a step takes {1e3 * without:.2f} ms, which are taken off")

@@ -62,6 +62,7 @@ struct ExponentialRows {
   static constexpr bool kVaries = kDot && kPresent && Slopes::kVaries;
   Tile<T>& t;
   const S *from[R], *soon[R];
+  const bool far;
   T* to[R];
   T *own, *rest, *dot, *own_slope;
   const typename Types<T>::Int* label;
@@ -72,6 +73,7 @@ struct ExponentialRows {
 
   FL_INLINE ExponentialRows(Tile<T>& tile, int64_t c, const Slopes& by_p)
       : t(tile),
+        far(!t.direct && t.ahead),
         own(t.row(kLabelExp)),
         rest(t.row(kRest)),
         dot(other_slopes(t)),
@@ -87,6 +89,8 @@ struct ExponentialRows {
         // The hardware prefetcher follows each row but cannot guess where the next one starts.
         soon[r] = t.template row_ahead<S>(c + r + kAhead);
         prefetch(soon[r] + t.padded - 1);  // one line more where rows are not aligned to lines
+      } else if (kMade && far) {
+        soon[r] = t.template part_ahead<S>(c + r);
       }
       number[r] = class_number<T>(c + r);
     }
@@ -101,7 +105,8 @@ struct ExponentialRows {
     if (kMade)
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        prefetch_lines<N * L* int(sizeof(S))>(soon[r] + first);
+        if (far) prefetch_lines<N * L* int(sizeof(S)), true>(soon[r] + first);
+        else prefetch_lines<N * L* int(sizeof(S))>(soon[r] + first);
         extent.template stored<N>(from[r] + first);
       }
     if (kDot) slopes.template fetch<N * L>(first);
@@ -216,7 +221,7 @@ FL_INLINE void with_constant(bool value, const F& f) {
 // Calls f(S{}) with the type of the logits that the exponentials are computed from.
 template <class T, class F>
 FL_INLINE void with_source(const Tile<T>& t, const F& f) {
-  if (t.direct) with_storage<T>(t.job.logits.dtype, f);
+  if (t.direct || t.flat) with_storage<T>(t.job.logits.dtype, f);
   else f(T{});
 }
 

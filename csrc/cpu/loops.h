@@ -26,14 +26,16 @@ FL_INLINE void run(Rows& rows, int64_t first, int64_t voxels) {
   rows.finish();
 }
 
-// Runs two such loops as one.
-template <class In, class Out>
-FL_INLINE void run_both(In& in, int64_t in_voxels, Out& out, int64_t out_voxels) {
+// Runs two such loops as one, and calls beside() in between.
+template <class In, class Out, class Beside>
+FL_INLINE void run_both(In& in, int64_t in_voxels, Out& out, int64_t out_voxels,
+                        const Beside& beside) {
   constexpr int L = In::L;
   int64_t v = 0;
   for (; v + 2 * L <= in_voxels && v + 2 * L <= out_voxels; v += 2 * L) {
     in.template step<2>(v);
     out.template step<2>(v);
+    beside();
   }
   run(in, v, in_voxels);
   run(out, v, out_voxels);

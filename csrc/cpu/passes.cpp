@@ -81,7 +81,7 @@ void apply_voxels_of(const Job& job, int64_t sample, int64_t first, int64_t last
 size_t scratch_size(const Job& job) {
   const size_t tile = in_double(job) ? Tile<double>::bytes(job) : Tile<float>::bytes(job);
   const Path path = path_of(job);
-  return path == Path::softmax_labels || path == Path::softmax_regions ? 2 * tile : tile;
+  return path == Path::softmax_labels || path == Path::softmax_regions ? 3 * tile : tile;
 }
 void reduce(const Job& job, int64_t sample, const Blocks& blocks, void* scratch) {
   (in_double(job) ? reduce_blocks<double> : reduce_blocks<float>)(job, sample, blocks, scratch);

@@ -7,6 +7,8 @@
 // derives the gradient.
 #pragma once
 
+#include <optional>
+
 #include "label_rows.h"
 #include "voxel.h"
 
@@ -23,26 +25,115 @@ inline bool suits_few_classes(const Job& job) {
          !job.losses && job.slots.gammas <= 1;
 }
 
+// Whether vectors of channels-last memory are taken apart in registers.
+template <class T>
+constexpr bool kSplits = false;
+
+// The C classes of 16 voxels, between their order in channels-last memory, where C vectors hold
+// them, and a vector for each class. `number` has the classes in the order of these vectors.
+template <int C>
+struct Apart {};
+
+#if defined(__AVX512F__)
+template <>
+constexpr bool kSplits<float> = true;
+
+FL_INLINE Vec<float> pick_of_two(Vec<float> a, __m512i which, Vec<float> b) {
+  return (Vec<float>)_mm512_permutex2var_ps((__m512)a, which, (__m512)b);
+}
+template <int kQuarters>
+FL_INLINE Vec<float> quarters_of_two(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm512_shuffle_f32x4((__m512)a, (__m512)b, kQuarters);
+}
+
+// First two classes of the eight voxels in two vectors, then halves.
+template <>
+struct Apart<4> {
+  __m512i split[2], join[2];
+
+  explicit Apart(const int64_t (&number)[4]) {
+    int32_t from[2][16], to[2][16];
+    for (int position = 0; position < 4; ++position)
+      for (int voxel = 0; voxel < 8; ++voxel) {
+        const int at = 8 * position + voxel, half = position / 2;
+        from[half][at - 16 * half] = 4 * voxel + int(number[position]);
+        to[voxel / 4][4 * (voxel % 4) + int(number[position])] = at;
+      }
+    for (int i = 0; i < 2; ++i)
+      split[i] = _mm512_loadu_si512(from[i]), join[i] = _mm512_loadu_si512(to[i]);
+  }
+  FL_INLINE void take_apart(Vec<float> (&v)[4]) const {
+    const Vec<float> a = pick_of_two(v[0], split[0], v[1]), b = pick_of_two(v[0], split[1], v[1]);
+    const Vec<float> c = pick_of_two(v[2], split[0], v[3]), d = pick_of_two(v[2], split[1], v[3]);
+    v[0] = quarters_of_two<0x44>(a, c), v[1] = quarters_of_two<0xee>(a, c);
+    v[2] = quarters_of_two<0x44>(b, d), v[3] = quarters_of_two<0xee>(b, d);
+  }
+  FL_INLINE void put_together(Vec<float> (&v)[4]) const {
+    const Vec<float> a = quarters_of_two<0x44>(v[0], v[1]), b = quarters_of_two<0x44>(v[2], v[3]);
+    const Vec<float> c = quarters_of_two<0xee>(v[0], v[1]), d = quarters_of_two<0xee>(v[2], v[3]);
+    v[0] = pick_of_two(a, join[0], b), v[1] = pick_of_two(a, join[1], b);
+    v[2] = pick_of_two(c, join[0], d), v[3] = pick_of_two(c, join[1], d);
+  }
+};
+
+// Every vector is picked of three: of two, and then of these and the third.
+template <>
+struct Apart<3> {
+  __m512i split[3][2], join[3][2];
+
+  explicit Apart(const int64_t (&number)[3]) {
+    int32_t from[3][2][16], to[3][2][16];
+    for (int position = 0; position < 3; ++position)
+      for (int voxel = 0; voxel < 16; ++voxel) {
+        const int at = 3 * voxel + int(number[position]), vector = at / 16, lane = at % 16;
+        from[position][0][voxel] = at % 32;
+        from[position][1][voxel] = at < 32 ? voxel : at - 16;
+        to[vector][0][lane] = position < 2 ? 16 * position + voxel : 0;
+        to[vector][1][lane] = position < 2 ? lane : 16 + voxel;
+      }
+    for (int i = 0; i < 3; ++i)
+      for (int step = 0; step < 2; ++step) {
+        split[i][step] = _mm512_loadu_si512(from[i][step]);
+        join[i][step] = _mm512_loadu_si512(to[i][step]);
+      }
+  }
+  FL_INLINE static void pick(const __m512i (&which)[3][2], Vec<float> (&v)[3]) {
+    const Vec<float> a = v[0], b = v[1], c = v[2];
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) v[i] = pick_of_two(pick_of_two(a, which[i][0], b), which[i][1], c);
+  }
+  FL_INLINE void take_apart(Vec<float> (&v)[3]) const { pick(split, v); }
+  FL_INLINE void put_together(Vec<float> (&v)[3]) const { pick(join, v); }
+};
+#endif
+
 // The exponentials of C classes' logits of type S. `kOne`: all voxels have the label `first`, which
-// then is the first class here; the others keep their order.
-template <class S, int C, bool kOne>
+// then is the first class here; the others keep their order. `kFlat`: their channels are last.
+template <class S, int C, bool kOne, bool kFlat>
 struct FewClasses {
   using T = float;
   static constexpr int L = lanes<T>;
   static constexpr int U = 64 / int(sizeof(S)) / L;  // vectors of a cache line
-  const S* x[C];
+  const S *x[C], *soon[C];                           // `kFlat`: each C vectors from the next
   int64_t number[C];
-  int64_t ahead;
   const int32_t* label;
   Extent<S, T> extent;
   NearExponential<T> exponential;
+  std::optional<Apart<C>> order;
 
-  FL_INLINE FewClasses(const Tile<T>& t, int first) : ahead(t.direct ? t.step : 0), label(t.y) {
+  FL_INLINE FewClasses(const Tile<T>& t, int first) : label(t.y) {
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       number[c] = !kOne ? c : c == 0 ? first : c <= first ? c - 1 : c;
-      x[c] = t.direct ? t.source_row<S>(number[c]) : (const S*)(t.x + number[c] * t.stride);
+      if (kFlat) {
+        x[c] = t.flat_logits<S>() + c * L, soon[c] = t.part_ahead<S>(c);
+      } else if (t.direct) {
+        x[c] = t.source_row<S>(number[c]), soon[c] = x[c] + t.step;
+      } else {
+        x[c] = soon[c] = (const S*)(t.x + number[c] * t.stride);
+      }
     }
+    if constexpr (kFlat) order.emplace(number);
   }
 
   // Calls use(v, e, y) for each vector of voxels, with its exponentials and labels.
@@ -57,10 +148,11 @@ struct FewClasses {
  private:
   template <int N, class Use>
   FL_INLINE void some(int64_t first, const Use& use) {
+    constexpr int kStep = kFlat ? C : 1;
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      prefetch_lines<N * L* int(sizeof(S))>(x[c] + first + ahead);
-      extent.template stored<N>(x[c] + first);
+      prefetch_lines<N * L* int(sizeof(S)), kFlat>(soon[c] + first);
+      if (!kFlat) extent.template stored<N>(x[c] + first);
     }
 #pragma GCC unroll 4
     for (int u = 0; u < N; ++u) {
@@ -68,10 +160,13 @@ struct FewClasses {
       Vec<T> e[C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
-        e[c] = load_as<S, T>(x[c] + v);
+        if (kFlat) extent.template stored<1>(x[c] + kStep * v);
+        e[c] = load_as<S, T>(x[c] + kStep * v);
         extent.loaded(e[c]);
-        e[c] = exponential(e[c]);
       }
+      if constexpr (kFlat) order->take_apart(e);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) e[c] = exponential(e[c]);
       use(v, e, kOne ? IVec<T>{} : once(label_lanes<T>(label + v)));
     }
   }
@@ -96,10 +191,10 @@ FL_INLINE Pair<float> own_and_rest(const Vec<float> (&e)[C], IVec<float> y) {
 
 // Writes rows of the label's p, if there are several labels, of rest / own, and with `kFocal` of
 // the label's 1 − p, and adds Σ p. Returns false and adds nothing if some logit is too large.
-template <class S, int C, bool kOne, bool kFocal>
+template <class S, int C, bool kOne, bool kFlat, bool kFocal>
 bool reduce_few_classes(Tile<float>& t, int only, const ClassSums& to) {
   using T = float;
-  FewClasses<S, C, kOne> classes(t, only);
+  FewClasses<S, C, kOne, kFlat> classes(t, only);
   T *ps = t.row(kA), *quotients = t.row(kB), *rests = t.row(kC);
   Vec<T> sums[C] = {};
   classes.each(t.padded,
@@ -123,10 +218,10 @@ bool reduce_few_classes(Tile<float>& t, int only, const ClassSums& to) {
 
 // Writes rows of every class's p to `second`, and of the label's loss. Returns false, and the rows
 // are invalid, if some logit is too large.
-template <class S, int C, bool kOne>
+template <class S, int C, bool kOne, bool kFlat>
 bool few_class_rows(Tile<float>& t, int only, bool logs) {
   using T = float;
-  FewClasses<S, C, kOne> classes(t, only);
+  FewClasses<S, C, kOne, kFlat> classes(t, only);
   T *losses = t.row(kB), *to[C];
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) to[c] = t.second + classes.number[c] * t.stride;
@@ -230,78 +325,124 @@ struct SharedSlopes {
   }
 };
 
-// Writes the gradients to rows of `second`. make(number) gives the derivatives, where `number` has
-// the classes in the order of the loop. Returns false, and the rows are invalid, if some logit is
+// Where a tile's gradient is put: in rows of `second`, or, with `kFlat`, in the order of
+// channels-last memory, straight to it if the logits stay there, to be read again where some are
 // too large.
-template <class S, int C, bool kOne, class Make>
+template <int C, bool kFlat>
+class FewGradients {
+ public:
+  using T = float;
+  static constexpr int L = lanes<T>;
+
+  FewGradients(Tile<T>& t, const int64_t (&number)[C]) : t_(t) {
+    t.find_out();
+    for (int c = 0; c < C; ++c) to_[c] = t.second + (kFlat ? c * L : number[c] * t.stride);
+    if constexpr (kFlat) {
+      order_.emplace(number);
+      auto* out = (T*)(t.out_base(0) + t.out_runs.run[0].offset);
+      const bool floats = t.job.out.dtype == fastloss::DType::f32;
+      straight_ = t.job.stream && floats && uintptr_t(out) % kVectorBytes == 0;
+      for (int c = 0; straight_ && c < C; ++c) to_[c] = out + c * L;
+    }
+  }
+  FL_INLINE void put(int64_t v, Vec<T> (&g)[C]) const {
+    if constexpr (kFlat) order_->put_together(g);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      T* to = to_[c] + (kFlat ? C : 1) * v;
+      if (kFlat && straight_) stream<T>(to, g[c]);
+      else store<T>(to, g[c]);
+    }
+  }
+  // Stores the buffer to the output.
+  void finish() const {
+    if (straight_) return;
+    if (kFlat)
+      return store_flat<T>(t_.out_base(0) + t_.out_runs.run[0].offset, t_.job.out.dtype, C * t_.n,
+                           t_.second, t_.job.stream);
+    with_storage<T>(t_.job.out.dtype, [&](auto number) {
+      using S = decltype(number);
+      const Writer<T, S> writer(t_);
+      if (!writer.straight) return t_.store_gradient(t_.second, t_.x);
+      with_constant(writer.past_caches, [&](auto past) { copy<decltype(past)::value>(writer); });
+    });
+  }
+
+ private:
+  template <bool kStream, class S>
+  void copy(const Writer<T, S>& writer) const {
+    for (int64_t c = 0; c < C; ++c) {
+      const T* g = t_.second + c * t_.stride;
+      S* to = writer.row(c);
+      int64_t v = 0, end = t_.padded;
+      for (; v + 2 * L <= end; v += 2 * L)
+        store_two_as<S, kStream, false, T>(to + v, load<T>(g + v), load<T>(g + v + L));
+      for (; v < end; v += L) store_as<S, kStream, T>(to + v, load<T>(g + v));
+    }
+  }
+
+  Tile<T>& t_;
+  T* to_[C];
+  bool straight_ = false;
+  std::optional<Apart<C>> order_;
+};
+
+// Writes the gradients. make(number) gives the derivatives, where `number` has the classes in the
+// order of the loop. Returns false, and what is written has to be written again, if some logit is
+// too large.
+template <class S, int C, bool kOne, bool kFlat, class Make>
 bool apply_few_classes(Tile<float>& t, int only, const Make& make) {
   using T = float;
-  FewClasses<S, C, kOne> classes(t, only);
+  FewClasses<S, C, kOne, kFlat> classes(t, only);
   const auto slopes = make(classes.number);
-  T* to[C];
+  const FewGradients<C, kFlat> gradients(t, classes.number);
+  classes.each(
+      t.padded, [&](int64_t v, const Vec<T>(&e)[C], IVec<T> y) __attribute__((always_inline)) {
+        auto [own, rest] = own_and_rest<C, kOne>(e, y);
+        Vec<T> others{}, k[C], g[C];
 #pragma GCC unroll 4
-  for (int c = 0; c < C; ++c) to[c] = t.second + classes.number[c] * t.stride;
-  classes.each(t.padded,
-               [&](int64_t v, const Vec<T>(&e)[C], IVec<T> y) __attribute__((always_inline)) {
-                 auto [own, rest] = own_and_rest<C, kOne>(e, y);
-                 Vec<T> others{}, k[C];
+        for (int c = 0; c < C; ++c) k[c] = slopes.of_class(c, v);
 #pragma GCC unroll 4
-                 for (int c = 0; c < C; ++c) k[c] = slopes.of_class(c, v);
+        for (int c = kOne; c < C; ++c) {
+          const Vec<T> sum = others + e[c] * k[c];
+          others = kOne ? sum : select<T>(y == class_number<T>(c), others, sum);
+        }
+        const Vec<T> inverse = T(1) / (rest + own);
+        const Vec<T> by_loss = slopes.at_loss(v, y, own, rest, inverse);
+        const LabelGradient<T> label(own, rest, inverse, others * inverse, slopes.at_overlap(v, y),
+                                     slopes.at_region(v, y), by_loss);
+        const Vec<T> turn = once(inverse * label.turn);
 #pragma GCC unroll 4
-                 for (int c = kOne; c < C; ++c) {
-                   const Vec<T> sum = others + e[c] * k[c];
-                   others = kOne ? sum : select<T>(y == class_number<T>(c), others, sum);
-                 }
-                 const Vec<T> inverse = T(1) / (rest + own);
-                 const Vec<T> by_loss = slopes.at_loss(v, y, own, rest, inverse);
-                 const LabelGradient<T> g(own, rest, inverse, others * inverse,
-                                          slopes.at_overlap(v, y), slopes.at_region(v, y), by_loss);
-                 const Vec<T> turn = once(inverse * g.turn);
-#pragma GCC unroll 4
-                 for (int c = 0; c < C; ++c) {
-                   const Vec<T> other = e[c] * (inverse * k[c] - turn);
-                   if (kOne) store<T>(to[c] + v, c ? other : g.at_label);
-                   else store<T>(to[c] + v, select<T>(y == class_number<T>(c), g.at_label, other));
-                 }
-               });
-  return classes.extent.within(kNear);
-}
-
-// Stores these rows to the output.
-inline void write_few_classes(Tile<float>& t) {
-  with_storage<float>(t.job.out.dtype, [&](auto number) {
-    using S = decltype(number);
-    const Writer<float, S> writer(t);
-    if (!writer.straight) return t.store_gradient(t.second, t.x);
-    with_constant(writer.past_caches, [&](auto stream) {
-      constexpr int L = lanes<float>;
-      constexpr bool kStream = decltype(stream)::value;
-      for (int64_t c = 0; c < t.job.classes; ++c) {
-        const float* g = t.second + c * t.stride;
-        S* to = writer.row(c);
-        int64_t v = 0, end = t.padded;
-        for (; v + 2 * L <= end; v += 2 * L)
-          store_two_as<S, kStream, false, float>(to + v, load<float>(g + v),
-                                                 load<float>(g + v + L));
-        for (; v < end; v += L) store_as<S, kStream, float>(to + v, load<float>(g + v));
-      }
-    });
-  });
+        for (int c = 0; c < C; ++c) {
+          const Vec<T> other = e[c] * (inverse * k[c] - turn);
+          if (kOne) g[c] = c ? other : label.at_label;
+          else g[c] = select<T>(y == class_number<T>(c), label.at_label, other);
+        }
+        gradients.put(v, g);
+      });
+  if (!classes.extent.within(kNear)) return false;
+  gradients.finish();
+  return true;
 }
 
 // The outcome of a tile.
 enum class Few { done, too_large, unsuited };
 
-// Calls run(S{}, count, one, only) for a tile whose logits can be read in place.
+// Calls run(S{}, count, one, flat, only) for a tile with all voxels.
 template <class Run>
 Few few_classes(Tile<float>& t, const Run& run) {
   if (!t.even) return Few::unsuited;
   const int only = t.only_label();
   bool near = false;
+  const auto with_order = [&](auto number, auto one, auto flat) {
+    near = t.job.classes == 3 ? run(number, std::integral_constant<int, 3>{}, one, flat, only)
+                              : run(number, std::integral_constant<int, 4>{}, one, flat, only);
+  };
   with_source(t, [&](auto number) {
     with_constant(only >= 0, [&](auto one) {
-      near = t.job.classes == 3 ? run(number, std::integral_constant<int, 3>{}, one, only)
-                                : run(number, std::integral_constant<int, 4>{}, one, only);
+      if constexpr (kSplits<float>)
+        if (t.flat) return with_order(number, one, std::true_type{});
+      with_order(number, one, std::false_type{});
     });
   });
   return near ? Few::done : Few::too_large;
@@ -309,13 +450,13 @@ Few few_classes(Tile<float>& t, const Run& run) {
 
 template <class T>
 Few reduce_few(Tile<T>& t, const ClassSums& to, bool logs, double* weight) {
-  return few_classes(t, [&](auto number, auto count, auto one, int only) {
+  return few_classes(t, [&](auto number, auto count, auto one, auto flat, int only) {
     constexpr int C = decltype(count)::value;
-    constexpr bool kOne = decltype(one)::value;
+    constexpr bool kOne = decltype(one)::value, kFlat = decltype(flat)::value;
     using S = decltype(number);
     const bool focal = t.job.slots.gammas > 0;
-    if (!(focal ? reduce_few_classes<S, C, kOne, true>(t, only, to)
-                : reduce_few_classes<S, C, kOne, false>(t, only, to)))
+    if (!(focal ? reduce_few_classes<S, C, kOne, kFlat, true>(t, only, to)
+                : reduce_few_classes<S, C, kOne, kFlat, false>(t, only, to)))
       return false;
     if (focal) reduce_few_labels<C, kOne, true, true>(t, only, to);
     else if (logs) reduce_few_labels<C, kOne, true, false>(t, only, to);
@@ -327,19 +468,17 @@ Few reduce_few(Tile<T>& t, const ClassSums& to, bool logs, double* weight) {
 
 template <class T>
 Few apply_few(Tile<T>& t) {
-  return few_classes(t, [&](auto number, auto count, auto one, int only) {
+  return few_classes(t, [&](auto number, auto count, auto one, auto flat, int only) {
     constexpr int C = decltype(count)::value;
-    constexpr bool kOne = decltype(one)::value;
+    constexpr bool kOne = decltype(one)::value, kFlat = decltype(flat)::value;
     using S = decltype(number);
     auto run = [&](auto focal) {
       auto slopes = [&](const int64_t (&order)[C]) {
         return SharedSlopes<T, C, kOne, decltype(focal)::value>(t, order);
       };
-      return apply_few_classes<S, C, kOne>(t, only, slopes);
+      return apply_few_classes<S, C, kOne, kFlat>(t, only, slopes);
     };
-    if (!(t.job.slots.gammas > 0 ? run(std::true_type{}) : run(std::false_type{}))) return false;
-    write_few_classes(t);
-    return true;
+    return t.job.slots.gammas > 0 ? run(std::true_type{}) : run(std::false_type{});
   });
 }
 

@@ -197,9 +197,10 @@ void exponentials(Tile<T>& t) {
 }
 
 // Computes the exponentials of the tile `next` while the loops of make(c, count, present) run on
-// the tile `now`; slopes(c, count) are the derivatives by p of `next`.
+// the tile `now`; slopes(c, count) are the derivatives by p of `next`. `later` writes in between.
 template <class S, bool kDot, class T, class SlopesOf, class Make>
-void exponentials_beside(Tile<T>& next, const SlopesOf& slopes, Tile<T>& now, const Make& make) {
+void exponentials_beside(Tile<T>& next, const SlopesOf& slopes, Tile<T>& now, const Make& make,
+                         Later<T>* later = nullptr) {
   in_pairs(next.job.classes, [&](int64_t c, auto count) {
     constexpr int R = decltype(count)::value;
     using Slopes = decltype(slopes(c, count));
@@ -208,7 +209,9 @@ void exponentials_beside(Tile<T>& next, const SlopesOf& slopes, Tile<T>& now, co
       ExponentialRows<S, T, R, kPresent, kDot, Exponentials::both, false, Slopes> in(
           next, c, slopes(c, count));
       auto out = make(c, count, in_now);
-      run_both(in, next.padded, out, now.padded);
+      run_both(in, next.padded, out, now.padded, [&] {
+        if (later) later->step();
+      });
     };
     if constexpr (R == 1) {
       both(std::true_type{}, std::true_type{});
@@ -232,24 +235,28 @@ void finish(Tile<T>& now, const Make& make) {
 }
 
 // Loops over the tiles from the voxel `first` to `last`: move(tile, v) moves a tile to v, and
-// finish(tile, next) completes it once its exponentials are known. `fused`: two tiles are in
-// flight, and `finish` also computes the exponentials of `next` unless it is null. Otherwise
-// few(tile) may do all of a tile.
+// finish(tile, next) completes it once its exponentials are known. `fused`: three tiles are in
+// flight, as `finish` also computes the exponentials of `next`, unless it is null, and may use the
+// buffers of its tile until the call after the next. Otherwise few(tile) may do all of a tile.
 template <bool kDot, class T, class Move, class AtOnce, class Finish>
 void over_tiles(const Job& job, int64_t sample, int64_t first, int64_t last, void* scratch,
                 bool fused, const Move& move, const AtOnce& few, const Finish& finish) {
-  Tile<T> tiles[2] = {{job, sample, scratch}, {job, sample, (char*)scratch + Tile<T>::bytes(job)}};
+  const auto part = [&](int i) { return (char*)scratch + i * Tile<T>::bytes(job); };
+  Tile<T> tiles[3] = {{job, sample, part(0)}, {job, sample, part(1)}, {job, sample, part(2)}};
   Tile<T>* now = nullptr;
   for (int64_t v = first, turn = 0; now || v < last;) {
     Tile<T>* next = nullptr;
     if (v < last && (fused || !now)) {
-      next = &tiles[fused ? turn++ % 2 : 0];
+      next = &tiles[fused ? turn++ % 3 : 0];
       move(*next, v);
       v += next->n;
       next->direct = next->contiguous();
-      if (!next->direct) next->load_logits();
+      next->flat = next->ahead = false;
+      if constexpr (kSplits<T>) next->flat = !fused && suits_few_classes(job) && next->is_flat();
+      if (!next->direct && !next->flat) next->load_logits(true);
       const Few known = fused ? Few::unsuited : few(*next);
       if (known == Few::done) continue;
+      if (next->flat) next->load_logits();
       next->find_present();
       next->near = known == Few::unsuited;
       clear_sums<kDot>(*next);
@@ -660,8 +667,9 @@ LabelGradients<T> apply_voxels(Tile<T>& t) {
 // Writes the gradients of a tile, and computes the exponentials of `next`, unless it is null, in
 // the same loops.
 template <class T>
-void write_gradients(Tile<T>& t, const LabelGradients<T>& gradients, Tile<T>* next) {
-  write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
+void write_gradients(Tile<T>& t, const LabelGradients<T>& gradients, Tile<T>* next,
+                     Later<T>* later) {
+  const auto write = [&](const auto& row, const auto& put) {
     using Put = std::remove_cv_t<std::remove_reference_t<decltype(put)>>;
     auto make = [&](int64_t c, auto count, auto present) {
       constexpr int R = decltype(count)::value;
@@ -674,18 +682,20 @@ void write_gradients(Tile<T>& t, const LabelGradients<T>& gradients, Tile<T>* ne
         const auto slopes = [&](int64_t c, auto count) {
           return by_p.template even<decltype(count)::value>(c);
         };
-        return exponentials_beside<T, true>(*next, slopes, t, make);
+        return exponentials_beside<T, true>(*next, slopes, t, make, later);
       }
     }
     finish(t, make);
-  });
+  };
+  write_rows(t, t.x, t.second, write, later);
 }
 
 // The same with a field.
 template <class T>
-void write_gradients_with_field(Tile<T>& t, const LabelGradients<T>& gradients, Tile<T>* next) {
+void write_gradients_with_field(Tile<T>& t, const LabelGradients<T>& gradients, Tile<T>* next,
+                                Later<T>* later) {
   const SlopesByP<T> by_p(t);
-  write_rows(t, t.x, t.second, [&](const auto& row, const auto& put) {
+  const auto write = [&](const auto& row, const auto& put) {
     using Put = std::remove_cv_t<std::remove_reference_t<decltype(put)>>;
     const auto rows_of = [&](int64_t c, auto number, auto count, auto present) {
       constexpr int R = decltype(count)::value;
@@ -702,9 +712,10 @@ void write_gradients_with_field(Tile<T>& t, const LabelGradients<T>& gradients, 
             const auto slopes = [&](int64_t c, auto count) {
               return soon.template with_field<S, decltype(count)::value, true>(c);
             };
-            exponentials_beside<T, true>(*next, slopes, t, [&](int64_t c, auto count, auto in) {
+            const auto make = [&](int64_t c, auto count, auto in) {
               return rows_of(c, number, count, in);
-            });
+            };
+            exponentials_beside<T, true>(*next, slopes, t, make, later);
           });
         exponentials<T, true, Exponentials::both>(*next);
       }
@@ -718,7 +729,8 @@ void write_gradients_with_field(Tile<T>& t, const LabelGradients<T>& gradients, 
         });
       });
     });
-  });
+  };
+  write_rows(t, t.x, t.second, write, later);
 }
 
 // The same with squared probabilities, a field, or the losses of all classes.
@@ -771,14 +783,16 @@ void apply_softmax_labels(const Job& job, int64_t sample, int64_t first, int64_t
       if (suits_few) return apply_few(t);
     return Few::unsuited;
   };
+  const bool fused = job.classes >= kFusedClasses && !rounds && !extras;
+  Later<T> writer, *later = fused ? &writer : nullptr;
   auto finish_tile = [&](Tile<T>& t, Tile<T>* next) {
     const LabelGradients<T> gradients = apply_voxels(t);
     if (extras) write_gradients_with_extras(t, gradients);
-    else if (field) write_gradients_with_field(t, gradients, next);
-    else write_gradients(t, gradients, next);
+    else if (field) write_gradients_with_field(t, gradients, next, later);
+    else write_gradients(t, gradients, next, later);
   };
-  over_tiles<true, T>(job, sample, first, last, scratch,
-                      job.classes >= kFusedClasses && !rounds && !extras, move, few, finish_tile);
+  over_tiles<true, T>(job, sample, first, last, scratch, fused, move, few, finish_tile);
+  writer.finish();
 }
 
 }  // namespace

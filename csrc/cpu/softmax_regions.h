@@ -414,9 +414,10 @@ void reduce_softmax_regions(const Job& job, int64_t sample, const Blocks& blocks
           const Few known =
               row >= 0
                   ? reduce_few(t, to.of(row), logs, to.weights + row)
-                  : few_classes(t, [&](auto number, auto count, auto one, int only) {
+                  : few_classes(t, [&](auto number, auto count, auto one, auto flat, int only) {
                       constexpr int C = decltype(count)::value;
-                      if (!few_class_rows<decltype(number), C, decltype(one)::value>(t, only, logs))
+                      constexpr bool kOne = decltype(one)::value, kFlat = decltype(flat)::value;
+                      if (!few_class_rows<decltype(number), C, kOne, kFlat>(t, only, logs))
                         return false;
                       add_few_runs<C>(t, runs, sums, pass);
                       return true;
@@ -606,15 +607,13 @@ inline void few_numbers(const Job& job, int64_t sample, int64_t row, float* numb
 // Writes the gradient of a tile of three or four classes, by tables of few regions.
 template <int kVectors>
 Few apply_few_tables(Tile<float>& t, const RegionNumbers<12>& numbers, const uint8_t* region) {
-  return few_classes(t, [&](auto number, auto count, auto one, int only) {
+  return few_classes(t, [&](auto number, auto count, auto one, auto flat, int only) {
     constexpr int C = decltype(count)::value;
-    constexpr bool kOne = decltype(one)::value;
+    constexpr bool kOne = decltype(one)::value, kFlat = decltype(flat)::value;
     auto slopes = [&](const int64_t (&order)[C]) {
       return TableSlopes<C, kOne, kVectors>(numbers, region, order);
     };
-    if (!apply_few_classes<decltype(number), C, kOne>(t, only, slopes)) return false;
-    write_few_classes(t);
-    return true;
+    return apply_few_classes<decltype(number), C, kOne, kFlat>(t, only, slopes);
   });
 }
 
@@ -631,13 +630,11 @@ inline Few apply_few_runs(Tile<float>& t, const LabelRuns& runs, KeptRows<12>& k
     fill_rows<6>(to, runs.start[i], runs.start[i + 1] - runs.start[i],
                  {n[0], n[1], n[2], n[3], n[4 + label], n[8 + label]});
   }
-  return few_classes(t, [&](auto number, auto count, auto one, int only) {
+  return few_classes(t, [&](auto number, auto count, auto one, auto flat, int only) {
     constexpr int C = decltype(count)::value;
-    constexpr bool kOne = decltype(one)::value;
+    constexpr bool kOne = decltype(one)::value, kFlat = decltype(flat)::value;
     auto slopes = [&](const int64_t (&order)[C]) { return RunSlopes<C, kOne>(rows, order); };
-    if (!apply_few_classes<decltype(number), C, kOne>(t, only, slopes)) return false;
-    write_few_classes(t);
-    return true;
+    return apply_few_classes<decltype(number), C, kOne, kFlat>(t, only, slopes);
   });
 }
 #endif

@@ -99,6 +99,19 @@ inline int tile_from(int64_t v, int64_t last, int64_t lead, int step) {
   return int((next < last ? next : last) - v);
 }
 
+// Stores `count` numbers to adjacent places.
+template <class T>
+void store_flat(char* to, DType dtype, int64_t count, const T* from, bool past_caches) {
+  const int64_t size = item_size(dtype);
+  Runs packed;
+  packed.count = 1;
+  packed.stride = size;
+  for (int64_t i = 0; i < count; i += kMaxTile) {
+    packed.run[0] = {0, 0, int32_t(count - i < kMaxTile ? count - i : kMaxTile)};
+    store_row<T>(to + i * size, dtype, packed, from + i, past_caches);
+  }
+}
+
 template <class T>
 struct Tile {
   const Job& job;
@@ -127,6 +140,8 @@ struct Tile {
   bool binary = true;  // all integers of a dense target loaded so far are 0, 1 or ignored
   // For softmax with a label map.
   bool direct = false;  // the logits are read in place
+  bool flat = false;    // those of few classes, channels last, are read in place
+  bool ahead = false;   // loops over the rows fetch the next tile; see `part_ahead`
   bool near = false;    // all |x| ≤ kNear: no maximum is subtracted
   // For softmax of two classes.
   bool keeps_bytes = false;              // byte labels may be read in place
@@ -604,16 +619,37 @@ struct Tile {
     return source_row<S>(c) + tiles * step;
   }
 
+  // Logits whose channels are last.
+  template <class S>
+  const S* flat_logits() const {
+    return (const S*)(logits() + logit_runs.run[0].offset);
+  }
+  // The part of the next tile's that a loop over the row of class c fetches. For prefetching only.
+  template <class S>
+  const S* part_ahead(int64_t c) const {
+    return flat_logits<S>() + n * job.classes + c * padded;
+  }
+
   bool channels_last(const Array& a, const Runs& runs) const {
     return runs.count == 1 && job.classes > 1 && a.channel_stride == item_size(a.dtype) &&
            runs.stride == a.channel_stride * job.classes;
   }
 
-  // Loads all rows of logits into x.
-  void load_logits() {
+  // Whether logits, and the gradient if there is one, are channels last and can be used in place.
+  bool is_flat() {
+    if (n != padded || holes || !channels_last(job.logits, logit_runs)) return false;
+    if (!job.out.data) return true;
+    find_out();
+    return channels_last(job.out, out_runs);
+  }
+
+  // Loads all rows of logits into x. `later`: loops over the rows may fetch the next tile.
+  void load_logits(bool later = false) {
     const Array& a = job.logits;
     const char* base = logits();
+    ahead = flat = false;
     if (sizeof(T) == 4 && channels_last(a, logit_runs)) {
+      ahead = later && a.dtype == DType::f32;
       const char* from = base + logit_runs.run[0].offset;
       // About 1 KB at a time: more prefetches at once would stall the loads behind them.
       const int64_t some = job.classes < 16 ? 256 / job.classes / 16 * 16 : 16;
@@ -625,11 +661,11 @@ struct Tile {
           load_flat(from, a.dtype, count, second);
           numbers = (const float*)second;
         }
-        const char *soon = from + kBytesAhead, *end = soon + bytes;
+        const char *soon = from + kBytesAhead, *end = ahead ? soon : soon + bytes;
         for (int64_t c = 0, few; c < job.classes; c += few) {
           few = job.classes - c < 32 ? job.classes - c : 16;
           // The hardware prefetcher does not follow an address that jumps between voxels.
-          const char* part = few < job.classes - c ? soon + bytes / job.classes * few : end;
+          const char* part = few < job.classes - c ? soon + (end - soon) / job.classes * few : end;
           for (; soon < part; soon += 64) prefetch(soon);
           transpose(numbers + c, job.classes, (float*)x + c * stride + v, stride, voxels, few);
         }
@@ -664,17 +700,6 @@ struct Tile {
   // A number of voxels whose classes leave room in the L1 cache.
   int64_t few_voxels() const { return job.classes < 128 ? 2048 / job.classes / 16 * 16 : 16; }
 
-  void store_flat(char* to, DType dtype, int64_t count, const T* from) {
-    const int64_t size = item_size(dtype);
-    Runs packed;
-    packed.count = 1;
-    packed.stride = size;
-    for (int64_t i = 0; i < count; i += kMaxTile) {
-      packed.run[0] = {0, 0, int32_t(count - i < kMaxTile ? count - i : kMaxTile)};
-      store_row<T>(to + i * size, dtype, packed, from + i, job.stream);
-    }
-  }
-
   void find_out() { out_runs.find(job.out, voxel, n); }
   char* out_base(int64_t c) const {
     return job.out.data + sample * job.out.batch_stride + c * job.out.channel_stride;
@@ -690,14 +715,61 @@ struct Tile {
       const int64_t some = few_voxels();
       for (int64_t v = 0; v < n; v += some) {
         const int64_t voxels = n - v < some ? n - v : some;
-        transpose((const float*)from + v, stride, (float*)spare, job.classes, job.classes, voxels);
-        store_flat(to + v * job.classes * size, a.dtype, voxels * job.classes, spare);
+        join((const float*)from + v, stride, (float*)spare, job.classes, voxels);
+        store_flat<T>(to + v * job.classes * size, a.dtype, voxels * job.classes, spare,
+                      job.stream);
       }
     } else {
       for (int64_t c = 0; c < job.classes; ++c)
         store_row<T>(out_base(c), a.dtype, out_runs, from + c * stride, job.stream);
     }
   }
+};
+
+// A tile's gradient, complete in a buffer, that is written to channels-last memory little by little
+// beside the loops over later tiles. Written at once past the caches it would wait for the memory,
+// which is idle while those loops compute.
+template <class T>
+class Later {
+ public:
+  // Takes over the rows (C, stride) of a tile, unless they have to be written in another way.
+  bool take(Tile<T>& t, const T* from, T* spare) {
+    finish();
+    const bool floats = sizeof(T) == 4 && t.job.out.dtype == DType::f32;
+    if (!floats || t.job.classes > kMostClasses || !t.channels_last(t.job.out, t.out_runs))
+      return false;
+    from_ = from, spare_ = spare, to_ = t.out_base(0) + t.out_runs.run[0].offset;
+    classes_ = t.job.classes, left_ = t.n, stride_ = t.stride, stream_ = t.job.stream;
+    due_ = 0;
+    return true;
+  }
+  // Writes a part now and then: all of it while a loop calls this for each two vectors of two
+  // classes of a tile.
+  FL_INLINE void step() {
+    if (left_ == 0 || (due_ += 4) < classes_) return;
+    due_ -= classes_;
+    write();
+  }
+  void finish() {
+    while (left_ > 0) write();
+  }
+
+ private:
+  // With more classes a part would be long enough to wait for the memory.
+  static constexpr int64_t kMostClasses = 64;
+
+  __attribute__((noinline)) void write() {
+    const int64_t voxels = left_ < 16 ? left_ : 16, count = voxels * classes_;
+    join((const float*)from_, stride_, (float*)spare_, classes_, voxels);
+    store_flat<T>(to_, DType::f32, count, spare_, stream_);
+    from_ += voxels, to_ += count * int64_t(sizeof(T)), left_ -= voxels;
+  }
+
+  const T* from_;
+  T* spare_;
+  char* to_;
+  int64_t classes_, left_ = 0, stride_, due_;
+  bool stream_;
 };
 
 // Where the rows of a gradient are written: straight to the output, as numbers of type S, if they
@@ -737,8 +809,9 @@ struct Put {
 
 // Calls write(row, put): row(c) is the address of row c, and `put` stores there. Rows that cannot
 // be written straight to the output go through `buffer`; `spare` is a scratch buffer of that size.
+// `later` may write them from there.
 template <class T, class F>
-void write_rows(Tile<T>& t, T* buffer, T* spare, const F& write) {
+void write_rows(Tile<T>& t, T* buffer, T* spare, const F& write, Later<T>* later = nullptr) {
   with_storage<T>(t.job.out.dtype, [&](auto number) {
     using S = decltype(number);
     Writer<T, S> writer(t);
@@ -749,7 +822,7 @@ void write_rows(Tile<T>& t, T* buffer, T* spare, const F& write) {
       write(row, Put<T, S, false>());
     } else {
       write([&](int64_t c) { return buffer + c * t.stride; }, Put<T, T, false>());
-      t.store_gradient(buffer, spare);
+      if (!later || !later->take(t, buffer, spare)) t.store_gradient(buffer, spare);
     }
   });
 }

@@ -268,11 +268,14 @@ FL_INLINE void prefetch(const void* p) {
 }
 // Prefetches into L2, for data that is needed later.
 FL_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
-// Prefetches the lines of kBytes from p on.
-template <int kBytes>
+// Prefetches the lines of kBytes from p on; `kFar`: they are needed later.
+template <int kBytes, bool kFar = false>
 FL_INLINE void prefetch_lines(const void* p) {
 #pragma GCC unroll 4
-  for (int i = 0; i < kBytes; i += 64) prefetch((const char*)p + i);
+  for (int i = 0; i < kBytes; i += 64) {
+    if (kFar) prefetch_far((const char*)p + i);
+    else prefetch((const char*)p + i);
+  }
 }
 // Stores past the caches; `p` must be aligned to the vector.
 template <class T>
