@@ -183,6 +183,14 @@ class Passes:
     """The fields that were made in this call, where there are any."""
     _for_target = False
     """Whether there is to be a gradient by the target."""
+    _region_bounds = (0, 0)
+    """The least and the largest number of the regions given, in the processor's memory."""
+    _made_regions: Any = None
+    """The regions that were made in this call, where they were."""
+    more: Mapping[str, Borrowed] = MappingProxyType({})
+    """Fields and regions, by what errors call them."""
+    ranked: Field | None = None
+    """The field that the ranking term made."""
 
     def __init__(
         self,
@@ -198,13 +206,10 @@ class Passes:
         self.logits = self.adapter.borrow(logits, "logits")
         self.target = borrow(target, "target")
         self.voxel_weight = None if voxel_weight is None else borrow(voxel_weight, "voxel_weight")
-        self.more: dict[str, Borrowed] = {}  # fields and regions, by what errors call them
         places: tuple[Place | None, ...]
         places = (self.logits.place, self.target.place, self.voxel_weight and self.voxel_weight[2])
         given: dict[str, Any] = {}
         self._extras = extras or _NO_EXTRAS
-        self._region_bounds = (0, 0)
-        """The least and the largest number of the regions given, in the processor's memory."""
         if extras is not None or loss.field_names:
             given = self._borrow(self._extras)
             places += tuple(b.place for b in self.more.values())
@@ -214,24 +219,13 @@ class Passes:
             self.backend = on_device(self.logits, self.target, self.voxel_weight, **self.more)
         else:
             self.backend = current_backend()
-        self.arrays = arrange(
-            self.logits,
-            self.target,
-            self.voxel_weight,
-            activation=loss.activation,
-            channel_axis=loss.channel_axis,
-            regions_by_class=loss.regions_by_class,
-            **given,
-        )
+        usual = (self.logits, self.target, self.voxel_weight, loss.activation, loss.channel_axis)
+        self.arrays = arrange(*usual, **given) if given else arrange(*usual)
         self.request = loss.request(self.arrays)
         if self.request.histograms and not self.backend.counts_errors:
             self.backend = load_backend("reference")
-        self.ranked: Field | None = None
-        """The field that the ranking term made."""
         if loss.makers:
             self._make_fields(target)
-        self._made_regions: Any = None
-        """The regions that were made in this call, where they were."""
         if loss.lacks_regions(self._extras):
             self._make_regions(target)
         elif self.arrays.regions is not None and self.backend.place is None:
@@ -241,10 +235,11 @@ class Passes:
         """Borrow fields and regions: what `arrange` takes beside the usual arrays."""
         self.loss.check_field_names(extras.names)
         fields = {name: borrow(array, f"fields[{name!r}]") for name, array in extras.fields}
-        self.more.update((f"fields[{name!r}]", field) for name, field in fields.items())
+        more = {f"fields[{name!r}]": field for name, field in fields.items()}
+        self.more = more
         if extras.regions is None:
             return {"fields": fields}
-        regions = self.more["regions"] = borrow(extras.regions, "regions")
+        regions = more["regions"] = borrow(extras.regions, "regions")
         rows = extras.region_count
         if rows is None and regions.place is not None:
             raise ValueError(
@@ -256,7 +251,8 @@ class Passes:
             self._region_bounds = current_backend().bounds(array)
         if rows is None:
             rows = max(self._region_bounds[1] + 1, 1)
-        return {"fields": fields, "regions": regions, "rows": rows}
+        by_class = self.loss.regions_by_class
+        return {"fields": fields, "regions": regions, "rows": rows, "regions_by_class": by_class}
 
     def _make_fields(self, target: Any) -> None:
         """Make the fields that the sums read and the caller left out.

@@ -1069,7 +1069,10 @@ class Loss:
 
         The sums may be arrays that record what is done with them, in place of NumPy's.
         """
-        parts = [(weight, *self.combined(term, statistics)) for weight, term in self.terms]
+        if self.regional is None:
+            parts = [(weight, *term.combine(statistics)) for weight, term in self.terms]
+        else:
+            parts = [(weight, *self.combined(term, statistics)) for weight, term in self.terms]
         total = _times(*parts[0][:2])
         for weight, value, _ in parts[1:]:
             try:

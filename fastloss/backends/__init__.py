@@ -35,7 +35,7 @@ REMEDIES = {
 _loaded: dict[str, Backend] = {}
 _threads = 0  # set by limit_threads; 0: not set
 _chosen: ContextVar[Backend | None] = ContextVar("fastloss_backend", default=None)
-_default: dict[str, Backend] = {}
+_default: list[Backend] = []
 
 
 def load_backend(name: str) -> Backend:
@@ -91,14 +91,17 @@ def chosen_backend() -> str:
 
 
 def current_backend() -> Backend:
-    """The backend of `use_backend`; else that of ``FASTLOSS_BACKEND``, else the fastest one."""
+    """The backend of `use_backend`; else that of ``FASTLOSS_BACKEND``, else the fastest one.
+
+    The variable is read once, as to read it takes longer than the rest of this.
+    """
     chosen = _chosen.get()
     if chosen is not None:
         return chosen
-    name = os.environ.get("FASTLOSS_BACKEND", "")
-    if name not in _default:
-        _default[name] = load_backend(name) if name else _fastest()
-    return _default[name]
+    if not _default:
+        name = os.environ.get("FASTLOSS_BACKEND", "")
+        _default.append(load_backend(name) if name else _fastest())
+    return _default[0]
 
 
 def _fastest() -> Backend:

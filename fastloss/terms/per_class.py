@@ -102,11 +102,10 @@ class ClassTerm(Term):
         """The weighed value of every row and class, the slopes, the weight, and how many values a
         mean is of."""
         first = 0 if self.include_background else 1
-        sums = [
-            statistics.voxels[:, None] if key == VOXELS else statistics[key] for key in self.reads
-        ]
+        reads = self.reads
+        sums = [statistics.voxels[:, None] if key == VOXELS else statistics[key] for key in reads]
         if first:
-            each = zip(self.reads, sums, strict=True)
+            each = zip(reads, sums, strict=True)
             sums = [s if key == VOXELS else s[:, first:] for key, s in each]
         regions = statistics.regions
         if self.batch:

@@ -9,8 +9,8 @@ import numpy as np
 from fastloss.options import REDUCTIONS, check_choice, check_class_weight, check_number
 from fastloss.terms.per_class import ClassTerm
 
-_SIZES = ("predicted", "reference")
-_SQUARED = ("predicted_squared", "reference_squared")
+_SIZES = ("overlap", "predicted", "reference")
+_SQUARED = ("overlap", "predicted_squared", "reference_squared")
 _EXPONENTS = {"square": -2.0, "simple": -1.0, "uniform": 0.0}
 
 
@@ -83,7 +83,7 @@ class RegionTerm(ClassTerm):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return ("overlap", *(_SQUARED if self.squared else _SIZES))
+        return _SQUARED if self.squared else _SIZES
 
     def of_sums(self, *sums: np.ndarray) -> Any:
         value, by_overlap, by_predicted, *_ = self.formula(*sums)
