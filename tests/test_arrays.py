@@ -15,6 +15,7 @@ from support import (
     assert_agree,
     example,
     need,
+    need_backend,
     need_lazy_free,
     norm,
     one_hot,
@@ -291,6 +292,30 @@ def test_large_gradients_lie_as_their_logits(
     for part in (slice(0, 2), slice(-2, None)):
         got = as_numpy(gradient[:, :, part, part])
         np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), rtol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_channels_last_has_the_bits_of_channels_first(dtype: Any) -> None:
+    """In place and in a new array, over borders of tiles, where one label is and where many are."""
+    need_backend("cpu")
+    rng = np.random.default_rng(0)
+    for classes in (2, 3, 4, 5, 8, 9, 14, 17, 70):
+        voxels = 40_000 // classes
+        x = rng.normal(size=(2, classes, voxels)).astype(dtype)
+        x[1, :, voxels // 2 :] *= 30  # some tiles have logits that are far from 0
+        y = rng.integers(0, classes, (2, voxels)).astype(np.uint8)
+        y[:, : voxels // 3] = classes - 1
+        y[:, ::97] = 255
+        terms = fl.Dice() + fl.CrossEntropy() + fl.Focal()
+        for loss in (LOSS, fl.Loss(terms, ignore_index=255)):
+            target = y if loss is not LOSS else np.minimum(y, classes - 1)
+            value, expected = loss.value_and_grad(x, target)
+            last = np.ascontiguousarray(np.moveaxis(x, 1, -1))
+            own = fl.Loss(loss, channel_axis=-1)
+            for out in (None, np.empty_like(last), last):
+                got, gradient = own.value_and_grad(last, target, out=out)
+                assert got == value
+                np.testing.assert_array_equal(np.moveaxis(gradient, -1, 1), expected)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch", "jax", "bfloat16"])

@@ -66,8 +66,9 @@ for dtype in (np.float32, np.float16, bfloat16, np.float64):
                         count += 1
 # Gradients that are written past the caches, from any place in memory.
 for dtype in (np.float32, np.float16, bfloat16, np.float64):
-    for classes, order in ((2, "first"), (2, "last"), (3, "last"), (5, "first")):
-        x, y = example(1, classes, (300_000,), dtype=dtype)
+    for classes, order in ((2, "first"), (2, "last"), (3, "last"), (4, "last"), (5, "first"),
+                           (14, "last")):
+        x, y = example(1, classes, (900_000 // classes,), dtype=dtype)
         if order == "last":
             x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
         expected = plain.gradient(x, y, out=np.empty(x.shape, dtype))
