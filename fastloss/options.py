@@ -19,6 +19,13 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return str(value)
 
 
+def check_switch(name: str, value: Any) -> bool:
+    """True or False, of Python or of NumPy, or the numbers 1 and 0."""
+    if not isinstance(value, (bool, int, np.bool_, np.integer)) or value not in (0, 1):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
 def check_number(name: str, value: Any, low: float = 0.0, high: float = np.inf) -> float:
     refuse_gradient(name, value)
     try:

@@ -439,6 +439,12 @@ BAD_OPTIONS: list[tuple[Any, str, Any, type[Exception]]] = [
     *[(fl.Tversky, n, v, ValueError) for n in ("alpha", "beta") for v in (-1, np.nan, np.inf)],
     *[(fl.Tversky, "gamma", v, ValueError) for v in (0, -1, np.nan)],
     *[(fl.GeneralizedDice, "weighting", v, ValueError) for v in ("cubic", None)],
+    *[
+        (t, name, v, TypeError)
+        for t in REGIONS
+        for name in ("batch", "include_background")
+        for v in ("no", None, 2, 0.5)
+    ],
 ]
 
 

@@ -482,6 +482,7 @@ def test_functions_and_copies() -> None:
         (lambda: fl.CCDiceCE(weight="volume"), ValueError, "weight: .*got 'volume'"),
         (lambda: fl.CCDiceCE(without=None), (ValueError, TypeError), "without: "),
         (lambda: fl.CCDiceCE(spacing=-1), ValueError, "spacing: "),
+        (lambda: fl.BlobLoss(per_class="yes"), TypeError, "per_class: .*got 'yes'"),
         (lambda: fl.CCDiceCE(dice_factor=-1), ValueError, "dice_factor: "),
         (
             lambda: fl.PerRegion(fl.Dice(), include_background=True),

@@ -9,7 +9,7 @@ import numpy as np
 from fastloss.distance import MOST_AXES, signed_distance, signed_of_masks
 from fastloss.fields import Form, Spacing, Target, boundary_voxels, powers, spacing_of
 from fastloss.loss import Pullback
-from fastloss.options import check_dilations, check_number, check_spacing
+from fastloss.options import check_dilations, check_number, check_spacing, check_switch
 from fastloss.statistics import Statistics
 from fastloss.sums import OVERLAP, PREDICTED_SQUARED, REFERENCE, REFERENCE_SQUARED, Sum
 from fastloss.terms.per_class import VOXELS, ClassTerm
@@ -135,7 +135,7 @@ class HausdorffDT(_DistanceTerm):
         self.alpha = check_number("alpha", alpha)
         if self.alpha == 0:
             raise ValueError("alpha: expected a number above 0, got 0")
-        self.log = bool(log)
+        self.log = check_switch("log", log)
         super().__init__(**options)
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastloss.options import check_number
+from fastloss.options import check_number, check_switch
 from fastloss.statistics import Statistics
 from fastloss.sums import OVERLAP, Sum
 from fastloss.terms.linear import ClassWeighted
@@ -75,7 +75,7 @@ class DiceSemimetric(ClassTerm):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.jaccard = bool(jaccard)
+        self.jaccard = check_switch("jaccard", jaccard)
         self.smooth_nr = check_number("smooth_nr", smooth_nr)
         self.smooth_dr = check_number("smooth_dr", smooth_dr)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastloss.histogram import binned, layout
 from fastloss.loss import Derivatives, Pullback, Term
-from fastloss.options import check_choice
+from fastloss.options import check_choice, check_switch
 from fastloss.request import Request
 from fastloss.statistics import Statistics
 from fastloss.sums import PREDICTED, UNIFORM, UNIFORM_REST, Sum
@@ -110,7 +110,7 @@ class _Lovasz(Term):
         self, *, classes: Any = "present", per_sample: bool = False, method: str = "histogram"
     ) -> None:
         self.classes = _checked_classes(classes)
-        self.per_sample = bool(per_sample)
+        self.per_sample = check_switch("per_sample", per_sample)
         self.method = check_choice("method", method, METHODS)
         if self.method == "exact":
             fields = [sum_._replace(field="lovasz") for sum_, _ in self.score]

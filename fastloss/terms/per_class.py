@@ -9,7 +9,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastloss.loss import Derivatives, Pullback, Term
-from fastloss.options import REDUCTIONS, check_choice, check_class_count, check_class_weight
+from fastloss.options import (
+    REDUCTIONS,
+    check_choice,
+    check_class_count,
+    check_class_weight,
+    check_switch,
+)
 from fastloss.statistics import Statistics
 from fastloss.sums import Sum
 
@@ -48,8 +54,8 @@ class ClassTerm(Term):
         weight: Any = None,
         reduction: str = "mean",
     ) -> None:
-        self.include_background = bool(include_background)
-        self.batch = bool(batch)
+        self.include_background = check_switch("include_background", include_background)
+        self.batch = check_switch("batch", batch)
         self.weight = check_class_weight("weight", weight)
         self.reduction = check_choice("reduction", reduction, REDUCTIONS)
 

@@ -11,7 +11,7 @@ import numpy as np
 from fastloss.fields import Spacing, Target
 from fastloss.instances import check_connectivity, components, voronoi
 from fastloss.loss import Derivatives, Loss, Pullback, Term, to_regions
-from fastloss.options import REDUCTIONS, check_choice, check_number, check_spacing
+from fastloss.options import REDUCTIONS, check_choice, check_number, check_spacing, check_switch
 from fastloss.request import make_request
 from fastloss.statistics import Statistics
 from fastloss.sums import Sum, as_sum, family
@@ -117,7 +117,7 @@ class PerRegion(Term):
         reduction: str = "mean",
     ) -> None:
         self.regions = check_choice("regions", regions, MODES)
-        self.include_background = bool(include_background)
+        self.include_background = check_switch("include_background", include_background)
         if self.include_background and regions != "given" and not per_class:
             raise ValueError(
                 "include_background: the background has no components; expected False with "
@@ -138,7 +138,7 @@ class PerRegion(Term):
     ) -> None:
         self.weight = check_choice("weight", weight, WEIGHTINGS)
         self.without = check_choice("without", without, WITHOUT)
-        self.per_class = bool(per_class)
+        self.per_class = check_switch("per_class", per_class)
         self.connectivity = connectivity
         self.spacing = check_spacing(spacing)
         self.reduction = check_choice("reduction", reduction, REDUCTIONS)

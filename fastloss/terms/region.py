@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from fastloss.options import REDUCTIONS, check_choice, check_class_weight, check_number
+from fastloss.options import (
+    REDUCTIONS,
+    check_choice,
+    check_class_weight,
+    check_number,
+    check_switch,
+)
 from fastloss.terms.per_class import ClassTerm
 
 _SIZES = ("overlap", "predicted", "reference")
@@ -50,13 +56,13 @@ class RegionTerm(ClassTerm):
         reduction: str = "mean",
         squared: bool = False,
     ) -> None:
-        self.include_background = bool(include_background)
-        self.batch = bool(batch)
+        self.include_background = check_switch("include_background", include_background)
+        self.batch = check_switch("batch", batch)
         self.smooth_nr = check_number("smooth_nr", smooth_nr)
         self.smooth_dr = check_number("smooth_dr", smooth_dr)
         self.weight = check_class_weight("weight", weight)
         self.reduction = check_choice("reduction", reduction, REDUCTIONS)
-        self.squared = bool(squared)
+        self.squared = check_switch("squared", squared)
         self.requires = frozenset({"squared" if self.squared else "region"})
 
     def formula(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastloss.loss import Loss, Pullback
-from fastloss.options import check_choice, check_number
+from fastloss.options import check_choice, check_number, check_switch
 from fastloss.statistics import Statistics
 from fastloss.terms.distribution import VOXEL_REDUCTIONS, VoxelwiseTerm
 from fastloss.terms.region import RegionTerm, ratio
@@ -44,7 +44,7 @@ class UnbalancedFocal(VoxelwiseTerm):
     ) -> None:
         self.delta = check_number("delta", delta, 0.0, 1.0)
         self.gamma = check_number("gamma", gamma)
-        self.symmetric = bool(symmetric)
+        self.symmetric = check_switch("symmetric", symmetric)
         self.reduction = check_choice("reduction", reduction, VOXEL_REDUCTIONS)
         focal = f"focal:{self.gamma!r}"
         self.requires = frozenset({focal} if symmetric else {focal, "cross_entropy"})
@@ -92,7 +92,7 @@ class UnbalancedTversky(RegionTerm):
         self.gamma = check_number("gamma", gamma, 0.0, 1.0)
         if self.gamma == 1:
             raise ValueError("gamma: expected a number below 1, got 1")
-        self.symmetric = bool(symmetric)
+        self.symmetric = check_switch("symmetric", symmetric)
 
     def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
         if statistics.request.activation == "sigmoid" and not self.symmetric:
