@@ -1,0 +1,101 @@
+// The runs of a class in a tile: consecutive voxels that share its region, and whether they are of
+// that class. See region_runs.h.
+#pragma once
+
+#include "region_runs.h"
+
+namespace {
+
+// Marks, a bit each, which of the first n labels are c.
+inline void mark_class(const int32_t* label, int n, int64_t c, uint64_t* marks) {
+  constexpr int L = lanes<float>;
+  const IVec<float> number = class_number<float>(c);
+  for (int v = 0; v < n; v += L) {
+    const IVec<float> same = label_lanes<float>(label + v) == number;
+    uint64_t found = 0;
+#if defined(__AVX512F__)
+    found = _mm512_movepi32_mask((__m512i)same);
+#elif defined(__AVX2__)
+    found = uint64_t(_mm256_movemask_ps((__m256)same));
+#elif defined(__SSE2__)
+    found = uint64_t(_mm_movemask_ps((__m128)same));
+#else
+    for (int i = 0; i < L; ++i) found |= uint64_t(same[i] != 0) << i;
+#endif
+    marks[v / 64] |= found << v % 64;
+  }
+  if (n % 64) marks[n / 64] &= (uint64_t(1) << n % 64) - 1;
+}
+
+class ClassRuns {
+ public:
+  int count = 0;
+  int of_class = 0;  // the number of voxels of the class
+
+  template <class T>
+  void find(Tile<T>& t, int64_t c) {
+    constexpr int kWords = kMaxTile / 64;
+    uint64_t marks[kWords] = {}, own[kWords] = {};
+    const Array& a = *t.job.regions;
+    const int item = item_size(a.dtype);
+    const bool direct = a.axes == 1 && a.stride[0] == item && item < 8 && t.n % 16 == 0;
+    const char* from = a.data + t.sample * a.batch_stride + c * a.channel_stride + t.voxel * item;
+    if (!direct) {
+      t.load_regions(c);
+      for (int v = t.n; v % 16; ++v) t.region[v] = t.region[t.n - 1];
+    }
+    // The hardware prefetcher does not follow rows that are read tile by tile.
+    for (int i = 0; direct && i < t.n * item; i += 64)
+      prefetch(from + kTilesAhead * t.step * item + i);
+    auto with_regions = [&](auto use) {
+      if (!direct) return use((const int32_t*)t.region, (t.n + 15) / 16 * 16);
+      if (a.dtype == DType::i32 || a.dtype == DType::u32) return use((const int32_t*)from, t.n);
+      if (a.dtype == DType::i8) return use((const int8_t*)from, t.n);
+      if (a.dtype == DType::u8) return use((const uint8_t*)from, t.n);
+      if (a.dtype == DType::i16) return use((const int16_t*)from, t.n);
+      return use((const uint16_t*)from, t.n);
+    };
+    with_regions([&](auto* p, int n) { mark_changes(p, n, marks); });
+    mark_class(t.y, t.n, c, own);
+    list(marks, own, t.n);
+    with_regions([&](auto* p, int) {
+      for (int i = 0; i < count; ++i) {
+        const uint32_t number = uint32_t(p[start_[i]]);  // that of −1 is above all others
+        row_[i] = number < t.job.rows ? int32_t(number) : -1;
+      }
+    });
+  }
+
+  // Calls f(row, is_class, first, count) for each run; a row of −1: it has no region.
+  template <class F>
+  FL_INLINE void each(const F& f) const {
+    for (int i = 0; i < count; ++i)
+      f(int64_t(row_[i]), int(is_class_[i]), int(start_[i]), start_[i + 1] - start_[i]);
+  }
+
+ private:
+  int32_t row_[kMaxTile];
+  int16_t start_[kMaxTile + 1];
+  uint8_t is_class_[kMaxTile];
+
+  // Lists where runs start: at marks, and where voxels of the class begin or end.
+  void list(const uint64_t* marks, const uint64_t* own, int n) {
+    count = of_class = 0;
+    uint64_t before = ~own[0] & 1;  // the first voxel starts a run
+    for (int v = 0; v < n; v += 64) {
+      const uint64_t here = own[v / 64];
+      uint64_t word = marks[v / 64] | (here ^ (here << 1 | before));
+      before = here >> 63;
+      of_class += __builtin_popcountll(here);
+      if (n - v < 64) word &= (uint64_t(1) << (n - v)) - 1;
+      for (; word; word &= word - 1) {
+        const int i = __builtin_ctzll(word);
+        start_[count] = int16_t(v + i);
+        is_class_[count++] = uint8_t(here >> i & 1);
+      }
+    }
+    start_[count] = int16_t(n);
+  }
+};
+
+}  // namespace
