@@ -1,12 +1,12 @@
-// The runs of a class in a tile: consecutive voxels that share its region, and whether they are of
-// that class. See region_runs.h.
+// The runs of a class in a tile: consecutive voxels that share its region, and whether it is their
+// label. See region_runs.h.
 #pragma once
 
 #include "region_runs.h"
 
 namespace {
 
-// Marks, a bit each, which of the first n labels are c.
+// Marks, a bit each, which of n labels are c. They may be read up to a multiple of 16 (64).
 inline void mark_class(const int32_t* label, int n, int64_t c, uint64_t* marks) {
   constexpr int L = lanes<float>;
   const IVec<float> number = class_number<float>(c);
@@ -24,7 +24,22 @@ inline void mark_class(const int32_t* label, int n, int64_t c, uint64_t* marks) 
 #endif
     marks[v / 64] |= found << v % 64;
   }
-  if (n % 64) marks[n / 64] &= (uint64_t(1) << n % 64) - 1;
+}
+// The same for labels stored as bytes, of which nothing beyond n is read.
+inline void mark_class(const uint8_t* label, int n, int64_t c, uint64_t* marks) {
+  int v = 0;
+#if defined(__AVX512F__)
+  const __m512i number = _mm512_set1_epi8(char(c));
+  for (; v + 64 <= n; v += 64)
+    marks[v / 64] = _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(label + v), number);
+#elif defined(__SSE2__)
+  const __m128i number = _mm_set1_epi8(char(c));
+  for (; v + 16 <= n; v += 16) {
+    const __m128i same = _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i*)(label + v)), number);
+    marks[v / 64] |= uint64_t(uint32_t(_mm_movemask_epi8(same))) << v % 64;
+  }
+#endif
+  for (; v < n; ++v) marks[v / 64] |= uint64_t(label[v] == c) << v % 64;
 }
 
 class ClassRuns {
@@ -56,12 +71,25 @@ class ClassRuns {
       return use((const uint16_t*)from, t.n);
     };
     with_regions([&](auto* p, int n) { mark_changes(p, n, marks); });
-    mark_class(t.y, t.n, c, own);
-    list(marks, own, t.n);
+    if (t.has_byte_labels()) mark_class(t.byte_labels(), t.n, c, own);
+    else mark_class(t.y, t.n, c, own);
+    if (t.n % 64) own[t.n / 64] &= (uint64_t(1) << t.n % 64) - 1;
+    uint64_t before = ~own[0] & 1;  // the first voxel starts a run
+    of_class = 0;
+    for (int v = 0; v < t.n; v += 64) {
+      const uint64_t here = own[v / 64];
+      marks[v / 64] |= here ^ (here << 1 | before);
+      before = here >> 63;
+      of_class += __builtin_popcountll(here);
+    }
+    if (t.n % 64) marks[t.n / 64] &= (uint64_t(1) << t.n % 64) - 1;
+    count = list_marks(marks, t.n, kMaxTile, start_);
     with_regions([&](auto* p, int) {
       for (int i = 0; i < count; ++i) {
-        const uint32_t number = uint32_t(p[start_[i]]);  // that of −1 is above all others
+        const int v = start_[i];
+        const uint32_t number = uint32_t(p[v]);  // that of −1 is above all others
         row_[i] = number < t.job.rows ? int32_t(number) : -1;
+        is_class_[i] = uint8_t(own[v / 64] >> v % 64 & 1);
       }
     });
   }
@@ -70,32 +98,13 @@ class ClassRuns {
   template <class F>
   FL_INLINE void each(const F& f) const {
     for (int i = 0; i < count; ++i)
-      f(int64_t(row_[i]), int(is_class_[i]), int(start_[i]), start_[i + 1] - start_[i]);
+      f(row_[i], int(is_class_[i]), start_[i], start_[i + 1] - start_[i]);
   }
 
  private:
+  int32_t start_[kMaxTile + 64 + 4];  // see `list_marks`
   int32_t row_[kMaxTile];
-  int16_t start_[kMaxTile + 1];
   uint8_t is_class_[kMaxTile];
-
-  // Lists where runs start: at marks, and where voxels of the class begin or end.
-  void list(const uint64_t* marks, const uint64_t* own, int n) {
-    count = of_class = 0;
-    uint64_t before = ~own[0] & 1;  // the first voxel starts a run
-    for (int v = 0; v < n; v += 64) {
-      const uint64_t here = own[v / 64];
-      uint64_t word = marks[v / 64] | (here ^ (here << 1 | before));
-      before = here >> 63;
-      of_class += __builtin_popcountll(here);
-      if (n - v < 64) word &= (uint64_t(1) << (n - v)) - 1;
-      for (; word; word &= word - 1) {
-        const int i = __builtin_ctzll(word);
-        start_[count] = int16_t(v + i);
-        is_class_[count++] = uint8_t(here >> i & 1);
-      }
-    }
-    start_[count] = int16_t(n);
-  }
 };
 
 }  // namespace

@@ -1,21 +1,25 @@
 // Softmax with a label map whose sums are kept per region, where every class has a map of regions:
 // the sums of Dice and of cross-entropy of both outcomes.
 //
-// The voxels of a run of class c share its region and whether c is their label. They add
-// p_c, and one loss: −log p_c, or −log q_c with q = 1 − p. With e_c = e^(x_c−largest) and
-// rest_c = Σ_{j≠c} e_j, which is exact for the largest class as `exponentials` leaves that out,
-//   p_c = e_c / Σe,  q_c = rest_c / Σe,  −log p_c = gap_c + log Σe,  −log q_c = log(1 + e_c/rest_c).
+// The voxels of a run of class c share its region, and whether c is their label. They add p_c, and
+// one loss: −log p_c or, of another label, −log q_c with q = 1 − p. With e_c = e^(x_c−s) and
+// rest_c = Σ_{j≠c} e_j, p_c = e_c / Σe, q_c = rest_c / Σe, −log p_c = log(1 + rest_c/e_c) and
+// −log q_c = log(1 + e_c/rest_c).
 //
 // In the gradient a_c is the derivative by p_c, and b_c that by the loss. That by log p_c is
 //   t_c = a_c p_c − b_c for the label,  a_c p_c + b_c e_c/rest_c for other classes,
-// and ∂L/∂x_c = t_c − p_c Σ_j t_j. At most one class d has p > ½; its rest is small and may be 0. If
-// it is not the label, its second part is left out of t. That adds b_d p_d to the gradient of d, and
-// −b_d p_c/rest_d e_d to that of c ≠ d, where e_c ≤ rest_d. As p_d = 1 cancels, with
-// T = Σ_{j≠d} t_j the gradient of d is t_d q_d − p_d T.
+// and as p_c may be near 1, ∂L/∂x_c = t_c − p_c Σ_j t_j = t_c q_c − p_c Σ_{j≠c} t_j.
+//
+// Of few classes and near logits (|x| ≤ 36) s is 0, and all sums without a class are formed as such:
+// nothing cancels or overflows. Otherwise s is the largest logit, and rest_c = Σe − e_c cancels for
+// it alone, which `exponentials` leaves out. At most one class d has p > ½; its rest may be 0. If it
+// is not the label, its second part is left out of t. That adds b_d p_d to the gradient of d, and
+// −b_d e_d p_c/rest_d to that of c ≠ d, where e_c ≤ rest_d.
 #pragma once
 
 #include "class_runs.h"
 #include "softmax.h"
+#include "softmax_few.h"
 
 namespace {
 
@@ -44,6 +48,110 @@ inline bool suits_class_regions(const Job& job) {
   return true;
 }
 
+// ------------------------------------------------------------------ few classes, near logits
+
+// Whether tiles of near logits are computed in registers.
+template <class T>
+bool few_with_regions(const Job& job) {
+  return sizeof(T) == 4 && job.classes <= 4;
+}
+
+// Calls run(S{}, count) for such a tile. Returns what it does: false if some logit is not near.
+template <class Run>
+bool with_few(Tile<float>& t, const Run& run) {
+  bool near = false;
+  with_source(t, [&](auto number) {
+    using std::integral_constant;
+    if (t.job.classes == 2) near = run(number, integral_constant<int, 2>{});
+    else if (t.job.classes == 3) near = run(number, integral_constant<int, 3>{});
+    else near = run(number, integral_constant<int, 4>{});
+  });
+  return near;
+}
+
+// others[c] = Σ_{j≠c} each[j]. Returns the sum of all.
+template <int C>
+FL_INLINE Vec<float> sums_of_others(const Vec<float> (&each)[C], Vec<float> (&others)[C]) {
+  if constexpr (C == 2) {
+    others[0] = each[1], others[1] = each[0];
+  } else if constexpr (C == 3) {
+    others[0] = each[1] + each[2], others[1] = each[0] + each[2], others[2] = each[0] + each[1];
+  } else {
+    const Vec<float> low = each[0] + each[1], high = each[2] + each[3];
+    others[0] = each[1] + high, others[1] = each[0] + high;
+    others[2] = low + each[3], others[3] = low + each[2];
+  }
+  return others[C - 1] + each[C - 1];
+}
+
+// 1/v, for v between 1e-37 and 1e37.
+FL_INLINE Vec<float> inverse_of(Vec<float> v) {
+#if defined(__AVX512F__)
+  // 14 bits, and a step of Newton's method: faster than a quotient.
+  const Vec<float> y = (Vec<float>)_mm512_rcp14_ps((__m512)v);
+  return y + y * (1.f - v * y);
+#else
+  return 1.f / v;
+#endif
+}
+
+// x becomes rows of p, and second of the loss. Returns false if some logit is not near.
+template <class S, int C>
+bool few_class_region_rows(Tile<float>& t, bool logs) {
+  using T = float;
+  FewClasses<S, C, false> classes(t, 0);
+  classes.each(t.padded,
+               [&](int64_t v, const Vec<T>(&e)[C], IVec<T> y) __attribute__((always_inline)) {
+                 Vec<T> rest[C];
+                 const Vec<T> inverse = inverse_of(sums_of_others<C>(e, rest));
+#pragma GCC unroll 4
+                 for (int c = 0; c < C; ++c) {
+                   const IVec<T> is_label = y == class_number<T>(c);
+                   const Vec<T> own = select<T>(is_label, e[c], rest[c]);
+                   const Vec<T> other = select<T>(is_label, rest[c], e[c]);
+                   store<T>(t.x + c * t.stride + v, e[c] * inverse);
+                   store<T>(t.second + c * t.stride + v, other * inverse_of(own));
+                 }
+               });
+  if (!classes.extent.within(kNear)) return false;
+  for (int c = 0; logs && c < C; ++c) {
+    T* loss = t.second + c * t.stride;
+    for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>)
+      store<T>(loss + v, log_one_plus<T>(load<T>(loss + v)));
+  }
+  return true;
+}
+
+// Writes the gradients without m to second, given rows of a and b. Returns false if some logit is
+// not near; the gradients of voxels whose logits are are right then as well, bit by bit.
+template <class S, int C>
+bool few_class_region_gradients(Tile<float>& t, const float* a, const float* b) {
+  using T = float;
+  FewClasses<S, C, false> classes(t, 0);
+  classes.each(t.padded,
+               [&](int64_t v, const Vec<T>(&e)[C], IVec<T> y) __attribute__((always_inline)) {
+                 Vec<T> rest[C], turn[C], others[C];
+                 const Vec<T> inverse = inverse_of(sums_of_others<C>(e, rest));
+#pragma GCC unroll 4
+                 for (int c = 0; c < C; ++c) {
+                   const Vec<T> by_loss = load<T>(b + c * t.stride + v);
+                   const Vec<T> of_other = by_loss * (e[c] * inverse_of(rest[c]));
+                   const IVec<T> is_label = y == class_number<T>(c);
+                   const Vec<T> loss = once(select<T>(is_label, -by_loss, of_other));
+                   turn[c] = once(load<T>(a + c * t.stride + v) * once(e[c] * inverse) + loss);
+                 }
+                 sums_of_others<C>(turn, others);
+#pragma GCC unroll 4
+                 for (int c = 0; c < C; ++c) {
+                   const Vec<T> p = once(e[c] * inverse), q = once(rest[c] * inverse);
+                   store<T>(t.second + c * t.stride + v, turn[c] * q - once(p * others[c]));
+                 }
+               });
+  return classes.extent.within(kNear);
+}
+
+// ------------------------------------------------------------------ any classes and logits
+
 // x becomes e^(x−largest), second largest − x, with rows of Σe − 1 and 1/Σe.
 template <class T>
 void class_exponentials(Tile<T>& t) {
@@ -51,126 +159,54 @@ void class_exponentials(Tile<T>& t) {
   exponentials<true>(t, [](int64_t, int64_t, auto) {});
 }
 
-// e/rest of a class that is not above ½, and others at most: Σe − e is at least the largest's 1.
+// e/rest, for a class that is not above ½.
 template <class T>
 FL_INLINE Vec<T> odds(Vec<T> e, Vec<T> gap, Vec<T> rest) {
   return e / select<T>(gap == T(0), rest, (rest + T(1)) - e);
 }
 
-// x becomes m p_c and second m times the loss, of voxels whose label is c or not. `kSome`: there are
-// both.
-template <bool kSome, bool kLabel, bool kOnes, class T>
-void class_rows(Tile<T>& t, int64_t c, bool logs, bool log_rests) {
-  const T *m = t.row(kWeight), *inverse = t.row(kInverse), *rest = t.row(kRest);
+// Of class c, x becomes p, and second the loss.
+template <class T>
+void class_region_row(Tile<T>& t, int64_t c) {
+  const T *inverse = t.row(kInverse), *rest = t.row(kRest);
   const T *log_sum = t.row(kLargest), *most = t.row(kA);
   const IVec<T> number = class_number<T>(c);
   const auto* label = t.labels();
   T *x = t.x + c * t.stride, *second = t.second + c * t.stride;
   for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
-    const Vec<T> e = load<T>(x + v), gap = load<T>(second + v);
-    Vec<T> p = e * load<T>(inverse + v), own{}, other{};
-    if ((kSome || kLabel) && logs) own = gap + load<T>(log_sum + v);
-    if ((kSome || !kLabel) && log_rests) {
-      const Vec<T> r = load<T>(rest + v);
-      other = log_one_plus<T>(odds<T>(e, gap, r));
-      other = select<T>((gap == T(0)) & (r < T(1)), load<T>(most + v), other);
-    }
-    Vec<T> loss = kLabel ? own : other;
-    if (kSome) loss = select<T>(label_lanes<T>(label + v) == number, own, other);
-    if (!kOnes) {
-      const Vec<T> w = load<T>(m + v);
-      p *= w;
-      loss = product<T>(w, loss);
-    }
-    store<T>(x + v, p);
-    store<T>(second + v, loss);
+    const Vec<T> e = load<T>(x + v), gap = load<T>(second + v), r = load<T>(rest + v);
+    Vec<T> other = log_one_plus<T>(odds<T>(e, gap, r));
+    other = select<T>((gap == T(0)) & (r < T(1)), load<T>(most + v), other);
+    const IVec<T> is_label = label_lanes<T>(label + v) == number;
+    store<T>(x + v, e * load<T>(inverse + v));
+    store<T>(second + v, select<T>(is_label, gap + load<T>(log_sum + v), other));
   }
 }
 
-// Adds a tile to the sums of its block.
+// x becomes rows of p, and second of the loss.
 template <class T>
-void reduce_class_tile(Tile<T>& t, ClassRuns& runs, double* sums, double* weights) {
-  const auto& s = t.job.slots;
-  const int64_t classes = t.job.classes, per_row = (s.count + 1) * classes;
-  const bool logs = s.cross_entropy >= 0, log_rests = s.cross_entropy_rest >= 0, ones = t.ones;
-  auto slot = [&](int which) { return (which >= 0 ? which : s.count) * classes; };
-  const int64_t reference = slot(s.reference), overlap = slot(s.overlap);
-  const int64_t predicted = slot(s.predicted), voxels = slot(voxels_slot(t.job));
-  const int64_t loss_of[2] = {slot(s.cross_entropy_rest), slot(s.cross_entropy)};
+void class_region_rows(Tile<T>& t) {
   class_exponentials(t);
-  const T *m = t.row(kWeight), *rest = t.row(kRest);
+  const T* rest = t.row(kRest);
   T *log_sum = t.row(kLargest), *most = t.row(kA);
   for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
     const Vec<T> r = load<T>(rest + v), l = log_one_plus<T>(r);
     store<T>(log_sum + v, l);
-    if (log_rests) store<T>(most + v, l - logarithm<T>(r));  // −log q of a class above ½
+    store<T>(most + v, l - logarithm<T>(r));  // −log q of a class above ½
   }
-  for (int64_t c = 0; c < classes; ++c) {
-    runs.find(t, c);
-    auto rows = [&](auto some, auto label) {
-      constexpr bool kSome = decltype(some)::value, kLabel = decltype(label)::value;
-      if (ones) class_rows<kSome, kLabel, true>(t, c, logs, log_rests);
-      else class_rows<kSome, kLabel, false>(t, c, logs, log_rests);
-    };
-    using No = std::false_type;
-    using Yes = std::true_type;
-    if (runs.of_class == 0) rows(No{}, No{});
-    else if (runs.of_class == t.n) rows(No{}, Yes{});
-    else rows(Yes{}, No{});
-    const T *p = t.x + c * t.stride, *loss = t.second + c * t.stride;
-    runs.each([&](int64_t row, int is_class, int first, int count) {
-      if (row < 0) return;
-      double* to = sums + row * per_row + c;
-      auto all = [&](const T* r) {
-        return sum_run<T>(first, count,
-                          [&](int v) __attribute__((always_inline)) { return load<T>(r + v); });
-      };
-      const double weight = ones ? double(count) : all(m), probability = all(p);
-      if (c == 0) weights[row] += weight;
-      to[voxels] += weight;
-      to[predicted] += probability;
-      to[loss_of[is_class]] += all(loss);
-      if (!is_class) return;
-      to[reference] += weight;
-      to[overlap] += probability;
-    });
-  }
+  for (int64_t c = 0; c < t.job.classes; ++c) class_region_row(t, c);
 }
 
-// Rows of a and b of class c, the derivatives by p and by the loss.
+// Writes the gradients without m to second, given rows of a, which are overwritten, and b.
 template <class T>
-void fill_class_slopes(const Tile<T>& t, int64_t c, const ClassRuns& runs, T* a, T* b) {
+void class_region_gradients(Tile<T>& t, T* a, const T* b) {
   constexpr int L = lanes<T>;
-  const auto& s = t.job.slots;
-  runs.each([&](int64_t row, int is_class, int first, int count) {
-    auto k = [&](int slot) {
-      return row >= 0 && slot >= 0 ? T(t.job.coefficients_of(slot, t.sample, row)[c]) : T(0);
-    };
-    const T by_p = k(s.predicted) + (is_class ? k(s.overlap) : T(0));
-    const T by_loss = k(is_class ? s.cross_entropy : s.cross_entropy_rest);
-    // Vectors run over into the next run, which is filled after.
-    for (int v = first; v < first + count; v += L) {
-      store<T>(a + v, splat<T>(by_p));
-      store<T>(b + v, splat<T>(by_loss));
-    }
-  });
-}
-
-// Writes the gradient of a tile; `spare` is another one, whose buffers are free.
-template <class T>
-void apply_class_tile(Tile<T>& t, ClassRuns& runs, Tile<T>& spare) {
-  constexpr int L = lanes<T>;
-  const int64_t classes = t.job.classes, stride = t.stride;
   class_exponentials(t);
-  T *a = spare.x, *b = spare.second;
-  for (int64_t c = 0; c < classes; ++c) {
-    runs.find(t, c);
-    fill_class_slopes(t, c, runs, a + c * stride, b + c * stride);
-  }
-  const T *m = t.row(kWeight), *inverse = t.row(kInverse), *rest = t.row(kRest);
+  const int64_t classes = t.job.classes, stride = t.stride;
+  const T *inverse = t.row(kInverse), *rest = t.row(kRest);
   const auto* label = t.labels();
   for (int64_t v = 0, end = t.padded; v < end; v += L) {
-    const Vec<T> i = load<T>(inverse + v), r = load<T>(rest + v), w = load<T>(m + v);
+    const Vec<T> i = load<T>(inverse + v), r = load<T>(rest + v);
     const IVec<T> y = label_lanes<T>(label + v);
     // Of the class above ½: t, and b if it is not the label.
     Vec<T> others{}, of_most{}, loss_of_most{};
@@ -193,39 +229,256 @@ void apply_class_tile(Tile<T>& t, ClassRuns& runs, Tile<T>& spare) {
       const Vec<T> p = load<T>(t.x + at), turn = load<T>(a + at);
       const Vec<T> above = turn * q - p * (others - loss_of_most);
       const Vec<T> below = turn - p * all - drop<T>(p == T(0), p * ratio) * loss_of_most;
-      store<T>(t.second + at, w * select<T>(p > T(0.5), above, below));
+      store<T>(t.second + at, select<T>(p > T(0.5), above, below));
     }
   }
-  write_rows(t, t.x, a, [&](const auto& row, const auto& put) {
-    for (int64_t c = 0; c < classes; ++c) {
-      const T* from = t.second + c * stride;
-      auto to = row(c);
-      for (int64_t v = 0, end = t.padded; v < end; v += L) put(to + v, load<T>(from + v));
-    }
+}
+
+// ------------------------------------------------------------------ sums
+
+// Where the sums of a block's rows are, (rows, S + 1, C) and (rows,): of the voxels and the losses
+// of those that are not of a class and of those that are.
+struct ClassRegionSums {
+  double *sums, *weights;
+  int64_t row, classes;
+  int64_t reference, overlap, predicted, voxels, loss[2];
+
+  ClassRegionSums(const Job& job, const Blocks& blocks) : classes(job.classes) {
+    const auto& s = job.slots;
+    auto slot = [&](int which) { return (which >= 0 ? which : s.count) * job.classes; };
+    row = (s.count + 1) * job.classes;
+    reference = slot(s.reference), overlap = slot(s.overlap), predicted = slot(s.predicted);
+    voxels = slot(voxels_slot(job));
+    loss[0] = slot(s.cross_entropy_rest), loss[1] = slot(s.cross_entropy);
+    move(job, blocks, 0);
+  }
+  void move(const Job& job, const Blocks& blocks, int64_t block) {
+    sums = blocks.sums + block * job.rows * row;
+    weights = blocks.weights + block * job.rows;
+  }
+  void add(int64_t region, int64_t c, int is_class, double weight, double p, double lost) const {
+    double* to = sums + region * row + c;
+    if (c == 0) weights[region] += weight;
+    to[voxels] += weight;
+    to[predicted] += p;
+    to[loss[is_class]] += lost;
+    if (!is_class) return;
+    to[reference] += weight;
+    to[overlap] += p;
+  }
+};
+
+// The sums over runs, of float: of p, of the loss and, where there are weights, of these.
+struct PassClassSums {
+  const ClassRegionSums& to;
+  bool weighs;
+
+  void operator()(int row, int key, double voxels, const double* sums) const {
+    to.add(row, key / 2, key % 2, weighs ? sums[2] : voxels, sums[0], sums[1]);
+  }
+};
+
+// Adds the rows of class c of a tile by its runs.
+inline void add_class_runs(const Tile<float>& t, int64_t c, const ClassRuns& runs,
+                           RunSums<3>& sums, const PassClassSums& pass) {
+  const float* const rows[3] = {t.x + c * t.stride, t.second + c * t.stride,
+                                t.rows + kWeight * kMaxTile};
+  with_constant(pass.weighs, [&](auto weighs) {
+    constexpr int R = decltype(weighs)::value ? 3 : 2;
+    const float* const some[R] = {rows[0], rows[1]};
+    runs.each([&](int row, int is_class, int first, int count) {
+      if (row < 0) return;
+      Vec<float> each[R];
+      if constexpr (R == 3) sum_rows<3>(rows, first, count, each);
+      else sum_rows<2>(some, first, count, each);
+      sums.add(row, int(2 * c) + is_class, count, each, pass);
+    });
+  });
+}
+inline void add_class_runs(const Tile<double>& t, int64_t c, const ClassRuns& runs, RunSums<3>&,
+                           const PassClassSums& pass) {
+  runs.each([&](int row, int is_class, int first, int count) {
+    if (row < 0) return;
+    auto all = [&](const double* r) {
+      return sum_run<double>(first, count, [&](int v) { return load<double>(r + v); });
+    };
+    pass.to.add(row, c, is_class, all(t.rows + kWeight * kMaxTile), all(t.x + c * t.stride),
+                all(t.second + c * t.stride));
   });
 }
 
 template <class T>
 void reduce_class_regions(const Job& job, int64_t sample, const Blocks& blocks, void* scratch) {
-  Tile<T> tile(job, sample, scratch);
+  constexpr int L = lanes<T>;
+  const bool few = few_with_regions<T>(job), logs = job.slots.cross_entropy >= 0 ||
+                                                    job.slots.cross_entropy_rest >= 0;
+  Tile<T> t(job, sample, scratch);
   ClassRuns runs;
-  for (int64_t v = blocks.first; v < blocks.last; v += tile.n) {
-    const int64_t block = blocks.of(v);
-    tile.move(v, blocks.tile(v, tile.step), &blocks.faults[block]);
-    reduce_class_tile(tile, runs, blocks.sums + block * job.rows * (job.slots.count + 1) * job.classes,
-                      blocks.weights + block * job.rows);
+  RunSums<3> sums;
+  ClassRegionSums to(job, blocks);
+  const PassClassSums pass{to, job.weighted || job.has_ignore};
+  int64_t block = 0;
+  for (int64_t v = blocks.first; v < blocks.last; v += t.n) {
+    if (blocks.of(v) != block) {
+      sums.finish(pass);
+      block = blocks.of(v);
+      to.move(job, blocks, block);
+    }
+    t.move(v, blocks.tile(v, t.step), &blocks.faults[block]);
+    bool done = false;
+    if constexpr (sizeof(T) == 4)
+      if (few) {
+        t.direct = t.contiguous();
+        if (!t.direct) t.load_logits();
+        done = with_few(t, [&](auto number, auto count) {
+          return few_class_region_rows<decltype(number), decltype(count)::value>(t, logs);
+        });
+      }
+    if (!done) class_region_rows(t);
+    const T* m = t.row(kWeight);
+    for (int64_t c = 0; c < job.classes; ++c) {
+      T *p = t.x + c * t.stride, *loss = t.second + c * t.stride;
+      for (int64_t i = 0, end = t.ones ? 0 : t.padded; i < end; i += L) {
+        store<T>(p + i, load<T>(m + i) * load<T>(p + i));
+        store<T>(loss + i, product<T>(load<T>(m + i), load<T>(loss + i)));
+      }
+      runs.find(t, c);
+      add_class_runs(t, c, runs, sums, pass);
+    }
+  }
+  sums.finish(pass);
+}
+
+// ------------------------------------------------------------------ gradients
+
+// The derivatives a and b by the sums of every region and class, for voxels that are not of the
+// class and for those that are. They are looked up, unless there are too many.
+template <class T>
+class ClassSlopes {
+ public:
+  struct Two {
+    T a, b;
+  };
+
+  ClassSlopes(const Job& job, int64_t sample) : job_(job), sample_(sample) {
+    if (job.rows * job.classes > kMost) return;
+    known_ = true;
+    for (int64_t row = 0; row < job.rows; ++row)
+      for (int64_t c = 0; c < job.classes; ++c)
+        for (int is_class = 0; is_class < 2; ++is_class)
+          each_[row * job.classes + c][is_class] = find(row, c, is_class);
+  }
+  Two of(int64_t row, int64_t c, int is_class) const {
+    if (row < 0) return {T(0), T(0)};
+    return known_ ? each_[row * job_.classes + c][is_class] : find(row, c, is_class);
+  }
+
+ private:
+  static constexpr int kMost = 512;
+  const Job& job_;
+  const int64_t sample_;
+  bool known_ = false;
+  Two each_[kMost][2];
+
+  Two find(int64_t row, int64_t c, int is_class) const {
+    const auto& s = job_.slots;
+    auto number = [&](int slot) {
+      const T k = slot >= 0 ? T(job_.coefficients_of(slot, sample_, row)[c]) : T(0);
+      return k == k ? k : T(NAN);  // the caller's NaN may have any bits
+    };
+    if (!is_class) return {number(s.predicted), number(s.cross_entropy_rest)};
+    return {number(s.predicted) + number(s.overlap), number(s.cross_entropy)};
+  }
+};
+
+// Fills rows of a and b of all classes, in `spare.x` and `spare.second`.
+template <class T>
+void fill_class_slopes(Tile<T>& t, ClassRuns& runs, const ClassSlopes<T>& slopes, Tile<T>& spare) {
+  constexpr int L = lanes<T>;
+  for (int64_t c = 0; c < t.job.classes; ++c) {
+    runs.find(t, c);
+    T *a = spare.x + c * t.stride, *b = spare.second + c * t.stride;
+    runs.each([&](int row, int is_class, int first, int count) {
+      const auto two = slopes.of(row, c, is_class);
+      // Vectors run over into the next run, which is filled after.
+      for (int v = first; v < first + count; v += L) {
+        store<T>(a + v, splat<T>(two.a));
+        store<T>(b + v, splat<T>(two.b));
+      }
+    });
+  }
+}
+
+// Writes the gradients without m of a tile of few classes to second.
+inline void few_class_gradients(Tile<float>& t, Tile<float>& spare) {
+  using T = float;
+  constexpr int L = lanes<T>, kFew = 4;
+  t.direct = t.contiguous();
+  if (!t.direct) t.load_logits();
+  const bool near = with_few(t, [&](auto number, auto count) {
+    return few_class_region_gradients<decltype(number), decltype(count)::value>(t, spare.x,
+                                                                                spare.second);
+  });
+  if (near) return;
+  // The bits of a voxel do not depend on its neighbours, as the address of the gradient decides
+  // which these are.
+  const int64_t classes = t.job.classes;
+  T* kept[kFew] = {t.row(kB), t.row(kC), t.row(kD), t.row(kE)};
+  T* far = t.row(kF);
+  t.load_logits();
+  std::memset(far, 0, sizeof(T) * kMaxTile);
+  for (int64_t c = 0; c < classes; ++c) {
+    std::memcpy(kept[c], t.second + c * t.stride, sizeof(T) * size_t(t.padded));
+    for (int64_t v = 0, end = t.padded; v < end; v += L) {
+      const IVec<T> is_near = absolute<T>(load<T>(t.x + c * t.stride + v)) <= T(kNear);
+      store<T>(far + v, from_bits<T>(bits<T>(load<T>(far + v)) | ~is_near));
+    }
+  }
+  class_region_gradients(t, spare.x, spare.second);
+  for (int64_t c = 0; c < classes; ++c) {
+    T* gradient = t.second + c * t.stride;
+    for (int64_t v = 0, end = t.padded; v < end; v += L) {
+      const IVec<T> is_far = bits<T>(load<T>(far + v));
+      store<T>(gradient + v,
+               select<T>(is_far != 0, load<T>(gradient + v), load<T>(kept[c] + v)));
+    }
   }
 }
 
 template <class T>
 void apply_class_regions(const Job& job, int64_t sample, int64_t first, int64_t last,
                          void* scratch) {
-  Tile<T> tile(job, sample, scratch), spare(job, sample, (char*)scratch + Tile<T>::bytes(job));
+  constexpr int L = lanes<T>;
+  const bool few = few_with_regions<T>(job);
+  Tile<T> t(job, sample, scratch), spare(job, sample, (char*)scratch + Tile<T>::bytes(job));
   ClassRuns runs;
+  const ClassSlopes<T> slopes(job, sample);
   const int64_t lead = fastloss::voxels_to_line(job, sample);
-  for (int64_t v = first; v < last; v += tile.n) {
-    tile.move(v, tile_from(v, last, lead, tile.step), nullptr);
-    apply_class_tile(tile, runs, spare);
+  for (int64_t v = first; v < last; v += t.n) {
+    t.move(v, tile_from(v, last, lead, t.step), nullptr);
+    fill_class_slopes(t, runs, slopes, spare);
+    if constexpr (sizeof(T) == 4) {
+      if (few) few_class_gradients(t, spare);
+      else class_region_gradients(t, spare.x, spare.second);
+    } else {
+      class_region_gradients(t, spare.x, spare.second);
+    }
+    const T* m = t.row(kWeight);
+    for (int64_t c = 0; c < job.classes && !t.ones; ++c) {
+      T* gradient = t.second + c * t.stride;
+      for (int64_t i = 0, end = t.padded; i < end; i += L)
+        store<T>(gradient + i, load<T>(m + i) * load<T>(gradient + i));
+    }
+    write_rows(t, t.x, spare.x, [&](const auto& row, const auto& put) {
+      for (int64_t c = 0; c < job.classes; ++c) {
+        const T* gradient = t.second + c * t.stride;
+        auto to = row(c);
+        int64_t i = 0, end = t.padded;
+        for (; i + 2 * L <= end; i += 2 * L)
+          put.two(to + i, load<T>(gradient + i), load<T>(gradient + i + L));
+        for (; i < end; i += L) put(to + i, load<T>(gradient + i));
+      }
+    });
   }
 }
 
