@@ -86,7 +86,7 @@ class ClassRuns {
     count = list_marks(marks, t.n, kMaxTile, start_);
     with_regions([&](auto* p, int) {
       for (int i = 0; i < count; ++i) {
-        const int v = start_[i];
+        const unsigned v = unsigned(start_[i]);
         const uint32_t number = uint32_t(p[v]);  // that of −1 is above all others
         row_[i] = number < t.job.rows ? int32_t(number) : -1;
         is_class_[i] = uint8_t(own[v / 64] >> v % 64 & 1);

@@ -122,10 +122,42 @@ bool few_class_region_rows(Tile<float>& t, bool logs) {
   return true;
 }
 
-// Writes the gradients without m to second, given rows of a and b. Returns false if some logit is
-// not near; the gradients of voxels whose logits are are right then as well, bit by bit.
-template <class S, int C>
-bool few_class_region_gradients(Tile<float>& t, const float* a, const float* b) {
+// a and b of class c, in rows of all voxels.
+struct ClassRowSlopes {
+  const float *a, *b;
+  int64_t stride;
+
+  FL_INLINE Pair<float> at(int c, int64_t v, IVec<float>) const {
+    return {load<float>(a + c * stride + v), load<float>(b + c * stride + v)};
+  }
+};
+
+#if defined(__AVX2__)
+// The numbers of a table of a class: a and b of voxels that are not of the class, and of those that
+// are.
+constexpr int kClassNumbers = 4;
+using ClassTables = RegionNumbers<kClassNumbers * 4>;
+
+// The same looked up by the region of every voxel.
+template <int kVectors>
+struct ClassTableSlopes {
+  const ClassTables& tables;
+  const uint8_t* const* region;
+
+  FL_INLINE Pair<float> at(int c, int64_t v, IVec<float> is_label) const {
+    const IVec<float> row = label_lanes<float>(region[c] + v);
+    auto of = [&](int i) {
+      return look_up<kVectors>(tables.number[kClassNumbers * c + i], row);
+    };
+    return {select<float>(is_label, of(2), of(0)), select<float>(is_label, of(3), of(1))};
+  }
+};
+#endif
+
+// Writes the gradients without m to second. Returns false if some logit is not near; the gradients
+// of voxels whose logits are near are right then as well, bit by bit.
+template <class S, int C, class Slopes>
+bool few_class_region_gradients(Tile<float>& t, const Slopes& slopes) {
   using T = float;
   FewClasses<S, C, false> classes(t, 0);
   classes.each(t.padded,
@@ -134,11 +166,11 @@ bool few_class_region_gradients(Tile<float>& t, const float* a, const float* b) 
                  const Vec<T> inverse = inverse_of(sums_of_others<C>(e, rest));
 #pragma GCC unroll 4
                  for (int c = 0; c < C; ++c) {
-                   const Vec<T> by_loss = load<T>(b + c * t.stride + v);
-                   const Vec<T> of_other = by_loss * (e[c] * inverse_of(rest[c]));
                    const IVec<T> is_label = y == class_number<T>(c);
-                   const Vec<T> loss = once(select<T>(is_label, -by_loss, of_other));
-                   turn[c] = once(load<T>(a + c * t.stride + v) * once(e[c] * inverse) + loss);
+                   const Pair<T> by = slopes.at(c, v, is_label);  // a and b
+                   const Vec<T> of_other = by.second * (e[c] * inverse_of(rest[c]));
+                   const Vec<T> loss = once(select<T>(is_label, -by.second, of_other));
+                   turn[c] = once(by.first * once(e[c] * inverse) + loss);
                  }
                  sums_of_others<C>(turn, others);
 #pragma GCC unroll 4
@@ -351,44 +383,47 @@ void reduce_class_regions(const Job& job, int64_t sample, const Blocks& blocks, 
 
 // ------------------------------------------------------------------ gradients
 
-// The derivatives a and b by the sums of every region and class, for voxels that are not of the
-// class and for those that are. They are looked up, unless there are too many.
+// The derivatives a and b by the sums of a region and class, for voxels that are not of the class
+// and for those that are.
+template <class T>
+struct TwoSlopes {
+  T a, b;
+
+  TwoSlopes() : a(0), b(0) {}
+  TwoSlopes(const Job& job, int64_t sample, int64_t row, int64_t c, int is_class) {
+    const auto& s = job.slots;
+    auto number = [&](int slot) {
+      const T k = slot >= 0 ? T(job.coefficients_of(slot, sample, row)[c]) : T(0);
+      return k == k ? k : T(NAN);  // the caller's NaN may have any bits
+    };
+    a = number(s.predicted) + (is_class ? number(s.overlap) : T(0));
+    b = number(is_class ? s.cross_entropy : s.cross_entropy_rest);
+  }
+};
+
+// Those of all regions and classes, kept unless there are many.
 template <class T>
 class ClassSlopes {
  public:
-  struct Two {
-    T a, b;
-  };
-
   ClassSlopes(const Job& job, int64_t sample) : job_(job), sample_(sample) {
-    if (job.rows * job.classes > kMost) return;
-    known_ = true;
-    for (int64_t row = 0; row < job.rows; ++row)
+    known_ = job.rows * job.classes <= kMost;
+    for (int64_t row = 0; known_ && row < job.rows; ++row)
       for (int64_t c = 0; c < job.classes; ++c)
-        for (int is_class = 0; is_class < 2; ++is_class)
-          each_[row * job.classes + c][is_class] = find(row, c, is_class);
+        for (int own = 0; own < 2; ++own)
+          each_[row * job.classes + c][own] = TwoSlopes<T>(job, sample, row, c, own);
   }
-  Two of(int64_t row, int64_t c, int is_class) const {
-    if (row < 0) return {T(0), T(0)};
-    return known_ ? each_[row * job_.classes + c][is_class] : find(row, c, is_class);
+  TwoSlopes<T> of(int64_t row, int64_t c, int is_class) const {
+    if (row < 0) return {};
+    if (known_) return each_[row * job_.classes + c][is_class];
+    return {job_, sample_, row, c, is_class};
   }
 
  private:
   static constexpr int kMost = 512;
   const Job& job_;
   const int64_t sample_;
-  bool known_ = false;
-  Two each_[kMost][2];
-
-  Two find(int64_t row, int64_t c, int is_class) const {
-    const auto& s = job_.slots;
-    auto number = [&](int slot) {
-      const T k = slot >= 0 ? T(job_.coefficients_of(slot, sample_, row)[c]) : T(0);
-      return k == k ? k : T(NAN);  // the caller's NaN may have any bits
-    };
-    if (!is_class) return {number(s.predicted), number(s.cross_entropy_rest)};
-    return {number(s.predicted) + number(s.overlap), number(s.cross_entropy)};
-  }
+  bool known_;
+  TwoSlopes<T> each_[kMost][2];
 };
 
 // Fills rows of a and b of all classes, in `spare.x` and `spare.second`.
@@ -399,7 +434,7 @@ void fill_class_slopes(Tile<T>& t, ClassRuns& runs, const ClassSlopes<T>& slopes
     runs.find(t, c);
     T *a = spare.x + c * t.stride, *b = spare.second + c * t.stride;
     runs.each([&](int row, int is_class, int first, int count) {
-      const auto two = slopes.of(row, c, is_class);
+      const TwoSlopes<T> two = slopes.of(row, c, is_class);
       // Vectors run over into the next run, which is filled after.
       for (int v = first; v < first + count; v += L) {
         store<T>(a + v, splat<T>(two.a));
@@ -409,77 +444,147 @@ void fill_class_slopes(Tile<T>& t, ClassRuns& runs, const ClassSlopes<T>& slopes
   }
 }
 
-// Writes the gradients without m of a tile of few classes to second.
-inline void few_class_gradients(Tile<float>& t, Tile<float>& spare) {
-  using T = float;
-  constexpr int L = lanes<T>, kFew = 4;
-  t.direct = t.contiguous();
-  if (!t.direct) t.load_logits();
-  const bool near = with_few(t, [&](auto number, auto count) {
-    return few_class_region_gradients<decltype(number), decltype(count)::value>(t, spare.x,
-                                                                                spare.second);
-  });
-  if (near) return;
-  // The bits of a voxel do not depend on its neighbours, as the address of the gradient decides
-  // which these are.
-  const int64_t classes = t.job.classes;
-  T* kept[kFew] = {t.row(kB), t.row(kC), t.row(kD), t.row(kE)};
-  T* far = t.row(kF);
-  t.load_logits();
-  std::memset(far, 0, sizeof(T) * kMaxTile);
-  for (int64_t c = 0; c < classes; ++c) {
-    std::memcpy(kept[c], t.second + c * t.stride, sizeof(T) * size_t(t.padded));
-    for (int64_t v = 0, end = t.padded; v < end; v += L) {
-      const IVec<T> is_near = absolute<T>(load<T>(t.x + c * t.stride + v)) <= T(kNear);
-      store<T>(far + v, from_bits<T>(bits<T>(load<T>(far + v)) | ~is_near));
+// The gradients without m of tiles, in second.
+template <class T>
+class ClassGradients {
+ public:
+  ClassGradients(const Job& job, int64_t sample, Tile<T>& spare)
+      : spare_(spare), slopes_(job, sample) {}
+  void operator()(Tile<T>& t) {
+    fill_class_slopes(t, runs_, slopes_, spare_);
+    class_region_gradients(t, spare_.x, spare_.second);
+  }
+
+ protected:
+  Tile<T>& spare_;
+  ClassRuns runs_;
+  const ClassSlopes<T> slopes_;
+};
+
+// The same of few classes.
+class FewClassGradients : ClassGradients<float> {
+ public:
+  FewClassGradients(const Job& job, int64_t sample, Tile<float>& spare)
+      : ClassGradients<float>(job, sample, spare) {
+#if defined(__AVX2__)
+    tables_.fill(job, [&](int64_t row, float* numbers) {
+      for (int64_t c = 0; c < job.classes; ++c)
+        for (int own = 0; own < 2; ++own) {
+          const TwoSlopes<float> two(job, sample, row, c, own);
+          numbers[kClassNumbers * c + 2 * own] = two.a;
+          numbers[kClassNumbers * c + 2 * own + 1] = two.b;
+        }
+    });
+#endif
+  }
+
+  void operator()(Tile<float>& t) {
+    t.direct = t.contiguous();
+    if (!t.direct) t.load_logits();
+    const bool looked_up = has_tables(t);
+    if (!looked_up) fill_class_slopes(t, runs_, slopes_, spare_);
+    if (looked_up ? by_tables(t) : by_rows(t)) return;
+    if (looked_up) fill_class_slopes(t, runs_, slopes_, spare_);
+    far(t);
+  }
+
+ private:
+  static constexpr int kFew = 4;
+#if defined(__AVX2__)
+  ClassTables tables_;
+  uint8_t buffer_[kFew][kMaxTile];
+  const uint8_t* region_[kFew];
+
+  bool has_tables(Tile<float>& t) {
+    bool all = tables_.fits;
+    for (int64_t c = 0; all && c < t.job.classes; ++c)
+      all = (region_[c] = region_bytes(t, buffer_[c], c)) != nullptr;
+    return all;
+  }
+  bool by_tables(Tile<float>& t) {
+    if (tables_.small) return run(t, ClassTableSlopes<kTableVectors / 2>{tables_, region_});
+    return run(t, ClassTableSlopes<kTableVectors>{tables_, region_});
+  }
+#else
+  bool has_tables(Tile<float>&) { return false; }
+  bool by_tables(Tile<float>&) { return false; }
+#endif
+
+  bool by_rows(Tile<float>& t) {
+    return run(t, ClassRowSlopes{spare_.x, spare_.second, t.stride});
+  }
+  template <class Slopes>
+  bool run(Tile<float>& t, const Slopes& slopes) {
+    return with_few(t, [&](auto number, auto count) {
+      constexpr int C = decltype(count)::value;
+      return few_class_region_gradients<decltype(number), C>(t, slopes);
+    });
+  }
+
+  // Replaces the gradients of voxels with logits that are not near. The bits of others do not
+  // depend on these, as the address of the gradient decides which voxels a tile has.
+  void far(Tile<float>& t) {
+    using T = float;
+    constexpr int L = lanes<T>;
+    const int64_t classes = t.job.classes;
+    T* const kept[kFew] = {t.row(kB), t.row(kC), t.row(kD), t.row(kE)};
+    T* const is_far = t.row(kF);
+    for (int64_t c = 0; c < classes; ++c)
+      std::memcpy(kept[c], t.second + c * t.stride, sizeof(T) * size_t(t.padded));
+    t.load_logits();
+    std::memset(is_far, 0, sizeof(T) * kMaxTile);
+    for (int64_t c = 0; c < classes; ++c)
+      for (int64_t v = 0, end = t.padded; v < end; v += L) {
+        const IVec<T> near = absolute<T>(load<T>(t.x + c * t.stride + v)) <= T(kNear);
+        store<T>(is_far + v, from_bits<T>(bits<T>(load<T>(is_far + v)) | ~near));
+      }
+    class_region_gradients(t, spare_.x, spare_.second);
+    for (int64_t c = 0; c < classes; ++c) {
+      T* gradient = t.second + c * t.stride;
+      for (int64_t v = 0, end = t.padded; v < end; v += L)
+        store<T>(gradient + v, select<T>(bits<T>(load<T>(is_far + v)) != 0, load<T>(gradient + v),
+                                         load<T>(kept[c] + v)));
     }
   }
-  class_region_gradients(t, spare.x, spare.second);
-  for (int64_t c = 0; c < classes; ++c) {
+};
+
+// Multiplies the gradients of a tile by m, and stores them to the output.
+template <class T>
+void write_class_gradients(Tile<T>& t, Tile<T>& spare) {
+  constexpr int L = lanes<T>;
+  const T* m = t.row(kWeight);
+  for (int64_t c = 0; c < t.job.classes && !t.ones; ++c) {
     T* gradient = t.second + c * t.stride;
-    for (int64_t v = 0, end = t.padded; v < end; v += L) {
-      const IVec<T> is_far = bits<T>(load<T>(far + v));
-      store<T>(gradient + v,
-               select<T>(is_far != 0, load<T>(gradient + v), load<T>(kept[c] + v)));
-    }
+    for (int64_t v = 0, end = t.padded; v < end; v += L)
+      store<T>(gradient + v, load<T>(m + v) * load<T>(gradient + v));
   }
+  write_rows(t, t.x, spare.x, [&](const auto& row, const auto& put) {
+    for (int64_t c = 0; c < t.job.classes; ++c) {
+      const T* gradient = t.second + c * t.stride;
+      auto to = row(c);
+      int64_t v = 0, end = t.padded;
+      for (; v + 2 * L <= end; v += 2 * L)
+        put.two(to + v, load<T>(gradient + v), load<T>(gradient + v + L));
+      for (; v < end; v += L) put(to + v, load<T>(gradient + v));
+    }
+  });
 }
 
 template <class T>
 void apply_class_regions(const Job& job, int64_t sample, int64_t first, int64_t last,
                          void* scratch) {
-  constexpr int L = lanes<T>;
-  const bool few = few_with_regions<T>(job);
   Tile<T> t(job, sample, scratch), spare(job, sample, (char*)scratch + Tile<T>::bytes(job));
-  ClassRuns runs;
-  const ClassSlopes<T> slopes(job, sample);
   const int64_t lead = fastloss::voxels_to_line(job, sample);
-  for (int64_t v = first; v < last; v += t.n) {
-    t.move(v, tile_from(v, last, lead, t.step), nullptr);
-    fill_class_slopes(t, runs, slopes, spare);
-    if constexpr (sizeof(T) == 4) {
-      if (few) few_class_gradients(t, spare);
-      else class_region_gradients(t, spare.x, spare.second);
-    } else {
-      class_region_gradients(t, spare.x, spare.second);
+  auto over_tiles = [&](auto&& gradients) {
+    for (int64_t v = first; v < last; v += t.n) {
+      t.move(v, tile_from(v, last, lead, t.step), nullptr);
+      gradients(t);
+      write_class_gradients(t, spare);
     }
-    const T* m = t.row(kWeight);
-    for (int64_t c = 0; c < job.classes && !t.ones; ++c) {
-      T* gradient = t.second + c * t.stride;
-      for (int64_t i = 0, end = t.padded; i < end; i += L)
-        store<T>(gradient + i, load<T>(m + i) * load<T>(gradient + i));
-    }
-    write_rows(t, t.x, spare.x, [&](const auto& row, const auto& put) {
-      for (int64_t c = 0; c < job.classes; ++c) {
-        const T* gradient = t.second + c * t.stride;
-        auto to = row(c);
-        int64_t i = 0, end = t.padded;
-        for (; i + 2 * L <= end; i += 2 * L)
-          put.two(to + i, load<T>(gradient + i), load<T>(gradient + i + L));
-        for (; i < end; i += L) put(to + i, load<T>(gradient + i));
-      }
-    });
-  }
+  };
+  if constexpr (sizeof(T) == 4)
+    if (few_with_regions<T>(job)) return over_tiles(FewClassGradients(job, sample, spare));
+  over_tiles(ClassGradients<T>(job, sample, spare));
 }
 
 }  // namespace
