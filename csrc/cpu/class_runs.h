@@ -6,7 +6,7 @@
 
 namespace {
 
-// Marks, a bit each, which of n labels are c. They may be read up to a multiple of 16 (64).
+// Marks, a bit each, which of n labels are c. Some beyond may be read and marked.
 inline void mark_class(const int32_t* label, int n, int64_t c, uint64_t* marks) {
   constexpr int L = lanes<float>;
   const IVec<float> number = class_number<float>(c);
@@ -45,53 +45,24 @@ inline void mark_class(const uint8_t* label, int n, int64_t c, uint64_t* marks) 
 class ClassRuns {
  public:
   int count = 0;
-  int of_class = 0;  // the number of voxels of the class
 
   template <class T>
   void find(Tile<T>& t, int64_t c) {
-    constexpr int kWords = kMaxTile / 64;
-    uint64_t marks[kWords] = {}, own[kWords] = {};
     const Array& a = *t.job.regions;
     const int item = item_size(a.dtype);
-    const bool direct = a.axes == 1 && a.stride[0] == item && item < 8 && t.n % 16 == 0;
     const char* from = a.data + t.sample * a.batch_stride + c * a.channel_stride + t.voxel * item;
-    if (!direct) {
+    if (a.axes != 1 || a.stride[0] != item || item == 8 || t.n % 16) {
       t.load_regions(c);
       for (int v = t.n; v % 16; ++v) t.region[v] = t.region[t.n - 1];
+      return find_in(t, c, t.region);
     }
     // The hardware prefetcher does not follow rows that are read tile by tile.
-    for (int i = 0; direct && i < t.n * item; i += 64)
-      prefetch(from + kTilesAhead * t.step * item + i);
-    auto with_regions = [&](auto use) {
-      if (!direct) return use((const int32_t*)t.region, (t.n + 15) / 16 * 16);
-      if (a.dtype == DType::i32 || a.dtype == DType::u32) return use((const int32_t*)from, t.n);
-      if (a.dtype == DType::i8) return use((const int8_t*)from, t.n);
-      if (a.dtype == DType::u8) return use((const uint8_t*)from, t.n);
-      if (a.dtype == DType::i16) return use((const int16_t*)from, t.n);
-      return use((const uint16_t*)from, t.n);
-    };
-    with_regions([&](auto* p, int n) { mark_changes(p, n, marks); });
-    if (t.has_byte_labels()) mark_class(t.byte_labels(), t.n, c, own);
-    else mark_class(t.y, t.n, c, own);
-    if (t.n % 64) own[t.n / 64] &= (uint64_t(1) << t.n % 64) - 1;
-    uint64_t before = ~own[0] & 1;  // the first voxel starts a run
-    of_class = 0;
-    for (int v = 0; v < t.n; v += 64) {
-      const uint64_t here = own[v / 64];
-      marks[v / 64] |= here ^ (here << 1 | before);
-      before = here >> 63;
-      of_class += __builtin_popcountll(here);
-    }
-    if (t.n % 64) marks[t.n / 64] &= (uint64_t(1) << t.n % 64) - 1;
-    count = list_marks(marks, t.n, kMaxTile, start_);
-    with_regions([&](auto* p, int) {
-      for (int i = 0; i < count; ++i) {
-        const unsigned v = unsigned(start_[i]);
-        const uint32_t number = uint32_t(p[v]);  // that of −1 is above all others
-        row_[i] = number < t.job.rows ? int32_t(number) : -1;
-        is_class_[i] = uint8_t(own[v / 64] >> v % 64 & 1);
-      }
-    });
+    for (int i = 0; i < t.n * item; i += 64) prefetch(from + kTilesAhead * t.step * item + i);
+    if (a.dtype == DType::i8) return find_in(t, c, (const int8_t*)from);
+    if (a.dtype == DType::u8) return find_in(t, c, (const uint8_t*)from);
+    if (a.dtype == DType::i16) return find_in(t, c, (const int16_t*)from);
+    if (a.dtype == DType::u16) return find_in(t, c, (const uint16_t*)from);
+    return find_in(t, c, (const int32_t*)from);
   }
 
   // Calls f(row, is_class, first, count) for each run; a row of −1: it has no region.
@@ -105,6 +76,29 @@ class ClassRuns {
   int32_t start_[kMaxTile + 64 + 4];  // see `list_marks`
   int32_t row_[kMaxTile];
   uint8_t is_class_[kMaxTile];
+
+  template <class T, class S>
+  void find_in(const Tile<T>& t, int64_t c, const S* region) {
+    uint64_t marks[kMaxTile / 64] = {}, own[kMaxTile / 64] = {};
+    const int n = t.n;
+    mark_changes(region, (n + 15) / 16 * 16, marks);
+    if (t.has_byte_labels()) mark_class(t.byte_labels(), n, c, own);
+    else mark_class(t.y, n, c, own);
+    uint64_t before = ~own[0] & 1;  // the first voxel starts a run
+    for (int i = 0; i < (n + 63) / 64; ++i) {
+      marks[i] |= own[i] ^ (own[i] << 1 | before);
+      before = own[i] >> 63;
+    }
+    if (n % 64) marks[n / 64] &= (uint64_t(1) << n % 64) - 1;
+    count = list_marks(marks, n, kMaxTile, start_);
+    const uint64_t rows = uint64_t(t.job.rows);
+    for (int i = 0; i < count; ++i) {
+      const unsigned v = unsigned(start_[i]);
+      const uint32_t number = uint32_t(region[v]);  // that of −1 is above all others
+      row_[i] = number < rows ? int32_t(number) : -1;
+      is_class_[i] = uint8_t(own[v / 64] >> v % 64 & 1);
+    }
+  }
 };
 
 }  // namespace
