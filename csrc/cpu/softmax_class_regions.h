@@ -14,7 +14,7 @@
 // nothing cancels or overflows. Otherwise s is the largest logit, and rest_c = Σe − e_c cancels for
 // it alone, which `exponentials` leaves out. At most one class d has p > ½; its rest may be 0. If it
 // is not the label, its second part is left out of t. That adds b_d p_d to the gradient of d, and
-// −b_d e_d p_c/rest_d to that of c ≠ d, where e_c ≤ rest_d.
+// −b_d p_d e_c/rest_d to that of c ≠ d, where e_c ≤ rest_d.
 #pragma once
 
 #include "class_runs.h"
@@ -215,6 +215,26 @@ void class_region_row(Tile<T>& t, int64_t c) {
   }
 }
 
+// Voxels where the rest of the largest class is so small that e may be 0: with `least` as the
+// smallest gap of another class, that rest is e^−least `sum`.
+template <class T>
+struct TinyRest {
+  IVec<T> where;
+  Vec<T> least, sum{};
+
+  // Second has the gaps, and r the rest.
+  FL_INLINE TinyRest(const Tile<T>& t, int64_t v, Vec<T> r)
+      : where(r < T(1e-30)), least(splat<T>(T(INFINITY))) {
+    if (!any<T>(where)) return;
+    const auto gap = [&](int64_t c) { return load<T>(t.second + c * t.stride + v); };
+    for (int64_t c = 0; c < t.job.classes; ++c)
+      least = smaller(least, select<T>(gap(c) > T(0), gap(c), least));
+    for (int64_t c = 0; c < t.job.classes; ++c)
+      sum += keep<T>(gap(c) > T(0), exponential<T>(least - gap(c)));
+    where &= least < T(INFINITY);
+  }
+};
+
 // x becomes rows of p, and second of the loss.
 template <class T>
 void class_region_rows(Tile<T>& t) {
@@ -223,8 +243,12 @@ void class_region_rows(Tile<T>& t) {
   T *log_sum = t.row(kLargest), *most = t.row(kA);
   for (int64_t v = 0, end = t.padded; v < end; v += lanes<T>) {
     const Vec<T> r = load<T>(rest + v), l = log_one_plus<T>(r);
+    const TinyRest<T> tiny(t, v, r);
+    Vec<T> of_rest = logarithm<T>(r);
+    if (any<T>(tiny.where))
+      of_rest = select<T>(tiny.where, logarithm<T>(tiny.sum) - tiny.least, of_rest);
     store<T>(log_sum + v, l);
-    store<T>(most + v, l - logarithm<T>(r));  // −log q of a class above ½
+    store<T>(most + v, l - of_rest);  // −log q of a class above ½
   }
   for (int64_t c = 0; c < t.job.classes; ++c) class_region_row(t, c);
 }
@@ -256,11 +280,18 @@ void class_region_gradients(Tile<T>& t, T* a, const T* b) {
       store<T>(a + at, turn);
     }
     const Vec<T> all = others + of_most, q = r * i, ratio = T(1) / r;
+    const TinyRest<T> tiny(t, v, r);
+    const bool any_tiny = any<T>(tiny.where);
     for (int64_t c = 0; c < classes; ++c) {
       const int64_t at = c * stride + v;
       const Vec<T> p = load<T>(t.x + at), turn = load<T>(a + at);
       const Vec<T> above = turn * q - p * (others - loss_of_most);
-      const Vec<T> below = turn - p * all - drop<T>(p == T(0), p * ratio) * loss_of_most;
+      Vec<T> share = drop<T>(p == T(0), p * ratio);
+      if (any_tiny) {
+        const Vec<T> e = exponential<T>(tiny.least - load<T>(t.second + at));
+        share = select<T>(tiny.where, e / tiny.sum, share);
+      }
+      const Vec<T> below = turn - p * all - share * loss_of_most;
       store<T>(t.second + at, select<T>(p > T(0.5), above, below));
     }
   }
