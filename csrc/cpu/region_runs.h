@@ -91,8 +91,8 @@ void mark_changes(const S* p, int n, uint64_t* marks) {
 }
 
 // Lists the voxels that are marked, with n behind the last. Returns how many there are; of those
-// beyond `most`, not all are listed. A branch would be mispredicted at every other word of 64: kSome
-// places are written whether there are as many marks or not.
+// beyond `most`, not all are listed. A branch would be mispredicted at every other word of 64:
+// kSome places are written whether there are as many marks or not.
 inline int list_marks(const uint64_t* marks, int n, int most, int32_t* start) {
   constexpr int kSome = 4;
   constexpr uint64_t kTop = uint64_t(1) << 63;

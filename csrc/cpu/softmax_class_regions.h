@@ -10,11 +10,11 @@
 //   t_c = a_c p_c − b_c for the label,  a_c p_c + b_c e_c/rest_c for other classes,
 // and as p_c may be near 1, ∂L/∂x_c = t_c − p_c Σ_j t_j = t_c q_c − p_c Σ_{j≠c} t_j.
 //
-// Of few classes and near logits (|x| ≤ 36) s is 0, and all sums without a class are formed as such:
-// nothing cancels or overflows. Otherwise s is the largest logit, and rest_c = Σe − e_c cancels for
-// it alone, which `exponentials` leaves out. At most one class d has p > ½; its rest may be 0. If it
-// is not the label, its second part is left out of t. That adds b_d p_d to the gradient of d, and
-// −b_d p_d e_c/rest_d to that of c ≠ d, where e_c ≤ rest_d.
+// Of few classes and near logits (|x| ≤ 36) s is 0, and all sums without a class are formed as
+// such: nothing cancels or overflows. Otherwise s is the largest logit, and rest_c = Σe − e_c
+// cancels for it alone, which `exponentials` leaves out. At most one class d has p > ½; its rest
+// may be 0. If it is not the label, its second part is left out of t. That adds b_d p_d to the
+// gradient of d, and −b_d p_d e_c/rest_d to that of c ≠ d, where e_c ≤ rest_d.
 #pragma once
 
 #include "class_runs.h"
@@ -146,9 +146,7 @@ struct ClassTableSlopes {
 
   FL_INLINE Pair<float> at(int c, int64_t v, IVec<float> is_label) const {
     const IVec<float> row = label_lanes<float>(region[c] + v);
-    auto of = [&](int i) {
-      return look_up<kVectors>(tables.number[kClassNumbers * c + i], row);
-    };
+    auto of = [&](int i) { return look_up<kVectors>(tables.number[kClassNumbers * c + i], row); };
     return {select<float>(is_label, of(2), of(0)), select<float>(is_label, of(3), of(1))};
   }
 };
@@ -342,8 +340,8 @@ struct PassClassSums {
 };
 
 // Adds the rows of class c of a tile by its runs.
-inline void add_class_runs(const Tile<float>& t, int64_t c, const ClassRuns& runs,
-                           RunSums<3>& sums, const PassClassSums& pass) {
+inline void add_class_runs(const Tile<float>& t, int64_t c, const ClassRuns& runs, RunSums<3>& sums,
+                           const PassClassSums& pass) {
   const float* const rows[3] = {t.x + c * t.stride, t.second + c * t.stride,
                                 t.rows + kWeight * kMaxTile};
   with_constant(pass.weighs, [&](auto weighs) {
@@ -373,8 +371,8 @@ inline void add_class_runs(const Tile<double>& t, int64_t c, const ClassRuns& ru
 template <class T>
 void reduce_class_regions(const Job& job, int64_t sample, const Blocks& blocks, void* scratch) {
   constexpr int L = lanes<T>;
-  const bool few = few_with_regions<T>(job), logs = job.slots.cross_entropy >= 0 ||
-                                                    job.slots.cross_entropy_rest >= 0;
+  const bool few = few_with_regions<T>(job),
+             logs = job.slots.cross_entropy >= 0 || job.slots.cross_entropy_rest >= 0;
   Tile<T> t(job, sample, scratch);
   ClassRuns runs;
   RunSums<3> sums;
@@ -541,9 +539,7 @@ class FewClassGradients : ClassGradients<float> {
   bool by_tables(Tile<float>&) { return false; }
 #endif
 
-  bool by_rows(Tile<float>& t) {
-    return run(t, ClassRowSlopes{spare_.x, spare_.second, t.stride});
-  }
+  bool by_rows(Tile<float>& t) { return run(t, ClassRowSlopes{spare_.x, spare_.second, t.stride}); }
   template <class Slopes>
   bool run(Tile<float>& t, const Slopes& slopes) {
     return with_few(t, [&](auto number, auto count) {
