@@ -17,3 +17,10 @@ def volume(
     x = 2 * rng.normal(size=(batch, classes, *spatial))
     y = rng.integers(1, max(classes, 2), (batch, *spatial))
     return x, np.where(rng.uniform(size=y.shape) < density, y, 0)
+
+
+def stretches(rng: np.random.Generator, voxels: int, numbers: int, longest: int) -> np.ndarray:
+    """Numbers below a limit, in stretches of 1 to ``longest`` voxels."""
+    lengths = rng.integers(1, longest + 1, voxels)
+    each: np.ndarray = np.repeat(rng.integers(0, numbers, voxels), lengths)[:voxels]
+    return each

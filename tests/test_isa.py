@@ -82,6 +82,22 @@ for dtype in (np.float32, np.float16, bfloat16, np.float64):
             assert (out == expected).all(), (dtype, classes, order, shift)
             assert (memory[: aligned + shift] == 7).all()
             assert (memory[aligned + shift + x.size :] == 7).all()
+# Maps of regions of every class: few of them or many, and voxels without one; logits that are far
+# apart.
+for dtype in (np.float32, np.float16, bfloat16, np.float64):
+    for classes, regions, spread in ((2, 20, 5), (3, 50, 1), (4, 20, 40), (4, 90, 1), (6, 20, 5)):
+        shape = (1, classes, 1100)
+        x = (spread * random.normal(size=shape)).astype(dtype)
+        y = np.repeat(random.integers(0, classes, (1, 55)), 20, -1)
+        cells = np.repeat(random.integers(0, regions, (1, classes, 220)), 5, -1).astype(np.int8)
+        loss = fl.Loss(fl.PerRegion(plain, regions="given", per_class=True), ignore_index=255)
+        for holes in (False, True):
+            if holes:
+                y[:, ::11], cells[:, :, ::7] = 255, -1
+            found = loss.value_and_grad(x, y.astype(np.uint8), regions=cells)
+            expected = reference(loss, x, y, regions=cells)
+            assert_agree(*found, expected, 1.0, max(abs(expected[0]), 0.5))
+            count += 1
 # The likeliest class; NaN counts as larger than all numbers, and the first of equal numbers wins.
 for dtype in (np.float32, np.float16, bfloat16, np.float64):
     for classes, voxels in ((2, 530), (3, 16), (5, 1100), (9, 31)):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lesion_volumes import BLOBS, CELLS, WEIGHT, volume
+from lesion_volumes import BLOBS, CELLS, WEIGHT, stretches, volume
 from support import assert_agree, finite_differences, need, need_backend, one_hot, reference
 
 import fastloss as fl
@@ -352,21 +352,113 @@ def test_explained() -> None:
         loss.explain(x, y, exact=True)
 
 
-def test_same_bits_for_any_number_of_threads() -> None:
-    rng = np.random.default_rng(12)
-    x = rng.normal(size=(1, 3, 40, 40, 40)).astype(np.float32)
-    y = rng.integers(1, 3, (1, 40, 40, 40)) * (rng.uniform(size=(1, 40, 40, 40)) < 0.002)
-    before, found = fl.get_num_threads(), []
+# ------------------------------------------------------------------ maps in stretches, as lesions
+
+
+def maps(
+    rng: np.random.Generator, shape: tuple[int, int, int], count: int, longest: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, (B, N), and regions of every class, (B, C, N), in stretches that do not coincide."""
+    batch, classes, voxels = shape
+    y = np.stack([stretches(rng, voxels, classes, longest) for _ in range(batch)])
+    regions = [stretches(rng, voxels, count, longest) for _ in range(batch * classes)]
+    return y, np.stack(regions).reshape(shape)
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 1000),
+    batch=st.integers(1, 2),
+    classes=st.integers(2, 6),
+    voxels=st.sampled_from([1, 15, 64, 530, 1600, 1601]),
+    dtype=st.sampled_from(["float32", "float32", "float16", "bfloat16", "float64"]),
+    kind=st.sampled_from(["int8", "int16", "int32", "int64"]),
+    count=st.sampled_from([1, 3, 20, 60, 300]),
+    longest=st.sampled_from([1, 5, 40, 700]),
+    spread=st.sampled_from([1.0, 5.0, 40.0]),
+    scattered=st.sets(st.sampled_from(["ignored", "weighted", "none", "infinite", "last"])),
+)
+def test_any_maps(
+    seed: int,
+    batch: int,
+    classes: int,
+    voxels: int,
+    dtype: str,
+    kind: str,
+    count: int,
+    longest: int,
+    spread: float,
+    scattered: set[str],
+) -> None:
+    """Sums and gradients of all voxels of every region, in tiles of any kind."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, classes, voxels)
+    x, (y, regions) = rng.normal(size=shape), maps(rng, shape, count, longest)
+    x[:, :, voxels // 2 :] *= spread
+    if "infinite" in scattered:
+        place, of_sample = rng.integers(voxels), np.arange(batch)
+        x[of_sample, y[:, place], place] = np.inf  # p is 1, or shared
+        x[0, :2, place] = np.inf
+        y[0, place] = rng.integers(2)
+    regions = np.minimum(regions, 100) if kind == "int8" else regions
+    if "none" in scattered:
+        regions[rng.uniform(size=shape) < 0.02] = -1
+    w = rng.choice([0.0, 0.5, 2.0], y.shape) if "weighted" in scattered else None
+    if "ignored" in scattered:
+        y[rng.uniform(size=y.shape) < 0.05] = 255
+    x = x.astype(need("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
+    given = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+    lesions = fl.PerRegion(
+        fl.Dice(),
+        fl.CrossEntropy(),
+        regions="given",
+        per_class=True,
+        include_background=seed % 2 == 0,
+    )
+    loss = fl.Loss(lesions, fl.Dice(), 0.5 * fl.CrossEntropy(), ignore_index=255)
+    expected = reference(loss, x, y, w, regions=regions)
+    labels = y.astype(np.uint8 if seed % 3 else np.int64)
     with use_backend(need_backend("cpu")):
-        try:
-            for threads in (1, 3):
-                fl.set_num_threads(threads)
-                found.append(fl.CCDiceCE(per_class=True).value_and_grad(x, y))
-        finally:
-            fl.set_num_threads(before)
-    assert found[0][0] == found[1][0]
-    assert (found[0][1] == found[1][1]).all()
-    assert_agree(*found[0], reference(fl.CCDiceCE(per_class=True), x, y))
+        found = loss.value_and_grad(
+            given if "last" in scattered else x, labels, w, regions=regions.astype(kind)
+        )
+    assert_agree(*found, expected, 1.0, max(abs(float(expected[0])), 0.5))
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    """Nor do they depend on where the gradient lies, which decides on the tiles."""
+    rng = np.random.default_rng(12)
+    loss = fl.CCDiceCE(per_class=True) + fl.Dice()
+    before = fl.get_num_threads()
+    for classes, dtype, count in (
+        (2, "float32", 20),
+        (3, "float16", 50),
+        (4, "float32", 90),
+        (4, "float64", 20),
+        (5, "float32", 20),
+    ):
+        voxels = (1 << 20) // (np.dtype(dtype).itemsize * classes) + 1037
+        shape = (1, classes, voxels)
+        x = (3 * rng.normal(size=shape)).astype(dtype)
+        x[0, :, rng.choice(voxels, 30, replace=False)] *= 30
+        y, regions = maps(rng, shape, count, 40)
+        memory, found = np.empty(x.nbytes + 128, np.uint8), []
+        start = -memory.ctypes.data % 64
+        with use_backend(need_backend("cpu")):
+            try:
+                for threads, offset in ((1, 0), (2, 0), (5, 8), (1, 16), (3, 48)):
+                    fl.set_num_threads(threads)
+                    out = memory[start + offset :][: x.nbytes].view(dtype).reshape(x.shape)
+                    value, gradient = loss.value_and_grad(
+                        x, y.astype(np.uint8), regions=regions.astype(np.int8), out=out
+                    )
+                    found.append((value, gradient.copy()))
+            finally:
+                fl.set_num_threads(before)
+        for value, gradient in found[1:]:
+            assert value == found[0][0]
+            assert gradient.tobytes() == found[0][1].tobytes()
+        assert_agree(*found[0], reference(loss, x, y, regions=regions))
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lesion_volumes import stretches
 from support import BACKENDS, example, need_backend, one_hot
 
 import fastloss as fl
@@ -180,10 +181,10 @@ def test_bits_for_any_number_of_threads() -> None:
         assert (gradient == found[0][1]).all()
 
 
-def stretches(rng: np.random.Generator, voxels: int, numbers: int, longest: int) -> np.ndarray:
-    """Numbers below a limit, in stretches of 1 to ``longest`` voxels."""
-    lengths = rng.integers(1, longest + 1, voxels)
-    each: np.ndarray = np.repeat(rng.integers(0, numbers, voxels), lengths)[:voxels]
+def regions_in_stretches(
+    rng: np.random.Generator, voxels: int, numbers: int, longest: int
+) -> np.ndarray:
+    each = stretches(rng, voxels, numbers, longest)
     each[-numbers:] = np.arange(numbers)  # none is left out
     return each
 
@@ -206,7 +207,7 @@ def test_runs_of_voxels(classes: int, kind: str, count: int, longest: int) -> No
     voxels = 24_007
     x = (3 * rng.normal(size=(2, classes, voxels))).astype(np.float32)
     y = np.stack([stretches(rng, voxels, classes, 4 * longest) for _ in x])
-    regions = np.stack([stretches(rng, voxels, count, longest) for _ in x])
+    regions = np.stack([regions_in_stretches(rng, voxels, count, longest) for _ in x])
     loss = fl.Dice(include_background=False) + fl.CrossEntropy()
     with use_backend("reference"):
         right = loss.value_and_grad(x.astype(np.float64), y, regions=regions)
@@ -240,7 +241,7 @@ def test_bits_of_runs(classes: int, dtype: str) -> None:
     start = -memory.ctypes.data % 64
     before = fl.get_num_threads()
     for count in (20, 50, 70):
-        regions = stretches(rng, voxels, count, 40)[None].astype(np.int8)
+        regions = regions_in_stretches(rng, voxels, count, 40)[None].astype(np.int8)
         regions[0, :3000] = 5
         found = []
         try:

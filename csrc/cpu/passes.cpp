@@ -1,6 +1,7 @@
 // The passes over one block of voxels, and along lines of them. Compiled once per instruction set.
 #include "distance_kernels.h"
 #include "general.h"
+#include "softmax_class_regions.h"
 #include "softmax_dense.h"
 #include "softmax_labels.h"
 #include "softmax_map.h"
@@ -10,12 +11,20 @@
 
 namespace {
 
-enum class Path { two_classes, softmax_labels, softmax_regions, softmax_dense, general };
+enum class Path {
+  two_classes,
+  softmax_labels,
+  softmax_regions,
+  class_regions,
+  softmax_dense,
+  general
+};
 
 Path path_of(const Job& job) {
   if (suits_two_classes(job)) return Path::two_classes;
   if (suits_softmax_labels(job)) return Path::softmax_labels;
   if (suits_softmax_regions(job)) return Path::softmax_regions;
+  if (suits_class_regions(job)) return Path::class_regions;
   return suits_softmax_dense(job) ? Path::softmax_dense : Path::general;
 }
 
@@ -26,6 +35,7 @@ void reduce_blocks(const Job& job, int64_t sample, const Blocks& blocks, void* s
   Path path = path_of(job);
   if (path == Path::softmax_labels) return reduce_softmax_labels<T>(job, sample, blocks, scratch);
   if (path == Path::softmax_regions) return reduce_softmax_regions<T>(job, sample, blocks, scratch);
+  if (path == Path::class_regions) return reduce_class_regions<T>(job, sample, blocks, scratch);
   Tile<T> tile(job, sample, scratch);
   tile.keeps_bytes = path == Path::two_classes && sizeof(T) == 4;
   for (int64_t v = blocks.first; v < blocks.last; v += tile.n) {
@@ -62,6 +72,8 @@ void apply_voxels_of(const Job& job, int64_t sample, int64_t first, int64_t last
     apply_softmax_labels<T>(job, sample, first, last, scratch);
   } else if (path == Path::softmax_regions) {
     apply_softmax_regions<T>(job, sample, first, last, scratch);
+  } else if (path == Path::class_regions) {
+    apply_class_regions<T>(job, sample, first, last, scratch);
   } else {
     Tile<T> tile(job, sample, scratch);
     tile.keeps_bytes = path == Path::two_classes && sizeof(T) == 4;
@@ -81,7 +93,8 @@ void apply_voxels_of(const Job& job, int64_t sample, int64_t first, int64_t last
 size_t scratch_size(const Job& job) {
   const size_t tile = in_double(job) ? Tile<double>::bytes(job) : Tile<float>::bytes(job);
   const Path path = path_of(job);
-  return path == Path::softmax_labels || path == Path::softmax_regions ? 3 * tile : tile;
+  if (path == Path::softmax_labels || path == Path::softmax_regions) return 3 * tile;
+  return path == Path::class_regions ? 2 * tile : tile;
 }
 void reduce(const Job& job, int64_t sample, const Blocks& blocks, void* scratch) {
   (in_double(job) ? reduce_blocks<double> : reduce_blocks<float>)(job, sample, blocks, scratch);

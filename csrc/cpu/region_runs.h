@@ -90,6 +90,29 @@ void mark_changes(const S* p, int n, uint64_t* marks) {
 #endif
 }
 
+// Lists the voxels that are marked, with n behind the last. Returns how many there are; of those
+// beyond `most`, not all are listed. A branch would be mispredicted at every other word of 64:
+// kSome places are written whether there are as many marks or not.
+inline int list_marks(const uint64_t* marks, int n, int most, int32_t* start) {
+  constexpr int kSome = 4;
+  constexpr uint64_t kTop = uint64_t(1) << 63;
+  int found = 0;
+  for (int v = 0; v < n && found <= most; v += 64) {
+    uint64_t word = marks[v / 64];
+    const int more = __builtin_popcountll(word);
+    for (int i = 0; i < more; i += kSome) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kSome; ++k) {
+        start[found + i + k] = v + __builtin_ctzll(word | kTop);
+        word &= word - 1;
+      }
+    }
+    found += more;
+  }
+  start[found] = n;
+  return found;
+}
+
 struct LabelRuns {
   static constexpr int kMost = kMaxTile / 8;  // a tile with more is computed in another way
   int count = 0;
@@ -129,7 +152,9 @@ struct LabelRuns {
     // Two classes have a count of labels, which tells whether all are the same.
     const bool same = t.label_bytes && (t.ones_among == 0 || t.ones_among == t.n);
     if (!same) with_labels([&](auto* p) { mark_changes(p, t.n, marks); });
-    if (!find_starts(marks, t.n)) return false;
+    marks[0] |= 1;
+    count = list_marks(marks, t.n, kMost, start);
+    if (count > kMost) return false;
     uint32_t others = 0, most = 0;
     const int runs = count;
     with_regions([&](auto* p) {
@@ -148,31 +173,6 @@ struct LabelRuns {
       });
     region = others ? -1 : row[0];
     return int64_t(most) < t.job.rows && most <= uint32_t(INT32_MAX);
-  }
-
- private:
-  // Lists the marks. A branch would be mispredicted at every other word of 64: kSome places are
-  // written whether there are as many marks or not.
-  bool find_starts(uint64_t* marks, int n) {
-    constexpr int kSome = 4;
-    constexpr uint64_t kTop = uint64_t(1) << 63;
-    marks[0] |= 1;
-    int found = 0;
-    for (int v = 0; v < n && found <= kMost; v += 64) {
-      uint64_t word = marks[v / 64];
-      const int more = __builtin_popcountll(word);
-      for (int i = 0; i < more; i += kSome) {
-#pragma GCC unroll 4
-        for (int k = 0; k < kSome; ++k) {
-          start[found + i + k] = v + __builtin_ctzll(word | kTop);
-          word &= word - 1;
-        }
-      }
-      found += more;
-    }
-    start[found] = n;
-    count = found;
-    return found <= kMost;
   }
 };
 

@@ -52,13 +52,13 @@ struct RegionNumbers {
   }
 };
 
-// The regions of an even tile as bytes, in place or written to `buffer`. Null if some voxel has
-// none, or if the tile has padding.
-inline const uint8_t* region_bytes(Tile<float>& t, uint8_t* buffer) {
+// The regions of an even tile, or those of class c, as bytes, in place or written to `buffer`. Null
+// if some voxel has none, or if the tile has padding.
+inline const uint8_t* region_bytes(Tile<float>& t, uint8_t* buffer, int64_t c = 0) {
   if (!t.even || t.n != t.padded) return nullptr;
   const Array& a = *t.job.regions;
   if (item_size(a.dtype) > 1 || a.axes > 1 || a.stride[0] != 1) {
-    t.load_regions();
+    t.load_regions(c);
     int32_t signs = 0;
     for (int v = 0; v < t.n; ++v) {
       signs |= t.region[v];
@@ -66,14 +66,15 @@ inline const uint8_t* region_bytes(Tile<float>& t, uint8_t* buffer) {
     }
     return signs < 0 ? nullptr : buffer;
   }
-  const auto* from = (const uint8_t*)a.data + t.sample * a.batch_stride + t.voxel;
+  const auto* from =
+      (const uint8_t*)a.data + t.sample * a.batch_stride + c * a.channel_stride + t.voxel;
   // The hardware prefetcher does not follow rows that are read tile by tile.
   for (int i = 0; i < t.n; i += 64) prefetch(from + kTilesAhead * t.step + i);
-  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
   Bytes most{};  // −1 is above all others
-  for (int v = 0; v < t.n; v += 16) {
+  for (int v = 0; v < t.n; v += kVectorBytes) {
     Bytes here;
-    if (t.n - v >= 16) {
+    if (t.n - v >= kVectorBytes) {
       std::memcpy(&here, from + v, sizeof here);
     } else {
       here = Bytes{};
@@ -81,9 +82,8 @@ inline const uint8_t* region_bytes(Tile<float>& t, uint8_t* buffer) {
     }
     most = here > most ? here : most;
   }
-  uint8_t largest = 0;
-  for (int i = 0; i < 16; ++i) largest = most[i] > largest ? most[i] : largest;
-  return largest < t.job.rows ? from : nullptr;
+  const Bytes limit = Bytes{} + uint8_t(t.job.rows);  // at most kTableRegions
+  return any<float>((IVec<float>)(most >= limit)) ? nullptr : from;
 }
 #endif
 
