@@ -29,12 +29,14 @@ struct Types<float> {
   using Int = int32_t;
   typedef float Vec __attribute__((vector_size(kVectorBytes)));
   typedef int32_t IVec __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t UVec __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct Types<double> {
   using Int = int64_t;
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
   typedef int64_t IVec __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t UVec __attribute__((vector_size(kVectorBytes)));
 };
 template <class T>
 using Vec = typename Types<T>::Vec;
@@ -67,6 +69,12 @@ FL_INLINE IVec<T> bits(Vec<T> v) {
 template <class T>
 FL_INLINE Vec<T> from_bits(IVec<T> v) {
   return (Vec<T>)v;
+}
+// a + b, which may overflow: e^x of any x is computed, whether it is used or not.
+template <class T>
+FL_INLINE IVec<T> wrapping_sum(IVec<T> a, IVec<T> b) {
+  using U = typename Types<T>::UVec;
+  return (IVec<T>)((U)a + (U)b);
 }
 // Keeps a loaded value in a register. Otherwise GCC repeats the load as a memory operand wherever
 // it can, and the loop is bound by loads. Also blocks FMA contraction across it.
@@ -386,7 +394,8 @@ struct ExponentialByTable {
     Vec<float> found = pick(from_bits<float>(powers), parts);
     Vec<float> polynomial = (r * third + second) * r + first;
 #endif
-    Vec<float> power = from_bits<float>(bits<float>(found) + (parts << (23 - kBits)));
+    Vec<float> power =
+        from_bits<float>(wrapping_sum<float>(bits<float>(found), parts << (23 - kBits)));
     return (power * r) * polynomial + power;
   }
 };
@@ -412,7 +421,7 @@ struct NearExponential {
 #endif
     // 2^n is a factor: adding n to the exponent would turn some NaN into numbers.
     const IVec<T> one = bits<T>(splat<T>(1));
-    return exp_core(r) * from_bits<T>((bits<T>(shifted) << N::mantissa) + one);
+    return exp_core(r) * from_bits<T>(wrapping_sum<T>(bits<T>(shifted) << N::mantissa, one));
   }
 };
 #if defined(FL_BY_TABLE)
