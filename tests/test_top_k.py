@@ -93,6 +93,20 @@ def test_beside_other_terms(backend: str) -> None:
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-9, atol=1e-14)
 
 
+def test_beside_terms_of_other_sums(backend: str) -> None:
+    """Terms of sums that the passes of Dice and cross-entropy do not form; the map of explain too."""
+    x, y = example(2, 4, (5, 6))
+    top = fl.TopKCrossEntropy(k=30)
+    for other in (fl.KLDivergence(), fl.DiceSemimetric(), fl.GeneralizedCrossEntropy()):
+        value, gradient = (top + other).value_and_grad(x, y)
+        parts = [term.value_and_grad(x, y) for term in (top, other)]
+        assert value == pytest.approx(sum(v for v, _ in parts), rel=1e-9), other
+        np.testing.assert_allclose(gradient, sum(g for _, g in parts), 1e-8, 1e-13, str(other))
+        for ours in (top, fl.CrossEntropy()):
+            found = (other + ours).explain(x, y).maps[type(ours).__name__]
+            np.testing.assert_allclose(found.sum(), ours(x, y), 1e-9, err_msg=str(other))
+
+
 def test_voxel_weights_multiply_the_losses(backend: str) -> None:
     x, y = example(1, 3, (20,))
     w = np.random.default_rng(1).uniform(0, 2, y.shape)

@@ -340,6 +340,10 @@ class Passes {
     }
   }
 
+  // The sums beside which the passes of labels write losses. With any other a job is general.
+  static constexpr uint32_t kWithLosses = kReference | kOverlap | kPredicted | kPredictedSquared |
+                                          kReferenceSquared | kCrossEntropy | kUniform | kFocal;
+
   void set_map(Job& job, const py::tuple& given, Operands& operands, bool beside_sums) const {
     job.map = MapKind(given[0].cast<int>());
     job.map_out = given[1].cast<py::array>().mutable_data();
@@ -353,7 +357,7 @@ class Passes {
     for (int64_t i = 0; i < job.slots.count * job.classes; ++i)
       alone = alone && (i / job.classes == own || job.map_coefficients[i] == 0.0);
     if (!alone || job.activation != Activation::softmax || job.dense || job.regions ||
-        job.field_count || job.histograms)
+        job.field_count || job.histograms || (job.slots.kinds & ~kWithLosses) != 0)
       return;
     job.losses = job.map_out;
     job.loss_weights = job.map_coefficients + own * job.classes;
