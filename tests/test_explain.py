@@ -243,6 +243,18 @@ LESIONS = np.array([[[1, 0, 0, 2], [0, 0, 0, 2], [1, 1, 0, 0]], [[0] * 4] * 3])
 """Three lesions, and a sample without any."""
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_parts_of_the_unified_focal_loss(activation: str) -> None:
+    """With a sigmoid its parts are those of the symmetric form, as its value is."""
+    logits, labels = example(2, 3, SPATIAL, seed=3)
+    loss = fl.UnifiedFocal(activation=activation)
+    found = loss.explain(logits, labels)
+    np.testing.assert_allclose(sum(found.terms.values()), loss(logits, labels), 1e-9)
+    exact = loss.explain(logits, labels, exact=True).maps["UnbalancedTversky"]
+    tversky = fl.Loss(loss.terms[1][0] * loss.terms[1][1], activation=activation)
+    np.testing.assert_allclose(exact, by_replacement(tversky, logits, labels), 1e-6, 1e-9)
+
+
 def lesion_losses() -> dict[str, fl.Loss]:
     terms = fl.Dice(smooth_nr=0.1) + 0.5 * fl.CrossEntropy()
     return {

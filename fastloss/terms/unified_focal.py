@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastloss.loss import Loss, Pullback
+from fastloss.loss import Loss
 from fastloss.options import check_choice, check_number, check_switch
 from fastloss.statistics import Statistics
 from fastloss.terms.distribution import VOXEL_REDUCTIONS, VoxelwiseTerm
@@ -94,10 +94,11 @@ class UnbalancedTversky(RegionTerm):
             raise ValueError("gamma: expected a number below 1, got 1")
         self.symmetric = check_switch("symmetric", symmetric)
 
-    def combine(self, statistics: Statistics) -> tuple[np.ndarray, Pullback]:
+    def _of_rows(self, statistics: Statistics) -> Any:
         if statistics.request.activation == "sigmoid" and not self.symmetric:
-            return self.with_options({"symmetric": True}).combine(statistics)
-        return super().combine(statistics)
+            symmetric: Any = self.with_options({"symmetric": True})
+            return symmetric._of_rows(statistics)
+        return super()._of_rows(statistics)
 
     def formula(
         self, overlap: np.ndarray, predicted: np.ndarray, reference: np.ndarray
