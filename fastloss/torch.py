@@ -52,7 +52,13 @@ from fastloss.frameworks.torch.skeleton import soft_skeleton
 from fastloss.frameworks.torch.tensors import bytes_of, is_traced, refuse_gradient
 from fastloss.functional import dice_ce, dice_focal
 from fastloss.loss import Term
-from fastloss.options import check_choice, check_class_weight, check_count, check_number
+from fastloss.options import (
+    check_choice,
+    check_class_weight,
+    check_count,
+    check_number,
+    check_switch,
+)
 from fastloss.structure import options_of
 
 __all__ = [
@@ -115,7 +121,7 @@ class Loss(torch.nn.Module):
             validate=validate,
         )
         """The loss that the module computes."""
-        self.reuse_logits = bool(reuse_logits)
+        self.reuse_logits = check_switch("reuse_logits", reuse_logits)
         self._ranks = ranks(process_group, shard)
         self._hold_numbers()
 

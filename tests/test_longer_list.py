@@ -288,6 +288,9 @@ TARGETED = (
     fl.MeanAbsoluteError() + fl.PolyCrossEntropy() + fl.GeneralizedCrossEntropy(),
     fl.CrossEntropy(reduction="voxel") + fl.KLDivergence(reduction="voxel"),
     fl.Boundary() + fl.HausdorffDT(log=True) + fl.GeneralizedSurface() + fl.BoundaryDoU(),
+    fl.PerRegion(
+        fl.Dice() + fl.Focal(), weight="inverse_sqrt_volume", per_class=True, reduction="none"
+    ),
     *(loss for loss, _ in LOSSES.values()),
 )
 
@@ -317,6 +320,17 @@ def test_gradient_by_the_target(loss: Any) -> None:
         with use_backend("reference"):
             reference = whole.value_and_grad(x, g, m, **options)[2]
         np.testing.assert_allclose(by_target, reference, rtol=1e-9, atol=1e-12 * scale)
+
+
+def test_gradient_by_the_target_through_the_weights_of_lesions() -> None:
+    """A lesion that is more of a lesion is larger, and weighs less."""
+    x, _ = example(2, 3, (3, 4))
+    g, m = soft_target(), np.random.default_rng(1).uniform(0, 2, (2, 3, 4))
+    loss = fl.PerRegion(fl.Dice() + fl.CrossEntropy(), weight="inverse_volume")
+    fields = loss.fields(g, classes=3, dense=True)
+    found = loss.value_and_grad(x, g, m, fields=fields, target_grad=True)[2]
+    slope = by_differences(loss, x, g, m, None, fields=fields)
+    np.testing.assert_allclose(found, slope, atol=1e-6 * np.abs(slope).max())
 
 
 def test_gradient_by_the_target_in_every_layout_and_backend() -> None:

@@ -94,7 +94,7 @@ def test_beside_other_terms(backend: str) -> None:
 
 
 def test_beside_terms_of_other_sums(backend: str) -> None:
-    """Terms of sums that the passes of Dice and cross-entropy do not form; the map of explain too."""
+    """Of sums that the passes of Dice and cross-entropy do not form; the map of explain too."""
     x, y = example(2, 4, (5, 6))
     top = fl.TopKCrossEntropy(k=30)
     for other in (fl.KLDivergence(), fl.DiceSemimetric(), fl.GeneralizedCrossEntropy()):

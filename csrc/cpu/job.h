@@ -77,6 +77,11 @@ enum Named : uint32_t {
   kFieldPredicted = 4096
 };
 
+// The sums beside which the passes of labels write losses of voxels. With any other a job is
+// general.
+constexpr uint32_t kWithLosses = kReference | kOverlap | kPredicted | kPredictedSquared |
+                                 kReferenceSquared | kCrossEntropy | kUniform | kFocal;
+
 // The bit of a sum. Of sums with a field, Σ field · p alone has one.
 inline uint32_t name_of(const Sum& sum) {
   const auto is = [&](Weight w, Function f) { return sum.weight == w && sum.function == f; };

@@ -340,10 +340,6 @@ class Passes {
     }
   }
 
-  // The sums beside which the passes of labels write losses. With any other a job is general.
-  static constexpr uint32_t kWithLosses = kReference | kOverlap | kPredicted | kPredictedSquared |
-                                          kReferenceSquared | kCrossEntropy | kUniform | kFocal;
-
   void set_map(Job& job, const py::tuple& given, Operands& operands, bool beside_sums) const {
     job.map = MapKind(given[0].cast<int>());
     job.map_out = given[1].cast<py::array>().mutable_data();

@@ -20,10 +20,7 @@
 namespace {
 
 // The sums that this path computes.
-constexpr uint32_t kLabelSums = fastloss::kReference | fastloss::kOverlap | fastloss::kPredicted |
-                                fastloss::kPredictedSquared | fastloss::kReferenceSquared |
-                                fastloss::kCrossEntropy | fastloss::kUniform | fastloss::kFocal |
-                                fastloss::kTopK | fastloss::kFieldPredicted;
+constexpr uint32_t kLabelSums = fastloss::kWithLosses | fastloss::kTopK | fastloss::kFieldPredicted;
 
 // The index of the field φ of Σ φ p.
 inline int field_of(const Job& job) { return job.sums[job.slots.field_predicted].field; }

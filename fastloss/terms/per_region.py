@@ -25,6 +25,7 @@ _EXPONENTS = dict(zip(WEIGHTINGS, (0.0, -1.0, -0.5), strict=True))
 WITHOUT = ("whole", "skip")
 _SHORT = (np.int8, np.int16)
 _VOXELS = Sum()
+_REFERENCE = as_sum("reference")
 """The sum of the voxel weights in the regions of each class."""
 
 
@@ -265,6 +266,8 @@ class PerRegion(Term):
         )
         whole = statistics.of_samples() if may_fall else statistics
         value = np.zeros((rows.batch, 1), like=falls)
+        moves = statistics.for_target and _EXPONENTS[self.weight] != 0  # the shares, by the target
+        weighed: Any = 0.0
         pulls = []
         for factor, term in self._parts:
             if factor == 0:  # which may be infinite
@@ -274,6 +277,8 @@ class PerRegion(Term):
             # What does not count may be infinite.
             total = rows.over_regions(np.where(own > 0, values, 0.0) * own)
             pulls.append((factor, own, pull, rows.fits, True))
+            if moves:
+                weighed = weighed + factor * _by_class(values, share, term)
             if may_fall:
                 own = falls * _of_columns(_average(rows.classes, first), term, first)
                 values, pull = term.combine(whole)
@@ -293,9 +298,26 @@ class PerRegion(Term):
                         derivative = rows.from_background(derivative)
                     total = as_sum(key) if isinstance(key, str) else key
                     found[total] = found[total] + derivative if total in found else derivative
+            if moves:
+                by_volume = self._by_volume(statistics, rows, share, weighed)
+                found[_REFERENCE] = found.get(_REFERENCE, 0.0) + rows.fits(upstream) * by_volume
             return found
 
         return value, pullback
+
+    def _by_volume(
+        self, statistics: Statistics, rows: _Rows, share: np.ndarray, weighed: np.ndarray
+    ) -> np.ndarray:
+        """The derivative by the volume of every lesion, which its share depends on, (rows, C).
+
+        Shares are s = V^e / Σ V^e, so that of Σ s v it is e s (v − Σ s v) / V. ``weighed`` is s v.
+        """
+        own, each = (a.reshape(-1, rows.regions, rows.classes) for a in (share, weighed))
+        whole, total = (a.sum(axis=(1, 2), keepdims=True) for a in (own, each))
+        apart = each - own * (total / np.where(whole > 0, whole, 1.0))
+        volume = np.where(share > 0, statistics["reference"], 1.0)
+        found: np.ndarray = apart.reshape(rows.count, rows.classes) / volume
+        return _EXPONENTS[self.weight] * found
 
     def parts(self, statistics: Statistics) -> np.ndarray:
         """Of every lesion and its class; those of a sample without lesions are in its first row."""
