@@ -232,19 +232,21 @@ void finish(Tile<T>& now, const Make& make) {
 }
 
 // Loops over the tiles from the voxel `first` to `last`: move(tile, v) moves a tile to v, and
-// finish(tile, next) completes it once its exponentials are known. `fused`: three tiles are in
-// flight, as `finish` also computes the exponentials of `next`, unless it is null, and may use the
-// buffers of its tile until the call after the next. Otherwise few(tile) may do all of a tile.
+// finish(tile, next) completes it once its exponentials are known. `in_flight`: how many tiles have
+// buffers of their own. With 2 or 3 `finish` also computes the exponentials of `next`, unless it is
+// null; with 3 it may use the buffers of its tile until the call after the next. With 1 few(tile)
+// may do all of a tile.
 template <bool kDot, class T, class Move, class AtOnce, class Finish>
 void over_tiles(const Job& job, int64_t sample, int64_t first, int64_t last, void* scratch,
-                bool fused, const Move& move, const AtOnce& few, const Finish& finish) {
+                int in_flight, const Move& move, const AtOnce& few, const Finish& finish) {
+  const bool fused = in_flight > 1;
   const auto part = [&](int i) { return (char*)scratch + i * Tile<T>::bytes(job); };
   Tile<T> tiles[3] = {{job, sample, part(0)}, {job, sample, part(1)}, {job, sample, part(2)}};
   Tile<T>* now = nullptr;
   for (int64_t v = first, turn = 0; now || v < last;) {
     Tile<T>* next = nullptr;
     if (v < last && (fused || !now)) {
-      next = &tiles[fused ? turn++ % 3 : 0];
+      next = &tiles[turn++ % in_flight];
       move(*next, v);
       v += next->n;
       next->direct = next->contiguous();
@@ -507,7 +509,7 @@ void reduce_softmax_labels(const Job& job, int64_t sample, const Blocks& blocks,
     if (extras) reduce_extras(t, sums, field_known);
   };
   over_tiles<false, T>(job, sample, blocks.first, blocks.last, scratch,
-                       job.classes >= kFusedClasses, move, few, finish_tile);
+                       job.classes >= kFusedClasses ? 2 : 1, move, few, finish_tile);
 }
 
 // Adds the derivatives by squared probabilities: 2 s_c p_c² of the classes but the label to
@@ -781,14 +783,19 @@ void apply_softmax_labels(const Job& job, int64_t sample, int64_t first, int64_t
     return Few::unsuited;
   };
   const bool fused = job.classes >= kFusedClasses && !rounds && !extras;
-  Later<T> writer, *later = fused ? &writer : nullptr;
+  const bool keeps = fused && Later<T>::suits(job);
+  Later<T> writer, *later = keeps ? &writer : nullptr;
   auto finish_tile = [&](Tile<T>& t, Tile<T>* next) {
     const LabelGradients<T> gradients = apply_voxels(t);
     if (extras) write_gradients_with_extras(t, gradients);
     else if (field) write_gradients_with_field(t, gradients, next, later);
     else write_gradients(t, gradients, next, later);
   };
-  over_tiles<true, T>(job, sample, first, last, scratch, fused, move, few, finish_tile);
+  over_tiles<true, T>(job, sample, first, last, scratch,
+                      keeps   ? 3
+                      : fused ? 2
+                              : 1,
+                      move, few, finish_tile);
   writer.finish();
 }
 

@@ -437,8 +437,7 @@ void reduce_softmax_regions(const Job& job, int64_t sample, const Blocks& blocks
                   [&](auto ones) { reduce_voxels<decltype(ones)::value, false>(t, logs, &all); });
     add_runs(t, logs, to.sums, to.weights);
   };
-  over_tiles<false, T>(job, sample, blocks.first, blocks.last, scratch, false, move, few,
-                       finish_tile);
+  over_tiles<false, T>(job, sample, blocks.first, blocks.last, scratch, 1, move, few, finish_tile);
   pass_on();
 }
 
@@ -729,7 +728,7 @@ void apply_softmax_regions(const Job& job, int64_t sample, int64_t first, int64_
       });
     });
   };
-  over_tiles<false, T>(job, sample, first, last, scratch, false, move, few, finish_tile);
+  over_tiles<false, T>(job, sample, first, last, scratch, 1, move, few, finish_tile);
 }
 
 }  // namespace

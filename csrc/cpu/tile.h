@@ -732,12 +732,15 @@ struct Tile {
 template <class T>
 class Later {
  public:
+  // Whether it may take tiles of such a gradient.
+  static bool suits(const Job& job) {
+    return sizeof(T) == 4 && job.out.dtype == DType::f32 && job.classes <= kMostClasses &&
+           job.out.channel_stride == int64_t(sizeof(T));
+  }
   // Takes over the rows (C, stride) of a tile, unless they have to be written in another way.
   bool take(Tile<T>& t, const T* from, T* spare) {
     finish();
-    const bool floats = sizeof(T) == 4 && t.job.out.dtype == DType::f32;
-    if (!floats || t.job.classes > kMostClasses || !t.channels_last(t.job.out, t.out_runs))
-      return false;
+    if (!t.channels_last(t.job.out, t.out_runs)) return false;
     from_ = from, spare_ = spare, to_ = t.out_base(0) + t.out_runs.run[0].offset;
     classes_ = t.job.classes, left_ = t.n, stride_ = t.stride, stream_ = t.job.stream;
     due_ = 0;
