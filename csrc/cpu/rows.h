@@ -698,26 +698,23 @@ FL_INLINE void transpose4(const float* from, int64_t from_step, float* to, int64
 #endif
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// Transposes an 8×8 block. Half rows are combined as they are loaded, which needs no shuffle port.
-FL_INLINE void transpose8(const float* from, int64_t from_step, float* to, int64_t to_step) {
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
-    __m256 r[4];
+#if defined(__AVX2__)
+// Transposes a block of 8 rows and 4 columns. Half rows are combined as they are loaded, which
+// needs no shuffle port.
+FL_INLINE void transpose8x4(const float* from, int64_t from_step, float* to, int64_t to_step) {
+  __m256 r[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const float* p = from + i * from_step + 4 * half;
-      r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
-                                  _mm_loadu_ps(p + 4 * from_step), 1);
-    }
-    __m256 a = _mm256_unpacklo_ps(r[0], r[1]), b = _mm256_unpackhi_ps(r[0], r[1]);
-    __m256 c = _mm256_unpacklo_ps(r[2], r[3]), d = _mm256_unpackhi_ps(r[2], r[3]);
-    float* q = to + 4 * half * to_step;
-    _mm256_storeu_ps(q, _mm256_shuffle_ps(a, c, 0x44));
-    _mm256_storeu_ps(q + to_step, _mm256_shuffle_ps(a, c, 0xee));
-    _mm256_storeu_ps(q + 2 * to_step, _mm256_shuffle_ps(b, d, 0x44));
-    _mm256_storeu_ps(q + 3 * to_step, _mm256_shuffle_ps(b, d, 0xee));
+  for (int i = 0; i < 4; ++i) {
+    const float* p = from + i * from_step;
+    r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
+                                _mm_loadu_ps(p + 4 * from_step), 1);
   }
+  const __m256 a = _mm256_unpacklo_ps(r[0], r[1]), b = _mm256_unpackhi_ps(r[0], r[1]);
+  const __m256 c = _mm256_unpacklo_ps(r[2], r[3]), d = _mm256_unpackhi_ps(r[2], r[3]);
+  _mm256_storeu_ps(to, _mm256_shuffle_ps(a, c, 0x44));
+  _mm256_storeu_ps(to + to_step, _mm256_shuffle_ps(a, c, 0xee));
+  _mm256_storeu_ps(to + 2 * to_step, _mm256_shuffle_ps(b, d, 0x44));
+  _mm256_storeu_ps(to + 3 * to_step, _mm256_shuffle_ps(b, d, 0xee));
 }
 #endif
 
@@ -759,9 +756,6 @@ FL_INLINE void transpose4x16(const float* from, int64_t from_step, float* to, in
     _mm_storeu_ps(p + 12 * to_step, _mm512_extractf32x4_ps(r[j], 3));
   }
 }
-#endif
-
-#if defined(__AVX512F__)
 // to[4 j + i] = from[i][j]: joins 4 rows, 16 columns of them.
 FL_INLINE void join4(const float* from, int64_t from_step, float* to) {
   __m512 r[4];
@@ -778,41 +772,6 @@ FL_INLINE void join4(const float* from, int64_t from_step, float* to) {
   _mm512_storeu_ps(to + 48, _mm512_shuffle_f32x4(c, d, 0xdd));
 }
 
-// to[rows j + i] = from[i][j] for 4 columns of 9 to 15 rows. Whole vectors are loaded and stored:
-// numbers behind the last row are read, and those behind a column belong to the next one.
-FL_INLINE void join16(const float* from, int64_t from_step, float* to, int64_t rows) {
-  __m512 r[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const float* p = from + i * from_step;
-    r[i] = _mm512_castps128_ps512(_mm_loadu_ps(p));
-    r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(p + 4 * from_step), 1);
-    r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(p + 8 * from_step), 2);
-    r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(p + 12 * from_step), 3);
-  }
-  transpose_quarters(r);
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) _mm512_storeu_ps(to + j * rows, r[j]);
-}
-#endif
-
-#if defined(__AVX2__)
-// The same of 5 to 8 rows.
-FL_INLINE void join8(const float* from, int64_t from_step, float* to, int64_t rows) {
-  __m256 r[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const float* p = from + i * from_step;
-    r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
-                                _mm_loadu_ps(p + 4 * from_step), 1);
-  }
-  const __m256 a = _mm256_unpacklo_ps(r[0], r[1]), b = _mm256_unpackhi_ps(r[0], r[1]);
-  const __m256 c = _mm256_unpacklo_ps(r[2], r[3]), d = _mm256_unpackhi_ps(r[2], r[3]);
-  _mm256_storeu_ps(to, _mm256_shuffle_ps(a, c, 0x44));
-  _mm256_storeu_ps(to + rows, _mm256_shuffle_ps(a, c, 0xee));
-  _mm256_storeu_ps(to + 2 * rows, _mm256_shuffle_ps(b, d, 0x44));
-  _mm256_storeu_ps(to + 3 * rows, _mm256_shuffle_ps(b, d, 0xee));
-}
 #endif
 
 // Calls block(i, j) for blocks of kRows × kColumns that cover the matrix; the last ones overlap
@@ -864,7 +823,10 @@ inline void transpose(const float* from, int64_t from_step, float* to, int64_t t
 #elif defined(__AVX2__)
   if (rows >= 8 && columns >= 8)
     return cover<8, 8>(rows, columns, [&](int64_t i, int64_t j) {
-      transpose8(from + i * from_step + j, from_step, to + j * to_step + i, to_step);
+      const float* p = from + i * from_step + j;
+      float* q = to + j * to_step + i;
+      transpose8x4(p, from_step, q, to_step);
+      transpose8x4(p + 4, from_step, q + 4 * to_step, to_step);
     });
 #endif
   cover<4, 4>(rows, columns, [&](int64_t i, int64_t j) {
@@ -872,8 +834,9 @@ inline void transpose(const float* from, int64_t from_step, float* to, int64_t t
   });
 }
 
-// to[j rows + i] = from[i][j] for `rows` i and `columns` j. Both buffers reach further: numbers
-// behind the last row of `from` are read, and those behind the last column of `to` are written.
+// to[j rows + i] = from[i][j] for `rows` i and `columns` j. Both buffers reach further: blocks of 8
+// or 16 rows read numbers behind the last row of `from`, and write those over the next column of
+// `to`, which is written after.
 inline void join(const float* from, int64_t from_step, float* to, int64_t rows, int64_t columns) {
 #if defined(__AVX2__)
   auto blocks = [&](int64_t width, const auto& block) __attribute__((always_inline)) {
@@ -886,10 +849,10 @@ inline void join(const float* from, int64_t from_step, float* to, int64_t rows, 
   if (rows == 4 && columns >= 16)
     return blocks(16, [&](const float* p, float* q) { join4(p, from_step, q); });
   if (rows > 8 && rows < 16 && columns >= 4)
-    return blocks(4, [&](const float* p, float* q) { join16(p, from_step, q, rows); });
+    return blocks(4, [&](const float* p, float* q) { transpose16x4(p, from_step, q, rows); });
 #endif
   if (rows > 4 && rows <= 8 && columns >= 4)
-    return blocks(4, [&](const float* p, float* q) { join8(p, from_step, q, rows); });
+    return blocks(4, [&](const float* p, float* q) { transpose8x4(p, from_step, q, rows); });
 #endif
   transpose(from, from_step, to, rows, rows, columns);
 }

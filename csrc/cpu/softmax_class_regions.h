@@ -10,11 +10,11 @@
 //   t_c = a_c p_c − b_c for the label,  a_c p_c + b_c e_c/rest_c for other classes,
 // and as p_c may be near 1, ∂L/∂x_c = t_c − p_c Σ_j t_j = t_c q_c − p_c Σ_{j≠c} t_j.
 //
-// Of few classes and near logits (|x| ≤ 36) s is 0, and each sum over j ≠ c is added up by itself:
-// nothing cancels or overflows. Otherwise s is the largest logit, and rest_c = Σe − e_c, which
-// would cancel for the largest class alone: `exponentials` sums the others. At most one class d has
-// p > ½; its rest may be 0. If it is not the label, its second part is left out of t. That adds b_d
-// p_d to the gradient of d, and −b_d p_d e_c/rest_d to that of c ≠ d, where e_c ≤ rest_d.
+// With few classes and near logits (|x| ≤ 36), s is 0 and each sum over j ≠ c is formed on its own,
+// so that nothing cancels or overflows. Otherwise s is the largest logit, and rest_c = Σe − e_c,
+// which would cancel for the largest class alone: `exponentials` sums the others. At most one class
+// d has p > ½; its rest may be 0. If it is not the label, its second part is left out of t. That
+// adds b_d p_d to the gradient of d, and −b_d p_d e_c/rest_d to that of c ≠ d, where e_c ≤ rest_d.
 #pragma once
 
 #include "class_runs.h"

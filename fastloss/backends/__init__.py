@@ -91,9 +91,9 @@ def chosen_backend() -> str:
 
 
 def current_backend() -> Backend:
-    """The backend of `use_backend`; else that of ``FASTLOSS_BACKEND``, else the fastest one.
+    """The backend that `use_backend` or ``FASTLOSS_BACKEND`` chose, or the fastest one.
 
-    The variable is read once, as to read it takes longer than the rest of this.
+    The variable is read once, because reading it takes longer than the rest of this function.
     """
     chosen = _chosen.get()
     if chosen is not None:
